@@ -1,0 +1,133 @@
+"""Images a second of the bare engine, of `embed` from image files to a store, and of PyTorch eager, in turns.
+
+Turns, because a shared machine's speed drifts: each ratio is of neighbours in time, and the median ratio is what to quote.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgn_deploy.backends import Backend
+from mgn_deploy.drawn import draw_market1501
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.gallery import embed_folder
+from mgn_deploy.images import read_crop
+from mgn_deploy.listing import list_images
+from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
+
+BARE, EMBED, REFERENCE = "bare engine", "embed (files to store)", "PyTorch eager"
+
+
+@dataclass
+class Series:
+    """Rates of the counted runs in images/s; `ratio` is the median, over the turns, of this rate by the bare engine's."""
+
+    rates: list[float] = field(default_factory=list)
+    ratio: float = 1.0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rates)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    model: str
+    backend: str
+    batch: int
+    images: int
+    machine: str
+    series: dict[str, Series]
+
+    def to_dict(self) -> dict[str, Any]:
+        series = {
+            name: {"median": round(one.median, 3), "rates": [round(rate, 3) for rate in one.rates], "of_bare_engine": round(one.ratio, 4)}
+            for name, one in self.series.items()
+        }
+        return {
+            "model": self.model, "backend": self.backend, "batch": self.batch, "images": self.images, "machine": self.machine,
+            "images_per_second": series,
+        }
+
+
+def measure(
+    bundle: str | os.PathLike[str], images: str | os.PathLike[str] | None, backend: str = "auto", *, batch_size: int = 8,
+    count: int = 64, runs: int = 5, reference: bool = True, say: Callable[[str], None] = lambda sentence: None,
+) -> Throughput:
+    """Measure a bundle on `count` image files (drawn people without a folder), `runs` times each, in turns.
+
+    Raises:
+        UserError: no bundle, no such backend, or a folder with too few readable images for one batch.
+    """
+    embedder = Embedder.open(bundle, backend)
+    with tempfile.TemporaryDirectory(prefix="mgn-deploy-bench-") as scratch:
+        folder, crops = _prepare(Path(scratch), images, count, embedder)
+        # Whole batches only: `embed` fills up its last batch, and filling is not what is measured.
+        crops = crops[:len(crops) // batch_size * batch_size]
+        if not len(crops):
+            raise UserError(f"{len(crops)} readable images are fewer than a batch of {batch_size}: give more, or a smaller --batch")
+        tasks: dict[str, Callable[[], None]] = {
+            BARE: lambda: _run_bare(embedder.backend, crops, batch_size),
+            EMBED: lambda: _run_embed(folder, Path(scratch) / "store", embedder, batch_size),
+        }
+        if reference and embedder.backend.name != "torch":
+            original = Embedder.open(bundle, "torch", allow_unproven=True).backend
+            tasks[REFERENCE] = lambda: _run_bare(original, crops, batch_size)
+        series = {name: Series() for name in tasks}
+        for turn in range(runs + 1):
+            for name, task in tasks.items():
+                start = time.perf_counter()
+                task()
+                rate = len(crops) / (time.perf_counter() - start)
+                if turn:
+                    series[name].rates.append(rate)
+            say(f"turn {turn}/{runs}" + (": " + ", ".join(f"{n} {s.rates[-1]:.1f}" for n, s in series.items()) if turn else " (not counted)"))
+    for one in series.values():
+        one.ratio = statistics.median(rate / bare for rate, bare in zip(one.rates, series[BARE].rates, strict=True))
+    config = embedder.bundle.config
+    model = f"{config.backbone} MGN {config.height}x{config.width} {embedder.bundle.manifest.precision}"
+    machine = f"{cpu_name()}, {usable_cpus()} CPUs ({' '.join(cpu_features())}), {platform.system()} {platform.machine()}"
+    return Throughput(model, f"{embedder.backend.name} {embedder.backend.version}", batch_size, len(crops), machine, series)
+
+
+def _prepare(
+    scratch: Path, images: str | os.PathLike[str] | None, count: int, embedder: Embedder
+) -> tuple[Path, np.ndarray]:
+    """A folder of up to `count` image files that can be read, a multiple of nothing yet, and their crops."""
+    if images is None:
+        images = scratch / "drawn"
+        draw_market1501(images, train_identities=max(2, count // 8), test_identities=2)
+    chosen = scratch / "chosen"
+    chosen.mkdir()
+    crops: list[np.ndarray] = []
+    for file in list_images(images):
+        try:
+            crops.append(read_crop(file.path, embedder.height, embedder.width))
+        except UnreadableImage:
+            continue
+        shutil.copyfile(file.path, chosen / f"{len(crops):06d}{file.path.suffix}")
+        if len(crops) == count:
+            break
+    return chosen, np.array(crops)
+
+
+def _run_bare(backend: Backend, crops: np.ndarray, batch_size: int) -> None:
+    for at in range(0, len(crops), batch_size):
+        backend(crops[at:at + batch_size])
+
+
+def _run_embed(folder: Path, store: Path, embedder: Embedder, batch_size: int) -> None:
+    embed_folder(folder, store, embedder, batch_size=batch_size)
+    shutil.rmtree(store)

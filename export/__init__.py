@@ -1,0 +1,1 @@
+"""From weights to a bundle: the ONNX graph, and the proof that engines run the same model."""

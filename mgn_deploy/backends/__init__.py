@@ -1,0 +1,85 @@
+"""The engines that can run a bundle, one small file each.
+
+To add one: write `backends/NAME.py` with `missing()` and `open_engine(bundle)` as below, and put NAME into `ORDER`.
+Nothing else in the project knows an engine's name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Protocol
+
+import numpy as np
+
+from mgn_deploy.bundle import Bundle
+from mgn_deploy.errors import UserError
+
+# What `auto` tries, fastest first (measured: ARCHITECTURE.md).
+ORDER = ("openvino", "onnxruntime", "torch")
+
+
+class Backend(Protocol):
+    """A bundle opened by one engine. Calls are made from one thread at a time."""
+
+    name: str
+    version: str
+    device: str
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """uint8 RGB `[n, height, width, 3]`, C-contiguous -> float32 unit rows `[n, dim]`, a new array."""
+        ...
+
+
+class BackendModule(Protocol):
+    def missing(self) -> str | None:
+        """Why this backend cannot run here and what to install, or None. Imports the engine."""
+        ...
+
+    def open_engine(self, bundle: Bundle) -> Backend: ...
+
+
+def backend_module(name: str) -> BackendModule:
+    """The module of a backend by name.
+
+    Raises:
+        UserError: no such backend.
+    """
+    if name not in ORDER:
+        raise UserError(f"no backend {name!r}: choose auto, {', '.join(ORDER)}")
+    return import_module(f"mgn_deploy.backends.{name}")  # type: ignore[return-value]
+
+
+def open_backend(bundle: Bundle, name: str = "auto", *, allow_unproven: bool = False) -> Backend:
+    """Open a bundle with the named backend, or with the first of `ORDER` that is installed and proven.
+
+    Raises:
+        UserError: the backend is not installed, or the bundle has no passed proof for it and `allow_unproven` is False.
+    """
+    if name != "auto":
+        module = backend_module(name)
+        if not allow_unproven:
+            bundle.require_proof(name)
+        reason = module.missing()
+        if reason:
+            raise UserError(f"backend {name} cannot run here: {reason}")
+        return module.open_engine(bundle)
+    reasons = []
+    for candidate in ORDER:
+        try:
+            return open_backend(bundle, candidate, allow_unproven=allow_unproven)
+        except UserError as error:
+            reasons.append(f"{candidate}: {error}")
+    raise UserError(f"no backend can run {bundle.folder}. " + " | ".join(reasons))
+
+
+def import_problem(package: str, extra: str) -> str | None:
+    """Import a package; None, or the sentence that says why it cannot be and what to install."""
+    try:
+        import_module(package)
+    except ImportError as error:
+        if getattr(error, "name", None) == package:
+            return f"{package} is not installed (pip install 'mgn-deploy[{extra}]')"
+        return f"{package} is installed and cannot be imported ({error})"
+    except (OSError, RuntimeError) as error:  # broken shared libraries
+        return f"{package} is installed and cannot be loaded ({error})"
+    return None

@@ -1,0 +1,41 @@
+"""PyTorch eager: the reference that every other backend is measured against. Needs the bundle's reference weights."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mgn_deploy.backends import Backend, import_problem
+from mgn_deploy.bundle import REFERENCE, Bundle
+from mgn_deploy.errors import UserError
+
+
+def missing() -> str | None:
+    return import_problem("torch", "train") or import_problem("torchvision", "train") or import_problem("safetensors", "train")
+
+
+def open_engine(bundle: Bundle) -> Backend:
+    return TorchBackend(bundle)
+
+
+class TorchBackend:
+    name = "torch"
+
+    def __init__(self, bundle: Bundle) -> None:
+        import torch
+        from safetensors.torch import load
+
+        from mgn_deploy.train.model import MGN, Embedding
+
+        if REFERENCE not in bundle.manifest.files:
+            raise UserError(f"{bundle.folder} was exported with --no-reference: the torch backend needs the weights")
+        self.version = torch.__version__
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = MGN(bundle.config)
+        model.load_state_dict(load(bundle.read(REFERENCE)))
+        self._embedding = Embedding(model, bundle.manifest.flip).eval().to(self.device)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            return self._embedding(torch.from_numpy(images).to(self.device)).cpu().numpy()

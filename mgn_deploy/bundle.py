@@ -1,0 +1,177 @@
+"""The bundle: one folder that is all an edge box needs to run one model, with the proof that it is still that model.
+
+    BUNDLE/manifest.json            what the model is, its input, precision, the hash of every file, the proofs
+    BUNDLE/manifest.sha256          the manifest's own hash, as `sha256sum -c manifest.sha256` checks it
+    BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows
+    BUNDLE/reference.safetensors    the PyTorch weights (left out by --no-reference): torch backend, `validate`
+
+A file's bytes are compared with the manifest before any parser sees them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import atomic_file
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
+GRAPH = "graph.onnx"
+REFERENCE = "reference.safetensors"
+
+Precision = Literal["fp32"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class Proof(_Strict):
+    """How far one backend's embeddings of this bundle are from the PyTorch reference's, on the same pixels.
+
+    `top10_agreement` is the mean share of each image's ten nearest neighbours that the reference names too.
+    `other_images_cosine` is the reference's mean cosine between different images: the nearer to 1, the less a cosine
+    near 1 says. `batch_drift` is the largest change of a coordinate between a batch of one and a full batch.
+    """
+
+    images: int
+    image_source: str
+    drawn: bool
+    worst_cosine: float
+    mean_cosine: float
+    max_abs_error: float
+    top10_agreement: float
+    other_images_cosine: float
+    batch_drift: float
+    passed: bool
+    misses: list[str]
+    backend_version: str
+    machine: str
+    date: str
+
+
+class Manifest(_Strict):
+    schema_version: Literal[1] = 1
+    model: ModelConfig
+    flip: bool
+    precision: Precision
+    preprocessing: str
+    files: dict[str, FileEntry]
+    source_weights_sha256: str
+    tools: dict[str, str]
+    proofs: dict[str, Proof] = {}
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of what determines the embeddings: the same with and without reference weights, whatever was proven."""
+        content = self.model_dump(mode="json", include={"model", "flip", "precision", "preprocessing", "source_weights_sha256"})
+        content["graph"] = self.files[GRAPH].sha256
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `manifest` was checked against its hash; `read` checks each file."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Bundle:
+        """Read and check the manifest.
+
+        Raises:
+            UserError: no bundle there, a changed or unreadable manifest, or a schema later than this version reads.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a bundle: no such folder; `mgn-deploy export WEIGHTS -o {folder}` makes one")
+        try:
+            content = (folder / MANIFEST).read_bytes()
+            expected = (folder / MANIFEST_HASH).read_text(errors="replace").split()
+        except OSError as error:
+            raise UserError(f"{folder} is not a bundle: {Path(error.filename).name}: {error.strerror}") from None
+        if expected[:1] != [hashlib.sha256(content).hexdigest()]:
+            raise UserError(f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy or export the bundle anew")
+        return cls(folder, _parse_manifest(content, folder / MANIFEST))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one of the bundle's files, after comparing them with the manifest.
+
+        Raises:
+            UserError: the bundle has no such file, or its content is not the manifest's.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise UserError(f"{self.folder} was exported without {name}")
+        try:
+            content = (self.folder / name).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.folder / name}: {error.strerror}; copy or export the bundle anew") from None
+        if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise UserError(f"{self.folder / name} is not what was exported (its SHA-256 differs): copy or export the bundle anew")
+        return content
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.manifest.model
+
+    @cached_property
+    def id(self) -> str:
+        return self.manifest.id
+
+    def require_proof(self, backend: str) -> None:
+        """Raise UserError unless this backend's embeddings were proven equal to the reference's at export."""
+        proof = self.manifest.proofs.get(backend)
+        if proof is None:
+            proven = [name for name, other in self.manifest.proofs.items() if other.passed]
+            raise UserError(
+                f"{self.folder} has no proof for {backend} (proven: {', '.join(proven) or 'none'}): export it where {backend} "
+                "is installed, choose a proven --backend, or pass --allow-unproven"
+            )
+        if not proof.passed:
+            raise UserError(
+                f"{self.folder} is not proven for {backend} ({'; '.join(proof.misses)}): choose another --backend or "
+                "pass --allow-unproven"
+            )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest and, last, its hash."""
+    content = manifest.model_dump_json(indent=2).encode() + b"\n"
+    with atomic_file(folder / MANIFEST) as file:
+        file.write(content)
+    with atomic_file(folder / MANIFEST_HASH) as file:
+        file.write(f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode())
+
+
+def _parse_manifest(content: bytes, path: Path) -> Manifest:
+    try:
+        version = json.loads(content)["schema_version"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is not a manifest of mgn-deploy") from None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema {version!r} and this mgn-deploy reads schema {SCHEMA_VERSION}: upgrade mgn-deploy or export anew"
+        )
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -1,0 +1,39 @@
+"""The table of commands."""
+
+from __future__ import annotations
+
+import typer
+
+from mgn_deploy import __version__
+from mgn_deploy.cli import demo, doctor, embed, export, measure, search
+
+app = typer.Typer(
+    name="mgn-deploy",
+    help="Person re-identification with the Multiple Granularity Network: from PyTorch weights to a verified engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(demo.demo)
+app.command()(doctor.doctor)
+app.command()(export.init)
+app.command()(export.export)
+app.command()(embed.embed)
+app.command()(search.distmat)
+app.command()(search.search)
+app.command()(measure.validate)
+app.command()(measure.bench)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+) -> None:
+    pass

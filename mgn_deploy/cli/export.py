@@ -1,0 +1,84 @@
+"""`mgn-deploy init` and `mgn-deploy export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from mgn_deploy.cli.console import print_json, print_table, say
+from mgn_deploy.errors import GateFailed, UserError
+
+
+def init(
+    out: Path = typer.Option(..., "-o", "--out", help="The weights folder to write."),
+    backbone: str = typer.Option("resnet50", help="A torchvision ResNet."),
+    size: str = typer.Option("384x128", help="Input HEIGHTxWIDTH in pixels."),
+    branches: str = typer.Option("1,2,3", help="Stripes of each branch; 1 is the global branch."),
+    start: str = typer.Option("imagenet", "--init", help="imagenet (downloaded by torchvision), random, or the file of a ResNet's state dict."),
+    seed: int = typer.Option(0, help="Of the random weights."),
+) -> None:
+    """Write the weights of an untrained MGN."""
+    from pydantic import ValidationError
+
+    from mgn_deploy.config import ModelConfig
+
+    try:
+        height, width = (int(side) for side in size.lower().split("x"))
+        config = ModelConfig(
+            backbone=backbone, height=height, width=width, branches=tuple(int(stripes) for stripes in branches.split(","))
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except ValueError:
+        raise UserError(f"--size {size} --branches {branches}: sizes are like 384x128, branches like 1,2,3") from None
+
+    _require_training()
+    from mgn_deploy.train.weights import new_model, save_weights
+
+    save_weights(new_model(config, None if start == "random" else start, seed), out)
+    say(f"{out}: {backbone} MGN {config.branches} at {height}x{width}, {'random' if start == 'random' else start} weights, not trained")
+    print(out)
+
+
+def export(
+    weights: Path = typer.Argument(help="A weights folder: config.json and model.safetensors."),
+    out: Path = typer.Option(..., "-o", "--out", help="The bundle to write."),
+    flip: bool = typer.Option(True, help="Average the features of each image and its mirror, as in the paper."),
+    reference: bool = typer.Option(True, help="Put the PyTorch weights into the bundle, for --backend torch and validate."),
+    proof_images: Path | None = typer.Option(None, help="Folder of images to prove the engines on; drawn people without it."),
+    json: bool = typer.Option(False, "--json", help="Print the proofs as JSON."),
+) -> None:
+    """Export weights to a bundle (one ONNX graph) and prove every engine that is installed here against PyTorch."""
+    _require_training()
+    from mgn_deploy.export.exporter import export_bundle
+
+    bundle = export_bundle(weights, out, flip=flip, reference=reference, proof_images=proof_images, say=say)
+    proofs = bundle.manifest.proofs
+    if json:
+        print_json({"bundle": str(out), "id": bundle.id, "proofs": {name: proof.model_dump() for name, proof in proofs.items()}})
+    else:
+        one = next(iter(proofs.values()))
+        print_table(
+            ["backend", "worst cosine", "mean cosine", "max abs error", "top-10 agreement", "batch drift", "proven"],
+            [[name, f"{p.worst_cosine:.8f}", f"{p.mean_cosine:.8f}", f"{p.max_abs_error:.2e}", f"{p.top10_agreement:.4f}",
+              f"{p.batch_drift:.2e}", "yes" if p.passed else "NO"] for name, p in proofs.items()],
+            title=f"{out}: against PyTorch on {one.images} images of {one.image_source}"
+                  f" (mean cosine between different images {one.other_images_cosine:.3f})",
+        )
+        if one.drawn:
+            say("The proof is on drawn images: --proof-images DIR proves on yours.")
+    failed = {name: proof.misses for name, proof in proofs.items() if not proof.passed}
+    if failed:
+        raise GateFailed(f"{out} is not proven for " + "; ".join(f"{name} ({', '.join(misses)})" for name, misses in failed.items()))
+
+
+def _require_training() -> None:
+    """Raise UserError unless what `train/` and `export/` import is installed."""
+    from mgn_deploy.backends import import_problem
+
+    for package in ("torch", "torchvision", "safetensors", "onnx", "onnxscript"):
+        problem = import_problem(package, "train")
+        if problem:
+            raise UserError(f"this command needs PyTorch and the exporter's packages: {problem}")

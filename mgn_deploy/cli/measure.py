@@ -1,0 +1,84 @@
+"""`mgn-deploy validate` and `mgn-deploy bench`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import typer
+
+from mgn_deploy.cli.console import percent, print_json, print_table, progress, say
+from mgn_deploy.errors import GateFailed
+
+
+def validate(
+    data: str = typer.Option(..., help="market1501:DIR."),
+    bundle: Path = typer.Option(..., help="The bundle to validate."),
+    backend: str = typer.Option("auto", help="auto, openvino, onnxruntime or torch."),
+    tolerance: float = typer.Option(0.5, min=0, help="Largest allowed difference of rank-1 or mAP, in points."),
+    reference: bool = typer.Option(True, help="Also run the PyTorch reference; without it there is nothing to differ from."),
+    batch: int = typer.Option(8, min=1, max=4096, help="Images an engine call."),
+    allow_unproven: bool = typer.Option(False, help="Run an engine that the bundle has no passed proof for."),
+    json: bool = typer.Option(False, "--json", help="Print the result as JSON; fractions, not points."),
+) -> None:
+    """Rank-1/5/10, mAP and mINP by the Market-1501 protocol, beside the PyTorch reference's."""
+    from mgn_deploy.embedder import Embedder
+    from mgn_deploy.validate import KEYS, open_data
+    from mgn_deploy.validate import validate as run
+
+    images = open_data(data)
+    embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
+    original = Embedder.open(bundle, "torch", allow_unproven=True) if reference else None
+    say(f"{len(images.query)} queries, {len(images.gallery)} gallery images, {embedder.backend.name} on {embedder.backend.device}")
+    with ExitStack() as stack:
+        bars: dict[str, object] = {}
+
+        def update(label: str, done: int, total: int) -> None:
+            if label not in bars:
+                stack.close()  # the step before is over
+                bars[label] = stack.enter_context(progress(label))
+            bars[label](done, total)  # type: ignore[operator]
+
+        result = run(images, embedder, original, batch_size=batch, progress=update)
+    passed = result.worst() * 100 <= tolerance
+    if json:
+        print_json({**result.to_dict(), "tolerance_points": tolerance, "passed": passed if reference else None})
+    else:
+        measured, differences = result.measured.to_dict(), result.differences()
+        columns = ["", result.backend] + (["PyTorch", "difference"] if result.reference else [])
+        rows = []
+        for key in KEYS:
+            cells = [key, percent(measured[key])]
+            if result.reference:
+                cells += [percent(result.reference.to_dict()[key]), f"{100 * differences[key]:+.2f}"]
+            rows.append(cells)
+        print_table(columns, rows, title=f"{data}, {result.measured.queries} queries; percent")
+    if reference and not passed:
+        raise GateFailed(f"rank-1 or mAP differs by {100 * result.worst():.2f} points from the reference, more than {tolerance}")
+
+
+def bench(
+    bundle: Path = typer.Option(..., help="The bundle to measure."),
+    images: Path | None = typer.Option(None, help="Folder of images; drawn people without it."),
+    backend: str = typer.Option("auto", help="auto, openvino, onnxruntime or torch."),
+    batch: int = typer.Option(8, min=1, max=4096, help="Images an engine call."),
+    count: int = typer.Option(64, min=8, help="Images a run."),
+    runs: int = typer.Option(5, min=1, help="Counted runs of each, after one that is not."),
+    reference: bool = typer.Option(True, help="Also measure the PyTorch reference."),
+    json: bool = typer.Option(False, "--json", help="Print every run as JSON."),
+) -> None:
+    """Images a second: the bare engine, folder-to-store embedding, and the PyTorch reference, run in turns."""
+    from mgn_deploy.bench.throughput import measure
+
+    result = measure(bundle, images, backend, batch_size=batch, count=count, runs=runs, reference=reference, say=say)
+    if json:
+        print_json(result.to_dict())
+        return
+    rows = [
+        [name, f"{series.median:.2f}", f"{min(series.rates):.2f}", f"{max(series.rates):.2f}", f"{series.ratio:.3f}"]
+        for name, series in result.series.items()
+    ]
+    print_table(
+        ["images/s", "median", "least", "most", "of bare engine"], rows,
+        title=f"{result.model}, {result.backend}, batch {batch}, {result.machine}, {runs} runs of {count} images in turns",
+    )

@@ -1,0 +1,56 @@
+"""What an MGN is: the few numbers that training, export and every engine must agree on."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ModelConfig(BaseModel):
+    """Architecture and input of one MGN (Wang et al. 2018, sections 3.1 and 4.1; defaults are the paper's).
+
+    `branches` holds each branch's number of stripes: 1 is the global branch, N > 1 pools N stripes beside the whole map.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backbone: str = "resnet50"
+    branches: tuple[int, ...] = (1, 2, 3)
+    reduced_width: int = Field(256, ge=1, le=8192)
+    height: int = Field(384, ge=32, le=4096)
+    width: int = Field(128, ge=16, le=4096)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    num_classes: int = Field(0, ge=0)
+
+    @field_validator("branches")
+    @classmethod
+    def _branches(cls, branches: tuple[int, ...]) -> tuple[int, ...]:
+        if not branches or not all(1 <= stripes <= 8 for stripes in branches):
+            raise ValueError("branches needs one number of stripes (1 to 8) a branch, e.g. 1,2,3")
+        return branches
+
+    @property
+    def features_per_branch(self) -> tuple[int, ...]:
+        """Reduced features of each branch: the global one and, for N > 1, one a stripe."""
+        return tuple(1 if stripes == 1 else 1 + stripes for stripes in self.branches)
+
+    @property
+    def features(self) -> int:
+        return sum(self.features_per_branch)
+
+    @property
+    def dim(self) -> int:
+        """Width of the embedding: 8 x 256 = 2048 for the paper's MGN."""
+        return self.features * self.reduced_width
+
+
+def stripe_rows(height: int, stripes: int) -> list[tuple[int, int]]:
+    """First and past-the-last row of each horizontal stripe of a map of `height` rows.
+
+    The paper's maps divide evenly (24 rows by 2 and 3). Where they don't, stripe i covers rows floor(i*H/N) to
+    ceil((i+1)*H/N), so neighbours share a row: this is torch's adaptive pooling, which public MGNs use.
+    """
+    return [(i * height // stripes, -(-(i + 1) * height // stripes)) for i in range(stripes)]

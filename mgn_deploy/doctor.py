@@ -1,0 +1,73 @@
+"""What this machine can run, and what to install for the rest."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import mgn_deploy
+from mgn_deploy.backends import ORDER, backend_module, import_problem
+from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
+
+# What a command needs besides a backend: (command, packages, extra).
+_COMMANDS = (
+    ("init, export, demo", ("torch", "torchvision", "safetensors", "onnx", "onnxscript"), "train"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`problem` says why a part is not available and what to install; None where it is."""
+
+    part: str
+    version: str
+    problem: str | None
+
+
+def examine() -> list[Finding]:
+    """Every backend in the order of `auto`, then the commands that need more. Imports them all."""
+    findings = [Finding(f"backend {name}", _version(name), backend_module(name).missing()) for name in ORDER]
+    for commands, packages, extra in _COMMANDS:
+        problems = [problem for package in packages if (problem := import_problem(package, extra))]
+        findings.append(Finding(commands, _version(packages[0]), problems[0] if problems else None))
+    return findings
+
+
+def machine_facts() -> dict[str, Any]:
+    """The machine as far as it bears on inference."""
+    return {
+        "mgn-deploy": mgn_deploy.__version__,
+        "Python": platform.python_version(),
+        "system": platform.platform(),
+        "CPU": cpu_name(),
+        "CPUs": usable_cpus(),
+        "CPU features": cpu_features(),
+        "GPUs": nvidia_gpus(),
+    }
+
+
+def nvidia_gpus() -> list[str]:
+    """Name, compute capability, memory and driver of each NVIDIA GPU, as nvidia-smi tells; empty without one."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"nvidia-smi did not answer: {error}", file=sys.stderr)
+        return []
+    return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
+
+
+def _version(package: str) -> str:
+    for name in (package, f"{package}-gpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""

@@ -1,0 +1,111 @@
+"""Images in, embeddings out, in one call.
+
+>>> from mgn_deploy import Embedder
+>>> Embedder.open("bundle/").embed(["a.jpg", "b.jpg"]).shape     # doctest: +SKIP
+(2, 2048)
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from mgn_deploy.backends import Backend, open_backend
+from mgn_deploy.bundle import Bundle
+from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.images import read_crop
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+Progress = Callable[[int, int], None]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Embedder:
+    """A bundle opened by one backend. Not for use by several threads at once."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.height = bundle.config.height
+        self.width = bundle.config.width
+        self.dim = bundle.config.dim
+
+    @classmethod
+    def open(
+        cls, bundle: Bundle | str | os.PathLike[str], backend: str = "auto", *, allow_unproven: bool = False
+    ) -> Embedder:
+        """Open a bundle (a folder or a `Bundle`) with the named backend or, by default, the fastest that is proven.
+
+        Raises:
+            UserError: no bundle, changed files, no backend, no proof.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        return cls(opened, open_backend(opened, backend, allow_unproven=allow_unproven))
+
+    def embed(
+        self, images: Iterable[ImageLike] | np.ndarray, *, batch_size: int = 8, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Unit embeddings, float32 `[n, dim]`, in the order of the images.
+
+        Args:
+            images: paths, PIL images or uint8 RGB arrays `[h, w, 3]` of any size; or one array `[n, h, w, 3]`.
+            batch_size: images an engine call.
+            progress: called with (done, total) after each batch.
+
+        Raises:
+            UserError: an image cannot be read (the message names it), or an array is not uint8 RGB.
+        """
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            raise UserError("embed takes a list of images: put the one in [ ]")
+        sources = list(images)
+        embeddings = np.empty((len(sources), self.dim), np.float32)
+        done = 0
+        for batch in batched(in_order(self._read, sources), batch_size):
+            embeddings[done:done + len(batch)] = self.backend(np.stack(batch))
+            done += len(batch)
+            if progress:
+                progress(done, len(sources))
+        return embeddings
+
+    def _read(self, source: ImageLike) -> np.ndarray:
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+                raise UserError(f"an image array must be uint8 RGB [height, width, 3], not {source.dtype} {list(source.shape)}")
+            source = Image.fromarray(source)
+        elif isinstance(source, Image.Image):
+            source = source.convert("RGB")
+        try:
+            return read_crop(source, self.height, self.width)
+        except UnreadableImage as error:
+            raise UserError(f"{os.fspath(source)!r} cannot be embedded: {error}") from error  # type: ignore[arg-type]
+
+
+def in_order(function: Callable[[T], R], items: Sequence[T], ahead: int = 64) -> Iterator[R]:
+    """`map` on a few threads, at most `ahead` results waiting, so that decoding overlaps inference in bounded memory."""
+    workers = min(8, (os.cpu_count() or 1) + 1)
+    remaining = iter(items)
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        waiting = deque[Future[R]](pool.submit(function, item) for item in islice(remaining, ahead))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter (itertools.batched of Python 3.12)."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,19 @@
+"""The errors that a user may meet. The CLI prints their sentence and exits with `exit_code`; it shows no traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message is one sentence: what is wrong, where, how to fix it."""
+
+    exit_code = 2
+
+
+class GateFailed(Exception):
+    """The work was done, but a measured figure is below its floor (a proof, a tolerance)."""
+
+    exit_code = 1
+
+
+class UnreadableImage(Exception):
+    """One image that cannot be turned into pixels. The message is the reason, without the path: the caller has it."""

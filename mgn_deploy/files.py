@@ -1,0 +1,102 @@
+"""Writing to disk so that what stands under its final name is whole, and hashing what is read."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mgn_deploy.errors import UserError
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's content, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that gets its name only once its whole content is on disk.
+
+    Raises:
+        UserError: the place is not writable or the disk is full; nothing is left behind.
+    """
+    with _explained(path):
+        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".mgn-", suffix=".tmp", delete=False)  # noqa: SIM115
+        try:
+            with file:
+                yield file  # type: ignore[misc]
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_umask())
+            os.replace(file.name, path)
+            sync_folder(path.parent)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
+    """A folder that gets its name only once it is whole. An earlier folder there is replaced if it holds `marker`.
+
+    Raises:
+        UserError: the path is something else than such a folder, is not writable, or the disk is full.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is nothing that this command wrote (no {marker}): choose another place")
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=path.parent, prefix=".mgn-", suffix=".tmp"))
+        try:
+            yield new
+            for file in new.rglob("*"):
+                sync_folder(file)
+            os.chmod(new, 0o777 & ~_umask())
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=".mgn-", suffix=".old"))
+                os.replace(path, old)
+                os.replace(new, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(new, path)
+            sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a file or folder by name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"{path}: the disk is full ({error.strerror}); free some space and run the same command again") from error
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,57 @@
+"""The paper's two losses and where they go (section 3.2).
+
+Softmax: the pooled globals before reduction and the stripe features after it. Batch-hard triplet: the reduced globals.
+Never both on one feature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mgn_deploy.train.model import MGNOutput
+
+MARGIN = 1.2
+
+
+def batch_hard_triplet(features: Tensor, identities: Tensor, margin: float = MARGIN) -> Tensor:
+    """Mean over the batch of max(0, margin + farthest same identity - nearest other identity), Euclidean.
+
+    Equation 2 of the paper (after Hermans et al. 2017); its leading minus sign is a slip: the hinge is minimised.
+
+    Args:
+        features: float `[n, d]`.
+        identities: integer `[n]`.
+        margin: in the features' unit.
+
+    Raises:
+        ValueError: the batch holds a single identity, so that no triplet exists.
+    """
+    same = identities[:, None] == identities[None, :]
+    if bool(same.all()):
+        raise ValueError("the batch holds one identity: a triplet needs images of at least two")
+    distances = pairwise_distances(features)
+    farthest_same = distances.masked_fill(~same, -torch.inf).amax(dim=1)
+    nearest_other = distances.masked_fill(same, torch.inf).amin(dim=1)
+    return F.relu(margin + farthest_same - nearest_other).mean()
+
+
+def pairwise_distances(features: Tensor) -> Tensor:
+    """Euclidean distances `[n, n]` of the rows, in float32 or wider, with a finite gradient at zero."""
+    features = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+    squares = features.square().sum(dim=1)
+    squared = squares[:, None] + squares[None, :] - 2 * features @ features.T
+    return squared.clamp(min=1e-12).sqrt()
+
+
+def mgn_loss(output: MGNOutput, identities: Tensor, margin: float = MARGIN) -> tuple[Tensor, dict[str, float]]:
+    """The sum of the means of the softmax losses and of the triplet losses, and each mean by name.
+
+    Args:
+        output: of the model in training mode, with classifiers.
+        identities: class indices `[n]`.
+    """
+    softmax = torch.stack([F.cross_entropy(logits.float(), identities) for logits in output.logits]).mean()
+    triplet = torch.stack([batch_hard_triplet(feature, identities, margin) for feature in output.globals]).mean()
+    return softmax + triplet, {"softmax": softmax.item(), "triplet": triplet.item()}

@@ -1,0 +1,195 @@
+"""The Multiple Granularity Network (Wang et al., "Learning Discriminative Features with Multiple Granularities for
+Person Re-Identification", ACM MM 2018), sections 3.1 and 4.1, Table 1.
+
+    image -> stem, layer1, layer2, layer3[0] -+-> layer3[1:], layer4 (stride 2) -> whole map             Global
+                                              +-> layer3[1:], layer4 (stride 1) -> whole map + 2 stripes Part-2
+                                              +-> layer3[1:], layer4 (stride 1) -> whole map + 3 stripes Part-3
+    each pooled vector -> its own 1x1 conv, batch norm, ReLU -> concatenated in the order of the branches, global first
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from mgn_deploy.config import ModelConfig, stripe_rows
+from mgn_deploy.errors import UserError
+
+
+@dataclass
+class MGNOutput:
+    """What the losses take (section 3.2).
+
+    `pooled_globals`: z_g of each branch, before reduction, `[n, C]` each: softmax loss.
+    `globals`: f_g of each branch, reduced, `[n, reduced_width]` each: triplet loss.
+    `stripes`: f_p of every stripe, reduced, `[n, reduced_width]` each: softmax loss.
+    `logits`: of the classifiers over `pooled_globals`, then over `stripes`, `[n, num_classes]` each; empty without classes.
+    """
+
+    pooled_globals: list[Tensor]
+    globals: list[Tensor]
+    stripes: list[Tensor]
+    logits: list[Tensor]
+
+
+class Reduction(nn.Sequential):
+    """1x1 convolution without bias, batch norm, ReLU: `[n, C, 1, 1]` -> `[n, reduced_width, 1, 1]`."""
+
+    def __init__(self, channels: int, reduced_width: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, reduced_width, 1, bias=False), nn.BatchNorm2d(reduced_width), nn.ReLU()
+        )
+        nn.init.kaiming_normal_(self[0].weight, mode="fan_in", nonlinearity="relu")
+
+
+class Branch(nn.Module):
+    """One branch after the shared trunk: its own layer3[1:] and layer4, and a reduction for every pooled vector."""
+
+    def __init__(self, resnet: nn.Module, stripes: int, reduced_width: int) -> None:
+        super().__init__()
+        self.stripes = stripes
+        self.layer3 = copy.deepcopy(resnet.layer3[1:])
+        self.layer4 = copy.deepcopy(resnet.layer4)
+        if stripes > 1:
+            _remove_stride(self.layer4[0])
+        channels = feature_channels(resnet)
+        self.reductions = nn.ModuleList(
+            Reduction(channels, reduced_width) for _ in range(1 if stripes == 1 else 1 + stripes)
+        )
+
+    def feature_map(self, shared: Tensor) -> Tensor:
+        """`[n, C3, h, w]` -> `[n, C4, h/2, w/2]` for the global branch, `[n, C4, h, w]` for the others."""
+        return self.layer4(self.layer3(shared))
+
+    def pool(self, feature_map: Tensor) -> list[Tensor]:
+        """Maximum over the whole map, then over each stripe: `[n, C, 1, 1]` each."""
+        pooled = [feature_map.amax((2, 3), keepdim=True)]
+        if self.stripes > 1:
+            pooled += [
+                feature_map[:, :, first:last].amax((2, 3), keepdim=True)
+                for first, last in stripe_rows(feature_map.shape[2], self.stripes)
+            ]
+        return pooled
+
+    def reduce(self, pooled: list[Tensor]) -> list[Tensor]:
+        """One reduced vector `[n, reduced_width]` for each pooled one."""
+        return [reduction(vector).flatten(1) for reduction, vector in zip(self.reductions, pooled, strict=True)]
+
+
+class MGN(nn.Module):
+    """Normalised RGB float `[n, 3, height, width]` -> the embedding `[n, dim]` in eval mode, `MGNOutput` in training.
+
+    Args:
+        config: which ResNet, which branches, how wide.
+        resnet: a torchvision ResNet whose weights the trunk and every branch start from; random weights without it.
+    """
+
+    def __init__(self, config: ModelConfig, resnet: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        resnet = build_resnet(config.backbone) if resnet is None else resnet
+        self.trunk = nn.Sequential(
+            resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2, resnet.layer3[0]
+        )
+        self.branches = nn.ModuleList(Branch(resnet, stripes, config.reduced_width) for stripes in config.branches)
+        channels = feature_channels(resnet)
+        parts = sum(stripes for stripes in config.branches if stripes > 1)
+        widths = [channels] * len(config.branches) + [config.reduced_width] * parts
+        self.classifiers = nn.ModuleList(nn.Linear(width, config.num_classes) for width in widths if config.num_classes)
+        for classifier in self.classifiers:
+            nn.init.normal_(classifier.weight, std=0.001)
+            nn.init.zeros_(classifier.bias)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """The last map of each branch: `[n, C, 12, 4]`, `[n, C, 24, 8]`, `[n, C, 24, 8]` for the paper's MGN."""
+        shared = self.trunk(images)
+        return [branch.feature_map(shared) for branch in self.branches]
+
+    def forward(self, images: Tensor) -> Tensor | MGNOutput:
+        pooled = [branch.pool(map_) for branch, map_ in zip(self.branches, self.feature_maps(images), strict=True)]
+        reduced = [branch.reduce(vectors) for branch, vectors in zip(self.branches, pooled, strict=True)]
+        if not self.training:
+            return torch.cat([vector for branch in reduced for vector in branch], dim=1)
+        pooled_globals = [branch[0].flatten(1) for branch in pooled]
+        stripes = [vector for branch in reduced for vector in branch[1:]]
+        logits = [
+            classifier(vector)
+            for classifier, vector in zip(self.classifiers, pooled_globals + stripes, strict=False)
+        ]
+        return MGNOutput(pooled_globals, [branch[0] for branch in reduced], stripes, logits)
+
+
+class Embedding(nn.Module):
+    """What every engine must compute, in PyTorch: uint8 RGB `[n, height, width, 3]` -> unit float32 rows `[n, dim]`.
+
+    Scales and normalises, averages the features of each image and of its mirror (section 4.1; `flip=False` leaves it
+    out), and divides by the L2 norm.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: MGN, flip: bool = True) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.flip = flip
+        self.register_buffer("mean", torch.tensor(model.config.mean).view(1, 3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(model.config.std).view(1, 3, 1, 1) * 255)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 `[n, h, w, 3]` -> float32 `[n, 3, h, w]`; with the mirror average `[2n, 3, h, w]`, mirrors last."""
+        pixels = (images.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
+        return torch.cat([pixels, pixels.flip(3)]) if self.flip else pixels
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.model(self.normalise(images))
+        if self.flip:
+            features = (features[: len(images)] + features[len(images):]) / 2
+        return nn.functional.normalize(features.float(), dim=1)
+
+
+def build_resnet(name: str) -> nn.Module:
+    """A torchvision ResNet with random weights.
+
+    Raises:
+        UserError: torchvision has no ResNet of that name.
+    """
+    if not name.startswith(("resnet", "resnext", "wide_resnet")) or name not in torchvision.models.list_models():
+        known = [model for model in torchvision.models.list_models(torchvision.models) if "resne" in model]
+        raise UserError(f"backbone {name!r} is none of torchvision's ResNets: choose one of {', '.join(known)}")
+    return torchvision.models.get_model(name, weights=None)
+
+
+def feature_channels(resnet: nn.Module) -> int:
+    """Channels of the last map: 2048 for ResNet-50, 512 for ResNet-18."""
+    return resnet.fc.in_features
+
+
+def count_parameters(model: MGN) -> int:
+    """Trainable parameters without the classifiers, which only training uses (68.8 million for the paper's MGN)."""
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    return everything - sum(parameter.numel() for parameter in model.classifiers.parameters())
+
+
+def _remove_stride(block: nn.Module) -> None:
+    """Stride 1 in a residual block: in whichever convolution strides, and in the downsample."""
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+
+
+def fold_batch_norms(model: MGN) -> MGN:
+    """A copy in eval mode whose batch norms are folded into the convolutions before them (Identity in their place)."""
+    folded = copy.deepcopy(model).eval()
+    for module in folded.modules():
+        children = list(module.named_children())
+        for (conv_name, conv), (norm_name, norm) in pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, conv_name, nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+    return folded

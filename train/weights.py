@@ -1,0 +1,134 @@
+"""Weights on disk: a folder of `config.json` (what the model is) and `model.safetensors` (its tensors). No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import atomic_folder, sha256_file
+from mgn_deploy.train.model import MGN, build_resnet
+
+CONFIG = "config.json"
+TENSORS = "model.safetensors"
+
+
+def save_weights(model: MGN, folder: str | os.PathLike[str]) -> None:
+    """Write the model's config and tensors; the folder appears whole or not at all, replacing an earlier one."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_folder(Path(folder), marker=TENSORS) as new:
+        save_file(tensors, new / TENSORS)
+        (new / CONFIG).write_text(model.config.model_dump_json(indent=2) + "\n")
+
+
+def load_weights(folder: str | os.PathLike[str]) -> MGN:
+    """The model of a weights folder, in eval mode, on the CPU.
+
+    Raises:
+        UserError: not a weights folder, an unknown key in the config, or tensors that are not this model's.
+    """
+    folder = Path(folder)
+    if not (folder / TENSORS).is_file() or not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} is not a weights folder: it needs {CONFIG} and {TENSORS}, as `mgn-deploy init` and `demo` write them"
+        )
+    try:
+        config = ModelConfig.model_validate_json((folder / CONFIG).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{folder / CONFIG}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from None
+    try:
+        tensors = load_file(folder / TENSORS)
+    except SafetensorError as error:
+        raise UserError(f"{folder / TENSORS} is not a whole safetensors file ({error}): copy it anew") from None
+    model = MGN(config)
+    problem = _first_difference(model, tensors)
+    if problem:
+        raise UserError(f"{folder / TENSORS} does not fit its {CONFIG}: {problem}")
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def weights_hash(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 over the hashes of the config and the tensors of a weights folder."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, TENSORS):
+        digest.update(f"{name} {sha256_file(Path(folder) / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def new_model(config: ModelConfig, init: str | os.PathLike[str] | None = None, seed: int = 0) -> MGN:
+    """An untrained MGN: random weights, or a ResNet's ImageNet weights copied to the trunk and every branch.
+
+    Args:
+        config: the model.
+        init: None for random weights; "imagenet" for torchvision's default weights (downloaded once, by torchvision); or
+            a local `.pth` / `.safetensors` file of a torchvision ResNet's state dict.
+        seed: of the random weights (of the reductions and classifiers in any case).
+
+    Raises:
+        UserError: the weights can be neither downloaded nor read, or are another network's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        resnet = build_resnet(config.backbone)
+        if init is not None:
+            _load_resnet(resnet, config.backbone, init)
+        return MGN(config, resnet)
+
+
+def _load_resnet(resnet: nn.Module, backbone: str, init: str | os.PathLike[str]) -> None:
+    state = _download_imagenet(backbone) if str(init) == "imagenet" else _read_state_dict(Path(init))
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    own = {name: tensor for name, tensor in resnet.state_dict().items() if not name.startswith("fc.")}
+    wrong = sorted(name for name in own.keys() ^ state.keys() if not name.endswith("num_batches_tracked"))
+    wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if wrong:
+        raise UserError(f"{init}: not the state dict of torchvision's {backbone} ({len(wrong)} tensors differ, first {wrong[0]!r})")
+    resnet.load_state_dict(state, strict=False)
+
+
+def _download_imagenet(backbone: str) -> dict[str, torch.Tensor]:
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(backbone).DEFAULT
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:  # URLError is one
+        raise UserError(
+            f"torchvision's ImageNet weights of {backbone} cannot be downloaded ({error}): fetch {weights.url} elsewhere "
+            "and give the file with --init FILE, or start from random weights with --init random"
+        ) from None
+
+
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --init takes random, imagenet or the file of a torchvision ResNet's state dict")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a foreign file; the reason goes into the sentence
+        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}); it must hold tensors only") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} is not a state dict (a mapping from names to tensors)")
+    return state
+
+
+def _first_difference(model: MGN, tensors: dict[str, torch.Tensor]) -> str | None:
+    own = model.state_dict()
+    for name in own:
+        if name not in tensors:
+            return f"tensor {name!r} is missing"
+        if own[name].shape != tensors[name].shape:
+            return f"tensor {name!r} has shape {list(tensors[name].shape)}, the model needs {list(own[name].shape)}"
+    extra = sorted(tensors.keys() - own.keys())
+    return f"tensor {extra[0]!r} is not the model's" if extra else None
