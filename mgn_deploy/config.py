@@ -11,12 +11,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class ModelConfig(BaseModel):
     """Architecture and input of one MGN (Wang et al. 2018, sections 3.1 and 4.1; defaults are the paper's).
 
-    `branches` holds each branch's number of stripes: 1 is the global branch, N > 1 pools N stripes beside the whole map.
+    `backbone` is a torchvision ResNet; `base_width` is the channels of its stem, 64 as published, fewer for a network that a
+    CPU trains in minutes. `branches` holds each branch's number of stripes: 1 is the global branch, N > 1 pools N stripes
+    beside the whole map.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     backbone: str = "resnet50"
+    base_width: int = Field(64, ge=8, le=256, multiple_of=8)
     branches: tuple[int, ...] = (1, 2, 3)
     reduced_width: int = Field(256, ge=1, le=8192)
     height: int = Field(384, ge=32, le=4096)

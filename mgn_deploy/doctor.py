@@ -14,10 +14,8 @@ import mgn_deploy
 from mgn_deploy.backends import ORDER, backend_module, import_problem
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 
-# What a command needs besides a backend: (command, packages, extra).
-_COMMANDS = (
-    ("init, export, demo", ("torch", "torchvision", "safetensors", "onnx", "onnxscript"), "train"),
-)
+# What init, export and demo need besides a backend: the extra `train`.
+TRAINING_PACKAGES = ("torch", "torchvision", "safetensors", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,10 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Every backend in the order of `auto`, then the commands that need more. Imports them all."""
+    """Every backend in the order of `auto`, then the commands that need PyTorch and the exporter. Imports them all."""
     findings = [Finding(f"backend {name}", _version(name), backend_module(name).missing()) for name in ORDER]
-    for commands, packages, extra in _COMMANDS:
-        problems = [problem for package in packages if (problem := import_problem(package, extra))]
-        findings.append(Finding(commands, _version(packages[0]), problems[0] if problems else None))
+    problems = [problem for package in TRAINING_PACKAGES if (problem := import_problem(package, "train"))]
+    findings.append(Finding("init, export, demo", _version("torch"), problems[0] if problems else None))
     return findings
 
 

@@ -182,6 +182,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, pla
 
 
 def test_a_disk_that_is_too_small_is_told_with_both_sizes_before_the_work(small_disk, monkeypatch):
+    monkeypatch.setattr("mgn_deploy.distance.TILE_BYTES", 20_000)
     monkeypatch.delattr(os, "posix_fallocate")
     rows = unit_rows(600, 4, 0)
     sizes = rf"{128 + 4 * 600 * 600} bytes are needed and \d+ are free"

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from mgn_deploy.config import ModelConfig, stripe_rows
 from mgn_deploy.errors import UserError
 
+PUBLISHED_WIDTH = 64
+
 
 @dataclass
 class MGNOutput:
@@ -92,7 +94,7 @@ class MGN(nn.Module):
     def __init__(self, config: ModelConfig, resnet: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
-        resnet = build_resnet(config.backbone) if resnet is None else resnet
+        resnet = build_resnet(config.backbone, config.base_width) if resnet is None else resnet
         self.trunk = nn.Sequential(
             resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2, resnet.layer3[0]
         )
@@ -153,8 +155,8 @@ class Embedding(nn.Module):
         return nn.functional.normalize(features.float(), dim=1)
 
 
-def build_resnet(name: str) -> nn.Module:
-    """A torchvision ResNet with random weights.
+def build_resnet(name: str, base_width: int = PUBLISHED_WIDTH) -> nn.Module:
+    """A torchvision ResNet with random weights; another `base_width` than 64 scales the channels of every stage.
 
     Raises:
         UserError: torchvision has no ResNet of that name.
@@ -162,7 +164,8 @@ def build_resnet(name: str) -> nn.Module:
     if not name.startswith(("resnet", "resnext", "wide_resnet")) or name not in torchvision.models.list_models():
         known = [model for model in torchvision.models.list_models(torchvision.models) if "resne" in model]
         raise UserError(f"backbone {name!r} is none of torchvision's ResNets: choose one of {', '.join(known)}")
-    return torchvision.models.get_model(name, weights=None)
+    resnet = torchvision.models.get_model(name, weights=None)
+    return resnet if base_width == PUBLISHED_WIDTH else _scale_width(resnet, base_width)
 
 
 def feature_channels(resnet: nn.Module) -> int:
@@ -174,6 +177,23 @@ def count_parameters(model: MGN) -> int:
     """Trainable parameters without the classifiers, which only training uses (68.8 million for the paper's MGN)."""
     everything = sum(parameter.numel() for parameter in model.parameters())
     return everything - sum(parameter.numel() for parameter in model.classifiers.parameters())
+
+
+def _scale_width(resnet: nn.Module, base_width: int) -> nn.Module:
+    """The same ResNet with every stage's channels scaled by base_width / 64, initialised as torchvision does."""
+    block = type(resnet.layer1[0])
+    resnet.inplanes = base_width
+    resnet.conv1 = nn.Conv2d(3, base_width, 7, stride=2, padding=3, bias=False)
+    resnet.bn1 = nn.BatchNorm2d(base_width)
+    for stage in range(4):
+        name = f"layer{stage + 1}"
+        blocks = len(getattr(resnet, name))
+        setattr(resnet, name, resnet._make_layer(block, base_width << stage, blocks, stride=1 if stage == 0 else 2))
+    resnet.fc = nn.Linear((base_width << 3) * block.expansion, 1000)
+    for module in resnet.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return resnet
 
 
 def _remove_stride(block: nn.Module) -> None:

@@ -35,6 +35,7 @@ class Step:
     """Of one batch: how far the run is (0 to 1), the losses, images/s since the start."""
 
     epoch: int
+    last_of_epoch: bool
     done: float
     loss: float
     softmax: float
@@ -60,7 +61,7 @@ def fit(model: MGN, data: TrainingSet, schedule: Schedule, on_step: Callable[[St
     start = time.monotonic()
     steps = images = 0
     for epoch in range(schedule.epochs):
-        for indices in sampler.epoch(rng):
+        for number, indices in enumerate(sampler.epoch(rng)):
             done = max((time.monotonic() - start) / schedule.seconds, steps / (schedule.epochs * len(sampler)))
             if done >= 1:
                 model.eval()
@@ -78,7 +79,7 @@ def fit(model: MGN, data: TrainingSet, schedule: Schedule, on_step: Callable[[St
             loss.backward()
             optimizer.step()
             steps, images = steps + 1, images + len(indices)
-            on_step(Step(epoch, done, loss.item(), parts["softmax"], parts["triplet"], images / (time.monotonic() - start)))
+            on_step(Step(epoch, number == len(sampler) - 1, done, loss.item(), parts["softmax"], parts["triplet"], images / (time.monotonic() - start)))
     model.eval()
 
 

@@ -79,7 +79,7 @@ def new_model(config: ModelConfig, init: str | os.PathLike[str] | None = None, s
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        resnet = build_resnet(config.backbone)
+        resnet = build_resnet(config.backbone, config.base_width)
         if init is not None:
             _load_resnet(resnet, config.backbone, init)
         return MGN(config, resnet)

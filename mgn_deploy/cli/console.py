@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+
+from mgn_deploy.errors import UserError
 
 LOG_SECONDS = 10  # between lines of progress where stderr is no terminal
 
@@ -83,6 +84,12 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
 
 
-def flatten(mapping: Mapping[str, Any]) -> str:
-    """`{"a": 1}` -> `a=1`, for one-line summaries."""
-    return ", ".join(f"{key}={value}" for key, value in mapping.items())
+def require_training() -> None:
+    """Raise UserError unless what `train/` and `export/` import is installed."""
+    from mgn_deploy.backends import import_problem
+    from mgn_deploy.doctor import TRAINING_PACKAGES
+
+    for package in TRAINING_PACKAGES:
+        problem = import_problem(package, "train")
+        if problem:
+            raise UserError(f"this command needs PyTorch and the exporter's packages: {problem}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from mgn_deploy.cli.console import print_json, print_table, say
+from mgn_deploy.cli.console import print_json, print_table, require_training, say
 from mgn_deploy.errors import GateFailed, UserError
 
 
@@ -34,7 +34,7 @@ def init(
     except ValueError:
         raise UserError(f"--size {size} --branches {branches}: sizes are like 384x128, branches like 1,2,3") from None
 
-    _require_training()
+    require_training()
     from mgn_deploy.train.weights import new_model, save_weights
 
     save_weights(new_model(config, None if start == "random" else start, seed), out)
@@ -51,7 +51,7 @@ def export(
     json: bool = typer.Option(False, "--json", help="Print the proofs as JSON."),
 ) -> None:
     """Export weights to a bundle (one ONNX graph) and prove every engine that is installed here against PyTorch."""
-    _require_training()
+    require_training()
     from mgn_deploy.export.exporter import export_bundle
 
     bundle = export_bundle(weights, out, flip=flip, reference=reference, proof_images=proof_images, say=say)
@@ -72,13 +72,3 @@ def export(
     failed = {name: proof.misses for name, proof in proofs.items() if not proof.passed}
     if failed:
         raise GateFailed(f"{out} is not proven for " + "; ".join(f"{name} ({', '.join(misses)})" for name, misses in failed.items()))
-
-
-def _require_training() -> None:
-    """Raise UserError unless what `train/` and `export/` import is installed."""
-    from mgn_deploy.backends import import_problem
-
-    for package in ("torch", "torchvision", "safetensors", "onnx", "onnxscript"):
-        problem = import_problem(package, "train")
-        if problem:
-            raise UserError(f"this command needs PyTorch and the exporter's packages: {problem}")

@@ -1,0 +1,39 @@
+# Works from nothing but Python (3.10 to 3.13) with venv and pip. `make demo PYTHON=python3.12` picks another Python.
+PYTHON ?= python3
+VENV ?= .venv
+
+.PHONY: demo test check wheel clean
+
+demo: $(VENV)/installed-all-cpu
+	@echo "== mgn-deploy demo: draw people, train, export, prove, embed, validate (about 3 minutes)"
+	$(VENV)/bin/mgn-deploy demo
+
+test: $(VENV)/installed-dev
+	@echo "== the test suite"
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/installed-dev
+	@echo "== style and types"
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+wheel: $(VENV)/installed-dev
+	@echo "== a wheel in dist/"
+	$(VENV)/bin/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist mgn-demo *.egg-info
+
+$(VENV)/bin/python:
+	@echo "== making a virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-all-cpu: pyproject.toml | $(VENV)/bin/python
+	@echo "== installing mgn-deploy and its engines (PyTorch is 5 GB: a few minutes)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[all-cpu]'
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	@echo "== installing mgn-deploy, its engines and the test tools (PyTorch is 5 GB: a few minutes)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[all-cpu,dev]'
+	@touch $@ $(VENV)/installed-all-cpu

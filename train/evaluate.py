@@ -1,0 +1,35 @@
+"""A model's accuracy by the Market-1501 protocol, straight from PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mgn_deploy.embedder import batched, in_order
+from mgn_deploy.images import read_crop
+from mgn_deploy.market1501 import LabelledImage, Market1501
+from mgn_deploy.ranking import RankingMetrics, evaluate_embeddings
+from mgn_deploy.train.model import MGN, Embedding
+
+
+def evaluate_model(model: MGN, data: Market1501, *, flip: bool = True, batch_size: int = 64) -> RankingMetrics:
+    """Embed query and gallery on the device where the model is, and rank. Leaves the model in the mode it was in."""
+    training = model.training
+    device = next(model.parameters()).device
+    embedding = Embedding(model, flip).to(device)
+
+    def embed(images: Sequence[LabelledImage]) -> np.ndarray:
+        crops = in_order(lambda image: read_crop(image.path, model.config.height, model.config.width), images)
+        with torch.inference_mode():
+            rows = [embedding(torch.from_numpy(np.stack(batch)).to(device)).cpu() for batch in batched(crops, batch_size)]
+        return torch.cat(rows).numpy()
+
+    metrics = evaluate_embeddings(
+        embed(data.query), embed(data.gallery),
+        [image.identity for image in data.query], [image.camera for image in data.query],
+        [image.identity for image in data.gallery], [image.camera for image in data.gallery],
+    )
+    model.train(training)
+    return metrics
