@@ -73,11 +73,7 @@ def measure(
     """
     embedder = Embedder.open(bundle, backend)
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-bench-") as scratch:
-        folder, crops = _prepare(Path(scratch), images, count, embedder)
-        # Whole batches only: `embed` fills up its last batch, and filling is not what is measured.
-        crops = crops[:len(crops) // batch_size * batch_size]
-        if not len(crops):
-            raise UserError(f"{len(crops)} readable images are fewer than a batch of {batch_size}: give more, or a smaller --batch")
+        folder, crops = _prepare(Path(scratch), images, count, batch_size, embedder)
         tasks: dict[str, Callable[[], None]] = {
             BARE: lambda: _run_bare(embedder.backend, crops, batch_size),
             EMBED: lambda: _run_embed(folder, Path(scratch) / "store", embedder, batch_size),
@@ -103,24 +99,31 @@ def measure(
 
 
 def _prepare(
-    scratch: Path, images: str | os.PathLike[str] | None, count: int, embedder: Embedder
+    scratch: Path, images: str | os.PathLike[str] | None, count: int, batch_size: int, embedder: Embedder
 ) -> tuple[Path, np.ndarray]:
-    """A folder of up to `count` image files that can be read, a multiple of nothing yet, and their crops."""
+    """A folder of up to `count` image files that can be read, and their crops.
+
+    Whole batches only: `embed` fills up its last batch, and filling is not what is measured.
+    """
     if images is None:
         images = scratch / "drawn"
         draw_market1501(images, train_identities=max(2, count // 8), test_identities=2)
     chosen = scratch / "chosen"
     chosen.mkdir()
-    crops: list[np.ndarray] = []
+    readable: list[tuple[Path, np.ndarray]] = []
     for file in list_images(images):
+        if len(readable) == count:
+            break
         try:
-            crops.append(read_crop(file.path, embedder.height, embedder.width))
+            readable.append((file.path, read_crop(file.path, embedder.height, embedder.width)))
         except UnreadableImage:
             continue
-        shutil.copyfile(file.path, chosen / f"{len(crops):06d}{file.path.suffix}")
-        if len(crops) == count:
-            break
-    return chosen, np.array(crops)
+    whole = len(readable) // batch_size * batch_size
+    if not whole:
+        raise UserError(f"{len(readable)} readable images are fewer than a batch of {batch_size}: give more, or a smaller --batch")
+    for number, (path, _) in enumerate(readable[:whole]):
+        shutil.copyfile(path, chosen / f"{number:06d}{path.suffix}")
+    return chosen, np.stack([crop for _, crop in readable[:whole]])
 
 
 def _run_bare(backend: Backend, crops: np.ndarray, batch_size: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 import mgn_deploy
 from mgn_deploy.backends import ORDER, backend_module
-from mgn_deploy.bundle import GRAPH, MANIFEST, REFERENCE, Bundle, FileEntry, Manifest, Proof, write_manifest
+from mgn_deploy.bundle import GRAPH, MANIFEST_HASH, REFERENCE, Bundle, FileEntry, Manifest, Proof, write_manifest
 from mgn_deploy.drawn import draw_people
 from mgn_deploy.errors import UserError
 from mgn_deploy.export.graph import build_graph
@@ -47,15 +47,16 @@ def export_bundle(
         say: called with each step's sentence.
 
     Raises:
-        UserError: no weights, no images, no CPU engine installed to prove with, or a place that is not writable.
+        UserError: no weights, weights whose embeddings are not finite, no images, no CPU engine installed to prove with, or
+            a place that is not writable.
     """
     weights = Path(weights)
     say(f"reading {weights}")
     model = load_weights(weights)
     config = model.config
     crops = _proof_pixels(proof_images, config.height, config.width)
-    source = "drawn people" if proof_images is None else Path(proof_images).name
-    with atomic_folder(Path(out), marker=MANIFEST) as folder:
+    source = "drawn people" if proof_images is None else Path(os.path.abspath(proof_images)).name
+    with atomic_folder(Path(out), marker=MANIFEST_HASH) as folder:
         say(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")
         content = build_graph(model, flip).SerializeToString(deterministic=True)
         (folder / GRAPH).write_bytes(content)
@@ -90,6 +91,8 @@ def _prove_all(
     say(f"embedding {len(crops)} images of {source} with the PyTorch reference")
     reference_backend = backend_module("torch").open_engine(bundle)
     reference = run_in_batches(reference_backend, crops)
+    if not np.isfinite(reference).all():
+        raise UserError("PyTorch's own embeddings with these weights are not finite: train them anew")
     proofs = {}
     for name in ORDER:
         module = backend_module(name)

@@ -61,8 +61,9 @@ class Embedder:
             progress: called with (done, total) after each batch.
 
         Raises:
-            UserError: an image cannot be read (the message names it), or an array is not uint8 RGB.
+            UserError: an image cannot be read (the message names it), an array is not uint8 RGB, or batch_size is below 1.
         """
+        check_batch_size(batch_size)
         if isinstance(images, (str, os.PathLike, Image.Image)):
             raise UserError("embed takes a list of images: put the one in [ ]")
         sources = list(images)
@@ -77,15 +78,22 @@ class Embedder:
 
     def _read(self, source: ImageLike) -> np.ndarray:
         if isinstance(source, np.ndarray):
-            if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
                 raise UserError(f"an image array must be uint8 RGB [height, width, 3], not {source.dtype} {list(source.shape)}")
             source = Image.fromarray(source)
-        elif isinstance(source, Image.Image):
-            source = source.convert("RGB")
+        elif not isinstance(source, (str, os.PathLike, Image.Image)):
+            raise UserError(f"an image is a path, a PIL image or a uint8 array, not a {type(source).__name__}")
         try:
             return read_crop(source, self.height, self.width)
         except UnreadableImage as error:
-            raise UserError(f"{os.fspath(source)!r} cannot be embedded: {error}") from error  # type: ignore[arg-type]
+            name = "an image" if isinstance(source, Image.Image) else repr(os.fspath(source))
+            raise UserError(f"{name} cannot be embedded: {error}") from error
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise UserError unless at least one image goes into an engine call."""
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
 
 
 def in_order(function: Callable[[T], R], items: Sequence[T], ahead: int = 64) -> Iterator[R]:

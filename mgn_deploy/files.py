@@ -53,10 +53,10 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
     Raises:
         UserError: the path is something else than such a folder, is not writable, or the disk is full.
     """
-    path = Path(os.path.abspath(path))
-    if path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists and is nothing that this command wrote (no {marker}): choose another place")
+    path = Path(os.path.realpath(path))  # a link stays, and leads to the new folder
     with _explained(path):
+        if path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is nothing that this command wrote (no {marker}): choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=path.parent, prefix=".mgn-", suffix=".tmp"))
         try:
@@ -67,7 +67,11 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
             if path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=".mgn-", suffix=".old"))
                 os.replace(path, old)
-                os.replace(new, path)
+                try:
+                    os.replace(new, path)
+                except BaseException:
+                    os.replace(old, path)
+                    raise
                 shutil.rmtree(old)
             else:
                 os.replace(new, path)

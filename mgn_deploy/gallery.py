@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from mgn_deploy.embedder import Embedder, in_order
+from mgn_deploy.embedder import Embedder, check_batch_size, in_order
 from mgn_deploy.errors import GateFailed, UnreadableImage
 from mgn_deploy.images import PREPROCESSING, read_crop
 from mgn_deploy.listing import ImageFile, list_images
@@ -60,6 +60,7 @@ def embed_folder(
         UserError: no such folder, no image in it, a store of something else, a store in use, a full disk.
         GateFailed: more than `max_failures` bad files, or not one good one. What was embedded is committed.
     """
+    check_batch_size(batch_size)
     folder = Path(folder)
     files = list_images(folder)
     manifest = StoreManifest(
@@ -77,9 +78,13 @@ def embed_folder(
         shards = [part[at:at + SHARD_ROWS] for part in (fresh, again) for at in range(0, len(part), SHARD_ROWS)]
         decoded = in_order(lambda file: _decode(file, embedder.height, embedder.width), fresh + again)
         done = 0
+
+        def update(rows: int) -> None:
+            if progress:
+                progress(done + rows, len(fresh) + len(again))
+
         for shard in shards:
-            _embed_shard(decoded, len(shard), embedder, batch_size, writer, report, max_failures,
-                         lambda rows, before=done: progress(before + rows, len(fresh + again)) if progress else None)
+            _embed_shard(decoded, len(shard), embedder, batch_size, writer, report, max_failures, update)
             done += len(shard)
     if report.failed and not report.embedded and not report.unchanged:
         name, reason = report.failed[0]

@@ -10,7 +10,7 @@ import io
 import os
 import stat
 import warnings
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -26,41 +26,38 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif"
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 4
 
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "MPO")
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")  # JPEG is also what Pillow calls MPO
+
+# Pillow warns of what is checked below and of harmless metadata. Set once: `warnings.catch_warnings` is not for threads.
+warnings.filterwarnings("ignore", module="PIL")
 
 
-def load_rgb(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """Decode an image file (or its bytes) to an RGB `PIL.Image`.
+def load_rgb(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Image:
+    """Decode an image file (or its bytes, or what PIL opened) to an RGB `PIL.Image`.
 
     Grey, palette, CMYK and 16-bit images are converted, an alpha channel is dropped (as the public re-ID trainers do),
-    EXIF rotation is applied.
+    EXIF rotation is applied. Of an animation the first frame counts.
 
     Raises:
         UnreadableImage: not an image, truncated, empty, smaller than 4 pixels or larger than 64 megapixels, no permission.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of what is checked below, and of harmless metadata
-            if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
-                raise UnreadableImage("not a regular file")  # opening a named pipe would wait forever
-            file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-            with file, Image.open(file, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise UnreadableImage(f"{width}x{height} pixels is more than the limit of {MAX_PIXELS // 10**6} megapixels")
-                if min(width, height) < MIN_SIDE:
-                    raise UnreadableImage(f"{width}x{height} pixels is too small for a person's crop")
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+        if isinstance(source, Image.Image):
+            return _checked_rgb(source)
+        if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
+            raise UnreadableImage("not a regular file")  # opening a named pipe would wait forever
+        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+        with file, _open(file) as image:
+            return _checked_rgb(image)
     except UnreadableImage:
         raise
-    except UnidentifiedImageError:
-        raise UnreadableImage(_not_an_image(source)) from None
+    except Image.DecompressionBombError:  # Pillow's own limit is higher than ours, and checked earlier
+        raise UnreadableImage(f"more than the limit of {MAX_PIXELS // 10**6} megapixels") from None
     except OSError as error:
         # Pillow reports broken files as OSError without an errno; the system's own have one.
         raise UnreadableImage(error.strerror or str(error) or type(error).__name__) from error
-    except (Image.DecompressionBombError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, MemoryError) as error:
-        # What Pillow's parsers are known to raise on broken files.
+    except Exception as error:
+        # Pillow's parsers let through whatever a broken file leads them to: SyntaxError, struct.error, zlib.error, ...
         raise UnreadableImage(f"broken image ({type(error).__name__}: {error})") from error
 
 
@@ -70,10 +67,29 @@ def read_crop(source: str | os.PathLike[str] | bytes | Image.Image, height: int,
     Raises:
         UnreadableImage: see `load_rgb`.
     """
-    image = source if isinstance(source, Image.Image) else load_rgb(source)
+    image = load_rgb(source)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8)
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file, formats=_FORMATS)
+    except UnidentifiedImageError:
+        if file.seek(0, os.SEEK_END) == 0:
+            raise UnreadableImage("the file is empty") from None
+        raise UnreadableImage(f"not an image (its content is none of {', '.join(_FORMATS).lower()})") from None
+
+
+def _checked_rgb(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{width}x{height} pixels is more than the limit of {MAX_PIXELS // 10**6} megapixels")
+    if min(width, height) < MIN_SIDE:
+        raise UnreadableImage(f"{width}x{height} pixels is too small for a person's crop")
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -86,10 +102,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.float32)
         return Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
-
-
-def _not_an_image(source: str | os.PathLike[str] | bytes) -> str:
-    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-    if size == 0:
-        return "the file is empty"
-    return "not an image (its content is none of " + ", ".join(f.lower() for f in _FORMATS[:-1]) + ")"

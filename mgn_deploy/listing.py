@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,40 +33,43 @@ def list_images(folder: str | os.PathLike[str]) -> list[ImageFile]:
         UserError: the folder does not exist, may not be read, or holds no image file.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is not a folder: give the folder that holds the images")
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise UserError(f"{str(folder)!r} may not be read: permission denied")
-    files: list[ImageFile] = []
-    _walk(folder, "", (), files)
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise UserError(f"{str(folder)!r} cannot be listed ({error.strerror}): give the folder that holds the images") from None
+    files = list(_walk(folder))
     if not files:
         raise UserError(f"{str(folder)!r} holds no image ({', '.join(sorted(EXTENSIONS))})")
     return sorted(files, key=lambda file: os.fsencode(file.name))
 
 
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...], files: list[ImageFile]) -> None:
-    """Append what is below `folder`; `above` are the folders that lead here, to notice loops."""
-    try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in above:
-            files.append(ImageFile(folder, prefix.rstrip("/"), problem="a link that leads back to a folder above it"))
-            return
-        with os.scandir(folder) as entries:
-            found = list(entries)
-    except OSError as error:
-        files.append(ImageFile(folder, prefix.rstrip("/"), problem=f"folder: {error.strerror}"))
-        return
-    for entry in found:
-        name = prefix + entry.name
+def _walk(root: Path) -> Iterator[ImageFile]:
+    """The images below `root`, unsorted. No recursion: folders may be nested deeper than Python's stack."""
+    waiting: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(root, "", ())]
+    while waiting:
+        folder, prefix, above = waiting.pop()  # `above` are the folders that lead here, to notice loops
         try:
-            if entry.is_dir():
-                _walk(folder / entry.name, f"{name}/", (*above, (status.st_dev, status.st_ino)), files)
+            status = os.stat(folder)
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                yield ImageFile(folder, prefix.rstrip("/"), problem="a link that leads back to a folder above it")
                 continue
+            with os.scandir(folder) as entries:
+                found = list(entries)
         except OSError as error:
-            files.append(ImageFile(folder / entry.name, name, problem=error.strerror))
+            yield ImageFile(folder, prefix.rstrip("/"), problem=f"folder: {error.strerror}")
             continue
-        if os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-            files.append(_image_file(folder / entry.name, name))
+        for entry in found:
+            name = prefix + entry.name
+            try:
+                if entry.is_dir():
+                    waiting.append((folder / entry.name, f"{name}/", (*above, here)))
+                    continue
+            except OSError as error:
+                yield ImageFile(folder / entry.name, name, problem=error.strerror)
+                continue
+            if os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                yield _image_file(folder / entry.name, name)
 
 
 def _image_file(path: Path, name: str) -> ImageFile:

@@ -10,6 +10,7 @@ again later (the file had changed) has a row in a later shard, which counts.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -145,31 +146,40 @@ class StoreWriter:
         self._next = 0
 
     def __enter__(self) -> StoreWriter:
-        new = not (self.folder / MANIFEST).exists()
-        if new and self.folder.exists() and (not self.folder.is_dir() or set(os.listdir(self.folder)) - {LOCK}):
-            raise UserError(f"{self.folder} exists and is not an embedding store: choose another place for the store")
         try:
+            if self.folder.exists() and not self._is_ours():
+                raise UserError(f"{self.folder} exists and is not an embedding store: choose another place for the store")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise UserError(f"another process is writing to {self.folder}: wait for it, or choose another store") from None
-        try:
-            self._open(new)
+            self._open()
         except BaseException:
             os.close(self._lock)
             raise
         return self
 
+    def _is_ours(self) -> bool:
+        """A store, an empty folder, or what a run leaves that was killed before it had written the manifest."""
+        if (self.folder / MANIFEST).exists():
+            _read_manifest(self.folder)  # raises where the manifest is of something else
+            return True
+        return self.folder.is_dir() and all(
+            name == LOCK or (name.startswith(".mgn-") and name.endswith(".tmp")) for name in os.listdir(self.folder)
+        )
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         os.close(self._lock)  # which releases it
 
-    def _open(self, new: bool) -> None:
-        if new:
+    def _open(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {self.folder}: wait for it, or choose another store") from None
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be locked: {error.strerror}") from error
+        if not (self.folder / MANIFEST).exists():
             with atomic_file(self.folder / MANIFEST) as file:
                 file.write(self.manifest.model_dump_json(indent=2).encode() + b"\n")
         before = _read_manifest(self.folder)
@@ -199,14 +209,15 @@ class StoreWriter:
         number = self._next
         buffer = io.BytesIO()
         np.save(buffer, embeddings.astype(self.manifest.dtype, copy=False))
-        array_path = self.folder / _shard_name(number, "npy")
+        array_path, rows_path = (self.folder / _shard_name(number, kind) for kind in ("npy", "parquet"))
         with atomic_file(array_path) as file:
             file.write(buffer.getbuffer())
         try:
-            with atomic_file(self.folder / _shard_name(number, "parquet")) as file:
+            with atomic_file(rows_path) as file:
                 pq.write_table(_table(rows), file, compression="zstd")
         except BaseException:
-            array_path.unlink(missing_ok=True)
+            if not rows_path.exists():  # Ctrl-C can come right after the rename
+                array_path.unlink(missing_ok=True)
             raise
         self._next += 1
         self.known.update((row.name, row) for row in rows)
@@ -214,14 +225,16 @@ class StoreWriter:
 
 def _read_manifest(folder: Path) -> StoreManifest:
     path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder} is not an embedding store (no {MANIFEST}): `mgn-deploy embed DIR -o {folder}` makes one")
     try:
         content = json.loads(path.read_bytes())
         version = content["schema_version"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} is not an embedding store (no {MANIFEST}): `mgn-deploy embed DIR -o {folder}` makes one"
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{path} is not the manifest of an embedding store") from None
     if version != SCHEMA_VERSION:
         raise UserError(f"{folder} has store schema {version!r} and this mgn-deploy reads {SCHEMA_VERSION}: upgrade mgn-deploy")
@@ -237,7 +250,11 @@ def _shard_name(number: int, kind: str) -> str:
 
 
 def _shard_numbers(folder: Path) -> list[int]:
-    return sorted(int(match[1]) for match in map(_SHARD.fullmatch, os.listdir(folder)) if match)
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+    return sorted(int(match[1]) for match in map(_SHARD.fullmatch, names) if match)
 
 
 def _shards(folder: Path, manifest: StoreManifest) -> Iterator[tuple[np.ndarray, list[Row]]]:
@@ -245,9 +262,13 @@ def _shards(folder: Path, manifest: StoreManifest) -> Iterator[tuple[np.ndarray,
     for number in _shard_numbers(folder):
         array_path = folder / _shard_name(number, "npy")
         try:
-            rows = _rows(pq.read_table(folder / _shard_name(number, "parquet"), schema=ROWS))
+            # Opened here, not by Arrow: it reads meaning into a path (`key=value`, `scheme:`) and wants it in UTF-8.
+            with open(folder / _shard_name(number, "parquet"), "rb") as file:
+                rows = _rows(pq.ParquetFile(file).read())
             array = np.load(array_path, mmap_mode="r")
-        except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+        except (OSError, ValueError, KeyError, EOFError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise UserError(f"{array_path} or its Parquet cannot be read: {error.strerror}") from None
             raise UserError(f"{array_path} or its Parquet is damaged ({error}): delete both and embed again") from None
         if array.shape != (len(rows), manifest.dim) or array.dtype != manifest.dtype:
             raise UserError(

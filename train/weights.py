@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from mgn_deploy.config import ModelConfig
@@ -25,7 +25,7 @@ def save_weights(model: MGN, folder: str | os.PathLike[str]) -> None:
     """Write the model's config and tensors; the folder appears whole or not at all, replacing an earlier one."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_folder(Path(folder), marker=TENSORS) as new:
-        save_file(tensors, new / TENSORS)
+        (new / TENSORS).write_bytes(save(tensors))  # save_file tells of a full disk as no OSError
         (new / CONFIG).write_text(model.config.model_dump_json(indent=2) + "\n")
 
 
@@ -90,7 +90,7 @@ def _load_resnet(resnet: nn.Module, backbone: str, init: str | os.PathLike[str])
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     own = {name: tensor for name, tensor in resnet.state_dict().items() if not name.startswith("fc.")}
     wrong = sorted(name for name in own.keys() ^ state.keys() if not name.endswith("num_batches_tracked"))
-    wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
     if wrong:
         raise UserError(f"{init}: not the state dict of torchvision's {backbone} ({len(wrong)} tensors differ, first {wrong[0]!r})")
     resnet.load_state_dict(state, strict=False)
@@ -101,8 +101,8 @@ def _download_imagenet(backbone: str) -> dict[str, torch.Tensor]:
 
     weights = torchvision.models.get_model_weights(backbone).DEFAULT
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except OSError as error:  # URLError is one
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except Exception as error:  # no network, a proxy's page in place of the file, a damaged file in torch's cache
         raise UserError(
             f"torchvision's ImageNet weights of {backbone} cannot be downloaded ({error}): fetch {weights.url} elsewhere "
             "and give the file with --init FILE, or start from random weights with --init random"

@@ -36,10 +36,14 @@ def embed(
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
     start = time.monotonic()
-    with progress("embedding") as update:
-        report = embed_folder(
-            folder, store, embedder, batch_size=batch, dtype=dtype.value, max_failures=max_failures, progress=update
-        )
+    try:
+        with progress("embedding") as update:
+            report = embed_folder(
+                folder, store, embedder, batch_size=batch, dtype=dtype.value, max_failures=max_failures, progress=update
+            )
+    except KeyboardInterrupt:
+        say(f"interrupted: what was embedded is in {store}, and the same command goes on from there")
+        raise
     seconds = time.monotonic() - start
     for name, reason in report.failed[:SHOWN_FAILURES]:
         say(f"cannot be read: {name!r}: {reason}")

@@ -1,0 +1,83 @@
+"""Small real models and images, made once a session."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mgn_deploy.bundle import Bundle
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.drawn import draw_crop
+from mgn_deploy.embedder import Embedder
+
+SMALL = ModelConfig(backbone="resnet18", base_width=8, reduced_width=16, height=96, width=32)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights folder of a very small MGN whose batch norms are those of a trained one: not all zero and one."""
+    import torch
+    from torch import nn
+
+    from mgn_deploy.train.weights import new_model, save_weights
+
+    model = new_model(SMALL, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            module.weight.data.uniform_(0.7, 1.3, generator=generator)
+            module.bias.data.normal_(0, 0.2, generator=generator)
+    folder = tmp_path_factory.mktemp("weights") / "small"
+    save_weights(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A proven bundle of `weights`. Tests that change a bundle copy it first."""
+    from mgn_deploy.export.exporter import export_bundle
+
+    folder = tmp_path_factory.mktemp("bundle") / "small"
+    bundle = export_bundle(weights, folder)
+    assert all(proof.passed for proof in bundle.manifest.proofs.values()), bundle.manifest.proofs
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedder(bundle_folder: Path) -> Embedder:
+    """The small bundle on ONNX Runtime."""
+    return Embedder.open(Bundle.open(bundle_folder), "onnxruntime")
+
+
+@pytest.fixture(scope="session")
+def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty drawn crops as JPEG files with Market-1501 names, in two folders. Tests that change files copy it first."""
+    folder = tmp_path_factory.mktemp("crops")
+    for identity in range(1, 11):
+        for camera in (1, 2):
+            for frame in (0, 1):
+                place = folder / f"camera {camera}"
+                place.mkdir(exist_ok=True)
+                draw_crop(identity, camera, frame).save(place / f"{identity:04d}_c{camera}s1_{frame:06d}_00.jpg", quality=90)
+    return folder
+
+
+@pytest.fixture
+def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own: `run_cli("embed", folder, "-o", store, cwd=...)`."""
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
+        command = [sys.executable, "-m", "mgn_deploy", *(os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments)]
+        return subprocess.run(  # type: ignore[call-overload]
+            command, capture_output=True, text=True, errors="backslashreplace", env=environment, timeout=240, check=False, **options
+        )
+
+    return run
