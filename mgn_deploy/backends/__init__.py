@@ -7,7 +7,7 @@ Nothing else in the project knows an engine's name.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,7 +46,8 @@ def backend_module(name: str) -> BackendModule:
     """
     if name not in ORDER:
         raise UserError(f"no backend {name!r}: choose auto, {', '.join(ORDER)}")
-    return import_module(f"mgn_deploy.backends.{name}")  # type: ignore[return-value]
+    module: Any = import_module(f"mgn_deploy.backends.{name}")
+    return module
 
 
 def open_backend(bundle: Bundle, name: str = "auto", *, allow_unproven: bool = False) -> Backend:

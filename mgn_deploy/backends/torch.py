@@ -28,7 +28,7 @@ class TorchBackend:
 
         if REFERENCE not in bundle.manifest.files:
             raise UserError(f"{bundle.folder} was exported with --no-reference: the torch backend needs the weights")
-        self.version = torch.__version__
+        self.version = str(torch.__version__)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         model = MGN(bundle.config)
         model.load_state_dict(load(bundle.read(REFERENCE)))
