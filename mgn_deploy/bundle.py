@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_file
 
 SCHEMA_VERSION = 1
@@ -80,7 +80,9 @@ class Manifest(_Strict):
     @property
     def id(self) -> str:
         """SHA-256 of what determines the embeddings: the same with and without reference weights, whatever was proven."""
-        content = self.model_dump(mode="json", include={"model", "flip", "precision", "preprocessing", "source_weights_sha256"})
+        content = self.model_dump(
+            mode="json", include={"model", "flip", "precision", "preprocessing", "source_weights_sha256"}
+        )
         content["graph"] = self.files[GRAPH].sha256
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -100,15 +102,21 @@ class Bundle:
             UserError: no bundle there, a changed or unreadable manifest, or a schema later than this version reads.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a bundle: no such folder; `mgn-deploy export WEIGHTS -o {folder}` makes one")
+        try:
+            os.scandir(folder).close()
+        except OSError as error:
+            raise UserError(
+                f"{folder} is not a bundle ({error.strerror}): `mgn-deploy export WEIGHTS -o BUNDLE` makes one"
+            ) from None
         try:
             content = (folder / MANIFEST).read_bytes()
-            expected = (folder / MANIFEST_HASH).read_text(errors="replace").split()
+            expected = (folder / MANIFEST_HASH).read_bytes()
         except OSError as error:
             raise UserError(f"{folder} is not a bundle: {Path(error.filename).name}: {error.strerror}") from None
-        if expected[:1] != [hashlib.sha256(content).hexdigest()]:
-            raise UserError(f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy or export the bundle anew")
+        if expected != _hash_line(content):
+            raise UserError(
+                f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy or export the bundle anew"
+            )
         return cls(folder, _parse_manifest(content, folder / MANIFEST))
 
     def read(self, name: str) -> bytes:
@@ -125,7 +133,9 @@ class Bundle:
         except OSError as error:
             raise UserError(f"{self.folder / name}: {error.strerror}; copy or export the bundle anew") from None
         if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise UserError(f"{self.folder / name} is not what was exported (its SHA-256 differs): copy or export the bundle anew")
+            raise UserError(
+                f"{self.folder / name} is not what was exported (its SHA-256 differs): copy or export the bundle anew"
+            )
         return content
 
     @property
@@ -137,16 +147,16 @@ class Bundle:
         return self.manifest.id
 
     def require_proof(self, backend: str) -> None:
-        """Raise UserError unless this backend's embeddings were proven equal to the reference's at export."""
+        """Raise CannotRun unless this backend's embeddings were proven equal to the reference's at export."""
         proof = self.manifest.proofs.get(backend)
         if proof is None:
             proven = [name for name, other in self.manifest.proofs.items() if other.passed]
-            raise UserError(
+            raise CannotRun(
                 f"{self.folder} has no proof for {backend} (proven: {', '.join(proven) or 'none'}): export it where {backend} "
                 "is installed, choose a proven --backend, or pass --allow-unproven"
             )
         if not proof.passed:
-            raise UserError(
+            raise CannotRun(
                 f"{self.folder} is not proven for {backend} ({'; '.join(proof.misses)}): choose another --backend or "
                 "pass --allow-unproven"
             )
@@ -158,7 +168,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     with atomic_file(folder / MANIFEST) as file:
         file.write(content)
     with atomic_file(folder / MANIFEST_HASH) as file:
-        file.write(f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode())
+        file.write(_hash_line(content))
+
+
+def _hash_line(manifest: bytes) -> bytes:
+    """As sha256sum writes it."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def _parse_manifest(content: bytes, path: Path) -> Manifest:

@@ -23,7 +23,6 @@ from mgn_deploy.validate import Validation, validate
 
 MARKER = "made-by-mgn-deploy-demo"
 EPOCHS = 24
-PAGE_QUERIES = 40
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,11 @@ class Demo:
 
 
 def run_demo(
-    out: str | os.PathLike[str], *, train_seconds: float = 150, seed: int = 0, say: Callable[[str], None] = lambda sentence: None
+    out: str | os.PathLike[str],
+    *,
+    train_seconds: float = 150,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> Demo:
     """Make everything below `out`; an earlier demo there is replaced.
 
@@ -69,8 +72,10 @@ def run_demo(
 
     say("1/6 drawing people: 4 cameras, their own light and background, poses, occlusion, junk and distractors")
     drawn = draw_market1501(people, seed=seed)
-    say(f"    {drawn.train} training images of {drawn.train_identities} people; {drawn.query} queries and {drawn.gallery} gallery "
-        f"images of {drawn.test_identities} others, {drawn.junk} junk and {drawn.distractors} distractors among them")
+    say(
+        f"    {drawn.train} training images of {drawn.train_identities} people; {drawn.query} queries and {drawn.gallery} gallery "
+        f"images of {drawn.test_identities} others, {drawn.junk} junk and {drawn.distractors} distractors among them"
+    )
     data = open_market1501(people)
 
     config = ModelConfig(
@@ -82,8 +87,10 @@ def run_demo(
 
     def report(step: Step) -> None:
         if step.last_of_epoch:
-            say(f"    epoch {step.epoch + 1:2d}/{EPOCHS}  loss {step.loss:6.3f}  (softmax {step.softmax:.3f}, triplet {step.triplet:.3f})"
-                f"  {step.images_per_second:.0f} images/s")
+            say(
+                f"    epoch {step.epoch + 1:2d}/{EPOCHS}  loss {step.loss:6.3f}  (softmax {step.softmax:.3f}, triplet {step.triplet:.3f})"
+                f"  {step.images_per_second:.0f} images/s"
+            )
 
     crops = TrainingSet(data.train, config.height, config.width)
     fit(model, crops, Schedule(epochs=EPOCHS, seconds=train_seconds, learning_rate=2e-3, seed=seed), report)
@@ -104,10 +111,18 @@ def run_demo(
     say("6/6 writing the page of rank lists")
     lists = search(Queries.of_store(Store.open(out / "store-query")), Store.open(out / "store-gallery"))
     facts = {"Bundle": embedder.bundle.id[:12], "Backend": embedder.backend.name, "Gallery": f"{drawn.gallery} images"}
-    write_rank_page(out / "ranks.html", lists[:PAGE_QUERIES], title="Drawn people", facts=facts)
+    write_rank_page(out / "ranks.html", lists, title="Drawn people", facts=facts)
     return Demo(
-        people, weights, bundle, out / "store-query", out / "store-gallery", out / "ranks.html",
-        1 / drawn.test_identities, untrained, validation, time.monotonic() - start,
+        people,
+        weights,
+        bundle,
+        out / "store-query",
+        out / "store-gallery",
+        out / "ranks.html",
+        1 / drawn.test_identities,
+        untrained,
+        validation,
+        time.monotonic() - start,
     )
 
 

@@ -168,9 +168,7 @@ def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, til
             form = f"{embeddings.dtype} {list(embeddings.shape)}"
             raise UserError(f"the {name} embeddings are {form}, but have to be floating [images, dimensions]")
         if embeddings.size == 0:
-            raise UserError(
-                f"the {name} embeddings are empty {list(embeddings.shape)}: embed some images first"
-            )
+            raise UserError(f"the {name} embeddings are empty {list(embeddings.shape)}: embed some images first")
     if query.shape[1] != gallery.shape[1]:
         raise UserError(
             f"query embeddings have {query.shape[1]} dimensions and gallery embeddings {gallery.shape[1]}: "
@@ -182,9 +180,7 @@ def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, til
             broken = np.flatnonzero(~np.isfinite(_squares(_float32(embeddings[rows]))))
             if broken.size:
                 row = rows.start + int(broken[0])
-                raise UserError(
-                    f"{name} embedding {row} is not finite (NaN, infinite or huge): embed it again"
-                )
+                raise UserError(f"{name} embedding {row} is not finite (NaN, infinite or huge): embed it again")
 
 
 def _distances(query: np.ndarray, gallery: np.ndarray, metric: Metric, out: np.ndarray | None) -> np.ndarray:

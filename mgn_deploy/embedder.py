@@ -61,7 +61,7 @@ class Embedder:
             progress: called with (done, total) after each batch.
 
         Raises:
-            UserError: an image cannot be read (the message names it), an array is not uint8 RGB, or batch_size is below 1.
+            UserError: an image cannot be read (the message names it), an array is not uint8 RGB, batch_size is below 1.
         """
         check_batch_size(batch_size)
         if isinstance(images, (str, os.PathLike, Image.Image)):
@@ -70,7 +70,7 @@ class Embedder:
         embeddings = np.empty((len(sources), self.dim), np.float32)
         done = 0
         for batch in batched(in_order(self._read, sources), batch_size):
-            embeddings[done:done + len(batch)] = self.backend(np.stack(batch))
+            embeddings[done : done + len(batch)] = self.backend(np.stack(batch))
             done += len(batch)
             if progress:
                 progress(done, len(sources))
@@ -79,7 +79,9 @@ class Embedder:
     def _read(self, source: ImageLike) -> np.ndarray:
         if isinstance(source, np.ndarray):
             if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
-                raise UserError(f"an image array must be uint8 RGB [height, width, 3], not {source.dtype} {list(source.shape)}")
+                raise UserError(
+                    f"an image array must be uint8 RGB [height, width, 3], not {source.dtype} {list(source.shape)}"
+                )
             source = Image.fromarray(source)
         elif not isinstance(source, (str, os.PathLike, Image.Image)):
             raise UserError(f"an image is a path, a PIL image or a uint8 array, not a {type(source).__name__}")
@@ -97,7 +99,7 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def in_order(function: Callable[[T], R], items: Sequence[T], ahead: int = 64) -> Iterator[R]:
-    """`map` on a few threads, at most `ahead` results waiting, so that decoding overlaps inference in bounded memory."""
+    """`map` on a few threads, at most `ahead` results waiting: decoding overlaps inference, in bounded memory."""
     workers = min(8, (os.cpu_count() or 1) + 1)
     remaining = iter(items)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:

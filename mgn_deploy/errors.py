@@ -9,6 +9,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class CannotRun(UserError):
+    """A backend that is not installed, not proven for a bundle, or lacks what it needs in it: another one may do."""
+
+
 class GateFailed(Exception):
     """The work was done, but a measured figure is below its floor (a proof, a tolerance)."""
 

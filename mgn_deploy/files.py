@@ -96,7 +96,9 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"{path}: the disk is full ({error.strerror}); free some space and run the same command again") from error
+            raise UserError(
+                f"{path}: the disk is full ({error.strerror}); free some space and run the same command again"
+            ) from error
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 

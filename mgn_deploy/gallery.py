@@ -64,8 +64,12 @@ def embed_folder(
     folder = Path(folder)
     files = list_images(folder)
     manifest = StoreManifest(
-        bundle_id=embedder.bundle.id, backend=embedder.backend.name, preprocessing=PREPROCESSING, dim=embedder.dim,
-        dtype=dtype, source=Path(os.path.abspath(folder)).as_uri(),
+        bundle_id=embedder.bundle.id,
+        backend=embedder.backend.name,
+        preprocessing=PREPROCESSING,
+        dim=embedder.dim,
+        dtype=dtype,
+        source=Path(os.path.abspath(folder)).as_uri(),
     )
     report = GalleryReport()
     with StoreWriter(store, manifest) as writer:
@@ -75,7 +79,7 @@ def embed_folder(
         fresh = [file for file in files if file.name not in writer.known]
         again = [file for file in files if file.name in writer.known and not _is_done(file, writer.known[file.name])]
         report.unchanged = len(files) - len(fresh) - len(again)
-        shards = [part[at:at + SHARD_ROWS] for part in (fresh, again) for at in range(0, len(part), SHARD_ROWS)]
+        shards = [part[at : at + SHARD_ROWS] for part in (fresh, again) for at in range(0, len(part), SHARD_ROWS)]
         decoded = in_order(lambda file: _decode(file, embedder.height, embedder.width), fresh + again)
         done = 0
 
@@ -88,7 +92,10 @@ def embed_folder(
             done += len(shard)
     if report.failed and not report.embedded and not report.unchanged:
         name, reason = report.failed[0]
-        raise GateFailed(f"not one of the {len(report.failed)} images of {str(folder)!r} could be read; the first, {name!r}: {reason}")
+        raise GateFailed(
+            f"not one of the {len(report.failed)} images of {str(folder)!r} could be read; "
+            f"the first, {name!r}: {reason}"
+        )
     return report
 
 
@@ -106,8 +113,14 @@ def _decode(file: ImageFile, height: int, width: int) -> Decoded:
 
 
 def _embed_shard(
-    decoded: Iterator[Decoded], count: int, embedder: Embedder, batch_size: int, writer: StoreWriter,
-    report: GalleryReport, max_failures: int | None, progress: Callable[[int], None],
+    decoded: Iterator[Decoded],
+    count: int,
+    embedder: Embedder,
+    batch_size: int,
+    writer: StoreWriter,
+    report: GalleryReport,
+    max_failures: int | None,
+    progress: Callable[[int], None],
 ) -> None:
     """Embed the next `count` files and commit them as one shard; fewer, if interrupted."""
     rows: list[Row] = []
@@ -119,7 +132,7 @@ def _embed_shard(
     def run_batch() -> None:
         # Always a full batch: an engine may round differently at another batch size, and a resumed run must not.
         images = np.stack(batch + [batch[-1]] * (batch_size - len(batch)))
-        embeddings[places] = embedder.backend(images)[:len(batch)]
+        embeddings[places] = embedder.backend(images)[: len(batch)]
         report.embedded += len(batch)
         batch.clear()
         places.clear()
@@ -160,4 +173,5 @@ def _row(file: ImageFile, error: str | None) -> Row:
     label = parse_name(os.path.basename(file.name))
     if error is not None:
         error = error.encode("utf-8", "backslashreplace").decode()  # as Parquet keeps it
-    return Row(file.name, file.size, file.mtime_ns, error, label.identity if label else None, label.camera if label else None)
+    identity, camera = label or (None, None)
+    return Row(file.name, file.size, file.mtime_ns, error, identity, camera)

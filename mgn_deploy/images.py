@@ -28,7 +28,7 @@ MIN_SIDE = 4
 
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")  # JPEG is also what Pillow calls MPO
 
-# Pillow warns of what is checked below and of harmless metadata. Set once: `warnings.catch_warnings` is not for threads.
+# Pillow warns of what is checked below and of harmless metadata. Set once: `catch_warnings` is not for threads.
 warnings.filterwarnings("ignore", module="PIL")
 
 
@@ -39,14 +39,14 @@ def load_rgb(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Imag
     EXIF rotation is applied. Of an animation the first frame counts.
 
     Raises:
-        UnreadableImage: not an image, truncated, empty, smaller than 4 pixels or larger than 64 megapixels, no permission.
+        UnreadableImage: not an image, truncated, empty, below 4 pixels a side or above 64 megapixels, no permission.
     """
     try:
         if isinstance(source, Image.Image):
             return _checked_rgb(source)
         if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
             raise UnreadableImage("not a regular file")  # opening a named pipe would wait forever
-        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
         with file, _open(file) as image:
             return _checked_rgb(image)
     except UnreadableImage:

@@ -26,8 +26,8 @@ class ImageFile:
 def list_images(folder: str | os.PathLike[str]) -> list[ImageFile]:
     """Every file below `folder` whose extension is an image's, sorted by the bytes of its name.
 
-    Symbolic links are followed; one that leads back to a folder above itself is listed as a problem, as are broken links,
-    folders that may not be read and files that are no regular files.
+    Symbolic links are followed; one that leads back to a folder above itself is listed as a problem, as are broken
+    links, folders that may not be read and files that are no regular files.
 
     Raises:
         UserError: the folder does not exist, may not be read, or holds no image file.
@@ -36,7 +36,9 @@ def list_images(folder: str | os.PathLike[str]) -> list[ImageFile]:
     try:
         os.scandir(folder).close()
     except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be listed ({error.strerror}): give the folder that holds the images") from None
+        raise UserError(
+            f"{str(folder)!r} cannot be listed ({error.strerror}): give the folder that holds the images"
+        ) from None
     files = list(_walk(folder))
     if not files:
         raise UserError(f"{str(folder)!r} holds no image ({', '.join(sorted(EXTENSIONS))})")

@@ -101,9 +101,7 @@ def _head_and_tail(title: str, facts: Mapping[str, str], rank_1: list[str]) -> t
     samples = {f"{frame}_sample": f'<span class="frame">{_mark(frame)}</span>' for frame in _MEANING}
     template = (resources.files("mgn_deploy") / "rank_page.html").read_text(encoding="utf-8")
     before, after = template.split("$rows\n")
-    head = Template(before).substitute(
-        title=_text(title), facts="\n".join(entries), filter=_filter(wrong), **samples
-    )
+    head = Template(before).substitute(title=_text(title), facts="\n".join(entries), filter=_filter(wrong), **samples)
     return head, after
 
 

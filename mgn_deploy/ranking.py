@@ -70,9 +70,7 @@ def evaluate(
     if distances.ndim != 2 or distances.dtype.kind != "f":
         form = f"{distances.dtype} {list(distances.shape)}"
         raise UserError(f"distances are {form}, but have to be floating [query, gallery]")
-    answers = _Answers(
-        distances.shape, query_identities, query_cameras, gallery_identities, gallery_cameras, ranks
-    )
+    answers = _Answers(distances.shape, query_identities, query_cameras, gallery_identities, gallery_cameras, ranks)
     return answers.score([(slice(0, len(distances)), distances)])
 
 

@@ -32,8 +32,12 @@ class Queries:
     @classmethod
     def of_store(cls, store: Store) -> Queries:
         return cls(
-            store.manifest.bundle_id, store.embeddings(), [store.path(row) for row in store.rows],
-            [row.name for row in store.rows], store.identities(), store.cameras(),
+            store.manifest.bundle_id,
+            store.embeddings(),
+            [store.path(row) for row in store.rows],
+            [row.name for row in store.rows],
+            store.identities(),
+            store.cameras(),
         )
 
     @classmethod
@@ -47,8 +51,10 @@ class Queries:
         files = [(file.path, file.name) for file in list_images(source)] if source.is_dir() else [(source, source.name)]
         labels = [parse_name(path.name) for path, _ in files]
         return cls(
-            embedder.bundle.id, embedder.embed([path for path, _ in files], batch_size=batch_size),
-            [path for path, _ in files], [name for _, name in files],
+            embedder.bundle.id,
+            embedder.embed([path for path, _ in files], batch_size=batch_size),
+            [path for path, _ in files],
+            [name for _, name in files],
             np.array([label.identity if label else UNKNOWN for label in labels]),
             np.array([label.camera if label else UNKNOWN for label in labels]),
         )
@@ -74,7 +80,8 @@ def search(queries: Queries, gallery: Store, k: int = 10) -> list[RankList]:
     for query, (row_indices, row_similarities) in enumerate(zip(indices, similarities, strict=True)):
         results = [
             _ranked(paths[index], gallery.rows[index].name, float(similarity), identities[index], cameras[index])
-            for index, similarity in zip(row_indices, row_similarities, strict=True) if index >= 0
+            for index, similarity in zip(row_indices, row_similarities, strict=True)
+            if index >= 0
         ]
         asked = _ranked(
             queries.paths[query], queries.names[query], None, queries.identities[query], queries.cameras[query]
@@ -112,5 +119,9 @@ def _exclusion(
 
 def _ranked(path: Path, name: str, similarity: float | None, identity: int, camera: int) -> RankedImage:
     return RankedImage(
-        path, name, similarity, None if identity == UNKNOWN else int(identity), None if camera == UNKNOWN else int(camera)
+        path,
+        name,
+        similarity,
+        None if identity == UNKNOWN else int(identity),
+        None if camera == UNKNOWN else int(camera),
     )

@@ -4,8 +4,8 @@
     STORE/shard-00000.npy       float16 or float32 [rows, dim]; NaN in the rows of failed images
     STORE/shard-00000.parquet   one row for each row of the .npy: path, size, mtime, status, error, identity, camera
 
-A shard's Parquet file is written last, by rename after fsync: a shard without one does not exist. A path that is embedded
-again later (the file had changed) has a row in a later shard, which counts.
+A shard's Parquet file is written last, by rename after fsync: a shard without one does not exist. A path that is
+embedded again later (the file had changed) has a row in a later shard, which counts.
 """
 
 from __future__ import annotations
@@ -36,16 +36,18 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 UNKNOWN = -2  # identity or camera of an image whose name gives none (-1 is Market-1501's junk)
 
-ROWS = pa.schema([
-    ("path", pa.string()),  # below the source folder; bytes that are not UTF-8 as \\xNN
-    ("path_bytes", pa.binary()),  # the name itself, only where it is not UTF-8
-    ("size", pa.int64()),  # bytes
-    ("mtime_ns", pa.int64()),
-    ("status", pa.string()),  # ok, failed
-    ("error", pa.string()),
-    ("identity", pa.int32()),
-    ("camera", pa.int32()),
-])
+ROWS = pa.schema(
+    [
+        ("path", pa.string()),  # below the source folder; bytes that are not UTF-8 as \\xNN
+        ("path_bytes", pa.binary()),  # the name itself, only where it is not UTF-8
+        ("size", pa.int64()),  # bytes
+        ("mtime_ns", pa.int64()),
+        ("status", pa.string()),  # ok, failed
+        ("error", pa.string()),
+        ("identity", pa.int32()),
+        ("camera", pa.int32()),
+    ]
+)
 _SHARD = re.compile(r"shard-(\d{5,})\.parquet")
 
 
@@ -136,7 +138,7 @@ class StoreWriter:
     """The one process that adds shards to a store. A context manager: it holds the store's lock.
 
     Raises:
-        UserError: on entering: another process writes to the store, or it was made by another bundle, backend or source.
+        UserError: on entering: another process writes to the store, or another bundle, backend or source made it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], manifest: StoreManifest) -> None:
@@ -148,7 +150,7 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         try:
             if self.folder.exists() and not self._is_ours():
-                raise UserError(f"{self.folder} exists and is not an embedding store: choose another place for the store")
+                raise UserError(f"{self.folder} exists and is not an embedding store: choose another place for it")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
         except OSError as error:
@@ -169,14 +171,18 @@ class StoreWriter:
             name == LOCK or (name.startswith(".mgn-") and name.endswith(".tmp")) for name in os.listdir(self.folder)
         )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._lock)  # which releases it
 
     def _open(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is writing to {self.folder}: wait for it, or choose another store") from None
+            raise UserError(
+                f"another process is writing to {self.folder}: wait for it, or choose another store"
+            ) from None
         except OSError as error:
             raise UserError(f"{self.folder} cannot be locked: {error.strerror}") from error
         if not (self.folder / MANIFEST).exists():
@@ -187,8 +193,8 @@ class StoreWriter:
         for key, value in before.model_dump().items():
             if value != wanted[key]:
                 raise UserError(
-                    f"{self.folder} was made with {key} {_short(value)} and this run has {_short(wanted[key])}: a store never "
-                    "mixes them; choose a new store"
+                    f"{self.folder} was made with {key} {_short(value)} and this run has {_short(wanted[key])}: "
+                    "a store never mixes them; choose a new store"
                 )
         committed = set()
         for number in _shard_numbers(self.folder):
@@ -237,12 +243,15 @@ def _read_manifest(folder: Path) -> StoreManifest:
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{path} is not the manifest of an embedding store") from None
     if version != SCHEMA_VERSION:
-        raise UserError(f"{folder} has store schema {version!r} and this mgn-deploy reads {SCHEMA_VERSION}: upgrade mgn-deploy")
+        raise UserError(
+            f"{folder} has store schema {version!r} and this mgn-deploy reads {SCHEMA_VERSION}: upgrade mgn-deploy"
+        )
     try:
         return StoreManifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path} is not an embedding store's: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is not an embedding store's: {place}: {first['msg']}") from None
 
 
 def _shard_name(number: int, kind: str) -> str:
@@ -272,23 +281,26 @@ def _shards(folder: Path, manifest: StoreManifest) -> Iterator[tuple[np.ndarray,
             raise UserError(f"{array_path} or its Parquet is damaged ({error}): delete both and embed again") from None
         if array.shape != (len(rows), manifest.dim) or array.dtype != manifest.dtype:
             raise UserError(
-                f"{array_path} is {array.dtype} {list(array.shape)} and its Parquet has {len(rows)} rows of {manifest.dim} "
-                f"{manifest.dtype}: delete both and embed again"
+                f"{array_path} is {array.dtype} {list(array.shape)} and its Parquet has {len(rows)} rows of "
+                f"{manifest.dim} {manifest.dtype}: delete both and embed again"
             )
         yield array, rows
 
 
 def _table(rows: Sequence[Row]) -> pa.Table:
-    return pa.table({
-        "path": [os.fsencode(row.name).decode("utf-8", "backslashreplace") for row in rows],
-        "path_bytes": [None if _is_utf8(row.name) else os.fsencode(row.name) for row in rows],
-        "size": [row.size for row in rows],
-        "mtime_ns": [row.mtime_ns for row in rows],
-        "status": ["ok" if row.error is None else "failed" for row in rows],
-        "error": [row.error for row in rows],
-        "identity": [row.identity for row in rows],
-        "camera": [row.camera for row in rows],
-    }, schema=ROWS)
+    return pa.table(
+        {
+            "path": [os.fsencode(row.name).decode("utf-8", "backslashreplace") for row in rows],
+            "path_bytes": [None if _is_utf8(row.name) else os.fsencode(row.name) for row in rows],
+            "size": [row.size for row in rows],
+            "mtime_ns": [row.mtime_ns for row in rows],
+            "status": ["ok" if row.error is None else "failed" for row in rows],
+            "error": [row.error for row in rows],
+            "identity": [row.identity for row in rows],
+            "camera": [row.camera for row in rows],
+        },
+        schema=ROWS,
+    )
 
 
 def _rows(table: pa.Table) -> list[Row]:
@@ -296,7 +308,8 @@ def _rows(table: pa.Table) -> list[Row]:
     return [
         Row(path if raw is None else os.fsdecode(raw), size, mtime_ns, error, identity, camera)
         for path, raw, size, mtime_ns, error, identity, camera in zip(
-            *(columns[name] for name in ("path", "path_bytes", "size", "mtime_ns", "error", "identity", "camera")), strict=True
+            *(columns[name] for name in ("path", "path_bytes", "size", "mtime_ns", "error", "identity", "camera")),
+            strict=True,
         )
     ]
 

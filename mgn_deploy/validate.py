@@ -60,7 +60,12 @@ def open_data(spec: str) -> Market1501:
 
 
 def validate(
-    data: Market1501, embedder: Embedder, reference: Embedder | None, *, batch_size: int = 8, progress: StepProgress | None = None
+    data: Market1501,
+    embedder: Embedder,
+    reference: Embedder | None,
+    *,
+    batch_size: int = 8,
+    progress: StepProgress | None = None,
 ) -> Validation:
     """Embed query and gallery with both, and rank.
 
@@ -81,7 +86,10 @@ def _measure(
         return embedder.embed([image.path for image in images], batch_size=batch_size, progress=update)
 
     return evaluate_embeddings(
-        embed(data.query, 0), embed(data.gallery, len(data.query)),
-        [image.identity for image in data.query], [image.camera for image in data.query],
-        [image.identity for image in data.gallery], [image.camera for image in data.gallery],
+        embed(data.query, 0),
+        embed(data.gallery, len(data.query)),
+        [image.identity for image in data.query],
+        [image.camera for image in data.query],
+        [image.identity for image in data.gallery],
+        [image.camera for image in data.gallery],
     )

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from mgn_deploy.bundle import Bundle
-from mgn_deploy.config import ModelConfig
-from mgn_deploy.drawn import draw_crop
-from mgn_deploy.embedder import Embedder
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: before PyTorch is loaded
+
+from mgn_deploy.bundle import Bundle  # noqa: E402
+from mgn_deploy.config import ModelConfig  # noqa: E402
+from mgn_deploy.drawn import draw_crop  # noqa: E402
+from mgn_deploy.embedder import Embedder  # noqa: E402
 
 SMALL = ModelConfig(backbone="resnet18", base_width=8, reduced_width=16, height=96, width=32)
 

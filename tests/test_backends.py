@@ -35,18 +35,26 @@ def marked(bundle_folder: Path, place: Path, **passed: bool) -> Bundle:
     shutil.copytree(bundle_folder, place)
     bundle = Bundle.open(place)
     proofs = {
-        name: bundle.manifest.proofs[name].model_copy(update={"passed": fine, "misses": [] if fine else ["worst cosine 0.5"]})
+        name: bundle.manifest.proofs[name].model_copy(
+            update={"passed": fine, "misses": [] if fine else ["worst cosine 0.5"]}
+        )
         for name, fine in passed.items()
     }
     write_manifest(place, bundle.manifest.model_copy(update={"proofs": proofs}))
     return Bundle.open(place)
 
 
-def without(*packages: str, program: str, arguments: tuple[object, ...] = ()) -> subprocess.CompletedProcess[str]:
+def without(
+    *packages: str, program: str, arguments: tuple[object, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process where these packages cannot be imported."""
     hide = f"import sys\nfor name in {packages!r}: sys.modules[name] = None\n"
     return subprocess.run(
-        [sys.executable, "-c", hide + program, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", hide + program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
     )
 
@@ -106,7 +114,10 @@ def test_auto_passes_over_what_was_never_tried(bundle_folder, tmp_path):
 
 def test_where_nothing_is_proven_every_backends_reason_is_told(bundle_folder, tmp_path):
     bundle = marked(bundle_folder, tmp_path / "b", openvino=False)
-    with pytest.raises(UserError, match=r"no backend can run .*openvino: .*worst cosine 0\.5.*onnxruntime: .*no proof.*torch: .*no proof"):
+    with pytest.raises(
+        UserError,
+        match=r"no backend can run .*openvino: .*worst cosine 0\.5.*onnxruntime: .* no proof.*torch: .* no",
+    ):
         open_backend(bundle)
 
 
@@ -151,7 +162,10 @@ def test_a_missing_engine_is_a_sentence_that_says_what_to_install(bundle_folder,
     arguments = ("embed", crops, "-o", tmp_path / "store", "--bundle", bundle_folder, "--backend", name)
     done = without(name, program=CLI, arguments=arguments)
     assert done.returncode == 2
-    assert done.stderr == f"mgn-deploy: backend {name} cannot run here: {name} is not installed (pip install 'mgn-deploy[cpu]')\n"
+    assert (
+        done.stderr == f"mgn-deploy: backend {name} cannot run here: {name} is not installed "
+        "(pip install 'mgn-deploy[cpu]')\n"
+    )
 
 
 def test_auto_goes_on_to_the_next_engine_where_one_is_missing(bundle_folder):
@@ -171,7 +185,16 @@ def test_an_edge_box_without_pytorch_embeds(bundle_folder, crops, tmp_path):
 
 
 def test_help_needs_no_engine():
-    done = without("torch", "torchvision", "openvino", "onnxruntime", "onnx", "safetensors", program=CLI, arguments=("embed", "--help"))
+    done = without(
+        "torch",
+        "torchvision",
+        "openvino",
+        "onnxruntime",
+        "onnx",
+        "safetensors",
+        program=CLI,
+        arguments=("embed", "--help"),
+    )
     assert done.returncode == 0, done.stderr
     assert "--bundle" in done.stdout
 
@@ -202,7 +225,9 @@ def test_a_package_that_breaks_while_it_loads_is_told_apart_from_a_missing_one(t
     assert import_problem("brokenpackage", "cpu") == (
         "brokenpackage is installed and cannot be loaded (libfoo.so.1: cannot open shared object file)"
     )
-    assert "halfpackage is installed and cannot be imported (No module named 'notthere_at_all')" == import_problem("halfpackage", "cpu")
+    assert import_problem("halfpackage", "cpu") == (
+        "halfpackage is installed and cannot be imported (No module named 'notthere_at_all')"
+    )
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -215,5 +240,7 @@ def test_importing_the_package_imports_neither_torch_nor_an_engine():
         "import sys, mgn_deploy, mgn_deploy.backends, mgn_deploy.embedder, mgn_deploy.cli.app\n"
         "print(sorted({'torch', 'torchvision', 'onnx', 'onnxruntime', 'openvino'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout == "[]\n"

@@ -76,7 +76,9 @@ def refusal(kind: type[Exception], action, *arguments, **options) -> str:
     return str(refused.value)
 
 
-def assert_rows_are_their_files(store: Path, folder: Path, embedder: Embedder, tolerance: float = 1e-5) -> None:
+def assert_rows_are_their_files(
+    store: Path, folder: Path, embedder: Embedder, tolerance: float = 1e-5
+) -> None:
     opened = Store.open(store)
     for row, embedding in zip(opened.rows, opened.embeddings(), strict=True):
         alone = embedder.embed([folder / row.name])[0]
@@ -100,7 +102,10 @@ def test_rows_are_in_the_order_of_names_and_are_their_files(crops, tmp_path, emb
     assert counts(report) == (40, 0, 0, 0)
     assert names(tmp_path / "s") == sorted(names(tmp_path / "s"), key=os.fsencode)
     assert_rows_are_their_files(tmp_path / "s", crops, embedder)
-    assert Store.open(tmp_path / "s").identities().tolist() == np.tile(np.repeat(np.arange(1, 11), 2), 2).tolist()
+    assert (
+        Store.open(tmp_path / "s").identities().tolist()
+        == np.tile(np.repeat(np.arange(1, 11), 2), 2).tolist()
+    )
 
 
 def test_two_runs_give_the_same_bytes(crops, tmp_path, embedder):
@@ -117,10 +122,29 @@ def test_batch_size_does_not_move_rows(images, tmp_path, embedder, batch_size):
     assert_rows_are_their_files(tmp_path / "s", images, embedder)
 
 
+def test_every_engine_call_has_a_full_batch(images, tmp_path, embedder):
+    """An engine may round otherwise at another batch size; a store must not depend on where a run was cut off."""
+
+    class CountingBackend:
+        name, version, device = embedder.backend.name, embedder.backend.version, embedder.backend.device
+        sizes: list[int]
+
+        def __call__(self, images):
+            self.sizes.append(len(images))
+            return embedder.backend(images)
+
+    backend = CountingBackend()
+    backend.sizes = []
+    embed_folder(images, tmp_path / "s", Embedder(embedder.bundle, backend), batch_size=4)
+    assert backend.sizes == [4, 4]
+
+
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_batch_size_below_one_is_refused(images, tmp_path, embedder, batch_size):
     expected = f"batch_size must be at least 1, not {batch_size}"
-    assert refusal(UserError, embed_folder, images, tmp_path / "s", embedder, batch_size=batch_size) == expected
+    assert (
+        refusal(UserError, embed_folder, images, tmp_path / "s", embedder, batch_size=batch_size) == expected
+    )
     assert refusal(UserError, embedder.embed, [images / "a.jpg"], batch_size=batch_size) == expected
 
 
@@ -133,7 +157,13 @@ def test_float16_store_is_near_the_embeddings(images, tmp_path, embedder):
 def test_progress_ends_at_the_number_of_files(images, tmp_path, embedder):
     (images / "c.jpg").write_bytes(b"")
     calls = []
-    embed_folder(images, tmp_path / "s", embedder, batch_size=2, progress=lambda done, total: calls.append((done, total)))
+    embed_folder(
+        images,
+        tmp_path / "s",
+        embedder,
+        batch_size=2,
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert calls[-1] == (6, 6)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
@@ -159,20 +189,23 @@ def test_arrays_paths_and_pil_images_agree(images, embedder):
     assert embedder.embed([]).shape == (0, embedder.dim)
 
 
-@pytest.mark.parametrize("source, expected", [
-    (np.zeros((90, 30, 3), np.float32), "uint8 RGB [height, width, 3], not float32 [90, 30, 3]"),
-    (np.zeros((90, 30), np.uint8), "not uint8 [90, 30]"),
-    (np.zeros((90, 30, 4), np.uint8), "not uint8 [90, 30, 4]"),
-    (np.zeros((3, 90, 30), np.uint8), "not uint8 [3, 90, 30]"),
-    (np.zeros((0, 30, 3), np.uint8), "not uint8 [0, 30, 3]"),
-    (np.zeros((1, 1, 3), np.uint8), "an image cannot be embedded: 1x1 pixels is too small"),
-    (Image.new("F", (30, 90)), "an image cannot be embedded: pixels are 32-bit floats"),
-    (None, "an image is a path, a PIL image or a uint8 array, not a NoneType"),
-    (0, "not a int"),
-    (b"a.jpg", "not a bytes"),
-    ("no/such.jpg", "'no/such.jpg' cannot be embedded: No such file or directory"),
-    (".", "'.' cannot be embedded: not a regular file"),
-])
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        (np.zeros((90, 30, 3), np.float32), "uint8 RGB [height, width, 3], not float32 [90, 30, 3]"),
+        (np.zeros((90, 30), np.uint8), "not uint8 [90, 30]"),
+        (np.zeros((90, 30, 4), np.uint8), "not uint8 [90, 30, 4]"),
+        (np.zeros((3, 90, 30), np.uint8), "not uint8 [3, 90, 30]"),
+        (np.zeros((0, 30, 3), np.uint8), "not uint8 [0, 30, 3]"),
+        (np.zeros((1, 1, 3), np.uint8), "an image cannot be embedded: 1x1 pixels is too small"),
+        (Image.new("F", (30, 90)), "an image cannot be embedded: pixels are 32-bit floats"),
+        (None, "an image is a path, a PIL image or a uint8 array, not a NoneType"),
+        (0, "not a int"),
+        (b"a.jpg", "not a bytes"),
+        ("no/such.jpg", "'no/such.jpg' cannot be embedded: No such file or directory"),
+        (".", "'.' cannot be embedded: not a regular file"),
+    ],
+)
 def test_what_is_no_image_gets_a_sentence(embedder, source, expected):
     assert expected in refusal(UserError, embedder.embed, [source])
 
@@ -184,8 +217,10 @@ def test_one_image_without_a_list_gets_a_sentence(embedder):
 
 def test_truncated_image_opened_by_pil_gets_a_sentence(images, embedder):
     content = (images / "a.jpg").read_bytes()
-    half = Image.open(io.BytesIO(content[:len(content) // 2]))
-    assert "an image cannot be embedded: image file is truncated" in refusal(UserError, embedder.embed, [half])
+    half = Image.open(io.BytesIO(content[: len(content) // 2]))
+    assert "an image cannot be embedded: image file is truncated" in refusal(
+        UserError, embedder.embed, [half]
+    )
 
 
 # Bad files
@@ -195,7 +230,6 @@ def test_every_bad_file_is_a_row_with_its_reason(images, tmp_path, embedder):
     (images / "empty.jpg").touch()
     (images / "text.jpg").write_text("a letter")
     (images / "cut.jpg").write_bytes((images / "a.jpg").read_bytes()[:900])
-    (images / "dot.png").write_bytes(b"")
     Image.new("RGB", (1, 1)).save(images / "dot.png")
     (images / "bomb.png").write_bytes(png_bomb(8001))
     (images / "broken.jpg").symlink_to("nowhere")
@@ -203,9 +237,7 @@ def test_every_bad_file_is_a_row_with_its_reason(images, tmp_path, embedder):
     (images / "up").symlink_to("..")
     os.mkfifo(images / "pipe.jpg")
     report = embed_folder(images, tmp_path / "s", embedder)
-    assert names(tmp_path / "s") == ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"] + [
-        f"up/images/{name}.jpg" for name in ()  # `up` leads back above `images` and is followed only once
-    ] or len(names(tmp_path / "s")) == 6
+    assert names(tmp_path / "s") == ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
     found = failures(tmp_path / "s")
     assert dict(report.failed) == found
     assert found["empty.jpg"] == "the file is empty"
@@ -215,11 +247,21 @@ def test_every_bad_file_is_a_row_with_its_reason(images, tmp_path, embedder):
     assert found["bomb.png"] == "8001x8001 pixels is more than the limit of 64 megapixels"
     assert found["broken.jpg"] == "a link to a file that does not exist"
     assert found["loop.jpg"] == "Too many levels of symbolic links"
+    assert found["up/images"] == "a link that leads back to a folder above it"
     assert found["pipe.jpg"] == "not a regular file"
 
 
 def test_odd_names_come_back(images, tmp_path, embedder):
-    odd = [b"a b.jpg", b"new\nline.jpg", b"quote'\".jpg", b"bytes\xff\xfe.jpg", b"-o.jpg", b"%20.jpg", "é漢.jpg".encode(), b"n" * 251 + b".jpg"]
+    odd = [
+        b"a b.jpg",
+        b"new\nline.jpg",
+        b"quote'\".jpg",
+        b"bytes\xff\xfe.jpg",
+        b"-o.jpg",
+        b"%20.jpg",
+        "é漢.jpg".encode(),
+        b"n" * 251 + b".jpg",
+    ]
     for name in odd:
         shutil.copy(images / "a.jpg", os.fsencode(images) + b"/" + name)
     embed_folder(images, tmp_path / "s", embedder)
@@ -267,24 +309,29 @@ def test_only_bad_files_is_a_failed_gate(images, tmp_path, embedder):
     for path in images.iterdir():
         path.write_bytes(b"")
     sentence = refusal(GateFailed, embed_folder, images, tmp_path / "s", embedder)
-    assert f"not one of the 6 images of {str(images)!r} could be read; the first, 'a.jpg': the file is empty" == sentence
+    assert (
+        f"not one of the 6 images of {str(images)!r} could be read; the first, 'a.jpg': the file is empty"
+        == sentence
+    )
     assert len(failures(tmp_path / "s")) == 6
 
 
 def test_thousands_of_bad_files_do_not_stop_the_good_one(images, tmp_path, embedder):
-    for number in range(3000):
+    for number in range(2100):
         (images / f"{number:05d}.jpg").touch()
     report = embed_folder(images, tmp_path / "s", embedder)
-    assert counts(report) == (6, 0, 3000, 0)
+    assert counts(report) == (6, 0, 2100, 0)
     assert len(names(tmp_path / "s")) == 6
-    assert counts(embed_folder(images, tmp_path / "s", embedder)) == (0, 6, 3000, 0)
+    assert counts(embed_folder(images, tmp_path / "s", embedder)) == (0, 6, 2100, 0)
     assert len(list((tmp_path / "s").glob("*.npy"))) == 3
 
 
 def test_too_many_failures_stop_and_what_was_embedded_is_kept(images, tmp_path, embedder):
     for name in ("b.jpg", "d.jpg", "e.jpg"):
         (images / name).write_bytes(b"")
-    sentence = refusal(GateFailed, embed_folder, images, tmp_path / "s", embedder, batch_size=1, max_failures=1)
+    sentence = refusal(
+        GateFailed, embed_folder, images, tmp_path / "s", embedder, batch_size=1, max_failures=1
+    )
     assert sentence == "more than 1 images cannot be read; the last, 'd.jpg': the file is empty"
     assert names(tmp_path / "s") == ["a.jpg", "c.jpg"]
     assert counts(embed_folder(images, tmp_path / "s", embedder, max_failures=3)) == (1, 2, 3, 0)
@@ -344,7 +391,9 @@ def test_file_that_became_unreadable_is_a_failure_and_mended_an_image(images, tm
 def test_store_of_another_folder_is_refused(images, tmp_path, embedder):
     embed_folder(images, tmp_path / "s", embedder)
     images.rename(tmp_path / "moved")
-    assert "was made with source" in refusal(UserError, embed_folder, tmp_path / "moved", tmp_path / "s", embedder)
+    assert "was made with source" in refusal(
+        UserError, embed_folder, tmp_path / "moved", tmp_path / "s", embedder
+    )
 
 
 def test_store_of_another_dtype_is_refused(images, tmp_path, embedder):
@@ -369,7 +418,12 @@ def mixed(crops, tmp_path_factory) -> Path:
     """The forty crops and four bad files between them."""
     folder = tmp_path_factory.mktemp("mixed") / "images"
     shutil.copytree(crops, folder)
-    for place in ("camera 1/0001_c1s1_x.jpg", "camera 1/0005_c1s1_x.jpg", "camera 2/0003_c2s1_x.jpg", "zz.jpg"):
+    for place in (
+        "camera 1/0001_c1s1_x.jpg",
+        "camera 1/0005_c1s1_x.jpg",
+        "camera 2/0003_c2s1_x.jpg",
+        "zz.jpg",
+    ):
         (folder / place).touch()
     return folder
 
@@ -388,16 +442,23 @@ def run_in_small_shards(folder: Path, store: Path, embedder: Embedder) -> galler
         return embed_folder(folder, store, embedder)
 
 
-@pytest.mark.parametrize("moment, victim, left", [
-    ("before", "manifest.json", {".tmp"}),
-    ("before", "shard-00001.npy", {".tmp"}),
-    ("after", "shard-00001.npy", {"shard-00001.npy"}),
-    ("before", "shard-00001.parquet", {".tmp", "shard-00001.npy"}),
-    ("after", "shard-00002.parquet", {"shard-00002.npy", "shard-00002.parquet"}),
-])
-def test_run_after_kill_9_ends_with_the_undisturbed_store(mixed, undisturbed, bundle_folder, embedder, tmp_path, moment, victim, left):
+@pytest.mark.parametrize(
+    "moment, victim, left",
+    [
+        ("before", "manifest.json", {".tmp"}),
+        ("before", "shard-00001.npy", {".tmp"}),
+        ("after", "shard-00001.npy", {"shard-00001.npy"}),
+        ("before", "shard-00001.parquet", {".tmp", "shard-00001.npy"}),
+        ("after", "shard-00002.parquet", {"shard-00002.npy", "shard-00002.parquet"}),
+    ],
+)
+def test_run_after_kill_9_ends_with_the_undisturbed_store(
+    mixed, undisturbed, bundle_folder, embedder, tmp_path, moment, victim, left
+):
     store = tmp_path / "s"
-    killed = subprocess.run([sys.executable, "-c", DRIVER, mixed, store, bundle_folder, moment, victim], check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", DRIVER, mixed, store, bundle_folder, moment, victim], check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     found = {".tmp" if name.endswith(".tmp") else name for name in os.listdir(store)}
     assert left <= found
@@ -408,7 +469,9 @@ def test_run_after_kill_9_ends_with_the_undisturbed_store(mixed, undisturbed, bu
     assert_same_store(store, undisturbed)
 
 
-def test_run_after_kill_9_at_any_time_ends_with_the_undisturbed_store(mixed, undisturbed, bundle_folder, embedder, tmp_path):
+def test_run_after_kill_9_at_any_time_ends_with_the_undisturbed_store(
+    mixed, undisturbed, bundle_folder, embedder, tmp_path
+):
     store = tmp_path / "s"
     arguments = [sys.executable, "-c", DRIVER, mixed, store, bundle_folder, "before", "nothing"]
     with subprocess.Popen(arguments) as process:
@@ -454,10 +517,14 @@ def test_engine_failure_commits_what_was_embedded(mixed, embedder, tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root; the file size limit below needs none")
 @pytest.mark.parametrize("kilobytes", [4, 8, 12, 20, 36])
-def test_full_disk_is_a_sentence_and_with_room_the_same_run_goes_on(mixed, undisturbed, embedder, tmp_path, kilobytes):
+def test_full_disk_is_a_sentence_and_with_room_the_same_run_goes_on(
+    mixed, undisturbed, embedder, tmp_path, kilobytes
+):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("this root may not mount")
     try:
@@ -475,8 +542,10 @@ def test_full_disk_is_a_sentence_and_with_room_the_same_run_goes_on(mixed, undis
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("limit", [100, 1000, 4500])
-def test_limit_on_file_sizes_is_a_sentence_and_without_it_the_same_run_goes_on(mixed, undisturbed, embedder, tmp_path, limit):
+@pytest.mark.parametrize("limit", [100, 1000, 4000])
+def test_limit_on_file_sizes_is_a_sentence_and_without_it_the_same_run_goes_on(
+    mixed, undisturbed, embedder, tmp_path, limit
+):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

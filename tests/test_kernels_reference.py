@@ -1,4 +1,4 @@
-"""The definition of stripe-pool-reduce against a loop over every pixel, and the ONNX function against the definition."""
+"""Stripe-pool-reduce: the definition against a loop over every pixel, the ONNX function against it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import helper
-from onnx.reference import ReferenceEvaluator
-
 from mgn_deploy.export import heads
 from mgn_deploy.kernels.reference import embed, stripe_pool, stripe_pool_reduce
 from mgn_deploy.train.model import Embedding, fold_batch_norms
 from mgn_deploy.train.weights import load_weights
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
 
-torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(
+    1
+)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
-# Branches and each map's rows and columns: the paper's, the ablations', and heights that the stripes do not divide.
+# Branches and each map's rows and columns: the paper's, its ablations', and heights that do not divide.
 CASES = [
     ((1, 2, 3), ((12, 4), (24, 8), (24, 8))),
     ((1,), ((3, 1),)),
@@ -47,11 +48,22 @@ def plain_loop(maps, branches, weight, bias) -> np.ndarray:
             height = map_.shape[2]
             parts = [range(height)]
             if stripes > 1:
-                parts += [range(i * height // stripes, int(np.ceil((i + 1) * height / stripes))) for i in range(stripes)]
+                parts += [
+                    range(i * height // stripes, int(np.ceil((i + 1) * height / stripes)))
+                    for i in range(stripes)
+                ]
             for part in parts:
-                pooled = [max(float(value) for y in part for value in map_[image, c, y]) for c in range(channels)]
+                pooled = [
+                    max(float(value) for y in part for value in map_[image, c, y]) for c in range(channels)
+                ]
                 for r in range(weight.shape[2]):
-                    row.append(max(0.0, sum(pooled[c] * float(weight[f, c, r]) for c in range(channels)) + float(bias[f, 0, r])))
+                    row.append(
+                        max(
+                            0.0,
+                            sum(pooled[c] * float(weight[f, c, r]) for c in range(channels))
+                            + float(bias[f, 0, r]),
+                        )
+                    )
                 f += 1
         rows.append(row)
     return np.array(rows)
@@ -74,7 +86,9 @@ def function_model(branches, sizes, channels=5, reduced=4) -> onnx.ModelProto:
     graph = helper.make_graph([call], "heads", inputs, [output])
     function = heads.stripe_pool_reduce(branches, [size[0] for size in sizes])
     model = helper.make_model(
-        graph, functions=[function], ir_version=10,
+        graph,
+        functions=[function],
+        ir_version=10,
         opset_imports=[helper.make_opsetid("", heads.OPSET), helper.make_opsetid(heads.DOMAIN, 1)],
     )
     onnx.checker.check_model(model, full_check=True)
@@ -83,13 +97,17 @@ def function_model(branches, sizes, channels=5, reduced=4) -> onnx.ModelProto:
 
 def run_onnxruntime(model: onnx.ModelProto, maps, weight, bias) -> np.ndarray:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {**{f"map_{i}": map_ for i, map_ in enumerate(maps)}, "weight": weight, "bias": bias})[0]
+    return session.run(
+        None, {**{f"map_{i}": map_ for i, map_ in enumerate(maps)}, "weight": weight, "bias": bias}
+    )[0]
 
 
 @pytest.mark.parametrize(("branches", "sizes"), CASES)
 def test_the_definition_is_a_plain_loop(branches, sizes):
     maps, weight, bias = random_case(branches, sizes)
-    np.testing.assert_allclose(stripe_pool_reduce(maps, branches, weight, bias), plain_loop(maps, branches, weight, bias), atol=1e-9)
+    np.testing.assert_allclose(
+        stripe_pool_reduce(maps, branches, weight, bias), plain_loop(maps, branches, weight, bias), atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(("branches", "sizes"), CASES)
@@ -97,7 +115,9 @@ def test_the_definition_is_a_plain_loop(branches, sizes):
 def test_the_onnx_function_is_the_definition(branches, sizes, n):
     maps, weight, bias = random_case(branches, sizes, n)
     expected = stripe_pool_reduce(maps, branches, weight, bias)
-    np.testing.assert_allclose(run_onnxruntime(function_model(branches, sizes), maps, weight, bias), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        run_onnxruntime(function_model(branches, sizes), maps, weight, bias), expected, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("branches", "sizes"), CASES)
@@ -114,7 +134,9 @@ def test_maps_of_negative_numbers_keep_their_maxima():
     maps = [-np.abs(map_) - 1 for map_ in maps]
     expected = plain_loop(maps, (1, 2), weight, bias)
     assert (stripe_pool(maps[1], 2)[1] < 0).all()
-    np.testing.assert_allclose(run_onnxruntime(function_model((1, 2), ((4, 2), (5, 2))), maps, weight, bias), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        run_onnxruntime(function_model((1, 2), ((4, 2), (5, 2))), maps, weight, bias), expected, atol=1e-5
+    )
 
 
 def test_infinite_pixels_stay_infinite():
@@ -139,8 +161,12 @@ def test_nan_pixels_make_the_definition_nan():
 def test_the_definition_is_the_networks_heads(weights):
     """The maps of the trained-like model through the definition are what PyTorch embeds."""
     model = load_weights(weights)
-    pixels = torch.randint(0, 256, (3, 96, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    reductions = [reduction[0] for branch in fold_batch_norms(model).branches for reduction in branch.reductions]
+    pixels = torch.randint(
+        0, 256, (3, 96, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    reductions = [
+        reduction[0] for branch in fold_batch_norms(model).branches for reduction in branch.reductions
+    ]
     weight = np.stack([conv.weight.detach().numpy()[:, :, 0, 0].T for conv in reductions])
     bias = np.stack([conv.bias.detach().numpy()[None] for conv in reductions])
     for flip in (True, False):

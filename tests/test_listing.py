@@ -56,7 +56,16 @@ def refusal(folder) -> str:
 def test_order_is_that_of_the_names_bytes(tmp_path):
     touch(tmp_path, "b.jpg", "a/z.jpg", "a.jpg", "B.JPG", "é.png", "a b/1.jpeg", "10.webp", "9.webp")
     assert names(tmp_path) == sorted(names(tmp_path), key=os.fsencode)
-    assert names(tmp_path) == ["10.webp", "9.webp", "B.JPG", "a b/1.jpeg", "a.jpg", "a/z.jpg", "b.jpg", "é.png"]
+    assert names(tmp_path) == [
+        "10.webp",
+        "9.webp",
+        "B.JPG",
+        "a b/1.jpeg",
+        "a.jpg",
+        "a/z.jpg",
+        "b.jpg",
+        "é.png",
+    ]
 
 
 def test_other_files_are_not_listed(tmp_path):
@@ -71,7 +80,9 @@ def test_size_and_mtime_are_the_files(tmp_path):
     assert (file.size, file.mtime_ns, file.problem) == (1, 1234567890123456789, None)
 
 
-@pytest.mark.parametrize("name", ["a b.jpg", "a\nb.jpg", "a'\"b.jpg", "-rf.jpg", "n" * 251 + ".jpg", "%20#?.jpg", "*.jpg"])
+@pytest.mark.parametrize(
+    "name", ["a b.jpg", "a\nb.jpg", "a'\"b.jpg", "-rf.jpg", "n" * 251 + ".jpg", "%20#?.jpg", "*.jpg"]
+)
 def test_odd_name_is_kept(tmp_path, name):
     touch(tmp_path, name)
     assert names(tmp_path) == [name]
@@ -86,7 +97,8 @@ def test_name_that_is_not_utf8_keeps_its_bytes(tmp_path):
 
 def test_missing_folder_is_a_sentence(tmp_path):
     assert refusal(tmp_path / "none") == (
-        f"{str(tmp_path / 'none')!r} cannot be listed (No such file or directory): give the folder that holds the images"
+        f"{str(tmp_path / 'none')!r} cannot be listed (No such file or directory): "
+        "give the folder that holds the images"
     )
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-
 from mgn_deploy.train.losses import MARGIN, batch_hard_triplet, mgn_loss
 from mgn_deploy.train.model import MGNOutput
 
-torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(
+    1
+)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 
 def plain_triplet(features: np.ndarray, identities: list[int], margin: float) -> float:
@@ -22,7 +23,9 @@ def plain_triplet(features: np.ndarray, identities: list[int], margin: float) ->
     for anchor, identity in enumerate(identities):
         farthest, nearest = 0.0, math.inf
         for other, other_identity in enumerate(identities):
-            distance = math.sqrt(sum((a - b) ** 2 for a, b in zip(features[anchor], features[other], strict=True)))
+            distance = math.sqrt(
+                sum((a - b) ** 2 for a, b in zip(features[anchor], features[other], strict=True))
+            )
             if other_identity == identity:
                 farthest = max(farthest, distance)
             else:
@@ -36,12 +39,13 @@ def plain_triplet(features: np.ndarray, identities: list[int], margin: float) ->
     st.lists(st.integers(0, 3), min_size=2, max_size=10),  # also one image of an identity
     st.integers(1, 4),
     st.sampled_from([0.0, 0.3, MARGIN]),
+    st.sampled_from([1, 10_000]),
     st.randoms(use_true_random=False),
 )
-def test_the_triplet_loss_is_a_plain_double_loops(identities, dim, margin, random):
+def test_the_triplet_loss_is_a_plain_double_loops(identities, dim, margin, scale, random):
     assume(len(set(identities)) > 1)
     # Few small whole numbers: equal rows, equal distances and ties for farthest and nearest are common.
-    features = np.array([[random.randint(-2, 2) for _ in range(dim)] for _ in identities], np.float64)
+    features = scale * np.array([[random.randint(-2, 2) for _ in range(dim)] for _ in identities], np.float64)
     loss = batch_hard_triplet(torch.from_numpy(features), torch.tensor(identities), margin)
     assert loss.item() == pytest.approx(plain_triplet(features, identities, margin), abs=1e-5)
 
@@ -71,7 +75,9 @@ def test_identical_features_cost_the_margin_and_have_a_finite_gradient():
 
 
 def test_the_gradient_is_that_of_finite_differences():
-    features = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    features = torch.randn(
+        6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     identities = torch.tensor([0, 0, 0, 1, 1, 1])
     assert torch.autograd.gradcheck(lambda one: batch_hard_triplet(one, identities), features)
 
@@ -81,7 +87,9 @@ def test_half_precision_features_are_measured_in_float32():
     identities = torch.tensor([0, 0, 1, 1, 2, 2])
     half = batch_hard_triplet(features.half(), identities)
     assert half.dtype == torch.float32
-    assert half.item() == pytest.approx(batch_hard_triplet(features.half().double(), identities).item(), rel=1e-4)
+    assert half.item() == pytest.approx(
+        batch_hard_triplet(features.half().double(), identities).item(), rel=1e-4
+    )
 
 
 def output_of_ones(classes: int = 3) -> MGNOutput:
@@ -96,13 +104,19 @@ def output_of_ones(classes: int = 3) -> MGNOutput:
 
 def test_the_loss_is_the_mean_of_8_softmax_losses_and_the_mean_of_3_triplet_losses():
     output, identities = output_of_ones(), torch.tensor([0, 0, 2, 2])
-    softmax = np.mean([
-        -math.log(math.exp(row[identity]) / sum(math.exp(value) for value in row))
-        for logits in output.logits for row, identity in zip(logits.tolist(), identities.tolist(), strict=True)
-    ])
-    triplet = np.mean([
-        plain_triplet(feature.detach().double().numpy(), identities.tolist(), MARGIN) for feature in output.globals
-    ])
+    softmax = np.mean(
+        [
+            -math.log(math.exp(row[identity]) / sum(math.exp(value) for value in row))
+            for logits in output.logits
+            for row, identity in zip(logits.tolist(), identities.tolist(), strict=True)
+        ]
+    )
+    triplet = np.mean(
+        [
+            plain_triplet(feature.detach().double().numpy(), identities.tolist(), MARGIN)
+            for feature in output.globals
+        ]
+    )
     loss, parts = mgn_loss(output, identities)
     assert parts["softmax"] == pytest.approx(softmax, abs=1e-5)
     assert parts["triplet"] == pytest.approx(triplet, abs=1e-5)
@@ -114,19 +128,28 @@ def test_the_triplet_loss_takes_the_reduced_globals_and_nothing_else():
     loss, _ = mgn_loss(output, torch.tensor([0, 0, 2, 2]))
     loss.backward()
     assert all(feature.grad is not None for feature in output.globals + output.logits)
-    assert all(feature.grad is None for feature in output.pooled_globals + output.stripes)  # reached by their logits only
+    assert all(
+        feature.grad is None for feature in output.pooled_globals + output.stripes
+    )  # reached by their logits only
 
 
 def test_no_feature_has_both_losses():
-    """In the whole network: the softmax loss reaches the pooled globals and the stripes, the triplet loss the reduced globals."""
-    from mgn_deploy.config import ModelConfig
+    """Softmax reaches the pooled globals and the reduced stripes, the triplet loss the reduced globals."""
     from mgn_deploy.train.model import MGN
 
-    model = MGN(ModelConfig(backbone="resnet18", base_width=8, reduced_width=4, height=96, width=32, num_classes=3)).train()
-    images, identities = torch.randn(4, 3, 96, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 2, 2])
+    from mgn_deploy.config import ModelConfig
+
+    model = MGN(
+        ModelConfig(backbone="resnet18", base_width=8, reduced_width=4, height=96, width=32, num_classes=3)
+    ).train()
+    images, identities = (
+        torch.randn(4, 3, 96, 32, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 0, 2, 2]),
+    )
     reductions = {
         f"{branch}.{place}": reduction[0].weight
-        for branch, part in enumerate(model.branches) for place, reduction in enumerate(part.reductions)
+        for branch, part in enumerate(model.branches)
+        for place, reduction in enumerate(part.reductions)
     }
     reached = {}
     for name in ("softmax", "triplet"):
@@ -136,6 +159,8 @@ def test_no_feature_has_both_losses():
         else:
             loss = sum(batch_hard_triplet(feature, identities) for feature in output.globals)
         gradients = torch.autograd.grad(loss, list(reductions.values()), allow_unused=True)
-        reached[name] = {place for place, gradient in zip(reductions, gradients, strict=True) if gradient is not None}
+        reached[name] = {
+            place for place, gradient in zip(reductions, gradients, strict=True) if gradient is not None
+        }
     assert reached["triplet"] == {"0.0", "1.0", "2.0"}
     assert reached["softmax"] == {"1.1", "1.2", "2.1", "2.2", "2.3"}

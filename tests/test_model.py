@@ -1,4 +1,4 @@
-"""The network against the paper (sections 3.1 and 4.1, Table 1), against torchvision, and against plain arithmetic."""
+"""The network against the paper (sections 3.1, 4.1, Table 1), torchvision and plain arithmetic."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from mgn_deploy.train.model import MGN, Embedding, MGNOutput, build_resnet, count_parameters, fold_batch_norms
+from mgn_deploy.train.weights import load_weights, new_model
 from torch import nn
 
 from mgn_deploy.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, stripe_rows
 from mgn_deploy.errors import UserError
-from mgn_deploy.train.model import MGN, Embedding, MGNOutput, build_resnet, count_parameters, fold_batch_norms
-from mgn_deploy.train.weights import load_weights, new_model
 
-torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(
+    1
+)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 
 def small_config(**changes) -> ModelConfig:
-    return ModelConfig(**{"backbone": "resnet18", "base_width": 8, "reduced_width": 4, "height": 96, "width": 32, **changes})
+    return ModelConfig(
+        **{"backbone": "resnet18", "base_width": 8, "reduced_width": 4, "height": 96, "width": 32, **changes}
+    )
 
 
 def randomise_norms(model: nn.Module, seed: int = 0) -> None:
@@ -33,7 +37,9 @@ def randomise_norms(model: nn.Module, seed: int = 0) -> None:
 
 
 def random_pixels(count: int, height: int = 96, width: int = 32, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (count, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +84,19 @@ def test_the_trunk_ends_after_res_conv4_1(paper):
 
 
 def test_only_the_global_branch_strides_in_layer4(paper):
-    strides = [(branch.layer4[0].conv2.stride, branch.layer4[0].downsample[0].stride) for branch in paper.branches]
+    strides = [
+        (branch.layer4[0].conv2.stride, branch.layer4[0].downsample[0].stride) for branch in paper.branches
+    ]
     assert strides == [((2, 2), (2, 2)), ((1, 1), (1, 1)), ((1, 1), (1, 1))]
 
 
 def test_part_branches_stride_nowhere(paper):
-    strides = {module.stride for branch in paper.branches[1:] for module in branch.modules() if isinstance(module, nn.Conv2d)}
+    strides = {
+        module.stride
+        for branch in paper.branches[1:]
+        for module in branch.modules()
+        if isinstance(module, nn.Conv2d)
+    }
     assert strides == {(1, 1)}
 
 
@@ -156,7 +169,9 @@ def test_a_gradient_step_on_one_branchs_output_moves_that_branch_and_the_trunk_o
     sum(stripe.square().sum() for stripe in output.stripes[:2]).backward()  # of Part-2
     optimizer.step()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert {name.split(".reductions")[0][:10] for name in moved if name.startswith("branches")} == {"branches.1"}
+    assert {name.split(".reductions")[0][:10] for name in moved if name.startswith("branches")} == {
+        "branches.1"
+    }
     assert any(name.startswith("trunk") for name in moved)
     assert not any(name.startswith("branches.1.reductions.0") for name in moved)
 
@@ -167,13 +182,15 @@ def test_no_tensor_is_shared_between_modules(model):
 
 
 def test_reductions_start_different():
-    weights = [reduction[0].weight for branch in MGN(small_config()).branches for reduction in branch.reductions]
+    weights = [
+        reduction[0].weight for branch in MGN(small_config()).branches for reduction in branch.reductions
+    ]
     for index, one in enumerate(weights):
-        assert not any(torch.equal(one, other) for other in weights[index + 1:])
+        assert not any(torch.equal(one, other) for other in weights[index + 1 :])
 
 
 def test_the_embedding_is_in_the_order_of_table_1(model):
-    """f_g^G, f_g^P2, f_p0^P2, f_p1^P2, f_g^P3, f_p0^P3, f_p1^P3, f_p2^P3, found by silencing one reduction at a time."""
+    """f_g^G, f_g^P2, f_p0..1^P2, f_g^P3, f_p0..2^P3: found by silencing one reduction at a time."""
     width = model.config.reduced_width
     images = torch.randn(2, 3, 96, 32, generator=torch.Generator().manual_seed(3))
     places = [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)]
@@ -195,7 +212,7 @@ def test_stripes_are_numbered_from_the_top(model):
     branch = model.branches[2]
     map_ = torch.zeros(1, 4, 24, 8)
     for stripe in range(3):
-        map_[:, :, 8 * stripe:8 * stripe + 8] = stripe + 1
+        map_[:, :, 8 * stripe : 8 * stripe + 8] = stripe + 1
     assert [float(vector.amin()) for vector in branch.pool(map_)] == [3, 1, 2, 3]
     assert [float(vector.amax()) for vector in branch.pool(map_)] == [3, 1, 2, 3]
 
@@ -226,19 +243,33 @@ def test_any_branches_give_their_features(branches):
     assert tuple(model.eval()(images).shape) == (3, 4 * features)
     output = model.train()(images)
     parts = sum(stripes for stripes in branches if stripes > 1)
-    assert (len(output.pooled_globals), len(output.globals), len(output.stripes)) == (len(branches), len(branches), parts)
+    assert (len(output.pooled_globals), len(output.globals), len(output.stripes)) == (
+        len(branches),
+        len(branches),
+        parts,
+    )
     assert [tuple(logits.shape) for logits in output.logits] == [(3, 5)] * (len(branches) + parts)
 
 
 @pytest.mark.parametrize(
     ("backbone", "base_width", "channels"),
-    [("resnet18", 64, 512), ("resnet50", 64, 2048), ("resnet101", 64, 2048), ("wide_resnet50_2", 64, 2048), ("resnet50", 32, 1024)],
+    [
+        ("resnet18", 64, 512),
+        ("resnet50", 64, 2048),
+        ("resnet101", 64, 2048),
+        ("wide_resnet50_2", 64, 2048),
+        ("resnet50", 32, 1024),
+    ],
 )
 def test_other_resnets_are_configurations(backbone, base_width, channels):
     with torch.device("meta"):
         model = MGN(ModelConfig(backbone=backbone, base_width=base_width))
         maps = model.feature_maps(torch.zeros(1, 3, 192, 64))
-    assert [tuple(one.shape) for one in maps] == [(1, channels, 6, 2), (1, channels, 12, 4), (1, channels, 12, 4)]
+    assert [tuple(one.shape) for one in maps] == [
+        (1, channels, 6, 2),
+        (1, channels, 12, 4),
+        (1, channels, 12, 4),
+    ]
 
 
 def test_an_unknown_backbone_is_a_sentence_that_names_usable_ones():
@@ -350,7 +381,9 @@ def test_embeddings_have_length_one(model):
 def test_a_mirrored_image_has_the_same_embedding(model):
     pixels = random_pixels(3)
     with torch.inference_mode():
-        torch.testing.assert_close(Embedding(model)(pixels.flip(2)), Embedding(model)(pixels), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            Embedding(model)(pixels.flip(2)), Embedding(model)(pixels), rtol=0, atol=1e-6
+        )
 
 
 def test_without_the_mirror_average_a_mirrored_image_has_another_embedding(model):
@@ -369,13 +402,17 @@ def test_the_order_of_the_colours_matters(model):
 def test_normalisation_is_imagenets_on_the_0_to_1_scale(model):
     pixels = torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8)
     expected = [(0 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (255 / 255 - 0.406) / 0.225]
-    np.testing.assert_allclose(Embedding(model, flip=False).normalise(pixels).flatten().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        Embedding(model, flip=False).normalise(pixels).flatten().numpy(), expected, rtol=1e-5
+    )
 
 
 def test_normalisation_is_the_configs():
     model = MGN(small_config(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0)))
     pixels = torch.tensor([[[[0, 255, 255]]]], dtype=torch.uint8)
-    np.testing.assert_allclose(Embedding(model, flip=False).normalise(pixels).flatten().numpy(), [-1, 3, 1], rtol=1e-6)
+    np.testing.assert_allclose(
+        Embedding(model, flip=False).normalise(pixels).flatten().numpy(), [-1, 3, 1], rtol=1e-6
+    )
 
 
 def test_mirrors_come_last_in_the_batch(model):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,15 +16,31 @@ from test_listing import permissions_apply
 
 import mgn_deploy.store as store_module
 from mgn_deploy.errors import UserError
+from mgn_deploy.files import atomic_folder
 from mgn_deploy.store import UNKNOWN, Row, Store, StoreManifest, StoreWriter
 
 MANIFEST = StoreManifest(
-    bundle_id="ab" * 32, backend="onnxruntime", preprocessing="pillow-bicubic-1", dim=4, dtype="float32", source="file:///images"
+    bundle_id="ab" * 32,
+    backend="onnxruntime",
+    preprocessing="pillow-bicubic-1",
+    dim=4,
+    dtype="float32",
+    source="file:///images",
 )
 
 
 def ok(name: str, **changes: object) -> Row:
-    return Row(**{"name": name, "size": 10, "mtime_ns": 20, "error": None, "identity": None, "camera": None, **changes})
+    return Row(
+        **{
+            "name": name,
+            "size": 10,
+            "mtime_ns": 20,
+            "error": None,
+            "identity": None,
+            "camera": None,
+            **changes,
+        }
+    )
 
 
 def bad(name: str, error: str = "the file is empty") -> Row:
@@ -60,7 +78,11 @@ def names_in(folder) -> list[str]:
 
 
 def test_rows_and_embeddings_come_back_in_order(tmp_path):
-    written = write(tmp_path / "s", [ok("b.jpg", identity=7, camera=2), ok("a.jpg")], [ok("c.jpg", size=None, mtime_ns=None)])
+    written = write(
+        tmp_path / "s",
+        [ok("b.jpg", identity=7, camera=2), ok("a.jpg")],
+        [ok("c.jpg", size=None, mtime_ns=None)],
+    )
     store = Store.open(tmp_path / "s")
     assert [row.name for row in store.rows] == ["b.jpg", "a.jpg", "c.jpg"]
     assert store.rows[0] == ok("b.jpg", identity=7, camera=2)
@@ -78,14 +100,33 @@ def test_failures_are_kept_apart(tmp_path):
 
 
 def test_later_row_of_a_name_counts(tmp_path):
-    written = write(tmp_path / "s", [ok("a.jpg"), ok("b.jpg")], [ok("a.jpg", size=11)], [bad("b.jpg")], [bad("c.jpg")], [ok("c.jpg")])
+    written = write(
+        tmp_path / "s",
+        [ok("a.jpg"), ok("b.jpg")],
+        [ok("a.jpg", size=11)],
+        [bad("b.jpg")],
+        [bad("c.jpg")],
+        [ok("c.jpg")],
+    )
     store = Store.open(tmp_path / "s")
     assert [(row.name, row.size) for row in store.rows] == [("a.jpg", 11), ("c.jpg", 10)]
     assert np.array_equal(store.embeddings(), written[[2, 5]])
     assert [row.name for row in store.failures] == ["b.jpg"]
 
 
-@pytest.mark.parametrize("name", ["a b.jpg", "a\nb.jpg", "a'\"\\b.jpg", "é漢.jpg", "\udcff\udcfe.jpg", "\\xff.jpg", "sub/a\udce9.jpg", "n" * 251])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b.jpg",
+        "a\nb.jpg",
+        "a'\"\\b.jpg",
+        "é漢.jpg",
+        "\udcff\udcfe.jpg",
+        "\\xff.jpg",
+        "sub/a\udce9.jpg",
+        "n" * 251,
+    ],
+)
 def test_name_comes_back_and_leads_to_the_file(tmp_path, name):
     write(tmp_path / "s", [ok(name)])
     store = Store.open(tmp_path / "s")
@@ -98,7 +139,9 @@ def test_two_names_that_print_alike_stay_two(tmp_path):
     assert [row.name for row in Store.open(tmp_path / "s").rows] == ["\udcff.jpg", "\\xff.jpg"]
 
 
-@pytest.mark.parametrize("name", ["plain", "key=value", "s3:bucket", "per%20cent", "with space", "_hidden", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "name", ["plain", "key=value", "s3:bucket", "per%20cent", "with space", "_hidden", b"\xff\xfe"]
+)
 def test_store_can_have_any_folder_name(tmp_path, name):
     folder = tmp_path / os.fsdecode(name) / "shards"
     written = write(folder, [ok("a.jpg")])
@@ -119,7 +162,8 @@ def test_files_are_readable_by_other_tools(tmp_path):
     assert np.array_equal(np.load(tmp_path / "s/shard-00000.npy"), written, equal_nan=True)
     rows = pq.read_table(tmp_path / "s/shard-00000.parquet").to_pylist()
     assert [(row["path"], row["path_bytes"], row["status"], row["error"]) for row in rows] == [
-        ("a\\xff.jpg", b"a\xff.jpg", "ok", None), ("b.jpg", None, "failed", "the file is empty")
+        ("a\\xff.jpg", b"a\xff.jpg", "ok", None),
+        ("b.jpg", None, "failed", "the file is empty"),
     ]
 
 
@@ -188,11 +232,15 @@ def test_missing_npy_is_named(tmp_path):
     assert "shard-00000.npy or its Parquet is damaged" in refusal(Store.open, tmp_path / "s")
 
 
-@pytest.mark.parametrize("array", [np.zeros((3, 4), np.float32), np.zeros((2, 5), np.float32), np.zeros((2, 4), np.float64)])
+@pytest.mark.parametrize(
+    "array", [np.zeros((3, 4), np.float32), np.zeros((2, 5), np.float32), np.zeros((2, 4), np.float64)]
+)
 def test_npy_that_does_not_fit_its_rows_is_named(tmp_path, array):
     write(tmp_path / "s", [ok("a.jpg"), ok("b.jpg")])
     np.save(tmp_path / "s/shard-00000.npy", array)
-    assert f"is {array.dtype} {list(array.shape)} and its Parquet has 2 rows of 4 float32" in refusal(Store.open, tmp_path / "s")
+    assert f"is {array.dtype} {list(array.shape)} and its Parquet has 2 rows of 4 float32" in refusal(
+        Store.open, tmp_path / "s"
+    )
 
 
 def test_pickle_in_an_npy_is_never_loaded(tmp_path):
@@ -214,7 +262,20 @@ def test_parquet_of_something_else_is_named(tmp_path):
     assert "shard-00000.npy or its Parquet is damaged" in refusal(Store.open, tmp_path / "s")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"7", b"\xff\xfe", b"[" * 100_000, b'{"schema": 1}', b'{"schema_version": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"null",
+        b"7",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"schema": 1}',
+        b'{"schema_version": 1}',
+    ],
+)
 def test_broken_manifest_is_named(tmp_path, content):
     write(tmp_path / "s", [ok("a.jpg")])
     (tmp_path / "s/manifest.json").write_bytes(content)
@@ -227,14 +288,18 @@ def test_later_schema_asks_for_an_upgrade(tmp_path):
     content = json.loads((tmp_path / "s/manifest.json").read_text())
     (tmp_path / "s/manifest.json").write_text(json.dumps({**content, "schema_version": 2, "new_field": True}))
     for action in (Store.open, enter):
-        assert "store schema 2 and this mgn-deploy reads 1: upgrade mgn-deploy" in refusal(action, tmp_path / "s")
+        assert "store schema 2 and this mgn-deploy reads 1: upgrade mgn-deploy" in refusal(
+            action, tmp_path / "s"
+        )
 
 
 # Things in a store's place
 
 
 def test_missing_store_says_how_to_make_one(tmp_path):
-    assert "is not an embedding store (no manifest.json): `mgn-deploy embed DIR -o" in refusal(Store.open, tmp_path / "s")
+    assert "is not an embedding store (no manifest.json): `mgn-deploy embed DIR -o" in refusal(
+        Store.open, tmp_path / "s"
+    )
 
 
 def test_file_in_a_stores_place(tmp_path):
@@ -299,9 +364,17 @@ def test_store_that_may_not_be_read_is_not_called_damaged(tmp_path, closed):
 # One writer of one kind
 
 
-@pytest.mark.parametrize("change", [
-    {"bundle_id": "cd" * 32}, {"backend": "openvino"}, {"dtype": "float16"}, {"source": "file:///other"}, {"preprocessing": "new"}, {"dim": 5},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bundle_id": "cd" * 32},
+        {"backend": "openvino"},
+        {"dtype": "float16"},
+        {"source": "file:///other"},
+        {"preprocessing": "new"},
+        {"dim": 5},
+    ],
+)
 def test_store_made_otherwise_is_refused(tmp_path, change):
     write(tmp_path / "s", [ok("a.jpg")])
     before = (tmp_path / "s/manifest.json").read_bytes()
@@ -315,10 +388,14 @@ def test_store_made_otherwise_is_refused(tmp_path, change):
 def test_second_process_is_refused_while_the_first_writes(tmp_path):
     script = (
         "import sys; from mgn_deploy.store import StoreManifest, StoreWriter\n"
-        "with StoreWriter(sys.argv[1], StoreManifest.model_validate_json(sys.argv[2])): print('in', flush=True); sys.stdin.read()"
+        "with StoreWriter(sys.argv[1], StoreManifest.model_validate_json(sys.argv[2])):\n"
+        "    print('in', flush=True)\n"
+        "    sys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path / "s", MANIFEST.model_dump_json()], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", script, tmp_path / "s", MANIFEST.model_dump_json()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as first:
         assert first.stdout.readline() == b"in\n"
         assert "another process is writing to" in refusal(enter, tmp_path / "s")
@@ -339,3 +416,46 @@ def test_manifest_is_judged_under_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module.fcntl, "flock", other_run_was_faster)
     assert "was made with backend 'openvino'" in refusal(enter, tmp_path / "s")
     assert Store.open(tmp_path / "s").manifest.backend == "openvino"
+
+
+# Folders that are replaced whole
+
+
+def replace_folder(path, content: str) -> None:
+    with atomic_folder(path, marker="marker") as new:
+        (new / "marker").write_text(content)
+
+
+def test_replacing_through_a_link_keeps_the_link(tmp_path):
+    replace_folder(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    replace_folder(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/marker").read_text() == "new"
+    assert names_in(tmp_path) == ["link", "real"]
+
+
+def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
+    replace_folder(tmp_path / "out", "old")
+    rename = os.replace
+
+    def failing(source, target):
+        if Path(target).name == "out" and Path(source).suffix == ".tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    assert "cannot be written: Input/output error" in refusal(replace_folder, tmp_path / "out", "new")
+    assert (tmp_path / "out/marker").read_text() == "old"
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_folder_of_others_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/letter.txt").touch()
+    (tmp_path / "file").touch()
+    for name in ("out", "file"):
+        assert "is nothing that this command wrote (no marker)" in refusal(
+            replace_folder, tmp_path / name, "new"
+        )
+    assert names_in(tmp_path / "out") == ["letter.txt"]

@@ -8,6 +8,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from mgn_deploy.train.data import IdentitySampler, TrainingSet
+from mgn_deploy.train.evaluate import evaluate_model
+from mgn_deploy.train.trainer import Schedule, Step, fit
+from mgn_deploy.train.weights import load_weights, new_model
 from PIL import Image
 
 from mgn_deploy.config import ModelConfig
@@ -16,12 +20,10 @@ from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.market1501 import LabelledImage, Market1501, open_market1501
 from mgn_deploy.ranking import evaluate_embeddings
-from mgn_deploy.train.data import IdentitySampler, TrainingSet
-from mgn_deploy.train.evaluate import evaluate_model
-from mgn_deploy.train.trainer import Schedule, Step, fit
-from mgn_deploy.train.weights import load_weights, new_model
 
-torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(
+    1
+)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 HEIGHT, WIDTH = 96, 32
 
@@ -39,7 +41,9 @@ def crops(people) -> TrainingSet:
 
 
 def untrained(classes: int, **changes):
-    config = ModelConfig(backbone="resnet18", base_width=8, reduced_width=8, height=HEIGHT, width=WIDTH, num_classes=classes)
+    config = ModelConfig(
+        backbone="resnet18", base_width=8, reduced_width=8, height=HEIGHT, width=WIDTH, num_classes=classes
+    )
     return new_model(config.model_copy(update=changes), seed=1)
 
 
@@ -83,7 +87,9 @@ def test_epochs_differ():
 
 def test_every_image_comes_at_last():
     sampler, rng = IdentitySampler(np.repeat(np.arange(4), 9), 4, 4), np.random.default_rng(0)
-    assert {int(index) for _ in range(40) for batch in sampler.epoch(rng) for index in batch} == set(range(36))
+    assert {int(index) for _ in range(40) for batch in sampler.epoch(rng) for index in batch} == set(
+        range(36)
+    )
 
 
 # The images
@@ -151,7 +157,9 @@ def test_another_seed_gives_another_model(crops):
 
 def test_steps_tell_epochs_and_the_share_that_is_done(crops):
     _, steps = trained(crops, Schedule(epochs=3, identities_per_batch=2, images_per_identity=2))
-    assert [(step.epoch, step.last_of_epoch) for step in steps] == [(epoch, last) for epoch in range(3) for last in (False, False, True)]
+    assert [(step.epoch, step.last_of_epoch) for step in steps] == [
+        (epoch, last) for epoch in range(3) for last in (False, False, True)
+    ]
     assert [step.done for step in steps] == pytest.approx([place / 9 for place in range(9)])
     for step in steps:
         assert step.loss == pytest.approx(step.softmax + step.triplet, rel=1e-5)
@@ -166,7 +174,9 @@ def test_the_time_limit_ends_the_training(crops):
 
 def test_a_loss_that_is_not_finite_names_the_step(crops):
     model = untrained(crops.num_classes)
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step [1-9]\d* \(epoch \d+\): lower the learning rate"):
+    with pytest.raises(
+        UserError, match=r"the loss is (nan|inf) at step [1-9]\d* \(epoch \d+\): lower the learning rate"
+    ):
         fit(model, crops, Schedule(epochs=50, learning_rate=1e30))
     assert not model.training
 
@@ -187,7 +197,9 @@ def test_evaluating_is_embedding_and_ranking(people, weights, bundle_folder):
     expected = evaluate_embeddings(
         embedder.embed([np.asarray(Image.open(image.path)) for image in people.query]),
         embedder.embed([np.asarray(Image.open(image.path)) for image in people.gallery]),
-        [image.identity for image in people.query], [image.camera for image in people.query],
-        [image.identity for image in people.gallery], [image.camera for image in people.gallery],
+        [image.identity for image in people.query],
+        [image.camera for image in people.query],
+        [image.identity for image in people.gallery],
+        [image.camera for image in people.gallery],
     )
     assert metrics.to_dict() == pytest.approx(expected.to_dict(), abs=1e-6)

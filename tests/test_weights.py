@@ -6,23 +6,24 @@ import json
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from in_process import mgn_deploy
+from mgn_deploy.train.weights import CONFIG, TENSORS, load_weights, new_model, save_weights, weights_hash
 from safetensors.torch import load_file, save_file
 
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError
-from mgn_deploy.train.weights import CONFIG, TENSORS, load_weights, new_model, save_weights, weights_hash
 
 TINY = ModelConfig(backbone="resnet18", base_width=8, reduced_width=4, height=96, width=32)
 
-torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(
+    1
+)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 
 @pytest.fixture
@@ -41,7 +42,9 @@ def test_a_saved_model_comes_back_bit_by_bit(tmp_path):
     assert not back.training
     before, after = model.state_dict(), back.state_dict()
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
+    )
 
 
 def test_the_memory_format_of_training_does_not_reach_the_file(tmp_path):
@@ -55,7 +58,9 @@ def test_saving_replaces_earlier_weights_and_leaves_nothing_beside_them(tmp_path
     for seed in (1, 2):
         save_weights(new_model(TINY, seed=seed), tmp_path / "w")
     expected = new_model(TINY, seed=2).state_dict()
-    assert torch.equal(load_weights(tmp_path / "w").state_dict()["trunk.0.weight"], expected["trunk.0.weight"])
+    assert torch.equal(
+        load_weights(tmp_path / "w").state_dict()["trunk.0.weight"], expected["trunk.0.weight"]
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
     assert sorted(path.name for path in (tmp_path / "w").iterdir()) == [CONFIG, TENSORS]
 
@@ -94,7 +99,9 @@ def test_the_hash_is_of_config_and_tensors(folder):
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
 def test_a_missing_file_is_a_sentence(folder, name):
     (folder / name).unlink()
-    with pytest.raises(UserError, match=r"is not a weights folder: it needs config\.json and model\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"is not a weights folder: it needs config\.json and model\.safetensors"
+    ):
         load_weights(folder)
 
 
@@ -139,7 +146,10 @@ def test_a_config_that_is_no_json_object_is_a_sentence(folder, content):
 def test_tensors_of_another_shape_are_named(folder):
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, "reduced_width": 8}))
-    with pytest.raises(UserError, match=r"reductions\.0\.0\.weight' has shape \[16, 64, 1, 1\], the model needs \[8, 64, 1, 1\]"):
+    with pytest.raises(
+        UserError,
+        match=r"reductions\.0\.0\.weight' has shape \[16, 64, 1, 1\], the model needs \[8, 64, 1, 1\]",
+    ):
         load_weights(folder)
 
 
@@ -201,7 +211,10 @@ def test_a_resnets_file_starts_the_trunk_and_every_branch(tmp_path, resnet18_sta
 
 def test_another_networks_file_is_refused_by_name(tmp_path, resnet18_state):
     torch.save(resnet18_state, tmp_path / "r.pth")
-    with pytest.raises(UserError, match=r"r\.pth: not the state dict of torchvision's resnet34 \(\d+ tensors differ, first 'layer1\.2\."):
+    with pytest.raises(
+        UserError,
+        match=r"r\.pth: not the state dict of torchvision's resnet34 \(\d+ tensors differ, first 'layer1",
+    ):
         new_model(ModelConfig(backbone="resnet34"), tmp_path / "r.pth")
 
 
@@ -260,7 +273,7 @@ def test_a_file_that_is_not_there_is_a_sentence_with_the_choices(tmp_path):
 
 
 def refuse_to_connect(monkeypatch, cache: Path) -> None:
-    """A proxy at a port where nothing listens: also on a machine with a network the download fails at once."""
+    """A proxy at a port where nothing listens: with or without a network the download fails at once."""
     monkeypatch.setenv("TORCH_HOME", str(cache))
     for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -271,10 +284,15 @@ def refuse_to_connect(monkeypatch, cache: Path) -> None:
 def test_without_a_network_imagenet_is_a_sentence_with_the_address_and_the_way_round(monkeypatch, tmp_path):
     refuse_to_connect(monkeypatch, tmp_path)
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"fetch https://download\.pytorch\.org/models/resnet18-\w+\.pth elsewhere .*--init FILE"):
+    with pytest.raises(
+        UserError,
+        match=r"fetch https://download\.pytorch\.org/models/resnet18-\w+\.pth elsewhere .*--init FILE",
+    ):
         new_model(FULL, "imagenet")
     assert time.monotonic() - start < 10
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nothing that a later run would take for weights
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file()
+    ]  # nothing that a later run would take for weights
 
 
 def test_a_damaged_file_in_torchs_cache_is_a_sentence(monkeypatch, tmp_path):
@@ -296,18 +314,44 @@ def test_a_pickle_in_torchs_cache_is_not_run(monkeypatch, tmp_path, resnet18_sta
     assert not (tmp_path / "exploded").exists()
 
 
-def test_init_writes_weights_that_load(run_cli, tmp_path):
-    done = run_cli("init", "-o", tmp_path / "w", "--backbone", "resnet18", "--size", "96x32", "--branches", "1,2", "--init", "random")
+def test_init_writes_weights_that_load(tmp_path):
+    done = mgn_deploy(
+        "init",
+        "-o",
+        tmp_path / "w",
+        "--backbone",
+        "resnet18",
+        "--size",
+        "96x32",
+        "--branches",
+        "1,2",
+        "--init",
+        "random",
+    )
     assert done.returncode == 0, done.stderr
     model = load_weights(tmp_path / "w")
-    assert (model.config.backbone, model.config.height, model.config.width, model.config.branches) == ("resnet18", 96, 32, (1, 2))
-
-
-def test_init_writes_the_same_bytes_for_the_same_seed_in_another_process(tmp_path):
-    program = (
-        "import sys; from mgn_deploy.config import ModelConfig; from mgn_deploy.train.weights import *\n"
-        f"save_weights(new_model(ModelConfig.model_validate_json({TINY.model_dump_json()!r}), seed=5), sys.argv[1])"
+    assert (model.config.backbone, model.config.height, model.config.width, model.config.branches) == (
+        "resnet18",
+        96,
+        32,
+        (1, 2),
     )
-    subprocess.run([sys.executable, "-c", program, tmp_path / "there"], check=True, timeout=120)
-    save_weights(new_model(TINY, seed=5), tmp_path / "here")
-    assert weights_hash(tmp_path / "here") == weights_hash(tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [
+        ("--size", "384", "384x128"),
+        ("--size", "8x8", "height"),
+        ("--branches", "1,x", "1,2,3"),
+        ("--branches", "0", "branches"),
+        ("--backbone", "vgg16", "resnet50"),
+        ("--init", "nowhere.pth", "no such file"),
+    ],
+)
+def test_init_refuses_what_it_cannot_make_in_a_sentence(tmp_path, option, value, word):
+    arguments = {"--backbone": "resnet18", "--size": "96x32", "--init": "random", option: value}
+    done = mgn_deploy("init", "-o", tmp_path / "w", *(part for pair in arguments.items() for part in pair))
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert not (tmp_path / "w").exists()

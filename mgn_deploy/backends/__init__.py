@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mgn_deploy.bundle import Bundle
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import CannotRun, UserError
 
 # What `auto` tries, fastest first (measured: ARCHITECTURE.md).
 ORDER = ("openvino", "onnxruntime", "torch")
@@ -54,23 +54,28 @@ def open_backend(bundle: Bundle, name: str = "auto", *, allow_unproven: bool = F
     """Open a bundle with the named backend, or with the first of `ORDER` that is installed and proven.
 
     Raises:
-        UserError: the backend is not installed, or the bundle has no passed proof for it and `allow_unproven` is False.
+        CannotRun: the backend is not installed, or the bundle has no passed proof for it and `allow_unproven` is False.
+        UserError: no such backend, or the bundle's files are not what was exported: no other backend is tried then.
     """
     if name != "auto":
-        module = backend_module(name)
-        if not allow_unproven:
-            bundle.require_proof(name)
-        reason = module.missing()
-        if reason:
-            raise UserError(f"backend {name} cannot run here: {reason}")
-        return module.open_engine(bundle)
+        return _open(bundle, name, allow_unproven)
     reasons = []
     for candidate in ORDER:
         try:
-            return open_backend(bundle, candidate, allow_unproven=allow_unproven)
-        except UserError as error:
+            return _open(bundle, candidate, allow_unproven)
+        except CannotRun as error:
             reasons.append(f"{candidate}: {error}")
-    raise UserError(f"no backend can run {bundle.folder}. " + " | ".join(reasons))
+    raise CannotRun(f"no backend can run {bundle.folder}. " + " | ".join(reasons))
+
+
+def _open(bundle: Bundle, name: str, allow_unproven: bool) -> Backend:
+    module = backend_module(name)
+    if not allow_unproven:
+        bundle.require_proof(name)
+    reason = module.missing()
+    if reason:
+        raise CannotRun(f"backend {name} cannot run here: {reason}")
+    return module.open_engine(bundle)
 
 
 def import_problem(package: str, extra: str) -> str | None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from mgn_deploy.backends import Backend, import_problem
 from mgn_deploy.bundle import GRAPH, Bundle
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import CannotRun
 
 
 def missing() -> str | None:
@@ -32,7 +32,7 @@ class OnnxRuntimeBackend:
             bundle.read(GRAPH), options, providers=[f"{self.device}ExecutionProvider"]
         )
         if cuda and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise UserError(
+            raise CannotRun(
                 "onnxruntime-gpu is installed but its CUDA provider did not load: install CUDA and cuDNN with "
                 "pip install 'onnxruntime-gpu[cuda,cudnn]', or install onnxruntime for the CPU"
             )

@@ -30,11 +30,15 @@ class OpenVinoBackend:
         graph = onnx.inliner.inline_local_functions(onnx.load_from_string(bundle.read(GRAPH)))
         core = openvino.Core()
         model = core.read_model(graph.SerializeToString())
-        self._compiled = core.compile_model(model, "CPU", {
-            "PERFORMANCE_HINT": "LATENCY",
-            # Without it OpenVINO runs float32 graphs in bfloat16 on CPUs that have it: precision is the graph's to say.
-            "INFERENCE_PRECISION_HINT": "f32",
-        })
+        self._compiled = core.compile_model(
+            model,
+            "CPU",
+            {
+                "PERFORMANCE_HINT": "LATENCY",
+                # Without it OpenVINO runs float32 graphs in bfloat16 on CPUs that have it: precision is the graph's to say.
+                "INFERENCE_PRECISION_HINT": "f32",
+            },
+        )
         self._request = self._compiled.create_infer_request()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -6,11 +6,15 @@ import numpy as np
 
 from mgn_deploy.backends import Backend, import_problem
 from mgn_deploy.bundle import REFERENCE, Bundle
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import CannotRun
 
 
 def missing() -> str | None:
-    return import_problem("torch", "train") or import_problem("torchvision", "train") or import_problem("safetensors", "train")
+    return (
+        import_problem("torch", "train")
+        or import_problem("torchvision", "train")
+        or import_problem("safetensors", "train")
+    )
 
 
 def open_engine(bundle: Bundle) -> Backend:
@@ -27,7 +31,7 @@ class TorchBackend:
         from mgn_deploy.train.model import MGN, Embedding
 
         if REFERENCE not in bundle.manifest.files:
-            raise UserError(f"{bundle.folder} was exported with --no-reference: the torch backend needs the weights")
+            raise CannotRun(f"{bundle.folder} was exported with --no-reference: the torch backend needs the weights")
         self.version = str(torch.__version__)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         model = MGN(bundle.config)

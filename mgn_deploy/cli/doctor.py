@@ -15,7 +15,11 @@ def doctor(json: bool = typer.Option(False, "--json", help="Print as JSON.")) ->
     if json:
         print_json({"machine": facts, "parts": [vars(finding) for finding in findings]})
         return
-    print_table(["machine", ""], [[key, ", ".join(value) or "none" if isinstance(value, list) else str(value)] for key, value in facts.items()])
     print_table(
-        ["part", "version", "here"], [[one.part, one.version, one.problem or "yes"] for one in findings],
+        ["machine", ""],
+        [[key, ", ".join(value) or "none" if isinstance(value, list) else str(value)] for key, value in facts.items()],
+    )
+    print_table(
+        ["part", "version", "here"],
+        [[one.part, one.version, one.problem or "yes"] for one in findings],
     )

@@ -53,12 +53,22 @@ def embed(
         say(f"{report.gone} images of the store are no longer in {str(folder)!r}; they stay in the store")
     rate = report.embedded / seconds
     if json:
-        print_json({
-            "store": str(store), "embedded": report.embedded, "unchanged": report.unchanged, "failed": len(report.failed),
-            "gone": report.gone, "seconds": round(seconds, 3), "images_per_second": round(rate, 2), "backend": embedder.backend.name,
-        })
+        print_json(
+            {
+                "store": str(store),
+                "embedded": report.embedded,
+                "unchanged": report.unchanged,
+                "failed": len(report.failed),
+                "gone": report.gone,
+                "seconds": round(seconds, 3),
+                "images_per_second": round(rate, 2),
+                "backend": embedder.backend.name,
+            }
+        )
     elif not report.embedded and not report.failed:
         print(f"{store}: nothing to do, all {report.unchanged} images are in it")
     else:
-        print(f"{store}: {report.embedded} embedded in {seconds:.1f} s ({rate:.1f} images/s), {report.unchanged} already there, "
-              f"{len(report.failed)} failed")
+        print(
+            f"{store}: {report.embedded} embedded in {seconds:.1f} s ({rate:.1f} images/s), "
+            f"{report.unchanged} already there, {len(report.failed)} failed"
+        )

@@ -15,7 +15,9 @@ def init(
     backbone: str = typer.Option("resnet50", help="A torchvision ResNet."),
     size: str = typer.Option("384x128", help="Input HEIGHTxWIDTH in pixels."),
     branches: str = typer.Option("1,2,3", help="Stripes of each branch; 1 is the global branch."),
-    start: str = typer.Option("imagenet", "--init", help="imagenet (downloaded by torchvision), random, or the file of a ResNet's state dict."),
+    start: str = typer.Option(
+        "imagenet", "--init", help="imagenet (downloaded by torchvision), random, or the file of a ResNet's state dict."
+    ),
     seed: int = typer.Option(0, help="Of the random weights."),
 ) -> None:
     """Write the weights of an untrained MGN."""
@@ -26,7 +28,10 @@ def init(
     try:
         height, width = (int(side) for side in size.lower().split("x"))
         config = ModelConfig(
-            backbone=backbone, height=height, width=width, branches=tuple(int(stripes) for stripes in branches.split(","))
+            backbone=backbone,
+            height=height,
+            width=width,
+            branches=tuple(int(stripes) for stripes in branches.split(",")),
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -38,7 +43,9 @@ def init(
     from mgn_deploy.train.weights import new_model, save_weights
 
     save_weights(new_model(config, None if start == "random" else start, seed), out)
-    say(f"{out}: {backbone} MGN {config.branches} at {height}x{width}, {'random' if start == 'random' else start} weights, not trained")
+    say(
+        f"{out}: {backbone} MGN {config.branches} at {height}x{width}, {'random' if start == 'random' else start} weights, not trained"
+    )
     print(out)
 
 
@@ -46,8 +53,12 @@ def export(
     weights: Path = typer.Argument(help="A weights folder: config.json and model.safetensors."),
     out: Path = typer.Option(..., "-o", "--out", help="The bundle to write."),
     flip: bool = typer.Option(True, help="Average the features of each image and its mirror, as in the paper."),
-    reference: bool = typer.Option(True, help="Put the PyTorch weights into the bundle, for --backend torch and validate."),
-    proof_images: Path | None = typer.Option(None, help="Folder of images to prove the engines on; drawn people without it."),
+    reference: bool = typer.Option(
+        True, help="Put the PyTorch weights into the bundle, for --backend torch and validate."
+    ),
+    proof_images: Path | None = typer.Option(
+        None, help="Folder of images to prove the engines on; drawn people without it."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the proofs as JSON."),
 ) -> None:
     """Export weights to a bundle (one ONNX graph) and prove every engine that is installed here against PyTorch."""
@@ -57,18 +68,36 @@ def export(
     bundle = export_bundle(weights, out, flip=flip, reference=reference, proof_images=proof_images, say=say)
     proofs = bundle.manifest.proofs
     if json:
-        print_json({"bundle": str(out), "id": bundle.id, "proofs": {name: proof.model_dump() for name, proof in proofs.items()}})
+        print_json(
+            {
+                "bundle": str(out),
+                "id": bundle.id,
+                "proofs": {name: proof.model_dump() for name, proof in proofs.items()},
+            }
+        )
     else:
         one = next(iter(proofs.values()))
         print_table(
             ["backend", "worst cosine", "mean cosine", "max abs error", "top-10 agreement", "batch drift", "proven"],
-            [[name, f"{p.worst_cosine:.8f}", f"{p.mean_cosine:.8f}", f"{p.max_abs_error:.2e}", f"{p.top10_agreement:.4f}",
-              f"{p.batch_drift:.2e}", "yes" if p.passed else "NO"] for name, p in proofs.items()],
+            [
+                [
+                    name,
+                    f"{p.worst_cosine:.8f}",
+                    f"{p.mean_cosine:.8f}",
+                    f"{p.max_abs_error:.2e}",
+                    f"{p.top10_agreement:.4f}",
+                    f"{p.batch_drift:.2e}",
+                    "yes" if p.passed else "NO",
+                ]
+                for name, p in proofs.items()
+            ],
             title=f"{out}: against PyTorch on {one.images} images of {one.image_source}"
-                  f" (mean cosine between different images {one.other_images_cosine:.3f})",
+            f" (mean cosine between different images {one.other_images_cosine:.3f})",
         )
         if one.drawn:
             say("The proof is on drawn images: --proof-images DIR proves on yours.")
     failed = {name: proof.misses for name, proof in proofs.items() if not proof.passed}
     if failed:
-        raise GateFailed(f"{out} is not proven for " + "; ".join(f"{name} ({', '.join(misses)})" for name, misses in failed.items()))
+        raise GateFailed(
+            f"{out} is not proven for " + "; ".join(f"{name} ({', '.join(misses)})" for name, misses in failed.items())
+        )

@@ -16,7 +16,9 @@ def validate(
     bundle: Path = typer.Option(..., help="The bundle to validate."),
     backend: str = typer.Option("auto", help="auto, openvino, onnxruntime or torch."),
     tolerance: float = typer.Option(0.5, min=0, help="Largest allowed difference of rank-1 or mAP, in points."),
-    reference: bool = typer.Option(True, help="Also run the PyTorch reference; without it there is nothing to differ from."),
+    reference: bool = typer.Option(
+        True, help="Also run the PyTorch reference; without it there is nothing to differ from."
+    ),
     batch: int = typer.Option(8, min=1, max=4096, help="Images an engine call."),
     allow_unproven: bool = typer.Option(False, help="Run an engine that the bundle has no passed proof for."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON; fractions, not points."),
@@ -29,7 +31,9 @@ def validate(
     images = open_data(data)
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     original = Embedder.open(bundle, "torch", allow_unproven=True) if reference else None
-    say(f"{len(images.query)} queries, {len(images.gallery)} gallery images, {embedder.backend.name} on {embedder.backend.device}")
+    say(
+        f"{len(images.query)} queries, {len(images.gallery)} gallery images, {embedder.backend.name} on {embedder.backend.device}"
+    )
     with ExitStack() as stack:
         bars: dict[str, object] = {}
 
@@ -54,7 +58,9 @@ def validate(
             rows.append(cells)
         print_table(columns, rows, title=f"{data}, {result.measured.queries} queries; percent")
     if reference and not passed:
-        raise GateFailed(f"rank-1 or mAP differs by {100 * result.worst():.2f} points from the reference, more than {tolerance}")
+        raise GateFailed(
+            f"rank-1 or mAP differs by {100 * result.worst():.2f} points from the reference, more than {tolerance}"
+        )
 
 
 def bench(
@@ -79,6 +85,7 @@ def bench(
         for name, series in result.series.items()
     ]
     print_table(
-        ["images/s", "median", "least", "most", "of bare engine"], rows,
+        ["images/s", "median", "least", "most", "of bare engine"],
+        rows,
         title=f"{result.model}, {result.backend}, batch {batch}, {result.machine}, {runs} runs of {count} images in turns",
     )

@@ -68,7 +68,9 @@ def search(
     lists = run_search(queries, images, k)
     if html is not None:
         facts = {
-            "Bundle": images.manifest.bundle_id[:12], "Backend": images.manifest.backend, "Gallery": f"{len(images):,} images",
+            "Bundle": images.manifest.bundle_id[:12],
+            "Backend": images.manifest.backend,
+            "Gallery": f"{len(images):,} images",
         }
         write_rank_page(html, lists, title=f"{query.name} in {gallery.name}", facts=facts)
         say(f"{html}: {len(lists)} rank lists")
@@ -80,10 +82,17 @@ def search(
 
 def _as_json(ranked: RankList) -> dict[str, object]:
     return {
-        "query": ranked.query.name, "identity": ranked.query.identity, "camera": ranked.query.camera,
+        "query": ranked.query.name,
+        "identity": ranked.query.identity,
+        "camera": ranked.query.camera,
         "results": [
-            {"rank": rank, "name": result.name, "similarity": round(result.similarity or 0.0, 6), "identity": result.identity,
-             "camera": result.camera}
+            {
+                "rank": rank,
+                "name": result.name,
+                "similarity": round(result.similarity or 0.0, 6),
+                "identity": result.identity,
+                "camera": result.camera,
+            }
             for rank, result in enumerate(ranked.results, start=1)
         ],
     }
@@ -91,9 +100,16 @@ def _as_json(ranked: RankList) -> dict[str, object]:
 
 def _print_lists(lists: list[RankList]) -> None:
     rows = [
-        [repr(ranked.query.name) if rank == 1 else "", str(rank), f"{result.similarity:.4f}", repr(result.name),
-         "" if result.identity is None else str(result.identity), "" if result.camera is None else str(result.camera)]
-        for ranked in lists[:SHOWN_QUERIES] for rank, result in enumerate(ranked.results, start=1)
+        [
+            repr(ranked.query.name) if rank == 1 else "",
+            str(rank),
+            f"{result.similarity:.4f}",
+            repr(result.name),
+            "" if result.identity is None else str(result.identity),
+            "" if result.camera is None else str(result.camera),
+        ]
+        for ranked in lists[:SHOWN_QUERIES]
+        for rank, result in enumerate(ranked.results, start=1)
     ]
     print_table(["query", "rank", "similarity", "gallery image", "identity", "camera"], rows)
     if len(lists) > SHOWN_QUERIES:

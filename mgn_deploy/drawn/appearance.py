@@ -91,9 +91,7 @@ class Appearance:
     bag_left: bool
 
 
-def _pick(
-    rng: numpy.random.Generator, colours: tuple[Colour, ...], weights: tuple[int, ...] | None = None
-) -> Colour:
+def _pick(rng: numpy.random.Generator, colours: tuple[Colour, ...], weights: tuple[int, ...] | None = None) -> Colour:
     chances = None if weights is None else numpy.asarray(weights) / sum(weights)
     return colours[int(rng.choice(len(colours), p=chances))]
 

@@ -105,9 +105,7 @@ def _shop_front(draw: ImageDraw.ImageDraw, rng: numpy.random.Generator) -> None:
         width = int(rng.integers(36, 70))
         glass = tuple(int(v) for v in rng.integers(56, 110, 3))
         draw.rectangle((x + 6, 60, x + width, 185), fill=glass, outline=(92, 88, 84))
-        draw.polygon(
-            [(x + 10, 185), (x + 22, 60), (x + 32, 60), (x + 20, 185)], fill=tuple(v + 26 for v in glass)
-        )
+        draw.polygon([(x + 10, 185), (x + 22, 60), (x + 32, 60), (x + 20, 185)], fill=tuple(v + 26 for v in glass))
         draw.rectangle((x + 2, 42, x + width + 4, 62), fill=tuple(int(v) for v in rng.integers(70, 200, 3)))
         x += width + 8
 
@@ -115,9 +113,7 @@ def _shop_front(draw: ImageDraw.ImageDraw, rng: numpy.random.Generator) -> None:
 def _trees(draw: ImageDraw.ImageDraw, rng: numpy.random.Generator) -> None:
     for _ in range(170):
         x, y, r = rng.integers(0, SCENE_WIDTH), rng.integers(0, SCENE_HEIGHT - 30), rng.integers(6, 22)
-        draw.ellipse(
-            (x - r, y - r, x + r, y + r), fill=(int(rng.integers(44, 104)), int(rng.integers(84, 136)), 62)
-        )
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=(int(rng.integers(44, 104)), int(rng.integers(84, 136)), 62))
     for x in rng.integers(0, SCENE_WIDTH, 7):
         draw.rectangle((x, 70, x + int(rng.integers(6, 12)), SCENE_HEIGHT), fill=(88, 70, 54))
 
@@ -201,14 +197,10 @@ def expose(view: Camera, scene: Floats, rng: numpy.random.Generator) -> Image.Im
     if rng.random() < 0.2:  # far away: few pixels, enlarged by the detector's crop
         scale = rng.uniform(0.36, 0.58)
         small = picture.reduce(2) if scale < 0.45 else picture
-        small = small.resize(
-            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BILINEAR
-        )
+        small = small.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BILINEAR)
         picture = small.resize(picture.size, Image.Resampling.BILINEAR)
     picture = picture.filter(ImageFilter.BoxBlur(preset.blur * rng.uniform(0.6, 1.4)))
-    noise = rng.standard_normal((picture.height, picture.width, 1), dtype=numpy.float32) * rng.uniform(
-        1.5, 6.0
-    )
+    noise = rng.standard_normal((picture.height, picture.width, 1), dtype=numpy.float32) * rng.uniform(1.5, 6.0)
     noisy = Image.fromarray((numpy.asarray(picture) + noise).clip(0, 255).astype(numpy.uint8))
     stream = io.BytesIO()
     noisy.save(stream, "JPEG", quality=view.quality)

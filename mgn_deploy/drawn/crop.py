@@ -68,9 +68,7 @@ def _pose(view: Camera, rng: numpy.random.Generator) -> Pose:
     return Pose(facing, float(rng.uniform(0, 2 * math.pi)), float(stride), bool(rng.random() < 0.07))
 
 
-def _body(
-    who: Appearance, pose: Pose, size: tuple[int, int], feet: Feet, unit: float, stretch: float
-) -> Image.Image:
+def _body(who: Appearance, pose: Pose, size: tuple[int, int], feet: Feet, unit: float, stretch: float) -> Image.Image:
     """Drawn at twice the size: Pillow's polygons have hard edges."""
     large = (size[0] * 2, size[1] * 2)
     return draw_body(who, pose, large, (feet[0] * 2, feet[1] * 2), unit * 2, stretch).reduce(2)
@@ -92,18 +90,12 @@ def _cast_shadow(scene: Floats, feet: Feet, unit: float, light: float) -> None:
     scene *= (1 - 0.5 * contact - 0.3 * abs(light) * patch * (1 - contact)).astype(numpy.float32)[..., None]
 
 
-def _shading(
-    size: tuple[int, int], axis: float, unit: float, light: float, rng: numpy.random.Generator
-) -> Floats:
+def _shading(size: tuple[int, int], axis: float, unit: float, light: float, rng: numpy.random.Generator) -> Floats:
     """Float32 [height, width, 1] factors: lit from one side, folds, sometimes a shadow's edge."""
     width, height = size
-    folds = Image.fromarray(rng.integers(0, 255, (14, 7), dtype=numpy.uint8)).resize(
-        size, Image.Resampling.BICUBIC
-    )
+    folds = Image.fromarray(rng.integers(0, 255, (14, 7), dtype=numpy.uint8)).resize(size, Image.Resampling.BICUBIC)
     sideways = numpy.clip((numpy.arange(width, dtype=numpy.float32) - axis) / (0.15 * unit), -1, 1)
-    factors = (1 + 0.2 * light * sideways - 0.1 * sideways**2) + (
-        numpy.asarray(folds, numpy.float32) - 127
-    ) / 1100
+    factors = (1 + 0.2 * light * sideways - 0.1 * sideways**2) + (numpy.asarray(folds, numpy.float32) - 127) / 1100
     if rng.random() < 0.2:
         edge = rng.uniform(0.3, 0.7) * height + rng.uniform(-0.8, 0.8) * (numpy.arange(width) - axis)
         below = numpy.arange(height)[:, None] > edge
@@ -111,9 +103,7 @@ def _shading(
     return factors.astype(numpy.float32, copy=False)[..., None]
 
 
-def _obstacle(
-    view: Camera, size: tuple[int, int], feet: Feet, unit: float, rng: numpy.random.Generator
-) -> Image.Image:
+def _obstacle(view: Camera, size: tuple[int, int], feet: Feet, unit: float, rng: numpy.random.Generator) -> Image.Image:
     """Something between the camera and the person: RGBA, `size`."""
     width, height = size
     side = float(rng.choice((-1, 1)))

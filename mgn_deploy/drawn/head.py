@@ -73,9 +73,7 @@ class _Head:
         if style == "curly":
             for k in range(9):
                 turn = math.pi * k / 8
-                self.oval(
-                    1.05 * math.cos(turn) - self.look * 0.6, 0.25 + 0.85 * math.sin(turn), 0.55, 0.42, hair
-                )
+                self.oval(1.05 * math.cos(turn) - self.look * 0.6, 0.25 + 0.85 * math.sin(turn), 0.55, 0.42, hair)
         if self.back:
             self.oval(0, 0.1, 1.06, 1.02, hair)
             if style == "long":

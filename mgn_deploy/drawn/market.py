@@ -122,9 +122,7 @@ def draw_market1501(
     )
 
 
-def _shots(
-    train_identities: int, test_identities: int, cameras: int, images_per_camera: int
-) -> Iterator[_Shot]:
+def _shots(train_identities: int, test_identities: int, cameras: int, images_per_camera: int) -> Iterator[_Shot]:
     people = train_identities + test_identities
     for identity in range(1, people + 1):
         # Where both queries would empty the gallery of another camera, one query it is.

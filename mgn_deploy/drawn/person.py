@@ -70,9 +70,7 @@ class _Figure(Sheet):
             cloth if long else skin,
             lower if long else skin,
         )
-        self.soft(
-            [(heel, y + 0.012), (x, y + 0.035), (tip, y - 0.005), (tip, y - 0.04), (heel, y - 0.04)], shoe
-        )
+        self.soft([(heel, y + 0.012), (x, y + 0.035), (tip, y - 0.005), (tip, y - 0.04), (heel, y - 0.04)], shoe)
         self.line((heel + 0.006, y - 0.036), (tip - 0.006, y - 0.036), 0.012, who.sole)
         bare = who.lower_kind in ("skirt", "dress")
         end = knee if not long else (knee[0], knee[1] - 0.005)
@@ -111,9 +109,7 @@ class _Figure(Sheet):
             sway = 0.012 * math.sin(self.pose.phase)
             hem = 0.27 if who.lower_kind == "skirt" else 0.24
             flare = [(-0.075 * w, 0.58), (0.075 * w, 0.58), (0.15 * w + sway, hem), (-0.15 * w + sway, hem)]
-            self.soft(
-                [*flare[:2], (0.13 * w, 0.42), *flare[2:], (-0.13 * w, 0.42)], self.lower, who.lower.colour
-            )
+            self.soft([*flare[:2], (0.13 * w, 0.42), *flare[2:], (-0.13 * w, 0.42)], self.lower, who.lower.colour)
         else:  # the seat of the trousers
             seat = [(-0.09 * w, 0.57), (0.09 * w, 0.57), (0.095 * w, 0.47), (0.0, 0.44), (-0.095 * w, 0.47)]
             self.soft(seat, self.lower, who.lower.colour)
@@ -125,9 +121,7 @@ class _Figure(Sheet):
         if who.lower_kind == "dress":
             self.line((-0.09 * w, 0.59), (0.09 * w, 0.59), 0.014, who.upper.second)
         if not self.side and not self.back and who.open_front:
-            self.soft(
-                [(-0.035, 0.86), (0.035, 0.86), (0.045, hem + 0.01), (-0.045, hem + 0.01)], who.upper.second
-            )
+            self.soft([(-0.035, 0.86), (0.035, 0.86), (0.045, hem + 0.01), (-0.045, hem + 0.01)], who.upper.second)
         if not self.side and (who.print_back if self.back else who.print_front):
             half = 0.052 * w
             self.soft([(-half, 0.765), (half, 0.765), (half, 0.665), (-half, 0.665)], who.upper.second)
@@ -144,9 +138,7 @@ class _Figure(Sheet):
             self.soft([(-0.062, 0.67), (0.062, 0.67), (0.062, 0.6), (-0.062, 0.6)], dark, colour)
         elif self.side:
             x = -0.075 * w
-            self.soft(
-                [(x, 0.83), (x - 0.07, 0.81), (x - 0.1, 0.69), (x - 0.09, 0.59), (x + 0.01, 0.59)], colour
-            )
+            self.soft([(x, 0.83), (x - 0.07, 0.81), (x - 0.1, 0.69), (x - 0.09, 0.59), (x + 0.01, 0.59)], colour)
             self.line((x + 0.035, 0.835), (x + 0.045, 0.68), 0.022, colour)
         else:
             for turn in (-1, 1):
@@ -200,9 +192,7 @@ class _Figure(Sheet):
         who, pose = self.who, self.pose
         near_bag = who.bag_left == (pose.facing == "left")
 
-        def chain(
-            start: Point, first: float, second: float, upper: float, lower: float
-        ) -> tuple[Point, Point]:
+        def chain(start: Point, first: float, second: float, upper: float, lower: float) -> tuple[Point, Point]:
             middle = (start[0] + upper * math.sin(first), start[1] - upper * math.cos(first))
             return middle, (middle[0] + lower * math.sin(second), middle[1] - lower * math.cos(second))
 

@@ -58,9 +58,7 @@ class Sheet:
         self.draw = ImageDraw.Draw(self.image)
 
     def at(self, x: float, y: float) -> Point:
-        return self.feet[0] + x * self.unit * self.stretch, self.feet[1] - (
-            y + self.bob * (y > 0.3)
-        ) * self.unit
+        return self.feet[0] + x * self.unit * self.stretch, self.feet[1] - (y + self.bob * (y > 0.3)) * self.unit
 
     def cloth(self, garment: Garment, top: float) -> Paint:
         """A plain colour, or a picture of the pattern that moves with the body."""
