@@ -53,18 +53,33 @@ class Throughput:
 
     def to_dict(self) -> dict[str, Any]:
         series = {
-            name: {"median": round(one.median, 3), "rates": [round(rate, 3) for rate in one.rates], "of_bare_engine": round(one.ratio, 4)}
+            name: {
+                "median": round(one.median, 3),
+                "rates": [round(rate, 3) for rate in one.rates],
+                "of_bare_engine": round(one.ratio, 4),
+            }
             for name, one in self.series.items()
         }
         return {
-            "model": self.model, "backend": self.backend, "batch": self.batch, "images": self.images, "machine": self.machine,
+            "model": self.model,
+            "backend": self.backend,
+            "batch": self.batch,
+            "images": self.images,
+            "machine": self.machine,
             "images_per_second": series,
         }
 
 
 def measure(
-    bundle: str | os.PathLike[str], images: str | os.PathLike[str] | None, backend: str = "auto", *, batch_size: int = 8,
-    count: int = 64, runs: int = 5, reference: bool = True, say: Callable[[str], None] = lambda sentence: None,
+    bundle: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None,
+    backend: str = "auto",
+    *,
+    batch_size: int = 8,
+    count: int = 64,
+    runs: int = 5,
+    reference: bool = True,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> Throughput:
     """Measure a bundle on `count` image files (drawn people without a folder), `runs` times each, in turns.
 
@@ -89,13 +104,20 @@ def measure(
                 rate = len(crops) / (time.perf_counter() - start)
                 if turn:
                     series[name].rates.append(rate)
-            say(f"turn {turn}/{runs}" + (": " + ", ".join(f"{n} {s.rates[-1]:.1f}" for n, s in series.items()) if turn else " (not counted)"))
+            say(
+                f"turn {turn}/{runs}"
+                + (": " + ", ".join(f"{n} {s.rates[-1]:.1f}" for n, s in series.items()) if turn else " (not counted)")
+            )
     for one in series.values():
         one.ratio = statistics.median(rate / bare for rate, bare in zip(one.rates, series[BARE].rates, strict=True))
     config = embedder.bundle.config
     model = f"{config.backbone} MGN {config.height}x{config.width} {embedder.bundle.manifest.precision}"
-    machine = f"{cpu_name()}, {usable_cpus()} CPUs ({' '.join(cpu_features())}), {platform.system()} {platform.machine()}"
-    return Throughput(model, f"{embedder.backend.name} {embedder.backend.version}", batch_size, len(crops), machine, series)
+    machine = (
+        f"{cpu_name()}, {usable_cpus()} CPUs ({' '.join(cpu_features())}), {platform.system()} {platform.machine()}"
+    )
+    return Throughput(
+        model, f"{embedder.backend.name} {embedder.backend.version}", batch_size, len(crops), machine, series
+    )
 
 
 def _prepare(
@@ -120,7 +142,9 @@ def _prepare(
             continue
     whole = len(readable) // batch_size * batch_size
     if not whole:
-        raise UserError(f"{len(readable)} readable images are fewer than a batch of {batch_size}: give more, or a smaller --batch")
+        raise UserError(
+            f"{len(readable)} readable images are fewer than a batch of {batch_size}: give more, or a smaller --batch"
+        )
     for number, (path, _) in enumerate(readable[:whole]):
         shutil.copyfile(path, chosen / f"{number:06d}{path.suffix}")
     return chosen, np.stack([crop for _, crop in readable[:whole]])
@@ -128,7 +152,7 @@ def _prepare(
 
 def _run_bare(backend: Backend, crops: np.ndarray, batch_size: int) -> None:
     for at in range(0, len(crops), batch_size):
-        backend(crops[at:at + batch_size])
+        backend(crops[at : at + batch_size])
 
 
 def _run_embed(folder: Path, store: Path, embedder: Embedder, batch_size: int) -> None:

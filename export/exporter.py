@@ -10,17 +10,27 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from mgn_deploy.export.graph import build_graph
+from mgn_deploy.export.proof import proof_crops, prove, run_in_batches
+from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 import mgn_deploy
 from mgn_deploy.backends import ORDER, backend_module
-from mgn_deploy.bundle import GRAPH, MANIFEST_HASH, REFERENCE, Bundle, FileEntry, Manifest, Proof, write_manifest
+from mgn_deploy.bundle import (
+    GRAPH,
+    MANIFEST,
+    MANIFEST_HASH,
+    REFERENCE,
+    Bundle,
+    FileEntry,
+    Manifest,
+    Proof,
+    write_manifest,
+)
 from mgn_deploy.drawn import draw_people
 from mgn_deploy.errors import UserError
-from mgn_deploy.export.graph import build_graph
-from mgn_deploy.export.proof import proof_crops, prove, run_in_batches
 from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.images import PREPROCESSING, read_crop
-from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 DRAWN_IMAGES = 96
 
@@ -56,7 +66,7 @@ def export_bundle(
     config = model.config
     crops = _proof_pixels(proof_images, config.height, config.width)
     source = "drawn people" if proof_images is None else Path(os.path.abspath(proof_images)).name
-    with atomic_folder(Path(out), marker=MANIFEST_HASH) as folder:
+    with atomic_folder(Path(out), names=(MANIFEST, MANIFEST_HASH, GRAPH, REFERENCE)) as folder:
         say(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")
         content = build_graph(model, flip).SerializeToString(deterministic=True)
         (folder / GRAPH).write_bytes(content)
@@ -64,8 +74,13 @@ def export_bundle(
         shutil.copyfile(weights / TENSORS, folder / REFERENCE)
         files[REFERENCE] = FileEntry(sha256=sha256_file(folder / REFERENCE), size=(folder / REFERENCE).stat().st_size)
         manifest = Manifest(
-            model=config, flip=flip, precision="fp32", preprocessing=PREPROCESSING, files=files,
-            source_weights_sha256=weights_hash(weights), tools=_tool_versions(),
+            model=config,
+            flip=flip,
+            precision="fp32",
+            preprocessing=PREPROCESSING,
+            files=files,
+            source_weights_sha256=weights_hash(weights),
+            tools=_tool_versions(),
         )
         write_manifest(folder, manifest)
         proofs = _prove_all(Bundle(folder, manifest), crops, source, proof_images is None, say)

@@ -13,12 +13,12 @@ import warnings
 import numpy as np
 import onnx
 import torch
+from mgn_deploy.export import heads
+from mgn_deploy.train.model import MGN, Embedding, fold_batch_norms
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.export import heads
-from mgn_deploy.train.model import MGN, Embedding, fold_batch_norms
 
 # IR version 10 is what opset 18 tools of 2024 and later read; model-local functions need 8.
 IR_VERSION = 10
@@ -40,14 +40,20 @@ def build_graph(model: MGN, flip: bool = True) -> onnx.ModelProto:
     weight, bias = _reduction_tensors(folded)
     nodes, constants = heads.head_nodes("features", config.dim, flip)
     call = helper.make_node(
-        heads.NAME, [*maps, "heads.weight", "heads.bias"], ["features"], domain=heads.DOMAIN, name="heads/StripePoolReduce"
+        heads.NAME,
+        [*maps, "heads.weight", "heads.bias"],
+        ["features"],
+        domain=heads.DOMAIN,
+        name="heads/StripePoolReduce",
     )
     graph.graph.node.extend([call, *nodes])
-    graph.graph.initializer.extend([
-        numpy_helper.from_array(weight, "heads.weight"), numpy_helper.from_array(bias, "heads.bias"), *constants
-    ])
+    graph.graph.initializer.extend(
+        [numpy_helper.from_array(weight, "heads.weight"), numpy_helper.from_array(bias, "heads.bias"), *constants]
+    )
     del graph.graph.output[:]
-    graph.graph.output.append(helper.make_tensor_value_info("embeddings", onnx.TensorProto.FLOAT, ["batch", config.dim]))
+    graph.graph.output.append(
+        helper.make_tensor_value_info("embeddings", onnx.TensorProto.FLOAT, ["batch", config.dim])
+    )
     graph.functions.append(heads.stripe_pool_reduce(config.branches, heights))
     graph.opset_import.append(helper.make_opsetid(heads.DOMAIN, 1))
     graph.ir_version = IR_VERSION
@@ -102,7 +108,13 @@ def _strip_debug_information(graph: onnx.ModelProto) -> None:
     """The tracer notes file paths and source lines of the machine that it ran on, which would change the graph's hash."""
     del graph.metadata_props[:]
     del graph.graph.metadata_props[:]
-    for item in (*graph.graph.node, *graph.graph.input, *graph.graph.output, *graph.graph.value_info, *graph.graph.initializer):
+    for item in (
+        *graph.graph.node,
+        *graph.graph.input,
+        *graph.graph.output,
+        *graph.graph.value_info,
+        *graph.graph.initializer,
+    ):
         del item.metadata_props[:]
     for node in graph.graph.node:
         node.doc_string = ""

@@ -26,7 +26,10 @@ OPSET = 18
 def stripe_pool_reduce(branches: Sequence[int], map_heights: Sequence[int]) -> FunctionProto:
     """The function for these numbers of stripes over maps of these heights."""
     nodes: list[NodeProto] = [
-        _constant("map_axes", [2, 3]), _constant("row_axis", [2]), _constant("feature_axis", [0]), _constant("flat", [0, -1]),
+        _constant("map_axes", [2, 3]),
+        _constant("row_axis", [2]),
+        _constant("feature_axis", [0]),
+        _constant("flat", [0, -1]),
     ]
     pooled: list[str] = []
     for branch, (stripes, height) in enumerate(zip(branches, map_heights, strict=True)):

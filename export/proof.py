@@ -11,8 +11,8 @@ import numpy as np
 from mgn_deploy.backends import Backend
 from mgn_deploy.bundle import Precision, Proof
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.listing import list_images
 from mgn_deploy.images import read_crop
+from mgn_deploy.listing import list_images
 from mgn_deploy.machine import cpu_name
 
 MOST_IMAGES = 256
@@ -48,7 +48,7 @@ def proof_crops(folder: Path, height: int, width: int) -> np.ndarray:
 
 def run_in_batches(backend: Backend, crops: np.ndarray, size: int = BATCH) -> np.ndarray:
     """Embeddings of all crops; the last batch is shorter, so two batch sizes are run."""
-    return np.concatenate([backend(np.ascontiguousarray(crops[at:at + size])) for at in range(0, len(crops), size)])
+    return np.concatenate([backend(np.ascontiguousarray(crops[at : at + size])) for at in range(0, len(crops), size)])
 
 
 def prove(
@@ -56,8 +56,8 @@ def prove(
 ) -> Proof:
     """Compare a backend with the reference's embeddings `[n, dim]` of the same crops `[n, height, width, 3]`."""
     embeddings = run_in_batches(backend, crops)
-    singles = np.concatenate([backend(crops[at:at + 1]) for at in range(0, len(crops), max(1, len(crops) // 4))])
-    drift = float(np.abs(singles - embeddings[::max(1, len(crops) // 4)]).max())
+    singles = np.concatenate([backend(crops[at : at + 1]) for at in range(0, len(crops), max(1, len(crops) // 4))])
+    drift = float(np.abs(singles - embeddings[:: max(1, len(crops) // 4)]).max())
     finite = bool(np.isfinite(embeddings).all() and np.isfinite(singles).all())
     cosines = _cosines(embeddings, reference) if finite else np.zeros(len(reference))
     agreement = top_agreement(embeddings, reference, NEIGHBOURS) if finite else 0.0

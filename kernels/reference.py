@@ -20,7 +20,9 @@ def stripe_pool(feature_map: np.ndarray, stripes: int) -> list[np.ndarray]:
     """
     pooled = [feature_map.max(axis=(2, 3))]
     if stripes > 1:
-        pooled += [feature_map[:, :, first:last].max(axis=(2, 3)) for first, last in stripe_rows(feature_map.shape[2], stripes)]
+        pooled += [
+            feature_map[:, :, first:last].max(axis=(2, 3)) for first, last in stripe_rows(feature_map.shape[2], stripes)
+        ]
     return pooled
 
 

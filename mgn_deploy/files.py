@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -47,16 +47,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
-    """A folder that gets its name only once it is whole. An earlier folder there is replaced if it holds `marker`.
+def atomic_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
+    """A folder that gets its name only once it is whole. An earlier folder there is replaced if it holds files of these
+    `names` and nothing else.
 
     Raises:
         UserError: the path is something else than such a folder, is not writable, or the disk is full.
     """
     path = Path(os.path.realpath(path))  # a link stays, and leads to the new folder
     with _explained(path):
-        if path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is nothing that this command wrote (no {marker}): choose another place")
+        if path.exists() and (not path.is_dir() or set(os.listdir(path)) - set(names)):
+            raise UserError(f"{path} exists and holds what this command did not write: choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=path.parent, prefix=".mgn-", suffix=".tmp"))
         try:

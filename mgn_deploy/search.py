@@ -13,7 +13,7 @@ from mgn_deploy.distance import top_k
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.listing import list_images
-from mgn_deploy.market1501 import JUNK, parse_name
+from mgn_deploy.market1501 import DISTRACTOR, JUNK, parse_name
 from mgn_deploy.rank_page import RankedImage, RankList
 from mgn_deploy.store import UNKNOWN, Store
 
@@ -108,7 +108,7 @@ def _exclusion(
 
     def excluded(rows: slice) -> np.ndarray:
         identity, camera = queries.identities[rows, None], queries.cameras[rows, None]
-        mask = (identity == identities) & (camera == cameras) & (identity != UNKNOWN)
+        mask = (identity == identities) & (camera == cameras) & (identity != UNKNOWN) & (identity != DISTRACTOR)
         mask |= identities == JUNK
         for row, path in enumerate(queries.paths[rows]):
             mask[row, places.get(os.path.abspath(path), [])] = True

@@ -12,10 +12,10 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: before PyTorch is loaded
 
-from mgn_deploy.bundle import Bundle  # noqa: E402
-from mgn_deploy.config import ModelConfig  # noqa: E402
-from mgn_deploy.drawn import draw_crop  # noqa: E402
-from mgn_deploy.embedder import Embedder  # noqa: E402
+from mgn_deploy.bundle import Bundle
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.drawn import draw_crop
+from mgn_deploy.embedder import Embedder
 
 SMALL = ModelConfig(backbone="resnet18", base_width=8, reduced_width=16, height=96, width=32)
 
@@ -24,9 +24,8 @@ SMALL = ModelConfig(backbone="resnet18", base_width=8, reduced_width=16, height=
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights folder of a very small MGN whose batch norms are those of a trained one: not all zero and one."""
     import torch
-    from torch import nn
-
     from mgn_deploy.train.weights import new_model, save_weights
+    from torch import nn
 
     model = new_model(SMALL, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -67,7 +66,9 @@ def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for frame in (0, 1):
                 place = folder / f"camera {camera}"
                 place.mkdir(exist_ok=True)
-                draw_crop(identity, camera, frame).save(place / f"{identity:04d}_c{camera}s1_{frame:06d}_00.jpg", quality=90)
+                draw_crop(identity, camera, frame).save(
+                    place / f"{identity:04d}_c{camera}s1_{frame:06d}_00.jpg", quality=90
+                )
     return folder
 
 
@@ -77,9 +78,21 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
-        command = [sys.executable, "-m", "mgn_deploy", *(os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments)]
+        command = [
+            sys.executable,
+            "-m",
+            "mgn_deploy",
+            *(os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments),
+        ]
         return subprocess.run(  # type: ignore[call-overload]
-            command, capture_output=True, text=True, errors="backslashreplace", env=environment, timeout=240, check=False, **options
+            command,
+            capture_output=True,
+            text=True,
+            errors="backslashreplace",
+            env=environment,
+            timeout=240,
+            check=False,
+            **options,
         )
 
     return run

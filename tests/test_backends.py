@@ -44,9 +44,7 @@ def marked(bundle_folder: Path, place: Path, **passed: bool) -> Bundle:
     return Bundle.open(place)
 
 
-def without(
-    *packages: str, program: str, arguments: tuple[object, ...] = ()
-) -> subprocess.CompletedProcess[str]:
+def without(*packages: str, program: str, arguments: tuple[object, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process where these packages cannot be imported."""
     hide = f"import sys\nfor name in {packages!r}: sys.modules[name] = None\n"
     return subprocess.run(
@@ -240,7 +238,5 @@ def test_importing_the_package_imports_neither_torch_nor_an_engine():
         "import sys, mgn_deploy, mgn_deploy.backends, mgn_deploy.embedder, mgn_deploy.cli.app\n"
         "print(sorted({'torch', 'torchvision', 'onnx', 'onnxruntime', 'openvino'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"

@@ -42,9 +42,7 @@ def test_embed_is_measured_on_the_images_that_its_rate_counts(bundle_folder, cro
         return report
 
     monkeypatch.setattr(throughput, "embed_folder", counting)
-    result = throughput.measure(
-        bundle_folder, crops, "onnxruntime", batch_size=16, count=64, runs=1, reference=False
-    )
+    result = throughput.measure(bundle_folder, crops, "onnxruntime", batch_size=16, count=64, runs=1, reference=False)
     assert (result.images, embedded) == (32, [32, 32])
     assert set(result.series) == SERIES - {"PyTorch eager"}
 
@@ -53,18 +51,14 @@ def test_unreadable_images_are_passed_over(bundle_folder, crops, tmp_path):
     for path in sorted(crops.rglob("*.jpg"))[:8]:
         shutil.copy(path, tmp_path)
     (tmp_path / "0000.jpg").write_bytes(b"")
-    result = throughput.measure(
-        bundle_folder, tmp_path, "onnxruntime", batch_size=4, count=8, runs=1, reference=False
-    )
+    result = throughput.measure(bundle_folder, tmp_path, "onnxruntime", batch_size=4, count=8, runs=1, reference=False)
     assert result.images == 8
 
 
 def test_the_users_images_stay_as_they_are(bundle_folder, crops, tmp_path):
     shutil.copytree(crops, tmp_path / "crops")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    throughput.measure(
-        bundle_folder, tmp_path / "crops", "onnxruntime", batch_size=8, count=8, runs=1, reference=False
-    )
+    throughput.measure(bundle_folder, tmp_path / "crops", "onnxruntime", batch_size=8, count=8, runs=1, reference=False)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 

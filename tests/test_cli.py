@@ -80,12 +80,8 @@ def test_help_is_quick():
 
 
 def test_importing_the_command_line_imports_nothing_heavy():
-    script = (
-        "import sys, mgn_deploy, mgn_deploy.cli.app; print(*{name.split('.')[0] for name in sys.modules})"
-    )
-    loaded = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.split()
+    script = "import sys, mgn_deploy, mgn_deploy.cli.app; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert "mgn_deploy" in loaded
     assert HEAVY.isdisjoint(loaded)
 
@@ -94,9 +90,7 @@ def test_the_table_of_commands_is_this_one(run_cli):
     done = run_cli("--help")
     assert done.returncode == 0
     listed = [
-        line.split()[0]
-        for line in done.stdout.split("Commands:")[1].splitlines()
-        if line.strip() and line[2] != " "
+        line.split()[0] for line in done.stdout.split("Commands:")[1].splitlines() if line.strip() and line[2] != " "
     ]
     assert sorted(listed) == sorted(COMMANDS)
 
@@ -120,15 +114,11 @@ def test_embed_then_search_with_awkward_names(run_cli, images, bundle_folder, tm
     summary = json.loads(done.stdout)
     assert (summary["embedded"], summary["failed"], summary["unchanged"], summary["gone"]) == (3, 1, 0, 0)
     assert "cannot be read: 'empty.jpg': the file is empty" in done.stderr
-    again = run_cli(
-        "embed", images, "-o", tmp_path / "s", "--bundle", bundle_folder, "--backend", "onnxruntime"
-    )
+    again = run_cli("embed", images, "-o", tmp_path / "s", "--bundle", bundle_folder, "--backend", "onnxruntime")
     assert again.returncode == 0
     assert "0 embedded" in again.stdout
     assert "3 already there, 1 failed" in again.stdout
-    found = run_cli(
-        "search", tmp_path / "s", tmp_path / "s", "-k", "2", "--json", "--html", tmp_path / "page.html"
-    )
+    found = run_cli("search", tmp_path / "s", tmp_path / "s", "-k", "2", "--json", "--html", tmp_path / "page.html")
     assert found.returncode == 0
     assert "rank lists" in found.stderr
     lists = json.loads(found.stdout)
@@ -141,18 +131,12 @@ def test_embed_then_search_with_awkward_names(run_cli, images, bundle_folder, tm
         assert [result["rank"] for result in ranked["results"]] == [1, 2]
         assert ranked["query"] not in {result["name"] for result in ranked["results"]}
     page = (tmp_path / "page.html").read_bytes().decode()
-    assert (
-        "it&#x27;s &quot;new&quot;" in page
-        or "it&#39;s &quot;new&quot;" in page
-        or "it&#39;s &#34;new&#34;" in page
-    )
+    assert "it&#x27;s &quot;new&quot;" in page or "it&#39;s &quot;new&quot;" in page or "it&#39;s &#34;new&#34;" in page
 
 
 def test_second_run_says_that_there_is_nothing_to_do(run_cli, crops, embedder, bundle_folder, tmp_path):
     embed_folder(crops, tmp_path / "s", embedder)
-    done = run_cli(
-        "embed", crops, "-o", tmp_path / "s", "--bundle", bundle_folder, "--backend", "onnxruntime"
-    )
+    done = run_cli("embed", crops, "-o", tmp_path / "s", "--bundle", bundle_folder, "--backend", "onnxruntime")
     assert done.returncode == 0
     assert done.stdout == f"{tmp_path / 's'}: nothing to do, all 40 images are in it\n"
 
@@ -209,9 +193,7 @@ def test_unknown_backend_names_the_known(run_cli, images, bundle_folder, tmp_pat
 
 
 def test_path_that_the_system_refuses_is_one_sentence(run_cli, images, tmp_path):
-    assert_sentence(
-        run_cli("embed", images, "-o", tmp_path / "s", "--bundle", "n" * 300), 2, "File name too long"
-    )
+    assert_sentence(run_cli("embed", images, "-o", tmp_path / "s", "--bundle", "n" * 300), 2, "File name too long")
     assert_sentence(run_cli("search", "n" * 300, "n" * 300), 2, "File name too long")
 
 
@@ -297,9 +279,7 @@ def test_one_flipped_byte_anywhere_is_refused(bundle, name):
         changed = bytearray(content)
         changed[place] ^= 1 << rng.randrange(8)
         path.write_bytes(changed)
-        sentence = refusal(
-            Embedder.open, bundle, "torch" if name == "reference.safetensors" else "onnxruntime"
-        )
+        sentence = refusal(Embedder.open, bundle, "torch" if name == "reference.safetensors" else "onnxruntime")
         assert "its SHA-256 differs" in sentence
         assert "copy or export the bundle anew" in sentence
     path.write_bytes(content)
@@ -326,14 +306,10 @@ def test_flipped_byte_in_the_graph_exits_2(run_cli, bundle, images, tmp_path):
 
 
 def test_bundle_of_a_later_schema_asks_for_an_upgrade(bundle):
-    content = json.dumps(
-        {**json.loads((bundle / "manifest.json").read_text()), "schema_version": 2, "new": 1}
-    ).encode()
+    content = json.dumps({**json.loads((bundle / "manifest.json").read_text()), "schema_version": 2, "new": 1}).encode()
     (bundle / "manifest.json").write_bytes(content)
     (bundle / "manifest.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
-    assert "has schema 2 and this mgn-deploy reads schema 1: upgrade mgn-deploy" in refusal(
-        Embedder.open, bundle
-    )
+    assert "has schema 2 and this mgn-deploy reads schema 1: upgrade mgn-deploy" in refusal(Embedder.open, bundle)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,7 @@ from mgn_deploy.drawn import draw_market1501
 from mgn_deploy.errors import UserError
 from mgn_deploy.store import Store
 
-torch.set_num_threads(
-    1
-)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 
 class Made(NamedTuple):
@@ -37,9 +35,7 @@ def made(tmp_path_factory) -> Made:
     (out / demo.MARKER).touch()
     (out / "old.txt").touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            demo, "draw_market1501", partial(draw_market1501, train_identities=6, test_identities=6)
-        )
+        patch.setattr(demo, "draw_market1501", partial(draw_market1501, train_identities=6, test_identities=6))
         done = mgn_deploy("demo", "-o", out, "--seconds", 2, "--json")
     assert done.returncode == 0, done.stderr
     return Made(out, json.loads(done.stdout), done.stderr.splitlines())

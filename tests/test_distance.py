@@ -146,9 +146,7 @@ def test_the_written_file_loads_as_the_matrix(tmp_path, metric, monkeypatch):
     monkeypatch.setattr("mgn_deploy.distance.TILE_BYTES", 2000)
     query, gallery = unit_rows(23, 16, 1), unit_rows(41, 16, 2)
     seen: list[int] = []
-    write_distance_matrix(
-        tmp_path / "d.npy", query, gallery, metric, progress=lambda done, total: seen.append(done)
-    )
+    write_distance_matrix(tmp_path / "d.npy", query, gallery, metric, progress=lambda done, total: seen.append(done))
     loaded = np.load(tmp_path / "d.npy")
     assert loaded.dtype == np.float32
     np.testing.assert_allclose(loaded, distance_matrix(query, gallery, metric), atol=ROUNDING)
@@ -218,9 +216,7 @@ def test_a_disk_that_fills_up_while_writing_is_told_and_leaves_nothing(small_dis
                 (small_disk / "other").write_bytes(bytes(1 << 20))
 
     rows = unit_rows(450, 4, 0)
-    with pytest.raises(
-        UserError, match=r"No space left on device\): 810128 bytes are needed and \d+ are free"
-    ):
+    with pytest.raises(UserError, match=r"No space left on device\): 810128 bytes are needed and \d+ are free"):
         write_distance_matrix(small_disk / "d.npy", rows, rows, "cosine", progress=fill_disk)
     assert os.listdir(small_disk) == ["other"]
 

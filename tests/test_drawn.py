@@ -26,12 +26,8 @@ def test_another_process_draws_the_same_pixels():
         "drawn = b''.join(draw_crop(7, camera, 9, seed=5).tobytes() for camera in range(1, 7))\n"
         "print(hashlib.sha256(drawn).hexdigest())"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    here = hashlib.sha256(
-        b"".join(draw_crop(7, camera, 9, seed=5).tobytes() for camera in range(1, 7))
-    ).hexdigest()
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    here = hashlib.sha256(b"".join(draw_crop(7, camera, 9, seed=5).tobytes() for camera in range(1, 7))).hexdigest()
     assert here == other
 
 
@@ -153,6 +149,4 @@ def test_people_in_memory_are_reproducible_crops_of_several_people():
     assert len(people) == 12
     assert all(person.dtype == numpy.uint8 and person.ndim == 3 and person.shape[2] == 3 for person in people)
     assert all((a == b).all() for a, b in zip(people, draw_people(12, seed=3), strict=True))
-    assert any(
-        a.shape != b.shape or (a != b).any() for a, b in zip(people, draw_people(12, seed=4), strict=True)
-    )
+    assert any(a.shape != b.shape or (a != b).any() for a, b in zip(people, draw_people(12, seed=4), strict=True))

@@ -20,9 +20,7 @@ from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import sha256_file
 
-torch.set_num_threads(
-    1
-)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +149,7 @@ def test_a_proof_folder_with_too_few_images_is_refused_before_any_work(weights, 
     assert not any("tracing" in sentence for sentence in said)
 
 
-def test_the_command_prints_its_proofs_and_names_the_folder_it_stands_in(
-    traced, weights, crops, tmp_path, monkeypatch
-):
+def test_the_command_prints_its_proofs_and_names_the_folder_it_stands_in(traced, weights, crops, tmp_path, monkeypatch):
     monkeypatch.chdir(crops)
     done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--proof-images", ".", "--json")
     assert done.returncode == 0, done.stderr

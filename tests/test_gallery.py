@@ -76,9 +76,7 @@ def refusal(kind: type[Exception], action, *arguments, **options) -> str:
     return str(refused.value)
 
 
-def assert_rows_are_their_files(
-    store: Path, folder: Path, embedder: Embedder, tolerance: float = 1e-5
-) -> None:
+def assert_rows_are_their_files(store: Path, folder: Path, embedder: Embedder, tolerance: float = 1e-5) -> None:
     opened = Store.open(store)
     for row, embedding in zip(opened.rows, opened.embeddings(), strict=True):
         alone = embedder.embed([folder / row.name])[0]
@@ -102,10 +100,7 @@ def test_rows_are_in_the_order_of_names_and_are_their_files(crops, tmp_path, emb
     assert counts(report) == (40, 0, 0, 0)
     assert names(tmp_path / "s") == sorted(names(tmp_path / "s"), key=os.fsencode)
     assert_rows_are_their_files(tmp_path / "s", crops, embedder)
-    assert (
-        Store.open(tmp_path / "s").identities().tolist()
-        == np.tile(np.repeat(np.arange(1, 11), 2), 2).tolist()
-    )
+    assert Store.open(tmp_path / "s").identities().tolist() == np.tile(np.repeat(np.arange(1, 11), 2), 2).tolist()
 
 
 def test_two_runs_give_the_same_bytes(crops, tmp_path, embedder):
@@ -142,9 +137,7 @@ def test_every_engine_call_has_a_full_batch(images, tmp_path, embedder):
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_batch_size_below_one_is_refused(images, tmp_path, embedder, batch_size):
     expected = f"batch_size must be at least 1, not {batch_size}"
-    assert (
-        refusal(UserError, embed_folder, images, tmp_path / "s", embedder, batch_size=batch_size) == expected
-    )
+    assert refusal(UserError, embed_folder, images, tmp_path / "s", embedder, batch_size=batch_size) == expected
     assert refusal(UserError, embedder.embed, [images / "a.jpg"], batch_size=batch_size) == expected
 
 
@@ -218,9 +211,7 @@ def test_one_image_without_a_list_gets_a_sentence(embedder):
 def test_truncated_image_opened_by_pil_gets_a_sentence(images, embedder):
     content = (images / "a.jpg").read_bytes()
     half = Image.open(io.BytesIO(content[: len(content) // 2]))
-    assert "an image cannot be embedded: image file is truncated" in refusal(
-        UserError, embedder.embed, [half]
-    )
+    assert "an image cannot be embedded: image file is truncated" in refusal(UserError, embedder.embed, [half])
 
 
 # Bad files
@@ -310,8 +301,7 @@ def test_only_bad_files_is_a_failed_gate(images, tmp_path, embedder):
         path.write_bytes(b"")
     sentence = refusal(GateFailed, embed_folder, images, tmp_path / "s", embedder)
     assert (
-        f"not one of the 6 images of {str(images)!r} could be read; the first, 'a.jpg': the file is empty"
-        == sentence
+        f"not one of the 6 images of {str(images)!r} could be read; the first, 'a.jpg': the file is empty" == sentence
     )
     assert len(failures(tmp_path / "s")) == 6
 
@@ -329,9 +319,7 @@ def test_thousands_of_bad_files_do_not_stop_the_good_one(images, tmp_path, embed
 def test_too_many_failures_stop_and_what_was_embedded_is_kept(images, tmp_path, embedder):
     for name in ("b.jpg", "d.jpg", "e.jpg"):
         (images / name).write_bytes(b"")
-    sentence = refusal(
-        GateFailed, embed_folder, images, tmp_path / "s", embedder, batch_size=1, max_failures=1
-    )
+    sentence = refusal(GateFailed, embed_folder, images, tmp_path / "s", embedder, batch_size=1, max_failures=1)
     assert sentence == "more than 1 images cannot be read; the last, 'd.jpg': the file is empty"
     assert names(tmp_path / "s") == ["a.jpg", "c.jpg"]
     assert counts(embed_folder(images, tmp_path / "s", embedder, max_failures=3)) == (1, 2, 3, 0)
@@ -391,9 +379,7 @@ def test_file_that_became_unreadable_is_a_failure_and_mended_an_image(images, tm
 def test_store_of_another_folder_is_refused(images, tmp_path, embedder):
     embed_folder(images, tmp_path / "s", embedder)
     images.rename(tmp_path / "moved")
-    assert "was made with source" in refusal(
-        UserError, embed_folder, tmp_path / "moved", tmp_path / "s", embedder
-    )
+    assert "was made with source" in refusal(UserError, embed_folder, tmp_path / "moved", tmp_path / "s", embedder)
 
 
 def test_store_of_another_dtype_is_refused(images, tmp_path, embedder):
@@ -456,9 +442,7 @@ def test_run_after_kill_9_ends_with_the_undisturbed_store(
     mixed, undisturbed, bundle_folder, embedder, tmp_path, moment, victim, left
 ):
     store = tmp_path / "s"
-    killed = subprocess.run(
-        [sys.executable, "-c", DRIVER, mixed, store, bundle_folder, moment, victim], check=False
-    )
+    killed = subprocess.run([sys.executable, "-c", DRIVER, mixed, store, bundle_folder, moment, victim], check=False)
     assert killed.returncode == -signal.SIGKILL
     found = {".tmp" if name.endswith(".tmp") else name for name in os.listdir(store)}
     assert left <= found
@@ -517,9 +501,7 @@ def test_engine_failure_commits_what_was_embedded(mixed, embedder, tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root; the file size limit below needs none")
 @pytest.mark.parametrize("kilobytes", [4, 8, 12, 20, 36])
-def test_full_disk_is_a_sentence_and_with_room_the_same_run_goes_on(
-    mixed, undisturbed, embedder, tmp_path, kilobytes
-):
+def test_full_disk_is_a_sentence_and_with_room_the_same_run_goes_on(mixed, undisturbed, embedder, tmp_path, kilobytes):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(

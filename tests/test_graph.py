@@ -25,9 +25,7 @@ from onnx import numpy_helper
 
 from mgn_deploy.config import ModelConfig
 
-torch.set_num_threads(
-    1
-)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +89,14 @@ def test_embeddings_out_are_float32_rows(graph):
 def test_the_heads_are_one_call_of_the_local_function(graph):
     calls = [node for node in graph.graph.node if node.domain == "mgn_deploy"]
     assert [node.op_type for node in calls] == ["StripePoolReduce"]
-    assert [(function.domain, function.name) for function in graph.functions] == [
-        ("mgn_deploy", "StripePoolReduce")
-    ]
+    assert [(function.domain, function.name) for function in graph.functions] == [("mgn_deploy", "StripePoolReduce")]
     assert {node.domain for node in graph.functions[0].node} == {""}  # plain operators
     assert len(calls[0].input) == 3 + 2
 
 
 def test_no_pooling_or_reduction_is_left_outside_the_function(graph):
     assert not [
-        node.name
-        for node in graph.graph.node
-        if node.op_type in ("ReduceMax", "GlobalMaxPool", "MatMul", "Gemm")
+        node.name for node in graph.graph.node if node.op_type in ("ReduceMax", "GlobalMaxPool", "MatMul", "Gemm")
     ]
     assert [node.op_type for node in graph.graph.node].count("MaxPool") == 1  # the stem's
 
@@ -201,9 +195,7 @@ def test_the_bytes_tell_nothing_of_this_machine(graph, weights):
 
 def test_the_weights_are_inside_in_float32(graph):
     kinds = {
-        numpy_helper.to_array(one).dtype
-        for one in graph.graph.initializer
-        if numpy_helper.to_array(one).size > 16
+        numpy_helper.to_array(one).dtype for one in graph.graph.initializer if numpy_helper.to_array(one).size > 16
     }
     assert kinds == {np.dtype(np.float32)}
     assert not [one.name for one in graph.graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]

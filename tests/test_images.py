@@ -19,9 +19,7 @@ from mgn_deploy.drawn import draw_crop
 from mgn_deploy.errors import UnreadableImage
 from mgn_deploy.images import load_rgb, read_crop
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:PIL"
-)  # pytest resets the filter that images.py sets
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest resets the filter that images.py sets
 
 COLOURS = np.kron(
     np.array([[[220, 30, 40], [30, 200, 50]], [[40, 60, 210], [240, 240, 240]]], np.uint8),
@@ -49,12 +47,7 @@ def png_bomb(side: int) -> bytes:
     row = bytes(side + 1)
     pixels = b"".join(deflate.compress(row) for _ in range(side)) + deflate.flush()
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + png_chunk(b"IHDR", header)
-        + png_chunk(b"IDAT", pixels)
-        + png_chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
 
 
 def outcome(source: object) -> Image.Image | str:
@@ -105,9 +98,7 @@ def test_cmyk_jpeg_is_not_inverted():
 def test_palette_png_gives_the_palette_colours(transparency):
     palette = Image.fromarray(COLOURS).quantize(4)
     options = {} if transparency is None else {"transparency": transparency}
-    assert np.array_equal(
-        np.asarray(load_rgb(encoded(palette, "PNG", **options))), np.asarray(palette.convert("RGB"))
-    )
+    assert np.array_equal(np.asarray(load_rgb(encoded(palette, "PNG", **options))), np.asarray(palette.convert("RGB")))
     assert np.asarray(palette.convert("RGB"))[5, 5].tolist() == COLOURS[5, 5].tolist()
 
 
@@ -173,9 +164,7 @@ def test_exif_rotation_is_applied(kind, orientation, turn):
 
 @pytest.mark.parametrize("kind", ["GIF", "ICO"])
 def test_unlisted_format_named_jpg_is_refused(kind):
-    assert reason(crop_bytes(kind)).startswith(
-        "not an image (its content is none of jpeg, png, bmp, webp, ppm, tiff)"
-    )
+    assert reason(crop_bytes(kind)).startswith("not an image (its content is none of jpeg, png, bmp, webp, ppm, tiff)")
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "PNG", "TIFF", "MPO"])
@@ -190,16 +179,12 @@ def test_colour_profile_and_large_metadata_do_not_matter():
     plain = np.asarray(load_rgb(crop_bytes("JPEG")))
     exif = Image.Exif()
     exif[0x010E] = "x" * 60_000
-    assert np.array_equal(
-        np.asarray(load_rgb(crop_bytes("JPEG", icc_profile=profile, exif=exif.tobytes()))), plain
-    )
+    assert np.array_equal(np.asarray(load_rgb(crop_bytes("JPEG", icc_profile=profile, exif=exif.tobytes()))), plain)
 
 
 def test_garbage_behind_a_jpeg_does_not_matter():
     content = crop_bytes("JPEG")
-    assert np.array_equal(
-        np.asarray(load_rgb(content + b"\x00garbage" * 1000)), np.asarray(load_rgb(content))
-    )
+    assert np.array_equal(np.asarray(load_rgb(content + b"\x00garbage" * 1000)), np.asarray(load_rgb(content)))
 
 
 # Every broken file has its reason
@@ -250,8 +235,7 @@ def test_every_cut_of_a_small_jpeg_and_png_is_refused_or_whole():
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3)])
 def test_too_small_image_is_refused(size):
     assert (
-        reason(encoded(Image.new("RGB", size), "PNG"))
-        == f"{size[0]}x{size[1]} pixels is too small for a person's crop"
+        reason(encoded(Image.new("RGB", size), "PNG")) == f"{size[0]}x{size[1]} pixels is too small for a person's crop"
     )
 
 

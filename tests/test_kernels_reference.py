@@ -14,9 +14,7 @@ from mgn_deploy.train.weights import load_weights
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-torch.set_num_threads(
-    1
-)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 # Branches and each map's rows and columns: the paper's, its ablations', and heights that do not divide.
 CASES = [
@@ -49,19 +47,15 @@ def plain_loop(maps, branches, weight, bias) -> np.ndarray:
             parts = [range(height)]
             if stripes > 1:
                 parts += [
-                    range(i * height // stripes, int(np.ceil((i + 1) * height / stripes)))
-                    for i in range(stripes)
+                    range(i * height // stripes, int(np.ceil((i + 1) * height / stripes))) for i in range(stripes)
                 ]
             for part in parts:
-                pooled = [
-                    max(float(value) for y in part for value in map_[image, c, y]) for c in range(channels)
-                ]
+                pooled = [max(float(value) for y in part for value in map_[image, c, y]) for c in range(channels)]
                 for r in range(weight.shape[2]):
                     row.append(
                         max(
                             0.0,
-                            sum(pooled[c] * float(weight[f, c, r]) for c in range(channels))
-                            + float(bias[f, 0, r]),
+                            sum(pooled[c] * float(weight[f, c, r]) for c in range(channels)) + float(bias[f, 0, r]),
                         )
                     )
                 f += 1
@@ -97,9 +91,7 @@ def function_model(branches, sizes, channels=5, reduced=4) -> onnx.ModelProto:
 
 def run_onnxruntime(model: onnx.ModelProto, maps, weight, bias) -> np.ndarray:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(
-        None, {**{f"map_{i}": map_ for i, map_ in enumerate(maps)}, "weight": weight, "bias": bias}
-    )[0]
+    return session.run(None, {**{f"map_{i}": map_ for i, map_ in enumerate(maps)}, "weight": weight, "bias": bias})[0]
 
 
 @pytest.mark.parametrize(("branches", "sizes"), CASES)
@@ -161,12 +153,8 @@ def test_nan_pixels_make_the_definition_nan():
 def test_the_definition_is_the_networks_heads(weights):
     """The maps of the trained-like model through the definition are what PyTorch embeds."""
     model = load_weights(weights)
-    pixels = torch.randint(
-        0, 256, (3, 96, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    reductions = [
-        reduction[0] for branch in fold_batch_norms(model).branches for reduction in branch.reductions
-    ]
+    pixels = torch.randint(0, 256, (3, 96, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    reductions = [reduction[0] for branch in fold_batch_norms(model).branches for reduction in branch.reductions]
     weight = np.stack([conv.weight.detach().numpy()[:, :, 0, 0].T for conv in reductions])
     bias = np.stack([conv.bias.detach().numpy()[None] for conv in reductions])
     for flip in (True, False):

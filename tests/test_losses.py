@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from mgn_deploy.train.losses import MARGIN, batch_hard_triplet, mgn_loss
 from mgn_deploy.train.model import MGNOutput
 
-torch.set_num_threads(
-    1
-)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 
 def plain_triplet(features: np.ndarray, identities: list[int], margin: float) -> float:
@@ -23,9 +21,7 @@ def plain_triplet(features: np.ndarray, identities: list[int], margin: float) ->
     for anchor, identity in enumerate(identities):
         farthest, nearest = 0.0, math.inf
         for other, other_identity in enumerate(identities):
-            distance = math.sqrt(
-                sum((a - b) ** 2 for a, b in zip(features[anchor], features[other], strict=True))
-            )
+            distance = math.sqrt(sum((a - b) ** 2 for a, b in zip(features[anchor], features[other], strict=True)))
             if other_identity == identity:
                 farthest = max(farthest, distance)
             else:
@@ -75,9 +71,7 @@ def test_identical_features_cost_the_margin_and_have_a_finite_gradient():
 
 
 def test_the_gradient_is_that_of_finite_differences():
-    features = torch.randn(
-        6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
-    )
+    features = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     identities = torch.tensor([0, 0, 0, 1, 1, 1])
     assert torch.autograd.gradcheck(lambda one: batch_hard_triplet(one, identities), features)
 
@@ -87,9 +81,7 @@ def test_half_precision_features_are_measured_in_float32():
     identities = torch.tensor([0, 0, 1, 1, 2, 2])
     half = batch_hard_triplet(features.half(), identities)
     assert half.dtype == torch.float32
-    assert half.item() == pytest.approx(
-        batch_hard_triplet(features.half().double(), identities).item(), rel=1e-4
-    )
+    assert half.item() == pytest.approx(batch_hard_triplet(features.half().double(), identities).item(), rel=1e-4)
 
 
 def output_of_ones(classes: int = 3) -> MGNOutput:
@@ -112,10 +104,7 @@ def test_the_loss_is_the_mean_of_8_softmax_losses_and_the_mean_of_3_triplet_loss
         ]
     )
     triplet = np.mean(
-        [
-            plain_triplet(feature.detach().double().numpy(), identities.tolist(), MARGIN)
-            for feature in output.globals
-        ]
+        [plain_triplet(feature.detach().double().numpy(), identities.tolist(), MARGIN) for feature in output.globals]
     )
     loss, parts = mgn_loss(output, identities)
     assert parts["softmax"] == pytest.approx(softmax, abs=1e-5)
@@ -159,8 +148,6 @@ def test_no_feature_has_both_losses():
         else:
             loss = sum(batch_hard_triplet(feature, identities) for feature in output.globals)
         gradients = torch.autograd.grad(loss, list(reductions.values()), allow_unused=True)
-        reached[name] = {
-            place for place, gradient in zip(reductions, gradients, strict=True) if gradient is not None
-        }
+        reached[name] = {place for place, gradient in zip(reductions, gradients, strict=True) if gradient is not None}
     assert reached["triplet"] == {"0.0", "1.0", "2.0"}
     assert reached["softmax"] == {"1.1", "1.2", "2.1", "2.2", "2.3"}

@@ -15,9 +15,7 @@ from torch import nn
 from mgn_deploy.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, stripe_rows
 from mgn_deploy.errors import UserError
 
-torch.set_num_threads(
-    1
-)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 
 def small_config(**changes) -> ModelConfig:
@@ -84,18 +82,13 @@ def test_the_trunk_ends_after_res_conv4_1(paper):
 
 
 def test_only_the_global_branch_strides_in_layer4(paper):
-    strides = [
-        (branch.layer4[0].conv2.stride, branch.layer4[0].downsample[0].stride) for branch in paper.branches
-    ]
+    strides = [(branch.layer4[0].conv2.stride, branch.layer4[0].downsample[0].stride) for branch in paper.branches]
     assert strides == [((2, 2), (2, 2)), ((1, 1), (1, 1)), ((1, 1), (1, 1))]
 
 
 def test_part_branches_stride_nowhere(paper):
     strides = {
-        module.stride
-        for branch in paper.branches[1:]
-        for module in branch.modules()
-        if isinstance(module, nn.Conv2d)
+        module.stride for branch in paper.branches[1:] for module in branch.modules() if isinstance(module, nn.Conv2d)
     }
     assert strides == {(1, 1)}
 
@@ -169,9 +162,7 @@ def test_a_gradient_step_on_one_branchs_output_moves_that_branch_and_the_trunk_o
     sum(stripe.square().sum() for stripe in output.stripes[:2]).backward()  # of Part-2
     optimizer.step()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert {name.split(".reductions")[0][:10] for name in moved if name.startswith("branches")} == {
-        "branches.1"
-    }
+    assert {name.split(".reductions")[0][:10] for name in moved if name.startswith("branches")} == {"branches.1"}
     assert any(name.startswith("trunk") for name in moved)
     assert not any(name.startswith("branches.1.reductions.0") for name in moved)
 
@@ -182,9 +173,7 @@ def test_no_tensor_is_shared_between_modules(model):
 
 
 def test_reductions_start_different():
-    weights = [
-        reduction[0].weight for branch in MGN(small_config()).branches for reduction in branch.reductions
-    ]
+    weights = [reduction[0].weight for branch in MGN(small_config()).branches for reduction in branch.reductions]
     for index, one in enumerate(weights):
         assert not any(torch.equal(one, other) for other in weights[index + 1 :])
 
@@ -381,9 +370,7 @@ def test_embeddings_have_length_one(model):
 def test_a_mirrored_image_has_the_same_embedding(model):
     pixels = random_pixels(3)
     with torch.inference_mode():
-        torch.testing.assert_close(
-            Embedding(model)(pixels.flip(2)), Embedding(model)(pixels), rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(Embedding(model)(pixels.flip(2)), Embedding(model)(pixels), rtol=0, atol=1e-6)
 
 
 def test_without_the_mirror_average_a_mirrored_image_has_another_embedding(model):
@@ -402,17 +389,13 @@ def test_the_order_of_the_colours_matters(model):
 def test_normalisation_is_imagenets_on_the_0_to_1_scale(model):
     pixels = torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8)
     expected = [(0 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (255 / 255 - 0.406) / 0.225]
-    np.testing.assert_allclose(
-        Embedding(model, flip=False).normalise(pixels).flatten().numpy(), expected, rtol=1e-5
-    )
+    np.testing.assert_allclose(Embedding(model, flip=False).normalise(pixels).flatten().numpy(), expected, rtol=1e-5)
 
 
 def test_normalisation_is_the_configs():
     model = MGN(small_config(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0)))
     pixels = torch.tensor([[[[0, 255, 255]]]], dtype=torch.uint8)
-    np.testing.assert_allclose(
-        Embedding(model, flip=False).normalise(pixels).flatten().numpy(), [-1, 3, 1], rtol=1e-6
-    )
+    np.testing.assert_allclose(Embedding(model, flip=False).normalise(pixels).flatten().numpy(), [-1, 3, 1], rtol=1e-6)
 
 
 def test_mirrors_come_last_in_the_batch(model):

@@ -68,9 +68,7 @@ def initializer(graph: onnx.ModelProto, name: str) -> onnx.TensorProto:
 
 def set_values(tensor: onnx.TensorProto, values: np.ndarray) -> None:
     tensor.CopyFrom(
-        numpy_helper.from_array(
-            np.ascontiguousarray(values, numpy_helper.to_array(tensor).dtype), tensor.name
-        )
+        numpy_helper.from_array(np.ascontiguousarray(values, numpy_helper.to_array(tensor).dtype), tensor.name)
     )
 
 
@@ -106,17 +104,13 @@ def swap_the_halves_of_the_embedding(graph: onnx.ModelProto) -> None:
 
 
 def perturb_one_layer(graph: onnx.ModelProto) -> None:
-    (tensor,) = [
-        one for one in graph.graph.initializer if one.name.endswith("branches.2.layer4.1.conv2.weight")
-    ]
+    (tensor,) = [one for one in graph.graph.initializer if one.name.endswith("branches.2.layer4.1.conv2.weight")]
     values = numpy_helper.to_array(tensor)
     set_values(tensor, values + 0.05 * values.std() * np.random.default_rng(0).normal(size=values.shape))
 
 
 def shift_the_mean_by_two_grey_levels(graph: onnx.ModelProto) -> None:
-    tensor = initializer(
-        graph, next(one.name for one in graph.graph.initializer if one.name.endswith("mean"))
-    )
+    tensor = initializer(graph, next(one.name for one in graph.graph.initializer if one.name.endswith("mean")))
     set_values(tensor, numpy_helper.to_array(tensor) + 2)
 
 
@@ -126,8 +120,7 @@ def let_rows_leak(graph: onnx.ModelProto) -> None:
     features = norm.input[0]
     for node in graph.graph.node:
         node.input[:] = [
-            "leaking" if name == features and node.op_type in ("ReduceL2", "Div") else name
-            for name in node.input
+            "leaking" if name == features and node.op_type in ("ReduceL2", "Div") else name for name in node.input
         ]
     at = list(graph.graph.node).index(norm)
     graph.graph.initializer.extend(
@@ -221,8 +214,7 @@ def test_the_figures_are_those_of_a_plain_computation(bundle_folder, tmp_path, p
     proof = proof_of(bundle, "onnxruntime", pixels, reference)
     found = run_in_batches(backend_module("onnxruntime").open_engine(bundle), pixels)
     cosines = [
-        float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
-        for a, b in zip(found, reference, strict=True)
+        float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(found, reference, strict=True)
     ]
     others = [float(np.dot(a, b)) for i, a in enumerate(reference) for j, b in enumerate(reference) if i != j]
     assert proof.worst_cosine == pytest.approx(min(cosines), abs=1e-6)
@@ -282,9 +274,7 @@ def test_a_wrong_export_exits_1_is_marked_and_is_not_run_unless_allowed(
     assert "is not proven for openvino (worst cosine" in done.stderr
     expected = {"openvino": False, "onnxruntime": False, "torch": True}
     assert {name: proof["passed"] for name, proof in json.loads(done.stdout)["proofs"].items()} == expected
-    assert {
-        name: proof.passed for name, proof in Bundle.open(tmp_path / "b").manifest.proofs.items()
-    } == expected
+    assert {name: proof.passed for name, proof in Bundle.open(tmp_path / "b").manifest.proofs.items()} == expected
     assert Embedder.open(tmp_path / "b").backend.name == "torch"
 
     embed = ("embed", crops, "-o", tmp_path / "store", "--bundle", tmp_path / "b", "--backend", "onnxruntime")

@@ -191,9 +191,7 @@ HOSTILE = [
 def test_a_hostile_name_stays_text(tmp_path, crop, name):
     def page_naming(text):
         results = [crop(1, 2, name=text), RankedImage(tmp_path / "gone", text, 0, 1, 1)]
-        return written(
-            tmp_path / "page.html", RankList(crop(1, name=text), results), title=text, facts={text: text}
-        )
+        return written(tmp_path / "page.html", RankList(crop(1, name=text), results), title=text, facts={text: text})
 
     harmless, page = page_naming("n"), page_naming(name)
     shape = [[(e[0], sorted(e[1])) for e in p.elements] for p in (page, harmless)]
@@ -259,9 +257,7 @@ def thumbnail(page, index=0):
     return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
 
 
-@pytest.mark.parametrize(
-    ("size", "shown"), [((512, 1024), (96, 192)), ((900, 300), (192, 64)), ((64, 128), (64, 128))]
-)
+@pytest.mark.parametrize(("size", "shown"), [((512, 1024), (96, 192)), ((900, 300), (192, 64)), ((64, 128), (64, 128))])
 def test_thumbnails_are_small_jpegs_that_are_never_enlarged(tmp_path, size, shown):
     Image.new("RGB", size, "teal").save(tmp_path / "a.png")
     page = written(tmp_path / "page.html", RankList(RankedImage(tmp_path / "a.png", "a", None, 1, 1), []))

@@ -92,9 +92,7 @@ def test_to_dict_is_json_ready_under_the_usual_names():
     }
 
 
-def by_plain_loop(
-    distances, query_ids, query_cams, gallery_ids, gallery_cams, ranks
-) -> RankingMetrics | None:
+def by_plain_loop(distances, query_ids, query_cams, gallery_ids, gallery_cams, ranks) -> RankingMetrics | None:
     precisions, penalties, firsts = [], [], []
     for q in range(len(distances)):
         rank, hits, precision = 0, 0, 0.0
@@ -134,9 +132,7 @@ def assert_close(found: RankingMetrics, expected: RankingMetrics) -> None:
     dtype=st.sampled_from([np.float16, np.float32, np.float64]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_matrix_scores_as_a_plain_loop_scores_it(
-    queries, images, identities, cameras, levels, dtype, seed
-):
+def test_any_matrix_scores_as_a_plain_loop_scores_it(queries, images, identities, cameras, levels, dtype, seed):
     rng = np.random.default_rng(seed)
     distances = (rng.integers(0, levels, (queries, images)) / levels).astype(dtype)
     distances[rng.random(distances.shape) < 0.05] = np.inf

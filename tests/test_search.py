@@ -43,9 +43,7 @@ def write_store(
         source=(folder.parent / "images").as_uri(),
     )
     with StoreWriter(folder, manifest) as writer:
-        writer.commit(
-            [Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings
-        )
+        writer.commit([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
     return Store.open(folder)
 
 
@@ -119,9 +117,7 @@ def test_names_that_tell_nothing_leave_nobody_out(tmp_path):
 
 
 def test_the_querys_own_file_is_left_out_and_a_file_of_the_same_name_elsewhere_is_not(tmp_path):
-    store = write_store(
-        tmp_path / "s", [("a.jpg", None, None), ("sub/a.jpg", None, None)], np.stack([EAST, NORTH])
-    )
+    store = write_store(tmp_path / "s", [("a.jpg", None, None), ("sub/a.jpg", None, None)], np.stack([EAST, NORTH]))
     (ranked,) = search(queries_for([1, 0], tmp_path / "images" / "a.jpg"), store)
     assert names(ranked) == ["sub/a.jpg"]
 
@@ -133,9 +129,7 @@ def test_a_query_whose_whole_gallery_is_left_out_has_an_empty_list(tmp_path):
 
 def test_the_queries_of_another_bundle_are_refused(tmp_path):
     store = write_store(tmp_path / "s", [("a", None, None)], np.stack([EAST]))
-    with pytest.raises(
-        UserError, match=r"was embedded by bundle bbbbbbbbbbbb and the queries by cccccccccccc"
-    ):
+    with pytest.raises(UserError, match=r"was embedded by bundle bbbbbbbbbbbb and the queries by cccccccccccc"):
         search(queries_for([1, 0], Path("/q.jpg"), bundle_id="c" * 64), store)
 
 
@@ -166,9 +160,7 @@ def test_a_folder_of_images_is_all_below_it(crop_store, crops, embedder):
     queries = Queries.of_images(crops / "camera 2", embedder)
     assert len(queries.names) == 20
     assert set(queries.cameras) == {2}
-    np.testing.assert_allclose(
-        queries.embeddings, crop_store.embeddings()[crop_store.cameras() == 2], atol=1e-5
-    )
+    np.testing.assert_allclose(queries.embeddings, crop_store.embeddings()[crop_store.cameras() == 2], atol=1e-5)
 
 
 def test_a_relative_path_is_the_same_file(crop_store, crops, embedder, monkeypatch):
@@ -193,9 +185,7 @@ def test_the_command_prints_rank_lists_as_json(found, crop_store):
     assert len(printed) == 40
     assert [result["rank"] for result in printed[0]["results"]] == [1, 2, 3]
     expected = search(Queries.of_store(crop_store), crop_store, 3)
-    assert [[result["name"] for result in one["results"]] for one in printed] == [
-        names(one) for one in expected
-    ]
+    assert [[result["name"] for result in one["results"]] for one in printed] == [names(one) for one in expected]
 
 
 def test_the_command_embeds_an_image_with_the_bundle_and_writes_the_page(
@@ -203,9 +193,7 @@ def test_the_command_embeds_an_image_with_the_bundle_and_writes_the_page(
 ):
     query = tmp_path / "who is it?.jpg"
     draw_crop(4, 3, 5).save(query)
-    (printed,) = found(
-        query, "--bundle", bundle_folder, "--backend", "onnxruntime", "--html", tmp_path / "page.html"
-    )
+    (printed,) = found(query, "--bundle", bundle_folder, "--backend", "onnxruntime", "--html", tmp_path / "page.html")
     assert (printed["query"], printed["identity"], len(printed["results"])) == (query.name, None, 10)
     assert "who is it?.jpg" in (tmp_path / "page.html").read_text()
 
@@ -227,9 +215,7 @@ def test_a_store_of_failed_images_only_is_refused(crop_store, embedder, tmp_path
     empty = tmp_path / "s"
     manifest = crop_store.manifest
     with StoreWriter(empty, manifest) as writer:
-        writer.commit(
-            [Row("a.jpg", 1, 1, "broken", None, None)], np.full((1, manifest.dim), np.nan, np.float32)
-        )
+        writer.commit([Row("a.jpg", 1, 1, "broken", None, None)], np.full((1, manifest.dim), np.nan, np.float32))
     with pytest.raises(UserError, match="holds no embedded image"):
         search(Queries.of_store(crop_store), Store.open(empty))
 

@@ -288,9 +288,7 @@ def test_later_schema_asks_for_an_upgrade(tmp_path):
     content = json.loads((tmp_path / "s/manifest.json").read_text())
     (tmp_path / "s/manifest.json").write_text(json.dumps({**content, "schema_version": 2, "new_field": True}))
     for action in (Store.open, enter):
-        assert "store schema 2 and this mgn-deploy reads 1: upgrade mgn-deploy" in refusal(
-            action, tmp_path / "s"
-        )
+        assert "store schema 2 and this mgn-deploy reads 1: upgrade mgn-deploy" in refusal(action, tmp_path / "s")
 
 
 # Things in a store's place
@@ -422,7 +420,7 @@ def test_manifest_is_judged_under_the_lock(tmp_path, monkeypatch):
 
 
 def replace_folder(path, content: str) -> None:
-    with atomic_folder(path, marker="marker") as new:
+    with atomic_folder(path, names=["marker"]) as new:
         (new / "marker").write_text(content)
 
 
@@ -455,7 +453,5 @@ def test_folder_of_others_is_not_replaced(tmp_path):
     (tmp_path / "out/letter.txt").touch()
     (tmp_path / "file").touch()
     for name in ("out", "file"):
-        assert "is nothing that this command wrote (no marker)" in refusal(
-            replace_folder, tmp_path / name, "new"
-        )
+        assert "is nothing that this command wrote (no marker)" in refusal(replace_folder, tmp_path / name, "new")
     assert names_in(tmp_path / "out") == ["letter.txt"]

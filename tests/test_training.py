@@ -21,9 +21,7 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.market1501 import LabelledImage, Market1501, open_market1501
 from mgn_deploy.ranking import evaluate_embeddings
 
-torch.set_num_threads(
-    1
-)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 HEIGHT, WIDTH = 96, 32
 
@@ -87,9 +85,7 @@ def test_epochs_differ():
 
 def test_every_image_comes_at_last():
     sampler, rng = IdentitySampler(np.repeat(np.arange(4), 9), 4, 4), np.random.default_rng(0)
-    assert {int(index) for _ in range(40) for batch in sampler.epoch(rng) for index in batch} == set(
-        range(36)
-    )
+    assert {int(index) for _ in range(40) for batch in sampler.epoch(rng) for index in batch} == set(range(36))
 
 
 # The images

@@ -64,12 +64,9 @@ def by_hand(embedder: Embedder, root) -> dict[str, float]:
         candidates = [
             (1 - embedding @ other, image)
             for other, image in zip(gallery, data.gallery, strict=True)
-            if image.identity != -1
-            and not (image.identity == query.identity and image.camera == query.camera)
+            if image.identity != -1 and not (image.identity == query.identity and image.camera == query.camera)
         ]
-        ranked = [
-            image.identity == query.identity for _, image in sorted(candidates, key=lambda pair: pair[0])
-        ]
+        ranked = [image.identity == query.identity for _, image in sorted(candidates, key=lambda pair: pair[0])]
         right = [rank for rank, hit in enumerate(ranked, start=1) if hit]
         first.append(right[0])
         precisions.append(np.mean([(index + 1) / rank for index, rank in enumerate(right)]))
@@ -171,9 +168,7 @@ def test_a_difference_past_the_tolerance_exits_1(root, wrong_bundle):
 
 
 def test_an_unproven_engine_is_not_validated_by_accident(root, wrong_bundle):
-    done = mgn_deploy(
-        "validate", "--data", f"market1501:{root}", "--bundle", wrong_bundle, "--backend", "onnxruntime"
-    )
+    done = mgn_deploy("validate", "--data", f"market1501:{root}", "--bundle", wrong_bundle, "--backend", "onnxruntime")
     assert done.returncode == 2
     assert "--allow-unproven" in done.stderr
 
@@ -190,6 +185,4 @@ def test_an_unreadable_image_is_named(root, bundle_folder, tmp_path):
     broken = sorted((tmp_path / "people" / "query").iterdir())[2]
     broken.write_bytes(b"")
     with pytest.raises(UserError, match=f"{broken.name}' cannot be embedded: the file is empty"):
-        validate(
-            open_data(f"market1501:{tmp_path / 'people'}"), Embedder.open(bundle_folder, "onnxruntime"), None
-        )
+        validate(open_data(f"market1501:{tmp_path / 'people'}"), Embedder.open(bundle_folder, "onnxruntime"), None)

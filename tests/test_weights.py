@@ -21,9 +21,7 @@ from mgn_deploy.errors import UserError
 
 TINY = ModelConfig(backbone="resnet18", base_width=8, reduced_width=4, height=96, width=32)
 
-torch.set_num_threads(
-    1
-)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 
 @pytest.fixture
@@ -42,9 +40,7 @@ def test_a_saved_model_comes_back_bit_by_bit(tmp_path):
     assert not back.training
     before, after = model.state_dict(), back.state_dict()
     assert before.keys() == after.keys()
-    assert all(
-        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
-    )
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
 
 
 def test_the_memory_format_of_training_does_not_reach_the_file(tmp_path):
@@ -58,9 +54,7 @@ def test_saving_replaces_earlier_weights_and_leaves_nothing_beside_them(tmp_path
     for seed in (1, 2):
         save_weights(new_model(TINY, seed=seed), tmp_path / "w")
     expected = new_model(TINY, seed=2).state_dict()
-    assert torch.equal(
-        load_weights(tmp_path / "w").state_dict()["trunk.0.weight"], expected["trunk.0.weight"]
-    )
+    assert torch.equal(load_weights(tmp_path / "w").state_dict()["trunk.0.weight"], expected["trunk.0.weight"])
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
     assert sorted(path.name for path in (tmp_path / "w").iterdir()) == [CONFIG, TENSORS]
 
@@ -99,9 +93,7 @@ def test_the_hash_is_of_config_and_tensors(folder):
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
 def test_a_missing_file_is_a_sentence(folder, name):
     (folder / name).unlink()
-    with pytest.raises(
-        UserError, match=r"is not a weights folder: it needs config\.json and model\.safetensors"
-    ):
+    with pytest.raises(UserError, match=r"is not a weights folder: it needs config\.json and model\.safetensors"):
         load_weights(folder)
 
 

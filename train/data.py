@@ -17,7 +17,9 @@ from mgn_deploy.market1501 import LabelledImage
 class TrainingSet:
     """Decoded training crops: uint8 `[n, height, width, 3]` in memory, and class indices in the order of identities."""
 
-    def __init__(self, images: Sequence[LabelledImage], height: int, width: int, progress: Progress | None = None) -> None:
+    def __init__(
+        self, images: Sequence[LabelledImage], height: int, width: int, progress: Progress | None = None
+    ) -> None:
         """Decode every image.
 
         Raises:
@@ -63,14 +65,14 @@ class IdentitySampler:
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        return -(-len(self._members) // self._p)
+        return max(1, -(-len(self._members) // self._p))
 
     def epoch(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """The epoch's batches, each int64 `[P * K]` of image indices."""
         order = rng.permutation(len(self._members))
-        order = np.concatenate([order, order[:len(self) * self._p - len(order)]])
+        order = np.concatenate([order, order[: len(self) * self._p - len(order)]])
         for start in range(0, len(order), self._p):
-            yield np.concatenate([self._pick(self._members[number], rng) for number in order[start:start + self._p]])
+            yield np.concatenate([self._pick(self._members[number], rng) for number in order[start : start + self._p]])
 
     def _pick(self, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if len(members) >= self._k:

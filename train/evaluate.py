@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from mgn_deploy.train.model import MGN, Embedding
 
 from mgn_deploy.embedder import batched, in_order
 from mgn_deploy.images import read_crop
 from mgn_deploy.market1501 import LabelledImage, Market1501
 from mgn_deploy.ranking import RankingMetrics, evaluate_embeddings
-from mgn_deploy.train.model import MGN, Embedding
 
 
 def evaluate_model(model: MGN, data: Market1501, *, flip: bool = True, batch_size: int = 64) -> RankingMetrics:
@@ -23,13 +23,18 @@ def evaluate_model(model: MGN, data: Market1501, *, flip: bool = True, batch_siz
     def embed(images: Sequence[LabelledImage]) -> np.ndarray:
         crops = in_order(lambda image: read_crop(image.path, model.config.height, model.config.width), images)
         with torch.inference_mode():
-            rows = [embedding(torch.from_numpy(np.stack(batch)).to(device)).cpu() for batch in batched(crops, batch_size)]
+            rows = [
+                embedding(torch.from_numpy(np.stack(batch)).to(device)).cpu() for batch in batched(crops, batch_size)
+            ]
         return torch.cat(rows).numpy()
 
     metrics = evaluate_embeddings(
-        embed(data.query), embed(data.gallery),
-        [image.identity for image in data.query], [image.camera for image in data.query],
-        [image.identity for image in data.gallery], [image.camera for image in data.gallery],
+        embed(data.query),
+        embed(data.gallery),
+        [image.identity for image in data.query],
+        [image.camera for image in data.query],
+        [image.identity for image in data.gallery],
+        [image.camera for image in data.gallery],
     )
     model.train(training)
     return metrics

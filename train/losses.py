@@ -7,10 +7,9 @@ Never both on one feature.
 from __future__ import annotations
 
 import torch
+from mgn_deploy.train.model import MGNOutput
 from torch import Tensor
 from torch.nn import functional as F
-
-from mgn_deploy.train.model import MGNOutput
 
 MARGIN = 1.2
 

@@ -126,8 +126,7 @@ class MGN(nn.Module):
         pooled_globals = [branch[0].flatten(1) for branch in pooled]
         stripes = [vector for branch in reduced for vector in branch[1:]]
         logits = [
-            classifier(vector)
-            for classifier, vector in zip(self.classifiers, pooled_globals + stripes, strict=False)
+            classifier(vector) for classifier, vector in zip(self.classifiers, pooled_globals + stripes, strict=False)
         ]
         return MGNOutput(pooled_globals, [branch[0] for branch in reduced], stripes, logits)
 
@@ -157,7 +156,7 @@ class Embedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = self.model(self.normalise(images))
         if self.flip:
-            features = (features[: len(images)] + features[len(images):]) / 2
+            features = (features[: len(images)] + features[len(images) :]) / 2
         return nn.functional.normalize(features.float(), dim=1)
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from mgn_deploy.errors import UserError
 from mgn_deploy.train.data import IdentitySampler, TrainingSet
 from mgn_deploy.train.losses import mgn_loss
 from mgn_deploy.train.model import MGN, Embedding, MGNOutput
+
+from mgn_deploy.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,17 @@ def fit(model: MGN, data: TrainingSet, schedule: Schedule, on_step: Callable[[St
             loss.backward()
             optimizer.step()
             steps, images = steps + 1, images + len(indices)
-            on_step(Step(epoch, number == len(sampler) - 1, done, loss.item(), parts["softmax"], parts["triplet"], images / (time.monotonic() - start)))
+            on_step(
+                Step(
+                    epoch,
+                    number == len(sampler) - 1,
+                    done,
+                    loss.item(),
+                    parts["softmax"],
+                    parts["triplet"],
+                    images / (time.monotonic() - start),
+                )
+            )
     model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Weights on disk: a folder of `config.json` (what the model is) and `model.safetensors` (its tensors). No pickle."""
+"""Weights on disk: a folder of `config.json` (what the model is) and `mgn.safetensors` (its tensors). No pickle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from mgn_deploy.train.model import MGN, build_resnet
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -15,16 +16,15 @@ from torch import nn
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder, sha256_file
-from mgn_deploy.train.model import MGN, build_resnet
 
 CONFIG = "config.json"
-TENSORS = "model.safetensors"
+TENSORS = "mgn.safetensors"
 
 
 def save_weights(model: MGN, folder: str | os.PathLike[str]) -> None:
     """Write the model's config and tensors; the folder appears whole or not at all, replacing an earlier one."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_folder(Path(folder), marker=TENSORS) as new:
+    with atomic_folder(Path(folder), names=(CONFIG, TENSORS)) as new:
         (new / TENSORS).write_bytes(save(tensors))  # save_file tells of a full disk as no OSError
         (new / CONFIG).write_text(model.config.model_dump_json(indent=2) + "\n")
 
@@ -44,7 +44,9 @@ def load_weights(folder: str | os.PathLike[str]) -> MGN:
         config = ModelConfig.model_validate_json((folder / CONFIG).read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{folder / CONFIG}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from None
+        raise UserError(
+            f"{folder / CONFIG}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+        ) from None
     try:
         tensors = load_file(folder / TENSORS)
     except SafetensorError as error:
@@ -92,7 +94,9 @@ def _load_resnet(resnet: nn.Module, backbone: str, init: str | os.PathLike[str])
     wrong = sorted(name for name in own.keys() ^ state.keys() if not name.endswith("num_batches_tracked"))
     wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
     if wrong:
-        raise UserError(f"{init}: not the state dict of torchvision's {backbone} ({len(wrong)} tensors differ, first {wrong[0]!r})")
+        raise UserError(
+            f"{init}: not the state dict of torchvision's {backbone} ({len(wrong)} tensors differ, first {wrong[0]!r})"
+        )
     resnet.load_state_dict(state, strict=False)
 
 
@@ -111,13 +115,17 @@ def _download_imagenet(backbone: str) -> dict[str, torch.Tensor]:
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; --init takes random, imagenet or the file of a torchvision ResNet's state dict")
+        raise UserError(
+            f"{path}: no such file; --init takes random, imagenet or the file of a torchvision ResNet's state dict"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a foreign file; the reason goes into the sentence
-        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}); it must hold tensors only") from None
+        raise UserError(
+            f"{path} cannot be read as weights ({type(error).__name__}); it must hold tensors only"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} is not a state dict (a mapping from names to tensors)")
     return state

@@ -50,7 +50,7 @@ def init(
 
 
 def export(
-    weights: Path = typer.Argument(help="A weights folder: config.json and model.safetensors."),
+    weights: Path = typer.Argument(help="A weights folder: config.json and mgn.safetensors."),
     out: Path = typer.Option(..., "-o", "--out", help="The bundle to write."),
     flip: bool = typer.Option(True, help="Average the features of each image and its mirror, as in the paper."),
     reference: bool = typer.Option(

@@ -87,5 +87,5 @@ def bench(
     print_table(
         ["images/s", "median", "least", "most", "of bare engine"],
         rows,
-        title=f"{result.model}, {result.backend}, batch {batch}, {result.machine}, {runs} runs of {count} images in turns",
+        title=f"{result.model}, {result.backend}, batch {batch}, {result.machine}, {runs} runs of {result.images} images",
     )
