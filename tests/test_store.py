@@ -453,5 +453,5 @@ def test_folder_of_others_is_not_replaced(tmp_path):
     (tmp_path / "out/letter.txt").touch()
     (tmp_path / "file").touch()
     for name in ("out", "file"):
-        assert "is nothing that this command wrote (no marker)" in refusal(replace_folder, tmp_path / name, "new")
+        assert "exists and holds what this command did not write" in refusal(replace_folder, tmp_path / name, "new")
     assert names_in(tmp_path / "out") == ["letter.txt"]
