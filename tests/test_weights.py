@@ -93,7 +93,7 @@ def test_the_hash_is_of_config_and_tensors(folder):
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
 def test_a_missing_file_is_a_sentence(folder, name):
     (folder / name).unlink()
-    with pytest.raises(UserError, match=r"is not a weights folder: it needs config\.json and model\.safetensors"):
+    with pytest.raises(UserError, match=r"is not a weights folder: it needs config\.json and mgn\.safetensors"):
         load_weights(folder)
 
 
@@ -106,7 +106,7 @@ def test_a_folder_that_is_not_there_is_a_sentence(tmp_path):
 def test_truncated_tensors_are_a_sentence(folder, keep):
     content = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(content[:keep])
-    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"mgn\.safetensors is not a whole safetensors file"):
         load_weights(folder)
 
 
