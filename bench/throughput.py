@@ -94,7 +94,7 @@ def measure(
             EMBED: lambda: _run_embed(folder, Path(scratch) / "store", embedder, batch_size),
         }
         if reference and embedder.backend.name != "torch":
-            original = Embedder.open(bundle, "torch", allow_unproven=True).backend
+            original = Embedder.open_reference(bundle).backend
             tasks[REFERENCE] = lambda: _run_bare(original, crops, batch_size)
         series = {name: Series() for name in tasks}
         for turn in range(runs + 1):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgn_deploy.config import ModelConfig
 from mgn_deploy.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
@@ -22,7 +21,6 @@ from mgn_deploy.store import Store
 from mgn_deploy.validate import Validation, validate
 
 MARKER = "made-by-mgn-deploy-demo"
-EPOCHS = 24
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def run_demo(
 
     Args:
         out: a new or empty folder, or one of an earlier demo.
-        train_seconds: training ends after 24 epochs or this time, whichever comes first.
+        train_seconds: training ends after the recipe's 24 epochs or this time, whichever comes first.
         seed: of the drawings, the first weights and the batches.
         say: called with a sentence for each step.
 
@@ -61,14 +59,14 @@ def run_demo(
     """
     # PyTorch is needed to train, and nowhere else in this package.
     from mgn_deploy.export.exporter import export_bundle
-    from mgn_deploy.train.data import TrainingSet
     from mgn_deploy.train.evaluate import evaluate_model
-    from mgn_deploy.train.trainer import Schedule, Step, fit
-    from mgn_deploy.train.weights import new_model, save_weights
+    from mgn_deploy.train.recipe import load_recipe
+    from mgn_deploy.train.trainer import WEIGHTS, Step, train
+    from mgn_deploy.train.weights import new_model
 
     start = time.monotonic()
     out = _fresh_folder(Path(out))
-    people, weights, bundle = out / "people", out / "weights", out / "bundle"
+    people, weights, bundle = out / "people", out / "run" / WEIGHTS, out / "bundle"
 
     say("1/6 drawing people: 4 cameras, their own light and background, poses, occlusion, junk and distractors")
     drawn = draw_market1501(people, seed=seed)
@@ -78,23 +76,19 @@ def run_demo(
     )
     data = open_market1501(people)
 
-    config = ModelConfig(
-        backbone="resnet18", base_width=32, reduced_width=128, height=96, width=32, num_classes=drawn.train_identities
-    )
+    recipe = load_recipe("small", [f"loop.seed={seed}", f"schedule.max_seconds={train_seconds}"])
+    config = recipe.model.config(drawn.train_identities)
     say(f"2/6 training a small MGN (ResNet-18 of half width, {config.height}x{config.width}) from random weights")
-    model = new_model(config, seed=seed)
-    untrained = evaluate_model(model, data)
+    untrained = evaluate_model(new_model(config, seed=seed), data)
 
     def report(step: Step) -> None:
-        if step.last_of_epoch:
+        if step.batch == step.batches:
             say(
-                f"    epoch {step.epoch + 1:2d}/{EPOCHS}  loss {step.loss:6.3f}  (softmax {step.softmax:.3f}, triplet {step.triplet:.3f})"
-                f"  {step.images_per_second:.0f} images/s"
+                f"    epoch {step.epoch:2d}/{step.epochs}  loss {step.loss:6.3f}  (softmax {step.softmax:.3f}, "
+                f"triplet {step.triplet:.3f})  {step.images_per_second:.0f} images/s, {step.seconds_left:.0f} s left"
             )
 
-    crops = TrainingSet(data.train, config.height, config.width)
-    fit(model, crops, Schedule(epochs=EPOCHS, seconds=train_seconds, learning_rate=2e-3, seed=seed), report)
-    save_weights(model, weights)
+    train(data, recipe, out / "run", on_step=report, say=lambda sentence: say("    " + sentence))
 
     say("3/6 exporting to ONNX, and proving every engine that is installed against PyTorch")
     export_bundle(weights, bundle, proof_images=people / "query", say=lambda sentence: say("    " + sentence))
@@ -106,7 +100,7 @@ def run_demo(
         say(f"    {made.embedded} images of {subset} with {embedder.backend.name}")
 
     say("5/6 validating by the Market-1501 protocol, the engine beside PyTorch")
-    validation = validate(data, embedder, Embedder.open(bundle, "torch"))
+    validation = validate(data, embedder, Embedder.open_reference(bundle))
 
     say("6/6 writing the page of rank lists")
     lists = search(Queries.of_store(Store.open(out / "store-query")), Store.open(out / "store-gallery"))

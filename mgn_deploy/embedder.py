@@ -19,7 +19,7 @@ from PIL import Image
 
 from mgn_deploy.backends import Backend, open_backend
 from mgn_deploy.bundle import Bundle
-from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
 from mgn_deploy.images import read_crop
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -49,6 +49,18 @@ class Embedder:
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(opened, open_backend(opened, backend, allow_unproven=allow_unproven))
+
+    @classmethod
+    def open_reference(cls, bundle: Bundle | str | os.PathLike[str]) -> Embedder:
+        """A bundle's PyTorch weights, to compare with.
+
+        Raises:
+            UserError: no bundle, changed files, no PyTorch, or a bundle without its weights.
+        """
+        try:
+            return cls.open(bundle, "torch", allow_unproven=True)
+        except CannotRun as error:
+            raise CannotRun(f"{error}; or do without the comparison: --no-reference") from None
 
     def embed(
         self, images: Iterable[ImageLike] | np.ndarray, *, batch_size: int = 8, progress: Progress | None = None

@@ -47,16 +47,18 @@ class Validation:
         }
 
 
-def open_data(spec: str) -> Market1501:
-    """The dataset of a `--data` argument, `market1501:DIR`.
+def open_data(spec: str, subsets: tuple[str, ...] = ("query", "gallery")) -> Market1501:
+    """The wanted subsets of the dataset of a `--data` argument, `market1501:DIR`.
 
     Raises:
         UserError: no such kind of dataset, or a folder that is not one.
     """
     kind, _, folder = spec.partition(":")
     if kind != "market1501" or not folder:
-        raise UserError(f"--data {spec}: give market1501:DIR, DIR holding query and bounding_box_test")
-    return open_market1501(os.path.expanduser(folder), subsets=("query", "gallery"))
+        raise UserError(
+            f"--data {spec}: give market1501:DIR, DIR holding bounding_box_train, query and bounding_box_test"
+        )
+    return open_market1501(os.path.expanduser(folder), subsets=subsets)
 
 
 def validate(

@@ -15,6 +15,14 @@ from mgn_deploy.errors import UserError
 SERIES = {"bare engine", "embed (files to store)", "PyTorch eager"}
 
 
+def test_without_the_reference_weights_the_sentence_names_the_way_out(bundle_folder, weights, tmp_path):
+    from mgn_deploy.export.exporter import export_bundle
+
+    export_bundle(weights, tmp_path / "b", include_reference=False)
+    with pytest.raises(UserError, match="--no-reference$"):
+        measure(tmp_path / "b", None, "onnxruntime", batch_size=2, count=8, runs=1)
+
+
 def test_three_series_and_their_ratios(bundle_folder, crops):
     result = throughput.measure(bundle_folder, crops, "onnxruntime", batch_size=8, count=16, runs=3)
     assert set(result.series) == SERIES

@@ -43,9 +43,9 @@ def made(tmp_path_factory) -> Made:
 
 @pytest.mark.slow
 def test_it_replaces_the_earlier_demo_by_every_artefact(made):
-    names = ["bundle", demo.MARKER, "people", "ranks.html", "store-gallery", "store-query", "weights"]
+    names = ["bundle", demo.MARKER, "people", "ranks.html", "run", "store-gallery", "store-query"]
     assert sorted(path.name for path in made.out.iterdir()) == names
-    assert load_weights(made.out / "weights").config.num_classes == 6
+    assert load_weights(made.out / "run" / "weights").config.num_classes == 6
     proofs = Bundle.open(made.out / "bundle").manifest.proofs
     assert all(proof.passed for proof in proofs.values())
     assert {proof.image_source for proof in proofs.values()} == {"query"}

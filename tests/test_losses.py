@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mgn_deploy.train.losses import MARGIN, batch_hard_triplet, mgn_loss
 from mgn_deploy.train.model import MGNOutput
+from mgn_deploy.train.recipe import Loss
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
@@ -151,3 +152,25 @@ def test_no_feature_has_both_losses():
         reached[name] = {place for place, gradient in zip(reductions, gradients, strict=True) if gradient is not None}
     assert reached["triplet"] == {"0.0", "1.0", "2.0"}
     assert reached["softmax"] == {"1.1", "1.2", "2.1", "2.2", "2.3"}
+
+
+def test_the_soft_margin_by_hand():
+    features = torch.tensor([[0.0], [1.0], [3.0], [3.5]])
+    loss = batch_hard_triplet(features, torch.tensor([5, 5, 9, 9]), soft_margin=True)
+    gaps = (1 - 3, 1 - 2, 0.5 - 2, 0.5 - 2.5)
+    assert loss.item() == pytest.approx(np.mean([math.log1p(math.exp(gap)) for gap in gaps]), abs=1e-5)
+
+
+def test_weights_and_label_smoothing_are_the_recipes():
+    output, identities = output_of_ones(), torch.tensor([0, 0, 2, 2])
+    loss, parts = mgn_loss(output, identities, Loss(softmax_weight=2.0, triplet_weight=0.5, label_smoothing=0.1))
+    smooth = np.mean(
+        [
+            -sum((0.9 * (place == identity) + 0.1 / len(row)) * value for place, value in enumerate(logs))
+            for logits in output.logits
+            for row, identity in zip(logits, identities.tolist(), strict=True)
+            for logs in [row.log_softmax(0).tolist()]
+        ]
+    )
+    assert parts["softmax"] == pytest.approx(smooth, abs=1e-5)
+    assert loss.item() == pytest.approx(2 * smooth + 0.5 * parts["triplet"].item(), abs=1e-5)

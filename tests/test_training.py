@@ -1,29 +1,38 @@
-"""Batches, the loop, and the accuracy straight from PyTorch."""
+"""The loop: it learns, one seed gives one model, and a run that was killed ends with the bits of one that was not."""
 
 from __future__ import annotations
 
-import math
+import csv
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mgn_deploy.train.data import IdentitySampler, TrainingSet
+from in_process import mgn_deploy
+from mgn_deploy.train.data import TrainingSet
 from mgn_deploy.train.evaluate import evaluate_model
-from mgn_deploy.train.trainer import Schedule, Step, fit
+from mgn_deploy.train.recipe import Augment, load_recipe
+from mgn_deploy.train.trainer import BEST, WEIGHTS, Step, train
 from mgn_deploy.train.weights import load_weights, new_model
 from PIL import Image
+from safetensors.torch import load_file
 
-from mgn_deploy.config import ModelConfig
 from mgn_deploy.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
+from mgn_deploy.images import read_crop
 from mgn_deploy.market1501 import LabelledImage, Market1501, open_market1501
 from mgn_deploy.ranking import evaluate_embeddings
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
 HEIGHT, WIDTH = 96, 32
+TINY = ("model.base_width=8", "model.reduced_width=8", "batch.identities=2", "batch.images=2", "schedule.warm_up=0.0")
 
 
 @pytest.fixture(scope="module")
@@ -33,153 +42,226 @@ def people(tmp_path_factory) -> Market1501:
     return open_market1501(root)
 
 
-@pytest.fixture(scope="module")
-def crops(people) -> TrainingSet:
-    return TrainingSet(people.train, HEIGHT, WIDTH)
+def run(people: Market1501, out: Path, *settings: str) -> list[Step]:
+    steps: list[Step] = []
+    train(people, load_recipe("small", [*TINY, *settings]), out, device="cpu", on_step=steps.append)
+    return steps
 
 
-def untrained(classes: int, **changes):
-    config = ModelConfig(
-        backbone="resnet18", base_width=8, reduced_width=8, height=HEIGHT, width=WIDTH, num_classes=classes
-    )
-    return new_model(config.model_copy(update=changes), seed=1)
+def tensors(out: Path, which: str = WEIGHTS) -> dict[str, torch.Tensor]:
+    return load_file(out / which / "mgn.safetensors")
 
 
-# The sampler
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("identities", "p"), [(7, 3), (6, 3), (16, 16), (17, 16), (5, 16), (2, 1)])
-def test_an_epoch_is_p_x_k_batches_that_visit_every_identity(identities, p):
-    classes = np.repeat(np.arange(identities), 5)
-    sampler = IdentitySampler(classes, p, 4)
-    batches = list(sampler.epoch(np.random.default_rng(0)))
-    p = min(p, identities)
-    assert len(batches) == len(sampler) == math.ceil(identities / p)
-    for batch in batches:
-        chosen, counts = np.unique(classes[batch], return_counts=True)
-        assert (len(chosen), set(counts)) == (p, {4})
-        assert len(np.unique(batch)) == len(batch)  # five images each: none need come twice
-    assert set(classes[np.concatenate(batches)]) == set(range(identities))
-
-
-def test_an_identity_with_fewer_images_gives_all_of_them_and_some_again():
-    classes = np.array([0, 0, 0, 0, 1, 1, 2])
-    batch = next(IdentitySampler(classes, 3, 4).epoch(np.random.default_rng(0)))
-    for identity, members in ((0, {0, 1, 2, 3}), (1, {4, 5}), (2, {6})):
-        own = [index for index in batch if classes[index] == identity]
-        assert (len(own), set(own)) == (4, members)
-
-
-def test_batches_are_the_generators():
-    classes = np.repeat(np.arange(9), 6)
-    sampler = IdentitySampler(classes, 4, 4)
-    first, again, other = (list(sampler.epoch(np.random.default_rng(seed))) for seed in (1, 1, 2))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-
-
-def test_epochs_differ():
-    sampler, rng = IdentitySampler(np.repeat(np.arange(9), 6), 4, 4), np.random.default_rng(1)
-    assert not np.array_equal(list(sampler.epoch(rng)), list(sampler.epoch(rng)))
-
-
-def test_every_image_comes_at_last():
-    sampler, rng = IdentitySampler(np.repeat(np.arange(4), 9), 4, 4), np.random.default_rng(0)
-    assert {int(index) for _ in range(40) for batch in sampler.epoch(rng) for index in batch} == set(range(36))
+def rows(out: Path) -> list[dict[str, str]]:
+    with open(out / "epochs.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 # The images
 
 
-def test_classes_number_the_identities_in_order(people, crops):
+def test_classes_number_the_identities_in_order(people):
+    training = TrainingSet(people.train, HEIGHT, WIDTH, (0.5, 0.5, 0.5))
     identities = sorted({image.identity for image in people.train})
-    assert crops.num_classes == len(identities) == 5
-    assert [identities[number] for number in crops.classes] == [image.identity for image in people.train]
+    assert training.num_classes == len(identities) == 5
+    assert [identities[number] for number in training.classes] == [image.identity for image in people.train]
 
 
-def test_marked_images_are_mirrored_and_the_set_is_not_changed(crops):
-    before = crops.crops.copy()
-    pixels, classes = crops.batch(np.array([3, 4]), np.array([True, False]))
-    assert pixels.dtype == torch.uint8
-    assert np.array_equal(pixels[0].numpy(), before[3][:, ::-1])
-    assert np.array_equal(pixels[1].numpy(), before[4])
-    assert classes.tolist() == crops.classes[[3, 4]].tolist()
-    assert np.array_equal(crops.crops, before)
+def test_batches_hold_the_chosen_images_and_are_a_function_of_their_number(people):
+    training = TrainingSet(people.train, HEIGHT, WIDTH, (0.5, 0.5, 0.5))
+    chosen = [np.array([0, 3]), np.array([2, 7]), np.array([1, 4])]
+    plain = list(training.batches(chosen, Augment(flip=0), (0, 0)))
+    for indices, (crops, classes) in zip(chosen, plain, strict=True):
+        assert (crops.dtype, tuple(crops.shape)) == (torch.uint8, (2, HEIGHT, WIDTH, 3))
+        assert classes.tolist() == training.classes[indices].tolist()
+        assert np.array_equal(crops[0].numpy(), read_crop(people.train[indices[0]].path, HEIGHT, WIDTH))
+    strong = Augment(erase=1, pad=5)
+    whole = list(training.batches(chosen, strong, (0, 0)))
+    resumed = list(training.batches(chosen, strong, (0, 0), first=1))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[1:], resumed, strict=True))
+    other = list(training.batches(chosen, strong, (0, 1)))
+    assert not torch.equal(whole[0][0], other[0][0])
 
 
-def test_one_identity_cannot_be_trained_on(people):
+def test_one_identity_cannot_be_trained_on(people, tmp_path):
     alone = [image for image in people.train if image.identity == people.train[0].identity]
     with pytest.raises(UserError, match="at least two identities; these have 1"):
-        TrainingSet(alone, HEIGHT, WIDTH)
+        run(Market1501(people.root, alone, [], []), tmp_path)
 
 
 def test_a_broken_training_image_is_named(people, tmp_path):
     (tmp_path / "0009_c1s1_000001_00.jpg").write_bytes(b"no image")
+    broken = [LabelledImage(tmp_path / "0009_c1s1_000001_00.jpg", 9, 1)]
     with pytest.raises(UserError, match=r"0009_c1s1_000001_00\.jpg' cannot be trained on: not an image"):
-        TrainingSet([*people.train, LabelledImage(tmp_path / "0009_c1s1_000001_00.jpg", 9, 1)], HEIGHT, WIDTH)
-
-
-def test_progress_ends_at_the_number_of_images(people):
-    seen = []
-    TrainingSet(people.train, HEIGHT, WIDTH, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, len(people.train)) for done in range(1, len(people.train) + 1)]
+        run(Market1501(people.root, people.train + broken, [], []), tmp_path / "run", "schedule.epochs=1")
 
 
 # The loop
 
 
-def trained(crops: TrainingSet, schedule: Schedule) -> tuple[dict[str, torch.Tensor], list[Step]]:
-    model, steps = untrained(crops.num_classes), []
-    fit(model, crops, schedule, steps.append)
-    assert not model.training
-    return model.state_dict(), steps
-
-
-def test_the_loss_falls_and_one_seed_gives_one_model(crops):
-    schedule = Schedule(epochs=25, learning_rate=2e-3, seed=3)
-    first, steps = trained(crops, schedule)
-    again, _ = trained(crops, schedule)
-    assert len(steps) == 25
+def test_the_loss_falls_and_one_seed_gives_one_model(people, tmp_path):
+    settings = ("schedule.epochs=15", "batch.identities=5", "batch.images=4", "loop.evaluate_every=15")
+    steps = run(people, tmp_path / "a", *settings)
+    assert len(steps) == 15
     losses = [step.loss for step in steps]
     assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5]), losses
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    run(people, tmp_path / "b", *settings)
+    assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    run(people, tmp_path / "c", *settings, "loop.seed=1")
+    assert not same(tensors(tmp_path / "a"), tensors(tmp_path / "c"))
 
 
-def test_another_seed_gives_another_model(crops):
-    first, _ = trained(crops, Schedule(epochs=2, seed=3))
-    other, _ = trained(crops, Schedule(epochs=2, seed=4))
-    assert not torch.equal(first["trunk.0.weight"], other["trunk.0.weight"])
-
-
-def test_steps_tell_epochs_and_the_share_that_is_done(crops):
-    _, steps = trained(crops, Schedule(epochs=3, identities_per_batch=2, images_per_identity=2))
-    assert [(step.epoch, step.last_of_epoch) for step in steps] == [
-        (epoch, last) for epoch in range(3) for last in (False, False, True)
+def test_every_epoch_has_its_row_and_its_evaluation(people, tmp_path):
+    steps = run(people, tmp_path, "schedule.epochs=5", "loop.evaluate_every=2")
+    assert [(step.epoch, step.batch, step.batches) for step in steps] == [
+        (epoch, batch, 3) for epoch in range(1, 6) for batch in (1, 2, 3)
     ]
-    assert [step.done for step in steps] == pytest.approx([place / 9 for place in range(9)])
-    for step in steps:
-        assert step.loss == pytest.approx(step.softmax + step.triplet, rel=1e-5)
+    table = rows(tmp_path)
+    assert [row["epoch"] for row in table] == ["1", "2", "3", "4", "5"]
+    assert [bool(row["mAP"]) for row in table] == [False, True, False, True, True]  # the last one always
+    for number, row in enumerate(table):
+        own = [step.loss for step in steps[3 * number : 3 * number + 3]]
+        assert float(row["loss"]) == pytest.approx(np.mean(own))
+        assert float(row["loss"]) == pytest.approx(float(row["softmax"]) + float(row["triplet"]), rel=1e-5)
+    metrics = evaluate_model(load_weights(tmp_path / WEIGHTS), people)
+    assert float(table[-1]["mAP"]) == pytest.approx(metrics.mAP, abs=1e-6)
+    best = max(float(row["mAP"]) for row in table if row["mAP"])
+    assert evaluate_model(load_weights(tmp_path / BEST), people).mAP == pytest.approx(best, abs=1e-6)
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_the_time_limit_ends_the_training(crops):
+def test_accumulation_steps_once_for_several_batches(people, tmp_path):
+    run(people, tmp_path / "once", "schedule.epochs=1", "batch.accumulate=3", "optim.name=sgd", "optim.lr=1e-3")
+    run(people, tmp_path / "thrice", "schedule.epochs=1", "optim.name=sgd", "optim.lr=1e-3")
+    before = new_model(load_recipe("small", TINY).model.config(5), None, 0).state_dict()
+    name = "trunk.0.weight"
+    one, three = ((tensors(tmp_path / out)[name] - before[name]).norm().item() for out in ("once", "thrice"))
+    assert 0 < one < 0.7 * three  # a mean of three gradients against their sum
+
+
+def test_the_time_limit_ends_the_training(people, tmp_path):
     start = time.monotonic()
-    _, steps = trained(crops, Schedule(epochs=10**6, seconds=1.0))
-    assert 1 <= len(steps) < 10**5
-    assert time.monotonic() - start < 10
+    steps = run(people, tmp_path, "schedule.epochs=100000", "schedule.max_seconds=1", "loop.evaluate_every=100000")
+    assert 1 <= len(steps) < 10**4
+    assert time.monotonic() - start < 20
+    assert load_weights(tmp_path / WEIGHTS).config.num_classes == 5
 
 
-def test_a_loss_that_is_not_finite_names_the_step(crops):
-    model = untrained(crops.num_classes)
-    with pytest.raises(
-        UserError, match=r"the loss is (nan|inf) at step [1-9]\d* \(epoch \d+\): lower the learning rate"
-    ):
-        fit(model, crops, Schedule(epochs=50, learning_rate=1e30))
-    assert not model.training
+def test_a_loss_that_is_not_finite_names_the_step(people, tmp_path):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) in epoch \d+, batch \d: lower optim.lr \(1e\+30\)"):
+        run(people, tmp_path, "optim.lr=1e30", "schedule.epochs=50")
 
 
-def test_another_number_of_classes_is_a_sentence(crops):
-    with pytest.raises(UserError, match="the model has 7 classes and the data 5 identities"):
-        fit(untrained(7), crops, Schedule(epochs=1))
+@pytest.mark.parametrize("setting", ["loop.amp=bf16", "loss.soft_margin=true", "loss.label_smoothing=0.1"])
+def test_options_train(people, tmp_path, setting):
+    plain = run(people, tmp_path / "plain", "schedule.epochs=1")
+    steps = run(people, tmp_path / "option", "schedule.epochs=1", setting)
+    assert np.isfinite([step.loss for step in steps]).all()
+    assert steps[0].loss != plain[0].loss
+    assert steps[0].loss == pytest.approx(plain[0].loss, rel=0.5)
+
+
+# Going on
+
+
+def command(people: Market1501, out: Path, *settings: str) -> list[str]:
+    arguments = [sys.executable, "-m", "mgn_deploy", "train", "--data", f"market1501:{people.root}", "-o", str(out)]
+    overrides = [word for setting in (*TINY, *settings) for word in ("--set", setting)]
+    return [*arguments, "--recipe", "small", "--device", "cpu", *overrides]
+
+
+STOPPED = ("schedule.epochs=12", "augment.erase=0.5", "augment.pad=4", "optim.name=adam", "loop.evaluate_every=5")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def whole(people, tmp_path_factory) -> Path:
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run(command(people, out, *STOPPED), capture_output=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr.decode()
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(people, whole, tmp_path, how):
+    out = tmp_path / "run"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command(people, out, *STOPPED), stderr=pipe, stdout=pipe, env=ONE_THREAD) as process:
+        deadline = time.monotonic() + 60
+        while not (out / "epochs.csv").is_file() or len(rows(out)) < 3:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(how)
+        process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    assert not (out / WEIGHTS).exists()
+    again = subprocess.run(command(people, out, *STOPPED), capture_output=True, env=ONE_THREAD)
+    assert again.returncode == 0, again.stderr.decode()
+    assert "goes on after epoch" in again.stderr.decode()
+    assert same(tensors(whole), tensors(out))
+    assert same(tensors(whole, BEST), tensors(out, BEST))
+    keys = ("epoch", "lr", "loss", "softmax", "triplet", "rank-1", "mAP")
+    assert [[row[key] for key in keys] for row in rows(out)] == [[row[key] for key in keys] for row in rows(whole)]
+
+
+def test_a_run_goes_on_only_with_its_own_recipe(people, tmp_path):
+    run(people, tmp_path, "schedule.epochs=1")
+    with pytest.raises(UserError, match="holds a run with another recipe or other data"):
+        run(people, tmp_path, "schedule.epochs=2")
+
+
+def test_a_damaged_state_is_named(people, tmp_path):
+    run(people, tmp_path, "schedule.epochs=1")
+    state = tmp_path / "last.pt"
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"last\.pt is damaged .*delete it to start the run anew"):
+        run(people, tmp_path, "schedule.epochs=1")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_model_on_two_processes(people, tmp_path):
+    arguments = command(people, tmp_path / "run", "schedule.epochs=2", "batch.identities=2")[1:]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "run" / WEIGHTS)], "rank 0 alone prints"
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["1", "2"]
+    load_weights(tmp_path / "run" / WEIGHTS)
+
+
+def test_the_command_prints_the_weights_folder(people, tmp_path):
+    overrides = [word for setting in (*TINY, "schedule.epochs=1") for word in ("--set", setting)]
+    data = f"market1501:{people.root}"
+    done = mgn_deploy("train", "--data", data, "-o", tmp_path / "run", "--recipe", "small", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'run' / WEIGHTS}\n"
+    assert "epoch   1/1  loss" in done.stderr
+    assert "rank-1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--recipe", "papre"), "no recipe 'papre'"),
+        (("--set", "optim.lrr=1"), "did you mean 'optim.lr'"),
+        (("--device", "tpu"), "--device tpu: choose auto, cpu or cuda"),
+        (("--set", "model.init=missing.pth"), "missing.pth"),
+        (("--set", "model.backbone=vgg16"), "vgg16"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(people, tmp_path, arguments, sentence):
+    data = f"market1501:{people.root}"
+    done = mgn_deploy("train", "--data", data, "-o", tmp_path / "run", *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 # Accuracy from PyTorch

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import torch
 from mgn_deploy.train.model import MGNOutput
+from mgn_deploy.train.recipe import Loss
 from torch import Tensor
 from torch.nn import functional as F
 
 MARGIN = 1.2
+PAPER = Loss()
 
 
-def batch_hard_triplet(features: Tensor, identities: Tensor, margin: float = MARGIN) -> Tensor:
+def batch_hard_triplet(
+    features: Tensor, identities: Tensor, margin: float = MARGIN, *, soft_margin: bool = False
+) -> Tensor:
     """Mean over the batch of max(0, margin + farthest same identity - nearest other identity), Euclidean.
 
     Equation 2 of the paper (after Hermans et al. 2017); its leading minus sign is a slip: the hinge is minimised.
@@ -23,6 +27,7 @@ def batch_hard_triplet(features: Tensor, identities: Tensor, margin: float = MAR
         features: float `[n, d]`.
         identities: integer `[n]`.
         margin: in the features' unit.
+        soft_margin: log(1 + exp(farthest - nearest)) in the hinge's place (Hermans et al. 2017); `margin` is not used.
 
     Raises:
         ValueError: the batch holds a single identity, so that no triplet exists.
@@ -33,6 +38,8 @@ def batch_hard_triplet(features: Tensor, identities: Tensor, margin: float = MAR
     distances = pairwise_distances(features)
     farthest_same = distances.masked_fill(~same, -torch.inf).amax(dim=1)
     nearest_other = distances.masked_fill(same, torch.inf).amin(dim=1)
+    if soft_margin:
+        return F.softplus(farthest_same - nearest_other).mean()
     return F.relu(margin + farthest_same - nearest_other).mean()
 
 
@@ -44,13 +51,25 @@ def pairwise_distances(features: Tensor) -> Tensor:
     return squared.clamp(min=1e-12).sqrt()
 
 
-def mgn_loss(output: MGNOutput, identities: Tensor, margin: float = MARGIN) -> tuple[Tensor, dict[str, float]]:
-    """The sum of the means of the softmax losses and of the triplet losses, and each mean by name.
+def mgn_loss(output: MGNOutput, identities: Tensor, options: Loss = PAPER) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the mean softmax loss and the mean triplet loss, and both means, detached, by name.
 
     Args:
         output: of the model in training mode, with classifiers.
         identities: class indices `[n]`.
+        options: weights, margin, label smoothing; the default is the paper's.
     """
-    softmax = torch.stack([F.cross_entropy(logits.float(), identities) for logits in output.logits]).mean()
-    triplet = torch.stack([batch_hard_triplet(feature, identities, margin) for feature in output.globals]).mean()
-    return softmax + triplet, {"softmax": softmax.item(), "triplet": triplet.item()}
+    softmax = torch.stack(
+        [
+            F.cross_entropy(logits.float(), identities, label_smoothing=options.label_smoothing)
+            for logits in output.logits
+        ]
+    ).mean()
+    triplet = torch.stack(
+        [
+            batch_hard_triplet(feature, identities, options.margin, soft_margin=options.soft_margin)
+            for feature in output.globals
+        ]
+    ).mean()
+    loss = options.softmax_weight * softmax + options.triplet_weight * triplet
+    return loss, {"softmax": softmax.detach(), "triplet": triplet.detach()}

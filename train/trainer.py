@@ -1,99 +1,239 @@
-"""The loop: P x K batches, random flips, the paper's losses, a learning rate that warms up and decays by cosine."""
+"""The training loop.
+
+    each epoch: P x K batches (sampler) -> decoded and augmented on threads (data) -> MGN -> losses -> optimizer
+    after each: a row of the log and a checkpoint; every N epochs the project's own ranking on people held out
+
+All randomness is a function of (seed, epoch, batch), so a run that is killed and started again ends with the same bits.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
-from mgn_deploy.train.data import IdentitySampler, TrainingSet
+from mgn_deploy.train.checkpoint import load_checkpoint, save_checkpoint
+from mgn_deploy.train.data import TrainingSet
+from mgn_deploy.train.distributed import Group
+from mgn_deploy.train.evaluate import evaluate_model
+from mgn_deploy.train.interrupt import DeferredInterrupt
+from mgn_deploy.train.log import RunLog
 from mgn_deploy.train.losses import mgn_loss
-from mgn_deploy.train.model import MGN, Embedding, MGNOutput
+from mgn_deploy.train.model import MGN, Embedding
+from mgn_deploy.train.recipe import Recipe
+from mgn_deploy.train.sampler import IdentitySampler
+from mgn_deploy.train.schedule import make_optimizer, rate_factor
+from mgn_deploy.train.weights import new_model, save_weights
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.market1501 import Market1501
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """Adam with a linear warm-up and a cosine decay to zero over `seconds` of wall time or `epochs`, whichever ends first."""
-
-    epochs: int
-    seconds: float = math.inf
-    learning_rate: float = 1e-3
-    weight_decay: float = 5e-4
-    warm_up: float = 0.1  # share of the run
-    identities_per_batch: int = 16
-    images_per_identity: int = 4
-    seed: int = 0
+WEIGHTS, BEST = "weights", "best"
+AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Step:
-    """Of one batch: how far the run is (0 to 1), the losses, images/s since the start."""
+    """One batch, done: number `batch` of `batches` in `epoch` of `epochs`, counted from 1; its losses; pace and time left."""
 
     epoch: int
-    last_of_epoch: bool
-    done: float
+    epochs: int
+    batch: int
+    batches: int
     loss: float
     softmax: float
     triplet: float
     images_per_second: float
+    seconds_left: float
 
 
-def fit(model: MGN, data: TrainingSet, schedule: Schedule, on_step: Callable[[Step], None] = lambda step: None) -> None:
-    """Train the model in place, on the device where its weights are; leaves it in eval mode.
+OnStep = Callable[[Step], None]
+Say = Callable[[str], None]
+
+
+def train(
+    data: Market1501,
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    on_step: OnStep = lambda step: None,
+    say: Say = lambda sentence: None,
+) -> MGN:
+    """Train an MGN, or go on with the run that `out` holds; under `torchrun`, on every rank's device.
+
+    Writes `out/weights` (the last), `out/best` (of the highest mAP), `out/last.pt` (the state), `out/epochs.csv` and
+    `out/tensorboard`. On Ctrl-C or SIGTERM the state is saved before KeyboardInterrupt is raised.
+
+    Args:
+        data: `train` is trained on; `query` and `gallery`, where there are any, are ranked every `loop.evaluate_every` epochs.
+        recipe: see `train/recipe.py`.
+        out: the run's folder.
+        device: cpu, cuda, or auto: cuda where there is one.
+        on_step: called after every batch, on rank 0.
+        say: called with a sentence for each evaluation, on rank 0.
+
+    Returns:
+        The model after the last step, in eval mode.
 
     Raises:
-        UserError: the model has other classes than the data, or the loss stops being finite (the message names the step).
+        UserError: unusable data, a run of another recipe, or a loss that is not finite (the message names the step).
     """
-    if model.config.num_classes != data.num_classes:
-        raise UserError(f"the model has {model.config.num_classes} classes and the data {data.num_classes} identities")
-    rng = np.random.default_rng(schedule.seed)
-    sampler = IdentitySampler(data.classes, schedule.identities_per_batch, schedule.images_per_identity)
-    device = next(model.parameters()).device
-    normalise = Embedding(model, flip=False).to(device).normalise
-    model.train()
-    model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    start = time.monotonic()
-    steps = images = 0
-    for epoch in range(schedule.epochs):
-        for number, indices in enumerate(sampler.epoch(rng)):
-            done = max((time.monotonic() - start) / schedule.seconds, steps / (schedule.epochs * len(sampler)))
-            if done >= 1:
-                model.eval()
-                return
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate * _factor(done, schedule.warm_up)
-            crops, classes = data.batch(indices, rng.random(len(indices)) < 0.5)
-            output = model(normalise(crops.to(device)).contiguous(memory_format=torch.channels_last))
-            assert isinstance(output, MGNOutput)
-            loss, parts = mgn_loss(output, classes.to(device))
-            if not torch.isfinite(loss):
-                model.eval()
-                raise UserError(f"the loss is {loss.item()} at step {steps} (epoch {epoch}): lower the learning rate")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            steps, images = steps + 1, images + len(indices)
-            on_step(
-                Step(
-                    epoch,
-                    number == len(sampler) - 1,
-                    done,
-                    loss.item(),
-                    parts["softmax"],
-                    parts["triplet"],
-                    images / (time.monotonic() - start),
-                )
+    with Group(device) as group, DeferredInterrupt() as interrupt:
+        run = _Run(data, recipe, Path(out), group, on_step, say if group.is_first else lambda sentence: None)
+        while not run.over():
+            run.epoch(interrupt)
+        return run.finish()
+
+
+class _Run:
+    """A run's parts, and where it is (`at`)."""
+
+    def __init__(self, data: Market1501, recipe: Recipe, out: Path, group: Group, on_step: OnStep, say: Say) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.data, self.recipe, self.out, self.group, self.on_step, self.say = data, recipe, out, group, on_step, say
+        config = recipe.model.config(len({image.identity for image in data.train}))
+        self.training = TrainingSet(data.train, config.height, config.width, config.mean)
+        self.sampler = IdentitySampler(
+            self.training.classes,
+            recipe.batch.identities,
+            recipe.batch.images,
+            seed=recipe.loop.seed,
+            rank=group.rank,
+            ranks=group.ranks,
+        )
+        init = None if recipe.model.init == "random" else recipe.model.init
+        self.model = new_model(config, init, recipe.loop.seed).to(group.device)
+        self.model.to(memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(self.model, recipe.optim)
+        self.scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.loop.amp == "fp16")
+        # A run goes on only with what it was started with.
+        self.fingerprint = (
+            f"{recipe.model_dump_json()} {len(data.train)} images of {config.num_classes}, {group.ranks} ranks"
+        )
+        self.at = load_checkpoint(out, self.fingerprint, self.model, self.optimizer, self.scaler)
+        if self.at.epoch or self.at.batch:
+            say(f"{out} goes on after epoch {self.at.epoch}, batch {self.at.batch}")
+        self.network: nn.Module = DistributedDataParallel(self.model) if group.ranks > 1 else self.model
+        if recipe.loop.compile:
+            self.network = torch.compile(self.network)  # type: ignore[assignment]
+        self.normalise = Embedding(self.model, flip=False).to(group.device).normalise
+        self.log = RunLog(out, self.at.epoch) if group.is_first else None
+        self.started, self.earlier, self.images_here = time.monotonic(), self.at.seconds, 0
+
+    def seconds(self) -> float:
+        """Time trained, over all starts of the run."""
+        return self.earlier + time.monotonic() - self.started
+
+    def share(self) -> float:
+        """How much of the run is done, 0 to 1, by batches or by the time limit, whichever is further."""
+        schedule, batches = self.recipe.schedule, len(self.sampler)
+        share = (self.at.epoch * batches + self.at.batch) / (schedule.epochs * batches)
+        if schedule.max_seconds:
+            share = max(share, self.group.agree(self.seconds() / schedule.max_seconds))
+        return share
+
+    def over(self) -> bool:
+        return self.at.epoch >= self.recipe.schedule.epochs or self.share() >= 1
+
+    def epoch(self, interrupt: DeferredInterrupt) -> None:
+        """The rest of the epoch that the run is in, its row of the log, and a checkpoint.
+
+        Raises:
+            KeyboardInterrupt: it was wanted; the state is saved.
+        """
+        at, recipe = self.at, self.recipe
+        start, images = time.monotonic(), 0
+        self.model.train()
+        seed = (recipe.loop.seed, at.epoch, self.group.rank)
+        for crops, classes in self.training.batches(self.sampler.epoch(at.epoch), recipe.augment, seed, first=at.batch):
+            share = self.share()
+            if share >= 1:
+                break
+            for parameters in self.optimizer.param_groups:
+                parameters["lr"] = recipe.optim.lr * rate_factor(recipe.schedule, share)
+            losses = self._forward_backward(crops, classes)
+            at.batch += 1
+            whole_step = at.batch % recipe.batch.accumulate == 0 or at.batch == len(self.sampler)
+            if whole_step:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad(set_to_none=True)
+            at.losses = [total + one for total, one in zip(at.losses, losses, strict=True)]
+            images += len(crops) * self.group.ranks
+            self._report(losses, len(crops) * self.group.ranks, share)
+            if whole_step and self.group.agree(float(interrupt.wanted)):
+                self._save()
+                raise KeyboardInterrupt
+        if at.batch:
+            self._end_epoch(images / (time.monotonic() - start))
+
+    def _forward_backward(self, crops: Tensor, classes: Tensor) -> tuple[float, float, float]:
+        """Adds a batch's gradients; returns its loss, softmax and triplet."""
+        device, loop = self.group.device, self.recipe.loop
+        images = self.normalise(crops.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, AMP[loop.amp], enabled=loop.amp != "off"):
+            output = self.network(images)
+        loss, parts = mgn_loss(output, classes.to(device), self.recipe.loss)
+        losses = (loss.item(), parts["softmax"].item(), parts["triplet"].item())
+        if not math.isfinite(losses[0]):
+            raise UserError(
+                f"the loss is {losses[0]} in epoch {self.at.epoch + 1}, batch {self.at.batch + 1}: lower optim.lr "
+                f"({self.recipe.optim.lr}), or use loop.amp=bf16 in fp16's place"
             )
-    model.eval()
+        self.scaler.scale(loss / self.recipe.batch.accumulate).backward()
+        return losses
 
+    def _report(self, losses: tuple[float, float, float], images: int, share: float) -> None:
+        self.images_here += images
+        if not self.group.is_first:
+            return
+        at, schedule, batches = self.at, self.recipe.schedule, len(self.sampler)
+        pace = self.images_here / (time.monotonic() - self.started)
+        left = (1 - share) * schedule.epochs * batches * images / pace
+        if schedule.max_seconds:
+            left = min(left, schedule.max_seconds - self.seconds())
+        self.on_step(Step(at.epoch + 1, schedule.epochs, at.batch, batches, *losses, pace, max(0.0, left)))
 
-def _factor(done: float, warm_up: float) -> float:
-    if done < warm_up:
-        return (done + 0.01) / (warm_up + 0.01)
-    return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+    def _end_epoch(self, images_per_second: float) -> None:
+        at = self.at
+        means = [total / at.batch for total in at.losses]
+        at.epoch, at.batch, at.losses = at.epoch + 1, 0, [0.0, 0.0, 0.0]
+        row: dict[str, float] = {
+            "epoch": at.epoch,
+            "seconds": round(self.seconds(), 2),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **dict(zip(("loss", "softmax", "triplet"), means, strict=True)),
+            "images_per_second": images_per_second,
+        }
+        wanted = self.over() or at.epoch % self.recipe.loop.evaluate_every == 0
+        if self.log:
+            if self.data.query and wanted:
+                row |= self._evaluate()
+            self.log.write(row)
+        self._save()
+
+    def _evaluate(self) -> dict[str, float]:
+        metrics = evaluate_model(self.model, self.data)
+        self.say(f"epoch {self.at.epoch}: rank-1 {100 * metrics.rank[1]:.2f}%, mAP {100 * metrics.mAP:.2f}%")
+        if metrics.mAP > self.at.best_map:
+            self.at.best_map = metrics.mAP
+            save_weights(self.model, self.out / BEST)
+        return {"rank-1": metrics.rank[1], "mAP": metrics.mAP}
+
+    def _save(self) -> None:
+        self.at.seconds = self.seconds()
+        if self.group.is_first:
+            save_checkpoint(self.out, self.fingerprint, self.model, self.optimizer, self.scaler, self.at)
+
+    def finish(self) -> MGN:
+        if self.log:
+            self.log.close()
+            save_weights(self.model, self.out / WEIGHTS)
+        return self.model.eval()

@@ -34,6 +34,7 @@ class TorchBackend:
             raise CannotRun(f"{bundle.folder} was exported with --no-reference: the torch backend needs the weights")
         self.version = str(torch.__version__)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.backends.cudnn.allow_tf32 = False  # the reference is float32; cuDNN would round its inputs to 10 bits
         model = MGN(bundle.config)
         model.load_state_dict(load(bundle.read(REFERENCE)))
         self._embedding = Embedding(model, bundle.manifest.flip).eval().to(self.device)
@@ -42,4 +43,5 @@ class TorchBackend:
         import torch
 
         with torch.inference_mode():
-            return self._embedding(torch.from_numpy(images).to(self.device)).cpu().numpy()
+            rows = torch.from_numpy(np.require(images, requirements="W")).to(self.device)
+            return self._embedding(rows).cpu().numpy()

@@ -73,16 +73,20 @@ def _bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class _LogLines:
+    """Rates count from the first call on: what an earlier run did is not this one's speed."""
+
     def __init__(self, label: str, unit: str) -> None:
         self._label, self._unit = label, unit
-        self._start = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._last < LOG_SECONDS or not done:
+        before, start = self._first = self._first or (done, now)
+        if now - self._last < LOG_SECONDS or done <= before:
             return
         self._last = now
-        rate = done / (now - self._start)
+        rate = (done - before) / (now - start)
         say(f"{self._label}: {done}/{total}, {rate:.1f} {self._unit}/s, {(total - done) / rate:.0f} s left")
 
 

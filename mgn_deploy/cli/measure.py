@@ -30,7 +30,7 @@ def validate(
 
     images = open_data(data)
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
-    original = Embedder.open(bundle, "torch", allow_unproven=True) if reference else None
+    original = Embedder.open_reference(bundle) if reference else None
     say(
         f"{len(images.query)} queries, {len(images.gallery)} gallery images, {embedder.backend.name} on {embedder.backend.device}"
     )

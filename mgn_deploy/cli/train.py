@@ -1,0 +1,48 @@
+"""`mgn-deploy train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from mgn_deploy.cli.console import progress, require_training, say
+
+if TYPE_CHECKING:
+    from mgn_deploy.train.trainer import Step
+
+
+def train(
+    data: str = typer.Option(..., help="market1501:DIR, the folder that holds bounding_box_train."),
+    out: Path = typer.Option(..., "-o", "--out", help="The run's folder; a run that is there goes on."),
+    recipe: str = typer.Option("paper", help="paper, strong, small, or a .toml file."),
+    overrides: list[str] = typer.Option([], "--set", help="Override a key of the recipe: --set optim.lr=0.02."),
+    device: str = typer.Option("auto", help="auto, cpu or cuda."),
+) -> None:
+    """Train an MGN; run again it goes on where it stopped. For several GPUs: torchrun --nproc-per-node N -m mgn_deploy train ..."""
+    require_training()
+    from mgn_deploy.train.recipe import load_recipe
+    from mgn_deploy.train.trainer import WEIGHTS
+    from mgn_deploy.train.trainer import train as run
+    from mgn_deploy.validate import open_data
+
+    chosen = load_recipe(recipe, overrides)
+    images = open_data(data, ("train", "query", "gallery"))
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        say(f"{len(images.train)} training images, {len(images.query)} queries, {len(images.gallery)} gallery images")
+    with progress("training", "batches") as bar:
+
+        def report(step: Step) -> None:
+            bar((step.epoch - 1) * step.batches + step.batch, step.epochs * step.batches)
+            if step.batch == step.batches:
+                say(
+                    f"epoch {step.epoch:3d}/{step.epochs}  loss {step.loss:.3f} (softmax {step.softmax:.3f}, triplet {step.triplet:.3f})  "
+                    f"{step.images_per_second:.1f} images/s, {step.seconds_left / 60:.1f} min left"
+                )
+
+        run(images, chosen, out, device=device, on_step=report, say=say)
+    if first:
+        print(out / WEIGHTS)

@@ -1,0 +1,58 @@
+"""The processes of one run: a single one, or those that `torchrun` started."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from mgn_deploy.errors import UserError
+
+
+class Group:
+    """A context manager: joins torchrun's process group on entering, where there is one.
+
+    `rank` of `ranks`, the process's `device`, and `is_first` for the one that writes files and prints.
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        """`device`: cpu, cuda, or auto: cuda where there is one.
+
+        Raises:
+            UserError: cuda was asked for and there is none.
+        """
+        if device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"--device {device}: choose auto, cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+        cuda = device != "cpu" and torch.cuda.is_available()
+        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value, on every rank."""
+        if self.ranks == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return float(shared.item())
+
+    def __enter__(self) -> Group:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.ranks > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.ranks > 1:
+            dist.destroy_process_group()

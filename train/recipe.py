@@ -1,0 +1,145 @@
+"""Recipes: everything that decides a training run, as a small TOML file with `--set key=value` on top."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelTable(_Table):
+    backbone: str = "resnet50"
+    base_width: int = 64
+    branches: tuple[int, ...] = (1, 2, 3)
+    reduced_width: int = 256
+    height: int = 384
+    width: int = 128
+    init: str = "imagenet"  # imagenet, random, or the file of a torchvision ResNet's state dict
+
+    def config(self, num_classes: int) -> ModelConfig:
+        return ModelConfig(**self.model_dump(exclude={"init"}), num_classes=num_classes)
+
+
+class Batch(_Table):
+    identities: int = Field(16, ge=2)
+    images: int = Field(4, ge=1)
+    accumulate: int = Field(1, ge=1)  # batches whose gradients are averaged before a step
+
+
+class Optim(_Table):
+    name: Literal["sgd", "adam"] = "sgd"
+    lr: float = Field(0.01, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
+    weight_decay: float = Field(5e-4, ge=0)
+
+
+class Schedule(_Table):
+    epochs: int = Field(80, ge=1)
+    kind: Literal["steps", "cosine"] = "steps"
+    steps: tuple[int, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+    warm_up: float = Field(0.0, ge=0, lt=1)  # share of the run over which the rate rises linearly
+    max_seconds: float = Field(0.0, ge=0)  # end by then, the schedule squeezed to fit; 0: no limit
+
+
+class Loss(_Table):
+    margin: float = Field(1.2, ge=0)
+    soft_margin: bool = False
+    softmax_weight: float = Field(1.0, ge=0)
+    triplet_weight: float = Field(1.0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class Augment(_Table):
+    flip: float = Field(0.5, ge=0, le=1)  # share of images mirrored
+    erase: float = Field(0.0, ge=0, le=1)  # share of images with a random rectangle erased (Zhong et al. 2017)
+    pad: int = Field(0, ge=0)  # pixels of black around the image before a random crop of the old size
+
+
+class Loop(_Table):
+    seed: int = Field(0, ge=0)
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    compile: bool = False
+    evaluate_every: int = Field(10, ge=1)  # epochs
+
+
+class Recipe(_Table):
+    model: ModelTable = ModelTable()
+    batch: Batch = Batch()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    loss: Loss = Loss()
+    augment: Augment = Augment()
+    loop: Loop = Loop()
+
+
+def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by name (`paper`, `strong`, `small`) or TOML file, with `table.key=value` overrides applied in order.
+
+    Raises:
+        UserError: no such recipe, broken TOML, an unknown key (with the nearest known one), or a value out of range.
+    """
+    path = Path(name)
+    shipped = files("mgn_deploy.train") / "recipes"
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise UserError(f"{path}: no such recipe file")
+        text = path.read_text()
+    elif (shipped / f"{name}.toml").is_file():
+        text = (shipped / f"{name}.toml").read_text()
+    else:
+        known = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir() if entry.name.endswith(".toml"))
+        raise UserError(f"no recipe {str(name)!r}: choose {', '.join(known)}, or give a .toml file")
+    try:
+        content: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{name}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(content, override)
+    _refuse_unknown(content, str(name))
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"recipe {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    table, dot, name = key.strip().partition(".")
+    if not equals or not dot:
+        raise UserError(f"--set {override}: give table.key=value, as in optim.lr=0.02")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word, as in optim.name=adam
+    content.setdefault(table, {})[name] = parsed
+
+
+def _refuse_unknown(content: dict[str, Any], where: str) -> None:
+    """Name the nearest known key: pydantic's own message does not."""
+    known = [f"{table}.{key}" for table, field in Recipe.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]
+    for table, keys in content.items():
+        for key in keys if isinstance(keys, dict) else [""]:
+            full = f"{table}.{key}" if key else table
+            if full not in known:
+                near = difflib.get_close_matches(full, known, n=1, cutoff=0) or known[:1]
+                raise UserError(f"recipe {where}: no key {full!r}; did you mean {near[0]!r}?")
