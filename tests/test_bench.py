@@ -9,6 +9,7 @@ import statistics
 import mgn_deploy.bench.throughput as throughput
 import pytest
 from in_process import mgn_deploy
+from mgn_deploy.export.exporter import export_bundle
 
 from mgn_deploy.errors import UserError
 
@@ -16,11 +17,9 @@ SERIES = {"bare engine", "embed (files to store)", "PyTorch eager"}
 
 
 def test_without_the_reference_weights_the_sentence_names_the_way_out(bundle_folder, weights, tmp_path):
-    from mgn_deploy.export.exporter import export_bundle
-
-    export_bundle(weights, tmp_path / "b", include_reference=False)
+    export_bundle(weights, tmp_path / "b", reference=False)
     with pytest.raises(UserError, match="--no-reference$"):
-        measure(tmp_path / "b", None, "onnxruntime", batch_size=2, count=8, runs=1)
+        throughput.measure(tmp_path / "b", None, "onnxruntime", batch_size=2, count=8, runs=1)
 
 
 def test_three_series_and_their_ratios(bundle_folder, crops):
