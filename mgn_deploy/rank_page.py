@@ -132,7 +132,7 @@ def _row(number: int, ranked: RankList) -> str:
 
 
 def _result(rank: int, query: RankedImage, result: RankedImage) -> str:
-    frame = _verdict(query, result)
+    frame = verdict(query, result)
     similarity = "" if result.similarity is None else f"{result.similarity:.3f}"
     name = _text(result.name)
     return f"""<li><figure class="{frame}">
@@ -141,19 +141,20 @@ def _result(rank: int, query: RankedImage, result: RankedImage) -> str:
 <bdi title="{name}">{name}</bdi></figcaption></figure></li>"""
 
 
-def _verdict(query: RankedImage, result: RankedImage) -> str:
+def verdict(query: RankedImage, result: RankedImage) -> str:
+    """A result's frame: same, other, or unknown where either identity names nobody."""
     if query.identity is None or query.identity <= 0 or result.identity is None:
         return "unknown"
     return "same" if query.identity == result.identity else "other"
 
 
 def _rank_1(ranked: RankList) -> str:
-    return _verdict(ranked.query, ranked.results[0]) if ranked.results else "unknown"
+    return verdict(ranked.query, ranked.results[0]) if ranked.results else "unknown"
 
 
 def _outcome(ranked: RankList) -> str:
     """The row in words, so that it also reads without its colours."""
-    verdicts = [_verdict(ranked.query, result) for result in ranked.results]
+    verdicts = [verdict(ranked.query, result) for result in ranked.results]
     if not verdicts or verdicts[0] == "unknown":
         return ""
     if verdicts[0] == "same":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from mgn_deploy import __version__
-from mgn_deploy.cli import demo, doctor, embed, export, measure, search, train
+from mgn_deploy.cli import demo, doctor, embed, export, figures, measure, search, train
 
 app = typer.Typer(
     name="mgn-deploy",
@@ -25,6 +25,7 @@ app.command()(search.distmat)
 app.command()(search.search)
 app.command()(measure.validate)
 app.command()(measure.bench)
+app.add_typer(figures.app, name="figures")
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,6 +13,7 @@ from mgn_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from mgn_deploy.rank_page import RankList
+    from mgn_deploy.search import Queries
 
 SHOWN_QUERIES = 20
 
@@ -52,20 +53,11 @@ def search(
 ) -> None:
     """Show the nearest gallery images of each query."""
     from mgn_deploy.rank_page import write_rank_page
-    from mgn_deploy.search import Queries
     from mgn_deploy.search import search as run_search
-    from mgn_deploy.store import MANIFEST, Store
+    from mgn_deploy.store import Store
 
     images = Store.open(gallery)
-    if (query / MANIFEST).is_file():
-        queries = Queries.of_store(Store.open(query))
-    elif bundle is None:
-        raise UserError(f"{query} is no embedding store: give --bundle to search for an image or a folder of images")
-    else:
-        from mgn_deploy.embedder import Embedder
-
-        queries = Queries.of_images(query, Embedder.open(bundle, backend, allow_unproven=allow_unproven))
-    lists = run_search(queries, images, k)
+    lists = run_search(open_queries(query, bundle, backend, allow_unproven), images, k)
     if html is not None:
         facts = {
             "Bundle": images.manifest.bundle_id[:12],
@@ -78,6 +70,20 @@ def search(
         print_json([_as_json(ranked) for ranked in lists])
     else:
         _print_lists(lists)
+
+
+def open_queries(query: Path, bundle: Path | None, backend: str, allow_unproven: bool = False) -> Queries:
+    """Of a store, or of images that the bundle embeds."""
+    from mgn_deploy.search import Queries
+    from mgn_deploy.store import MANIFEST, Store
+
+    if (query / MANIFEST).is_file():
+        return Queries.of_store(Store.open(query))
+    if bundle is None:
+        raise UserError(f"{query} is no embedding store: give --bundle to search for an image or a folder of images")
+    from mgn_deploy.embedder import Embedder
+
+    return Queries.of_images(query, Embedder.open(bundle, backend, allow_unproven=allow_unproven))
 
 
 def _as_json(ranked: RankList) -> dict[str, object]:
