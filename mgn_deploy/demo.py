@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery import embed_folder
-from mgn_deploy.market1501 import open_market1501
 from mgn_deploy.rank_page import write_rank_page
 from mgn_deploy.ranking import RankingMetrics
 from mgn_deploy.search import Queries, search

@@ -10,11 +10,11 @@ from typing import Literal
 
 import numpy as np
 
+from mgn_deploy.datasets.market1501 import parse_name
 from mgn_deploy.embedder import Embedder, check_batch_size, in_order
 from mgn_deploy.errors import GateFailed, UnreadableImage
 from mgn_deploy.images import PREPROCESSING, read_crop
 from mgn_deploy.listing import ImageFile, list_images
-from mgn_deploy.market1501 import parse_name
 from mgn_deploy.store import Row, StoreManifest, StoreWriter
 
 # Rows committed at once: what a power cut can cost, and what a store of a million images is divided into.

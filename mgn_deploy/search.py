@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mgn_deploy.datasets.market1501 import DISTRACTOR, JUNK, parse_name
 from mgn_deploy.distance import top_k
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.listing import list_images
-from mgn_deploy.market1501 import DISTRACTOR, JUNK, parse_name
 from mgn_deploy.rank_page import RankedImage, RankList
 from mgn_deploy.store import UNKNOWN, Store
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.embedder import Embedder
-from mgn_deploy.errors import UserError
-from mgn_deploy.market1501 import LabelledImage, Market1501, open_market1501
+from mgn_deploy.multi_query import needed_subsets, pool_queries, views_of_queries
 from mgn_deploy.ranking import RankingMetrics, evaluate_embeddings
 
 # Called with the step's name, images done, images to do.
@@ -47,49 +46,50 @@ class Validation:
         }
 
 
-def open_data(spec: str, subsets: tuple[str, ...] = ("query", "gallery")) -> Market1501:
-    """The wanted subsets of the dataset of a `--data` argument, `market1501:DIR`.
-
-    Raises:
-        UserError: no such kind of dataset, or a folder that is not one.
-    """
-    kind, _, folder = spec.partition(":")
-    if kind != "market1501" or not folder:
-        raise UserError(
-            f"--data {spec}: give market1501:DIR, DIR holding bounding_box_train, query and bounding_box_test"
-        )
-    return open_market1501(os.path.expanduser(folder), subsets=subsets)
-
-
 def validate(
-    data: Market1501,
+    data: Dataset,
     embedder: Embedder,
     reference: Embedder | None,
     *,
+    multi_query: str | None = None,
     batch_size: int = 8,
     progress: StepProgress | None = None,
 ) -> Validation:
     """Embed query and gallery with both, and rank.
 
+    Args:
+        multi_query: avg or max, to pool each query with `data.multi_query`'s images of its person and camera.
+
     Raises:
-        UserError: an image cannot be read, or no query has a right answer.
+        UserError: an image cannot be read, no query has a right answer, or nothing to pool.
     """
-    measured = _measure(data, embedder, batch_size, embedder.backend.name, progress)
-    expected = _measure(data, reference, batch_size, "PyTorch reference", progress) if reference else None
+    needed_subsets(multi_query)  # refuses what is no pooling before hours of embedding
+    measured = _measure(data, embedder, multi_query, batch_size, embedder.backend.name, progress)
+    expected = _measure(data, reference, multi_query, batch_size, "PyTorch reference", progress) if reference else None
     return Validation(embedder.backend.name, measured, expected)
 
 
 def _measure(
-    data: Market1501, embedder: Embedder, batch_size: int, label: str, progress: StepProgress | None
+    data: Dataset,
+    embedder: Embedder,
+    multi_query: str | None,
+    batch_size: int,
+    label: str,
+    progress: StepProgress | None,
 ) -> RankingMetrics:
+    views, members = views_of_queries(data) if multi_query else ([], [])
+
     def embed(images: list[LabelledImage], before: int) -> Any:
-        total = len(data.query) + len(data.gallery)
+        total = len(data.query) + len(views) + len(data.gallery)
         update = (lambda done, _: progress(label, before + done, total)) if progress else None
         return embedder.embed([image.path for image in images], batch_size=batch_size, progress=update)
 
+    queries = embed(data.query, 0)
+    if multi_query:
+        queries = pool_queries(queries, embed(views, len(data.query)), members, multi_query)
     return evaluate_embeddings(
-        embed(data.query, 0),
-        embed(data.gallery, len(data.query)),
+        queries,
+        embed(data.gallery, len(data.query) + len(views)),
         [image.identity for image in data.query],
         [image.camera for image in data.query],
         [image.identity for image in data.gallery],

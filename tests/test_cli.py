@@ -355,7 +355,14 @@ def test_bundle_without_reference_has_no_torch_and_no_validation(bundle, tmp_pat
         (tmp_path / "people" / folder).mkdir(parents=True)
         draw_crop(1, 1, 0).save(tmp_path / "people" / folder / "0001_c1s1_000001_00.jpg")
     data = f"market1501:{tmp_path / 'people'}"
-    options = {"tolerance": 0.5, "reference": True, "batch": 8, "allow_unproven": False, "json": False}
+    options = {
+        "tolerance": 0.5,
+        "reference": True,
+        "multi_query": None,
+        "batch": 8,
+        "allow_unproven": False,
+        "json": False,
+    }
     assert "was exported with --no-reference" in refusal(
         validate, data=data, bundle=bundle, backend="onnxruntime", **options
     )

@@ -10,9 +10,9 @@ import numpy
 import pytest
 from PIL import Image
 
+from mgn_deploy.datasets.market1501 import DISTRACTOR, JUNK, open_market1501
 from mgn_deploy.drawn import draw_crop, draw_market1501, draw_people
 from mgn_deploy.errors import UserError
-from mgn_deploy.market1501 import DISTRACTOR, JUNK, open_market1501
 
 
 @pytest.fixture(scope="module")

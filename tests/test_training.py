@@ -22,11 +22,12 @@ from mgn_deploy.train.weights import load_weights, new_model
 from PIL import Image
 from safetensors.torch import load_file
 
+from mgn_deploy.datasets import Dataset, LabelledImage
+from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.images import read_crop
-from mgn_deploy.market1501 import LabelledImage, Market1501, open_market1501
 from mgn_deploy.ranking import evaluate_embeddings
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
@@ -36,13 +37,13 @@ TINY = ("model.base_width=8", "model.reduced_width=8", "batch.identities=2", "ba
 
 
 @pytest.fixture(scope="module")
-def people(tmp_path_factory) -> Market1501:
+def people(tmp_path_factory) -> Dataset:
     root = tmp_path_factory.mktemp("drawn") / "people"
     draw_market1501(root, train_identities=5, test_identities=3)
     return open_market1501(root)
 
 
-def run(people: Market1501, out: Path, *settings: str) -> list[Step]:
+def run(people: Dataset, out: Path, *settings: str) -> list[Step]:
     steps: list[Step] = []
     train(people, load_recipe("small", [*TINY, *settings]), out, device="cpu", on_step=steps.append)
     return steps
@@ -90,14 +91,14 @@ def test_batches_hold_the_chosen_images_and_are_a_function_of_their_number(peopl
 def test_one_identity_cannot_be_trained_on(people, tmp_path):
     alone = [image for image in people.train if image.identity == people.train[0].identity]
     with pytest.raises(UserError, match="at least two identities; these have 1"):
-        run(Market1501(people.root, alone, [], []), tmp_path)
+        run(Dataset("folder", people.root, alone, [], []), tmp_path)
 
 
 def test_a_broken_training_image_is_named(people, tmp_path):
     (tmp_path / "0009_c1s1_000001_00.jpg").write_bytes(b"no image")
     broken = [LabelledImage(tmp_path / "0009_c1s1_000001_00.jpg", 9, 1)]
     with pytest.raises(UserError, match=r"0009_c1s1_000001_00\.jpg' cannot be trained on: not an image"):
-        run(Market1501(people.root, people.train + broken, [], []), tmp_path / "run", "schedule.epochs=1")
+        run(Dataset("folder", people.root, people.train + broken, [], []), tmp_path / "run", "schedule.epochs=1")
 
 
 # The loop
@@ -168,7 +169,7 @@ def test_options_train(people, tmp_path, setting):
 # Going on
 
 
-def command(people: Market1501, out: Path, *settings: str) -> list[str]:
+def command(people: Dataset, out: Path, *settings: str) -> list[str]:
     arguments = [sys.executable, "-m", "mgn_deploy", "train", "--data", f"market1501:{people.root}", "-o", str(out)]
     overrides = [word for setting in (*TINY, *settings) for word in ("--set", setting)]
     return [*arguments, "--recipe", "small", "--device", "cpu", *overrides]
@@ -243,6 +244,7 @@ def test_the_command_prints_the_weights_folder(people, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'run' / WEIGHTS}\n"
     assert "epoch   1/1  loss" in done.stderr
+    assert "the published market1501 has 12,936 images of 751 identities" in done.stderr
     assert "rank-1" in done.stderr
 
 

@@ -13,13 +13,14 @@ from in_process import mgn_deploy
 from onnx import numpy_helper
 
 from mgn_deploy.bundle import Bundle, FileEntry, write_manifest
+from mgn_deploy.datasets import open_data
+from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.images import read_crop
-from mgn_deploy.market1501 import open_market1501
 from mgn_deploy.ranking import RankingMetrics
-from mgn_deploy.validate import KEYS, Validation, open_data, validate
+from mgn_deploy.validate import KEYS, Validation, validate
 
 
 @pytest.fixture(scope="module")

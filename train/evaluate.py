@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from mgn_deploy.train.model import MGN, Embedding
 
+from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.embedder import batched, in_order
 from mgn_deploy.images import read_crop
-from mgn_deploy.market1501 import LabelledImage, Market1501
 from mgn_deploy.ranking import RankingMetrics, evaluate_embeddings
 
 
-def evaluate_model(model: MGN, data: Market1501, *, flip: bool = True, batch_size: int = 64) -> RankingMetrics:
+def evaluate_model(model: MGN, data: Dataset, *, flip: bool = True, batch_size: int = 64) -> RankingMetrics:
     """Embed query and gallery on the device where the model is, and rank. Leaves the model in the mode it was in."""
     training = model.training
     device = next(model.parameters()).device

@@ -31,8 +31,8 @@ from mgn_deploy.train.weights import new_model, save_weights
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mgn_deploy.datasets import Dataset
 from mgn_deploy.errors import UserError
-from mgn_deploy.market1501 import Market1501
 
 WEIGHTS, BEST = "weights", "best"
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +58,7 @@ Say = Callable[[str], None]
 
 
 def train(
-    data: Market1501,
+    data: Dataset,
     recipe: Recipe,
     out: str | os.PathLike[str],
     *,
@@ -95,7 +95,7 @@ def train(
 class _Run:
     """A run's parts, and where it is (`at`)."""
 
-    def __init__(self, data: Market1501, recipe: Recipe, out: Path, group: Group, on_step: OnStep, say: Say) -> None:
+    def __init__(self, data: Dataset, recipe: Recipe, out: Path, group: Group, on_step: OnStep, say: Say) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.data, self.recipe, self.out, self.group, self.on_step, self.say = data, recipe, out, group, on_step, say
         config = recipe.model.config(len({image.identity for image in data.train}))

@@ -12,27 +12,38 @@ from mgn_deploy.errors import GateFailed
 
 
 def validate(
-    data: str = typer.Option(..., help="market1501:DIR."),
+    data: str = typer.Option(
+        ...,
+        help="KIND:DIR; market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, or folder: any in Market's layout.",
+    ),
     bundle: Path = typer.Option(..., help="The bundle to validate."),
     backend: str = typer.Option("auto", help="auto, openvino, onnxruntime or torch."),
     tolerance: float = typer.Option(0.5, min=0, help="Largest allowed difference of rank-1 or mAP, in points."),
     reference: bool = typer.Option(
         True, help="Also run the PyTorch reference; without it there is nothing to differ from."
     ),
+    multi_query: str | None = typer.Option(
+        None, help="avg or max: pool each query with gt_bbox's images of its person and camera (Market-1501)."
+    ),
     batch: int = typer.Option(8, min=1, max=4096, help="Images an engine call."),
     allow_unproven: bool = typer.Option(False, help="Run an engine that the bundle has no passed proof for."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON; fractions, not points."),
 ) -> None:
     """Rank-1/5/10, mAP and mINP by the Market-1501 protocol, beside the PyTorch reference's."""
+    from mgn_deploy.datasets import open_data
     from mgn_deploy.embedder import Embedder
-    from mgn_deploy.validate import KEYS, open_data
+    from mgn_deploy.multi_query import needed_subsets
+    from mgn_deploy.validate import KEYS
     from mgn_deploy.validate import validate as run
 
-    images = open_data(data)
+    images = open_data(data, needed_subsets(multi_query), say=say)
+    for note in images.notes:
+        say(note)
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     original = Embedder.open_reference(bundle) if reference else None
     say(
-        f"{len(images.query)} queries, {len(images.gallery)} gallery images, {embedder.backend.name} on {embedder.backend.device}"
+        f"{len(images.query)} queries, {len(images.gallery)} gallery images of {images.root}, "
+        f"{embedder.backend.name} on {embedder.backend.device}"
     )
     with ExitStack() as stack:
         bars: dict[str, object] = {}
@@ -43,10 +54,18 @@ def validate(
                 bars[label] = stack.enter_context(progress(label))
             bars[label](done, total)  # type: ignore[operator]
 
-        result = run(images, embedder, original, batch_size=batch, progress=update)
+        result = run(images, embedder, original, multi_query=multi_query, batch_size=batch, progress=update)
     passed = result.worst() * 100 <= tolerance
     if json:
-        print_json({**result.to_dict(), "tolerance_points": tolerance, "passed": passed if reference else None})
+        print_json(
+            {
+                **result.to_dict(),
+                "multi_query": multi_query,
+                "notes": images.notes,
+                "tolerance_points": tolerance,
+                "passed": passed if reference else None,
+            }
+        )
     else:
         measured, differences = result.measured.to_dict(), result.differences()
         columns = ["", result.backend] + (["PyTorch", "difference"] if result.reference else [])
@@ -56,7 +75,8 @@ def validate(
             if result.reference:
                 cells += [percent(result.reference.to_dict()[key]), f"{100 * differences[key]:+.2f}"]
             rows.append(cells)
-        print_table(columns, rows, title=f"{data}, {result.measured.queries} queries; percent")
+        pooled = f", multiple-query ({multi_query})" if multi_query else ""
+        print_table(columns, rows, title=f"{data}, {result.measured.queries} queries{pooled}; percent")
     if reference and not passed:
         raise GateFailed(
             f"rank-1 or mAP differs by {100 * result.worst():.2f} points from the reference, more than {tolerance}"

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def train(
-    data: str = typer.Option(..., help="market1501:DIR, the folder that holds bounding_box_train."),
+    data: str = typer.Option(
+        ...,
+        help="KIND:DIR; market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, or folder: any in Market's layout.",
+    ),
     out: Path = typer.Option(..., "-o", "--out", help="The run's folder; a run that is there goes on."),
     recipe: str = typer.Option("paper", help="paper, strong, small, or a .toml file."),
     overrides: list[str] = typer.Option([], "--set", help="Override a key of the recipe: --set optim.lr=0.02."),
@@ -23,16 +26,20 @@ def train(
 ) -> None:
     """Train an MGN; run again it goes on where it stopped. For several GPUs: torchrun --nproc-per-node N -m mgn_deploy train ..."""
     require_training()
+    from mgn_deploy.datasets import open_data
     from mgn_deploy.train.recipe import load_recipe
     from mgn_deploy.train.trainer import WEIGHTS
     from mgn_deploy.train.trainer import train as run
-    from mgn_deploy.validate import open_data
 
     chosen = load_recipe(recipe, overrides)
-    images = open_data(data, ("train", "query", "gallery"))
     first = os.environ.get("RANK", "0") == "0"
+    images = open_data(data, ("train", "query", "gallery"), say=say if first else lambda sentence: None)
     if first:
-        say(f"{len(images.train)} training images, {len(images.query)} queries, {len(images.gallery)} gallery images")
+        for note in images.notes:
+            say(note)
+        say(
+            f"{len(images.train)} training images, {len(images.query)} queries, {len(images.gallery)} gallery images of {images.root}"
+        )
     with progress("training", "batches") as bar:
 
         def report(step: Step) -> None:

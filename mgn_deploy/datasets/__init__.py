@@ -1,0 +1,63 @@
+"""Datasets for training and validation, each with its protocol: `open_data("market1501:DIR")`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Collection
+from dataclasses import replace
+
+from mgn_deploy.datasets.cuhk03 import open_cuhk03
+from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Say, Subset
+from mgn_deploy.datasets.market1501 import open_market1501
+from mgn_deploy.datasets.msmt17 import open_msmt17
+from mgn_deploy.datasets.published import count_notes
+from mgn_deploy.errors import UserError
+
+__all__ = ["KINDS", "Dataset", "LabelledImage", "Subset", "open_data"]
+
+# `folder` is any in Market-1501 layout, without published sizes.
+KINDS = ("market1501", "dukemtmc", "cuhk03-labeled", "cuhk03-detected", "msmt17", "folder")
+
+
+def open_data(
+    spec: str, subsets: Collection[Subset] = ("query", "gallery"), *, say: Say = lambda sentence: None
+) -> Dataset:
+    """The wanted subsets of the dataset of a `--data` argument, `KIND:DIR`; see `KINDS`.
+
+    A count that is not the published one is no error but one of the dataset's `notes`.
+
+    Args:
+        subsets: of train, query, gallery and multi-query; the others are left empty and need not exist.
+        say: called with sentences where something takes long (extracting CUHK03's crops).
+
+    Raises:
+        UserError: no such kind of dataset, a folder that is not one, a wanted subset that is missing, empty or malformed.
+    """
+    kind, _, folder = spec.partition(":")
+    _check_kind(spec, kind, folder)
+    folder = os.path.expanduser(folder)
+    if "multi-query" in subsets and kind.startswith(("cuhk03", "msmt17")):
+        raise UserError(f"--data {spec}: {kind} has no multiple queries; Market-1501 has, in gt_bbox")
+    if kind == "msmt17":
+        data = open_msmt17(folder, subsets)
+    elif kind == "cuhk03-labeled":
+        data = open_cuhk03(folder, subsets, crops="labeled", say=say)
+    elif kind == "cuhk03-detected":
+        data = open_cuhk03(folder, subsets, crops="detected", say=say)
+    else:
+        data = open_market1501(folder, subsets)
+    return replace(data, name=kind, notes=count_notes(kind, data, subsets))
+
+
+def _check_kind(spec: str, kind: str, folder: str) -> None:
+    if kind == "cuhk03":
+        raise UserError(
+            f"--data {spec}: give cuhk03-labeled:DIR for the hand-drawn boxes or cuhk03-detected:DIR for the detector's"
+        )
+    kinds = ", ".join(KINDS)
+    if ":" not in spec or (kind in KINDS and not folder):
+        raise UserError(f"--data {spec}: give KIND:DIR, KIND being one of {kinds}")
+    if kind not in KINDS:
+        (near,) = difflib.get_close_matches(kind.lower(), KINDS, n=1, cutoff=0)
+        raise UserError(f"--data {spec}: no kind of dataset {kind!r}, did you mean {near!r}? There are {kinds}")

@@ -1,0 +1,55 @@
+"""What every layout is read into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Subset = Literal["train", "query", "gallery", "multi-query"]
+SUBSETS: tuple[Subset, ...] = ("train", "query", "gallery", "multi-query")
+
+# Called with a sentence about what is being done.
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    path: Path
+    identity: int
+    camera: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images of each subset; one that was not asked for is empty.
+
+    `name` is the kind, as in `--data`; `root` is the folder in which the layout was found. `multi_query` are further
+    images of the queries' people. `notes` are sentences, one for every count that is not the published one. Identities
+    of `train` and of the others are apart, and may share numbers (MSMT17's do).
+    """
+
+    name: str
+    root: Path
+    train: list[LabelledImage]
+    query: list[LabelledImage]
+    gallery: list[LabelledImage]
+    multi_query: list[LabelledImage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(
+        cls, name: str, root: Path, subsets: Collection[Subset], images: Callable[[Subset], list[LabelledImage]]
+    ) -> Dataset:
+        """The wanted subsets, each read by `images`."""
+        train, query, gallery, multi_query = (images(subset) if subset in subsets else [] for subset in SUBSETS)
+        return cls(name, root, train, query, gallery, multi_query)
+
+    def images(self, subset: Subset) -> list[LabelledImage]:
+        return {
+            "train": self.train,
+            "query": self.query,
+            "gallery": self.gallery,
+            "multi-query": self.multi_query,
+        }[subset]
