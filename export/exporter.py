@@ -10,7 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from mgn_deploy.export.calibration_images import read_calibration_images
 from mgn_deploy.export.graph import build_graph
+from mgn_deploy.export.precision import ENGINES, to_half_precision, to_int8
 from mgn_deploy.export.proof import proof_crops, prove, run_in_batches
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
@@ -24,11 +26,13 @@ from mgn_deploy.bundle import (
     Bundle,
     FileEntry,
     Manifest,
+    Precision,
     Proof,
     write_manifest,
 )
+from mgn_deploy.datasets import Dataset
 from mgn_deploy.drawn import draw_people
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.images import PREPROCESSING, read_crop
 
@@ -39,6 +43,11 @@ def export_bundle(
     weights: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    precision: Precision = "fp32",
+    engine: str = "openvino",
+    calib: str | os.PathLike[str] | None = None,
+    data: Dataset | None = None,
+    max_drop: float = 0.5,
     flip: bool = True,
     reference: bool = True,
     proof_images: str | os.PathLike[str] | None = None,
@@ -51,15 +60,25 @@ def export_bundle(
     Args:
         weights: a weights folder (`train/weights.py`).
         out: the bundle's folder; it appears whole, replacing an earlier bundle.
+        precision: of the network; pixels, the heads' sums and the L2 norm are float32 in all.
+        engine: which one an INT8 graph is for (`export/precision.py`, ENGINES): each wants its own. The other precisions' graphs
+            are the same for every engine.
+        calib: folder of images to calibrate INT8 on.
+        data: labelled queries and gallery; INT8's budget is then about their mAP.
+        max_drop: points of mAP, without `data` of top-10 agreement, that INT8 may lose.
         flip: average the features of image and mirror in the graph (section 4.1).
         reference: put the PyTorch weights into the bundle, for the torch backend and `validate`.
         proof_images: folder of images to prove on; without it, on drawn people.
         say: called with each step's sentence.
 
     Raises:
-        UserError: no weights, weights whose embeddings are not finite, no images, no CPU engine installed to prove with, or
+        UserError: INT8 without images to calibrate on or with a budget that cannot be kept; no weights, weights whose embeddings are not finite, no images, no CPU engine installed to prove with, or
             a place that is not writable.
     """
+    if precision == "int8" and calib is None:
+        raise UserError("INT8 needs images to calibrate on: --calib DIR, some 500 like those that it will see")
+    if engine not in ENGINES:
+        raise UserError(f"no engine {engine!r} to quantise for: choose {', '.join(ENGINES)}")
     weights = Path(weights)
     say(f"reading {weights}")
     model = load_weights(weights)
@@ -68,20 +87,32 @@ def export_bundle(
     source = "drawn people" if proof_images is None else Path(os.path.abspath(proof_images)).name
     with atomic_folder(Path(out), names=(MANIFEST, MANIFEST_HASH, GRAPH, REFERENCE)) as folder:
         say(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")
-        content = build_graph(model, flip).SerializeToString(deterministic=True)
+        graph = build_graph(model, flip)
+        manifest = Manifest(
+            model=config,
+            flip=flip,
+            precision=precision,
+            preprocessing=PREPROCESSING,
+            files={},
+            source_weights_sha256=weights_hash(weights),
+            tools=_tool_versions(),
+        )
+        if precision == "int8":
+            images = read_calibration_images(calib, config.height, config.width, crops)
+            for warning in images.warnings:
+                say(warning)
+            plain = build_graph(model, flip=False) if flip else graph
+            graph, quantisation = to_int8(graph, plain, manifest, engine, images, crops, data, max_drop, say)
+            manifest = manifest.model_copy(update={"quantisation": quantisation})
+        elif precision != "fp32":
+            graph, kept = to_half_precision(graph, precision, crops, say)
+            manifest = manifest.model_copy(update={"float32_nodes": kept})
+        content = graph.SerializeToString(deterministic=True)
         (folder / GRAPH).write_bytes(content)
         files = {GRAPH: FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))}
         shutil.copyfile(weights / TENSORS, folder / REFERENCE)
         files[REFERENCE] = FileEntry(sha256=sha256_file(folder / REFERENCE), size=(folder / REFERENCE).stat().st_size)
-        manifest = Manifest(
-            model=config,
-            flip=flip,
-            precision="fp32",
-            preprocessing=PREPROCESSING,
-            files=files,
-            source_weights_sha256=weights_hash(weights),
-            tools=_tool_versions(),
-        )
+        manifest = manifest.model_copy(update={"files": files})
         write_manifest(folder, manifest)
         proofs = _prove_all(Bundle(folder, manifest), crops, source, proof_images is None, say)
         if not reference:
@@ -103,6 +134,7 @@ def _prove_all(
     bundle: Bundle, crops: np.ndarray, source: str, drawn: bool, say: Callable[[str], None]
 ) -> dict[str, Proof]:
     """A proof for each backend that runs here; the reference is PyTorch with the source weights, batch norms not folded."""
+    quantisation = bundle.manifest.quantisation
     say(f"embedding {len(crops)} images of {source} with the PyTorch reference")
     reference_backend = backend_module("torch").open_engine(bundle)
     reference = run_in_batches(reference_backend, crops)
@@ -115,10 +147,18 @@ def _prove_all(
         if reason:
             say(f"no proof for {name}: {reason}")
             continue
+        if quantisation is not None and name != ENGINES[quantisation.engine][1]:
+            continue  # the graph is not for it
+        if name == "torch" and bundle.manifest.precision != "fp32":
+            continue  # it runs the float32 weights, which are not what this bundle is
         say(f"proving {name} on them")
-        backend = reference_backend if name == "torch" else module.open_engine(bundle)
+        try:
+            backend = reference_backend if name == "torch" else module.open_engine(bundle)
+        except CannotRun as error:
+            say(f"no proof for {name}: {error}")
+            continue
         proofs[name] = prove(backend, crops, reference, bundle.manifest.precision, image_source=source, drawn=drawn)
-    if list(proofs) == ["torch"]:
+    if not set(proofs) - {"torch"}:
         raise UserError("no engine is installed to prove the graph with: pip install 'mgn-deploy[cpu]'")
     return proofs
 

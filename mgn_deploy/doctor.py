@@ -14,7 +14,7 @@ import mgn_deploy
 from mgn_deploy.backends import ORDER, backend_module, import_problem
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 
-# What init, train, export and demo need besides a backend: the extra `train`.
+# What init, import, train, export and demo need besides a backend: the extra `train`.
 TRAINING_PACKAGES = ("torch", "torchvision", "safetensors", "onnx", "onnxscript", "tensorboard")
 
 
@@ -31,7 +31,7 @@ def examine() -> list[Finding]:
     """Every backend in the order of `auto`, then the commands that need PyTorch and the exporter. Imports them all."""
     findings = [Finding(f"backend {name}", _version(name), backend_module(name).missing()) for name in ORDER]
     problems = [problem for package in TRAINING_PACKAGES if (problem := import_problem(package, "train"))]
-    findings.append(Finding("init, train, export, demo", _version("torch"), problems[0] if problems else None))
+    findings.append(Finding("init, import, train, export, demo", _version("torch"), problems[0] if problems else None))
     return findings
 
 

@@ -205,7 +205,7 @@ def test_doctor_tells_what_is_missing_and_what_is_not():
         "backend openvino": "openvino is not installed (pip install 'mgn-deploy[cpu]')",
         "backend onnxruntime": None,
         "backend torch": "torch is not installed (pip install 'mgn-deploy[train]')",
-        "init, export, demo": "torch is not installed (pip install 'mgn-deploy[train]')",
+        "init, import, train, export, demo": "torch is not installed (pip install 'mgn-deploy[train]')",
     }
 
 

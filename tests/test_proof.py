@@ -240,7 +240,7 @@ def test_rows_that_leak_are_told_as_what_they_are(bundle_folder, tmp_path, pixel
     graph = onnx.load(bundle_folder / "graph.onnx")
     let_rows_leak(graph)
     proof = proof_of(with_graph(bundle_folder, tmp_path / "b", graph), "onnxruntime", pixels, reference)
-    assert any("with the batch size" in miss for miss in proof.misses), proof.misses
+    assert any("with the batch" in miss for miss in proof.misses), proof.misses
 
 
 @pytest.mark.parametrize("change", [make_nan, make_nan_in_a_batch_of_one], ids=lambda change: change.__name__)

@@ -28,9 +28,12 @@ class OnnxRuntimeBackend:
         self.device = "CUDA" if cuda else "CPU"
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            bundle.read(GRAPH), options, providers=[f"{self.device}ExecutionProvider"]
-        )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                bundle.read(GRAPH), options, providers=[f"{self.device}ExecutionProvider"]
+            )
+        except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+            raise CannotRun(f"ONNX Runtime has no kernel for this graph on {self.device}: {error}") from None
         if cuda and "CUDAExecutionProvider" not in self._session.get_providers():
             raise CannotRun(
                 "onnxruntime-gpu is installed but its CUDA provider did not load: install CUDA and cuDNN with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import typer
 
@@ -52,6 +53,15 @@ def init(
 def export(
     weights: Path = typer.Argument(help="A weights folder: config.json and mgn.safetensors."),
     out: Path = typer.Option(..., "-o", "--out", help="The bundle to write."),
+    precision: str = typer.Option("fp32", help="fp32, fp16, bf16 or int8."),
+    engine: str = typer.Option(
+        "openvino", help="Which engine an int8 graph is for: openvino, onnxruntime, tensorrt or tensorrt-rtx."
+    ),
+    calib: Path | None = typer.Option(None, help="Folder of images to calibrate int8 on, some 500 of them."),
+    max_drop: float = typer.Option(
+        0.5, min=0, help="Points that int8 may lose: of mAP with --data, else of top-10 agreement."
+    ),
+    data: str | None = typer.Option(None, help="KIND:DIR, labelled people to hold int8's mAP on; see validate."),
     flip: bool = typer.Option(True, help="Average the features of each image and its mirror, as in the paper."),
     reference: bool = typer.Option(
         True, help="Put the PyTorch weights into the bundle, for --backend torch and validate."
@@ -63,9 +73,25 @@ def export(
 ) -> None:
     """Export weights to a bundle (one ONNX graph) and prove every engine that is installed here against PyTorch."""
     require_training()
+    from mgn_deploy.bundle import Precision
+    from mgn_deploy.datasets import open_data
     from mgn_deploy.export.exporter import export_bundle
 
-    bundle = export_bundle(weights, out, flip=flip, reference=reference, proof_images=proof_images, say=say)
+    if precision not in get_args(Precision):
+        raise UserError(f"--precision {precision}: choose {', '.join(get_args(Precision))}")
+    bundle = export_bundle(
+        weights,
+        out,
+        precision=precision,  # type: ignore[arg-type]
+        engine=engine,
+        calib=calib,
+        data=open_data(data, say=say) if data else None,
+        max_drop=max_drop,
+        flip=flip,
+        reference=reference,
+        proof_images=proof_images,
+        say=say,
+    )
     proofs = bundle.manifest.proofs
     if json:
         print_json(

@@ -1,0 +1,136 @@
+"""From the float32 graph to the graph of the wanted precision, and what the manifest says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from mgn_deploy.export import quantise
+from mgn_deploy.export.calibration_images import CalibrationImages
+from mgn_deploy.export.half import to_half
+from mgn_deploy.export.int8 import Drop, agreement_drop, build_int8
+from mgn_deploy.export.proof import run_in_batches
+from mgn_deploy.export.ranges import measure_ranges
+
+from mgn_deploy.backends import Backend, backend_module
+from mgn_deploy.bundle import Bundle, Manifest, Quantisation
+from mgn_deploy.datasets import Dataset, LabelledImage
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import CannotRun
+from mgn_deploy.ranking import evaluate_embeddings
+
+RANGE_IMAGES = 64
+Say = Callable[[str], None]
+
+# Where Q/DQ pairs stand for an engine, and what runs the candidates: TensorRT's run by ONNX Runtime, which takes the same graph.
+ENGINES = {
+    "openvino": (quantise.OPENVINO, "openvino"),
+    "onnxruntime": (quantise.ONNXRUNTIME, "onnxruntime"),
+    "tensorrt": (quantise.TENSORRT, "onnxruntime"),
+    "tensorrt-rtx": (quantise.TENSORRT, "onnxruntime"),
+}
+
+
+@dataclass(frozen=True)
+class GraphInMemory(Bundle):
+    """A bundle whose graph is not on disk yet: for candidates."""
+
+    graph: bytes
+
+    def read(self, name: str) -> bytes:
+        return self.graph
+
+
+def to_half_precision(
+    graph: onnx.ModelProto, precision: str, crops: np.ndarray, say: Say
+) -> tuple[onnx.ModelProto, list[str]]:
+    """The graph in fp16 or bf16, and the nodes left in float32; ranges are looked at on at most 64 of the crops."""
+    if precision == "bf16":
+        return to_half(graph, precision, {})
+    seen = crops[:: max(1, len(crops) // RANGE_IMAGES)]
+    say(f"looking at the activations' ranges on {len(seen)} images")
+    half, kept = to_half(graph, precision, measure_ranges(graph, seen))
+    if kept:
+        say(f"{len(kept)} operators stay in float32, they would overflow: {', '.join(kept)}")
+    return half, kept
+
+
+def to_int8(
+    graph: onnx.ModelProto,
+    plain: onnx.ModelProto,
+    manifest: Manifest,
+    engine: str,
+    images: CalibrationImages,
+    proof_crops: np.ndarray,
+    data: Dataset | None,
+    max_drop: float,
+    say: Say,
+) -> tuple[onnx.ModelProto, Quantisation]:
+    """The INT8 graph for an engine within the accuracy budget.
+
+    Args:
+        graph: float32, of the bundle.
+        plain: the same without the mirror average.
+        manifest: the bundle's, for the model's input size.
+        engine: one of `ENGINES`.
+        images: to calibrate on.
+        proof_crops: where there is no `data`, top-10 agreement on these is what the budget is about.
+        data: labelled queries and gallery: the budget is about their mAP.
+        max_drop: points.
+        say: called with each step's sentence.
+
+    Raises:
+        CannotRun: the engine, or ONNX Runtime in TensorRT's place, is not installed.
+        UserError: the budget cannot be kept.
+    """
+    placement, runner = ENGINES[engine]
+    module = backend_module(runner)
+    reason = module.missing()
+    if reason:
+        raise CannotRun(f"INT8 for {engine} is calibrated with {runner}: {reason}")
+
+    def open_graph(model: onnx.ModelProto) -> Backend:
+        return module.open_engine(GraphInMemory(Path(), manifest, model.SerializeToString()))
+
+    drop = _map_drop(data, manifest, open_graph(graph)) if data else _agreement_drop(proof_crops, open_graph(graph))
+    made = build_int8(graph, plain, images.crops, placement, open_graph, drop, max_drop, say)
+    drop_of = "mAP" if data else "top-10 agreement"
+    say(f"INT8 by {made.method}: {made.drop:.2f} points of {drop_of} lost, {len(made.in_float)} blocks left in float32")
+    return made.graph, Quantisation(
+        engine=engine,
+        method=made.method,
+        errors=made.errors,
+        images=len(images.crops),
+        image_source=images.source,
+        images_sha256=images.sha256,
+        max_drop=max_drop,
+        drop=made.drop,
+        drop_of=drop_of,
+        sweep=made.sweep,
+        in_float=made.in_float,
+    )
+
+
+def _agreement_drop(crops: np.ndarray, reference: Backend) -> Drop:
+    return agreement_drop(crops, run_in_batches(reference, crops))
+
+
+def _map_drop(data: Dataset, manifest: Manifest, reference: Backend) -> Drop:
+    """Points of mAP that an engine loses against the float32 graph on the same engine."""
+    bundle = GraphInMemory(data.root, manifest, b"")
+
+    def mean_ap(engine: Backend) -> float:
+        embedder = Embedder(bundle, engine)
+        query, gallery = (embedder.embed([image.path for image in subset]) for subset in (data.query, data.gallery))
+        labels = [_labels(subset) for subset in (data.query, data.gallery)]
+        return evaluate_embeddings(query, gallery, *labels[0], *labels[1]).mAP
+
+    before = mean_ap(reference)
+    return lambda engine: 100 * (before - mean_ap(engine))
+
+
+def _labels(images: Sequence[LabelledImage]) -> tuple[list[int], list[int]]:
+    return [image.identity for image in images], [image.camera for image in images]

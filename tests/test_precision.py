@@ -1,0 +1,283 @@
+"""Half precision and INT8 graphs: where the casts and the Q/DQ pairs are, and that the embeddings stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx.inliner
+import pytest
+from mgn_deploy.export.calibration import METHODS, PERCENTILE, thresholds
+from mgn_deploy.export.graph import build_graph
+from mgn_deploy.export.half import LARGEST_FLOAT16, overflowing_nodes, to_half
+from mgn_deploy.export.quantise import ONNXRUNTIME, OPENVINO, TENSORRT, conv_groups, quantise
+from mgn_deploy.export.ranges import BINS, TensorRange, measure_ranges
+from mgn_deploy.export.rewrite import map_names, pixels_name, tensor_names_between, trunk_nodes
+from mgn_deploy.train.weights import load_weights
+from onnx import TensorProto, numpy_helper
+
+from mgn_deploy.images import read_crop
+
+Run = Callable[[onnx.ModelProto], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def pixels(crops) -> np.ndarray:
+    return np.stack([read_crop(path, 96, 32) for path in sorted(crops.rglob("*.jpg"))[:24]])
+
+
+@pytest.fixture(scope="module")
+def graph(weights) -> onnx.ModelProto:
+    return build_graph(load_weights(weights))
+
+
+@pytest.fixture(scope="module")
+def ranges(graph, pixels) -> dict[str, TensorRange]:
+    return measure_ranges(graph, pixels, histograms=True)
+
+
+def by_onnxruntime(graph: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": pixels})[0]
+
+
+def by_openvino(graph: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(onnx.inliner.inline_local_functions(graph).SerializeToString())
+    request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    request.infer([pixels])
+    return np.array(request.get_output_tensor(0).data)
+
+
+def worst_cosine(first: np.ndarray, second: np.ndarray) -> float:
+    return float((first.astype(np.float64) * second).sum(axis=1).min())
+
+
+# Ranges
+
+
+def test_ranges_are_those_of_the_activations(graph, ranges, pixels):
+    names = tensor_names_between(graph)
+    assert set(ranges) == set(names)
+    assert names[0] == pixels_name(graph)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    normalised = (pixels / 255 - mean) / std
+    assert ranges[names[0]].largest == pytest.approx(np.abs(normalised).max(), rel=1e-5)
+    assert ranges[names[0]].negative
+    for name in map_names(graph):
+        assert not ranges[name].negative  # after a ReLU
+    assert ranges[names[0]].histogram.sum() == 2 * pixels.size  # with the mirrors
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_holds_the_trunk_and_nothing_after_the_pools(graph, ranges, precision):
+    half, kept = to_half(graph, precision, ranges)
+    assert kept == []
+    kind = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
+    constants = {tensor.name: tensor for tensor in half.graph.initializer}
+    convolutions = [node for node in half.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == sum(node.op_type == "Conv" for node in graph.graph.node)
+    for node in convolutions:
+        assert all(constants[name].data_type == kind for name in node.input[1:])
+    casts = [node for node in half.graph.node if node.op_type == "Cast" and node.name.startswith("cast/")]
+    assert len(casts) == 1, "the pixels, once"
+    inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(half))
+    types = {value.name: value.type.tensor_type.elem_type for value in inlined.graph.value_info}
+    for operator in ("MatMul", "ReduceMean", "ReduceL2"):
+        for node in inlined.graph.node:
+            if node.op_type == operator:
+                assert types[node.output[0]] == TensorProto.FLOAT
+    assert len(half.SerializeToString()) < 0.7 * len(graph.SerializeToString())
+
+
+def test_float16_embeddings_are_the_float32_ones(graph, ranges, pixels):
+    half, _ = to_half(graph, "fp16", ranges)
+    expected = by_onnxruntime(graph, pixels)
+    assert worst_cosine(by_onnxruntime(half, pixels), expected) > 0.99999
+    assert worst_cosine(by_openvino(half, pixels), expected) > 0.99999
+
+
+def test_bfloat16_embeddings_are_the_float32_ones(graph, ranges, pixels):
+    half, _ = to_half(graph, "bf16", ranges)
+    assert worst_cosine(by_openvino(half, pixels), by_onnxruntime(graph, pixels)) > 0.9999
+
+
+def test_what_would_overflow_stays_in_float32(weights, pixels):
+    """A block's activations scaled up beyond float16 by its weights, and down again by the next."""
+    model = load_weights(weights)
+    block = model.trunk[4][0]
+    for parameter in (block.bn1.weight, block.bn1.bias):
+        parameter.data *= 1e4
+    block.conv2.weight.data /= 1e4
+    graph = build_graph(model)
+    ranges = measure_ranges(graph, pixels)
+    assert max(one.largest for one in ranges.values()) > LARGEST_FLOAT16 / 4
+    half, kept = to_half(graph, "fp16", ranges)
+    assert 2 <= len(kept) <= 6
+    expected = by_onnxruntime(graph, pixels)
+    assert worst_cosine(by_onnxruntime(half, pixels), expected) > 0.9999
+    inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(half))
+    types = {value.name: value.type.tensor_type.elem_type for value in inlined.graph.value_info}
+    for name, one in ranges.items():
+        if one.largest > LARGEST_FLOAT16 / 4:
+            assert types[name] == TensorProto.FLOAT
+    assert to_half(graph, "bf16", ranges)[1] == []
+
+
+def test_a_weight_beyond_float16_stays_in_float32(graph):
+    changed = onnx.ModelProto()
+    changed.CopyFrom(graph)
+    node = next(node for node in trunk_nodes(changed) if node.op_type == "Conv")
+    tensor = next(tensor for tensor in changed.graph.initializer if tensor.name == node.input[1])
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[0] = 1e5
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    assert overflowing_nodes(changed, {}) == [node.name]
+
+
+# Thresholds
+
+
+def test_max_cuts_nothing_off():
+    assert thresholds({"a": TensorRange(3.5)}, "max") == {"a": 3.5}
+
+
+def test_percentile_leaves_the_tail_out():
+    histogram = np.zeros(BINS)
+    histogram[:100] = 1000
+    histogram[-1] = 1
+    one = TensorRange(2048.0, histogram=histogram)
+    assert thresholds({"a": one}, "percentile")["a"] == pytest.approx(100, abs=1)
+    histogram[-1] = 100_000 * (1 - PERCENTILE) * 2
+    assert thresholds({"a": one}, "percentile")["a"] == 2048
+
+
+@pytest.mark.parametrize(("method", "most"), [("mse", 45), ("entropy", 20)])
+def test_an_outlier_is_cut_off_and_an_even_spread_is_not(method, most):
+    values = np.abs(np.random.default_rng(0).normal(size=100_000))
+    outlier = np.append(values, 60.0)
+    histogram = np.histogram(outlier, BINS, (0, 60.0))[0].astype(float)
+    assert 2 < thresholds({"a": TensorRange(60.0, histogram=histogram)}, method)["a"] < most
+    even = np.ones(BINS)
+    assert thresholds({"a": TensorRange(1.0, histogram=even)}, method)["a"] > 0.95
+
+
+def test_mse_is_the_best_of_all_thresholds_by_brute_force():
+    values = np.abs(np.random.default_rng(1).standard_t(3, size=20_000))
+    largest = values.max()
+    histogram = np.histogram(values, BINS, (0, largest))[0].astype(float)
+    found = thresholds({"a": TensorRange(largest, histogram=histogram)}, "mse")["a"]
+
+    def error(threshold: float) -> float:
+        step = threshold / 127
+        return float(((np.minimum(np.round(values / step), 127) * step - values) ** 2).mean())
+
+    assert error(found) <= 1.05 * min(error(share * largest) for share in np.linspace(0.02, 1, 200))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tensor_of_zeros_has_a_scale_above_zero(method):
+    assert thresholds({"a": TensorRange(0.0, histogram=np.zeros(BINS))}, method)["a"] > 0
+
+
+# Q/DQ
+
+
+def dequantised(graph: onnx.ModelProto) -> set[str]:
+    return {node.output[0] for node in graph.graph.node if node.op_type == "DequantizeLinear"}
+
+
+def additions(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    zone = {node.name for node in trunk_nodes(graph)}
+    return [node for node in graph.graph.node if node.op_type == "Add" and node.name in zone]
+
+
+@pytest.mark.parametrize(("placement", "sides"), [(TENSORRT, 1), (OPENVINO, 1), (ONNXRUNTIME, 2)])
+def test_every_convolution_and_residual_addition_reads_what_it_should(graph, ranges, placement, sides):
+    quantised = quantise(graph, ranges, thresholds(ranges, "max"), placement)
+    rounded = dequantised(quantised)
+    convolutions = [node for node in quantised.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == sum(node.op_type == "Conv" for node in graph.graph.node)
+    for node in convolutions:
+        assert {node.input[0], node.input[1]} <= rounded
+        if len(node.input) > 2:
+            assert (node.input[2] in rounded) == placement.integer_bias
+    found = additions(quantised)
+    assert len(found) == len(additions(graph)) > 0
+    producers = {output: node for node in graph.graph.node for output in node.output}
+    for node, before in zip(found, additions(graph), strict=True):
+        assert len(rounded & {*node.input}) == sides, node.name
+        if sides == 1:
+            (main,) = (name for name in node.input if name not in rounded)
+            assert producers[main].op_type == "Conv"
+            assert "downsample" not in producers[main].input[1]
+            assert main in before.input
+
+
+@pytest.mark.parametrize("placement", [TENSORRT, OPENVINO, ONNXRUNTIME])
+def test_zero_points_and_scales_are_what_the_engine_takes(graph, ranges, placement):
+    limits = thresholds(ranges, "max")
+    quantised = quantise(graph, ranges, limits, placement)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer}
+    for node in quantised.graph.node:
+        if node.op_type == "QuantizeLinear":
+            scale, zero = constants[node.input[1]], constants[node.input[2]]
+            one = ranges[node.input[0]]
+            if placement.unsigned:
+                assert zero.dtype == np.uint8
+                assert zero == (128 if one.negative else 0)
+                assert scale == pytest.approx(limits[node.input[0]] / (127 if one.negative else 255))
+            else:
+                assert (zero.dtype, int(zero)) == (np.int8, 0)
+                assert scale == pytest.approx(limits[node.input[0]] / 127)
+    weights = {node.input[1] for node in graph.graph.node if node.op_type == "Conv"}
+    for name in weights:
+        integers, scale = constants[f"{name}/q"], constants[f"{name}/scale"]
+        assert integers.dtype == np.int8
+        assert np.abs(integers).reshape(len(integers), -1).max(axis=1) == pytest.approx(placement.weight_levels)
+        original = next(numpy_helper.to_array(t) for t in graph.graph.initializer if t.name == name)
+        step = scale.reshape(-1, 1, 1, 1)
+        assert np.abs(integers * step - original).max() <= 0.5001 * step.max()
+
+
+def test_each_activation_is_quantised_once(graph, ranges):
+    quantised = quantise(graph, ranges, thresholds(ranges, "max"), ONNXRUNTIME)
+    names = [node.input[0] for node in quantised.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(names) == len(set(names))
+
+
+def test_groups_are_the_stem_and_every_block(graph):
+    groups = conv_groups(graph)
+    assert groups[:3] == ["trunk.0", "trunk.4.0", "trunk.4.1"]
+    assert len(groups) == 1 + 2 + 2 + 1 + 3 * 3
+    assert "branches.2.layer4.1" in groups
+
+
+def test_a_group_in_float_has_no_pair(graph, ranges):
+    quantised = quantise(graph, ranges, thresholds(ranges, "max"), OPENVINO, in_float=["trunk.4.1", "trunk.0"])
+    rounded = dequantised(quantised)
+    for node in quantised.graph.node:
+        if node.op_type == "Conv":
+            in_float = ".trunk.4.1." in node.input[1] or node.input[1].endswith("trunk.0.weight")
+            assert (node.input[0] in rounded) != in_float
+    everything = quantise(graph, ranges, thresholds(ranges, "max"), OPENVINO, in_float=conv_groups(graph))
+    assert not dequantised(everything)
+
+
+@pytest.mark.parametrize(
+    ("placement", "run"), [(OPENVINO, by_openvino), (ONNXRUNTIME, by_onnxruntime), (TENSORRT, by_onnxruntime)]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_int8_embeddings_are_near_the_float32_ones(graph, ranges, pixels, placement, run, method):
+    quantised = quantise(graph, ranges, thresholds(ranges, method), placement)
+    assert worst_cosine(run(quantised, pixels), by_onnxruntime(graph, pixels)) > 0.99
