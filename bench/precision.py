@@ -1,0 +1,155 @@
+"""Precision x engine in one run: accuracy, distance from PyTorch, speed and size. `python -m mgn_deploy.bench.precision --help`.
+
+Speeds are taken in turns, one round over all engines after the other, and are medians: a shared machine's speed drifts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+
+from mgn_deploy.backends import Backend
+from mgn_deploy.bundle import GRAPH
+from mgn_deploy.cli.console import print_json, print_table, say
+from mgn_deploy.datasets import Dataset, open_data
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.images import read_crop
+from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
+from mgn_deploy.ranking import evaluate_embeddings
+
+# Engine and precision, each a bundle of its own; PyTorch eager, the reference, comes first.
+ROWS = (
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("openvino", "int8"),
+    ("onnxruntime", "fp32"),
+    ("onnxruntime", "int8"),
+)
+REFERENCE = ("torch", "fp32")
+BATCHES = (1, 8)
+
+
+def main(
+    weights: Path = typer.Option(..., help="A weights folder."),
+    data: str = typer.Option(..., help="KIND:DIR: accuracy on its query and gallery."),
+    calib: Path = typer.Option(..., help="Folder of images to calibrate INT8 on."),
+    images: int = typer.Option(64, min=8, help="Images a timed run."),
+    rounds: int = typer.Option(5, min=1, help="Timed rounds."),
+    accuracy: bool = typer.Option(True, help="Also embed query and gallery with each."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Measure every precision and engine of one model."""
+    dataset = open_data(data)
+    with tempfile.TemporaryDirectory(prefix="mgn-deploy-bench-") as scratch:
+        engines = _open_all(weights, dataset, calib, Path(scratch))
+        table = [_describe(name, embedder) for name, embedder in engines.items()]
+        if accuracy:
+            _add_accuracy(table, list(engines.values()), dataset)
+        _add_speed(table, list(engines.values()), dataset, images, rounds)
+    config = next(iter(engines.values())).bundle.config
+    result = {
+        "model": f"{config.backbone} MGN {config.height}x{config.width}, base width {config.base_width}",
+        "machine": f"{cpu_name()}, {usable_cpus()} CPUs ({' '.join(cpu_features())})",
+        "rows": table,
+    }
+    if as_json:
+        print_json(result)
+    else:
+        keys = list(table[0])
+        print_table(
+            keys, [[_cell(row[key]) for key in keys] for row in table], title=f"{result['model']}, {result['machine']}"
+        )
+
+
+def _open_all(weights: Path, dataset: Dataset, calib: Path, scratch: Path) -> dict[tuple[str, str], Embedder]:
+    from mgn_deploy.export.exporter import export_bundle
+
+    engines: dict[tuple[str, str], Embedder] = {}
+    for engine, precision in ROWS:
+        say(f"== {engine} {precision}")
+        bundle = export_bundle(
+            weights,
+            scratch / f"{engine}-{precision}",
+            precision=precision,  # type: ignore[arg-type]
+            engine=engine,
+            calib=calib,
+            data=dataset if precision == "int8" else None,
+            proof_images=dataset.root / "query",
+            say=say,
+        )
+        if REFERENCE not in engines:
+            engines[REFERENCE] = Embedder.open_reference(bundle)
+        engines[engine, precision] = Embedder.open(bundle, engine)
+    return engines
+
+
+def _describe(name: tuple[str, str], embedder: Embedder) -> dict[str, Any]:
+    proof = embedder.bundle.manifest.proofs.get(name[0])
+    size = sum(path.stat().st_size for path in [embedder.bundle.folder / GRAPH])
+    return {
+        "engine": name[0],
+        "precision": name[1],
+        "MB": round(size / 1e6, 1) if name != REFERENCE else None,
+        "mean cosine": proof.mean_cosine if proof else None,
+        "worst cosine": proof.worst_cosine if proof else None,
+        "top-10": proof.top10_agreement if proof else None,
+    }
+
+
+def _add_accuracy(table: list[dict[str, Any]], engines: list[Embedder], dataset: Dataset) -> None:
+    for row, embedder in zip(table, engines, strict=True):
+        say(f"== accuracy of {row['engine']} {row['precision']}")
+        query, gallery = (
+            embedder.embed([image.path for image in subset]) for subset in (dataset.query, dataset.gallery)
+        )
+        labels = [
+            [getattr(image, field) for image in subset]
+            for subset in (dataset.query, dataset.gallery)
+            for field in ("identity", "camera")
+        ]
+        metrics = evaluate_embeddings(query, gallery, *labels)
+        row |= {"rank-1": 100 * metrics.rank[1], "mAP": 100 * metrics.mAP}
+
+
+def _add_speed(
+    table: list[dict[str, Any]], engines: list[Embedder], dataset: Dataset, images: int, rounds: int
+) -> None:
+    height, width = engines[0].height, engines[0].width
+    chosen = [dataset.gallery[index % len(dataset.gallery)].path for index in range(images)]
+    crops = np.stack([read_crop(path, height, width) for path in chosen])
+    rates: dict[tuple[int, int], list[float]] = {}
+    for turn in range(rounds + 1):
+        for index, embedder in enumerate(engines):
+            for batch in BATCHES:
+                rate = images / _seconds(embedder.backend, crops, batch)
+                if turn:
+                    rates.setdefault((index, batch), []).append(rate)
+        say(f"round {turn}/{rounds}{'' if turn else ' (not counted)'}")
+    for index, row in enumerate(table):
+        for batch in BATCHES:
+            row[f"img/s b{batch}"] = statistics.median(rates[index, batch])
+            ratios = [one / eager for one, eager in zip(rates[index, batch], rates[0, batch], strict=True)]
+            row[f"x torch b{batch}"] = statistics.median(ratios)
+
+
+def _seconds(backend: Backend, crops: np.ndarray, batch: int) -> float:
+    start = time.perf_counter()
+    for at in range(0, len(crops), batch):
+        backend(np.ascontiguousarray(crops[at : at + batch]))
+    return time.perf_counter() - start
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    typer.run(main)
