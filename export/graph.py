@@ -37,24 +37,24 @@ def build_graph(model: MGN, flip: bool = True) -> onnx.ModelProto:
     heights = [_static_dims(output)[2] for output in graph.graph.output]
     maps = [output.name for output in graph.graph.output]
 
-    weight, bias = _reduction_tensors(folded)
+    tensors = _head_tensors(folded)
     nodes, constants = heads.head_nodes("features", config.dim, flip)
     call = helper.make_node(
         heads.NAME,
-        [*maps, "heads.weight", "heads.bias"],
+        [*maps, *tensors],
         ["features"],
         domain=heads.DOMAIN,
         name="heads/StripePoolReduce",
     )
     graph.graph.node.extend([call, *nodes])
     graph.graph.initializer.extend(
-        [numpy_helper.from_array(weight, "heads.weight"), numpy_helper.from_array(bias, "heads.bias"), *constants]
+        [*(numpy_helper.from_array(array, name) for name, array in tensors.items()), *constants]
     )
     del graph.graph.output[:]
     graph.graph.output.append(
         helper.make_tensor_value_info("embeddings", onnx.TensorProto.FLOAT, ["batch", config.dim])
     )
-    graph.functions.append(heads.stripe_pool_reduce(config.branches, heights))
+    graph.functions.append(heads.stripe_pool_reduce(config.branches, heights, config.pooling, config.neck))
     graph.opset_import.append(helper.make_opsetid(heads.DOMAIN, 1))
     graph.ir_version = IR_VERSION
     graph.producer_name, graph.producer_version = "mgn-deploy", ""
@@ -92,12 +92,22 @@ def _trace_trunk(embedding: Embedding, config: ModelConfig) -> onnx.ModelProto:
     return graph
 
 
-def _reduction_tensors(folded: MGN) -> tuple[np.ndarray, np.ndarray]:
-    """The reductions of all branches, stacked: weight `[F, C, R]`, bias `[F, 1, R]`."""
-    convolutions = [reduction[0] for branch in folded.branches for reduction in branch.reductions]
-    weight = torch.stack([conv.weight.flatten(1).T for conv in convolutions])
-    bias = torch.stack([conv.bias[None] for conv in convolutions])
-    return weight.detach().numpy().copy(), bias.detach().numpy().copy()
+def _head_tensors(folded: MGN) -> dict[str, np.ndarray]:
+    """What the heads' function takes beside the maps, in its order; the reductions of all branches stacked."""
+    reductions = [reduction for branch in folded.branches for reduction in branch.reductions]
+    tensors = {
+        "heads.weight": torch.stack([reduction[0].weight.flatten(1).T for reduction in reductions]),
+        "heads.bias": torch.stack([reduction[0].bias[None] for reduction in reductions]),
+    }
+    if folded.config.pooling == "gem":
+        tensors["heads.power"] = torch.cat([branch.powers for branch in folded.branches])
+    if folded.config.neck == "relu_norm":
+        norms = [reduction[3] for reduction in reductions]
+        scales = [norm.weight / torch.sqrt(norm.running_var + norm.eps) for norm in norms]
+        shifts = [norm.bias - norm.running_mean * scale for norm, scale in zip(norms, scales, strict=True)]
+        tensors["heads.scale"] = torch.stack([scale[None] for scale in scales])
+        tensors["heads.shift"] = torch.stack([shift[None] for shift in shifts])
+    return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
 
 
 def _static_dims(value: onnx.ValueInfoProto) -> list[int]:

@@ -2,6 +2,7 @@
 
 Section 3.1 of the paper: each branch's last map is max-pooled over the whole map and over N equal horizontal stripes,
 and every pooled vector is reduced by its own 1x1 convolution, batch norm (folded into `weight` and `bias`) and ReLU.
+Public checkpoints pool by mean or generalised mean, and have no ReLU, or another norm after it (`mgn_deploy/config.py`).
 """
 
 from __future__ import annotations
@@ -10,24 +11,43 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mgn_deploy.config import stripe_rows
+from mgn_deploy.config import GEM_EPSILON, Neck, Pooling, stripe_rows
 
 
-def stripe_pool(feature_map: np.ndarray, stripes: int) -> list[np.ndarray]:
-    """Maxima of a map `[n, C, H, W]`: of the whole map, then (for more than one) of each stripe; `[n, C]` each.
+def stripe_pool(
+    feature_map: np.ndarray, stripes: int, pooling: Pooling = "max", powers: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """A map `[n, C, H, W]` pooled: whole, then (for more than one) each stripe; `[n, C]` each.
 
-    NaN propagates, as in torch's max.
+    Maxima are of the map's dtype, means float64. NaN propagates, as in torch. `powers`, for "gem", is one a pooled vector.
     """
-    pooled = [feature_map.max(axis=(2, 3))]
+    regions = [feature_map]
     if stripes > 1:
-        pooled += [
-            feature_map[:, :, first:last].max(axis=(2, 3)) for first, last in stripe_rows(feature_map.shape[2], stripes)
-        ]
-    return pooled
+        regions += [feature_map[:, :, first:last] for first, last in stripe_rows(feature_map.shape[2], stripes)]
+    if pooling == "max":
+        return [region.max(axis=(2, 3)) for region in regions]
+    if pooling == "avg":
+        return [region.mean(axis=(2, 3), dtype=np.float64) for region in regions]
+    if powers is None or len(powers) != len(regions):
+        raise ValueError(f"generalised mean of {len(regions)} regions needs as many powers")
+    exact = np.asarray(powers, np.float64)
+    return [
+        (np.maximum(region.astype(np.float64), GEM_EPSILON) ** power).mean(axis=(2, 3)) ** (1 / power)
+        for region, power in zip(regions, exact, strict=True)
+    ]
 
 
 def stripe_pool_reduce(
-    maps: Sequence[np.ndarray], branches: Sequence[int], weight: np.ndarray, bias: np.ndarray
+    maps: Sequence[np.ndarray],
+    branches: Sequence[int],
+    weight: np.ndarray,
+    bias: np.ndarray,
+    *,
+    pooling: Pooling = "max",
+    powers: np.ndarray | None = None,
+    neck: Neck = "relu",
+    scale: np.ndarray | None = None,
+    shift: np.ndarray | None = None,
 ) -> np.ndarray:
     """Features `[n, F * R]`, float64, of the branches' maps.
 
@@ -36,11 +56,23 @@ def stripe_pool_reduce(
         branches: number of stripes of each branch.
         weight: `[F, C, R]`, one reduction for each pooled vector in the order of `stripe_pool`.
         bias: `[F, 1, R]`.
+        pooling: of every region; `powers` `[F]` goes with "gem".
+        neck: what follows weight and bias; `scale` and `shift` `[F, 1, R]`, the second norm, go with "relu_norm".
     """
-    pooled = [vector for map_, stripes in zip(maps, branches, strict=True) for vector in stripe_pool(map_, stripes)]
-    product = np.einsum("fnc,fcr->fnr", np.stack(pooled).astype(np.float64), weight.astype(np.float64)) + bias
-    features = np.maximum(product, 0).transpose(1, 0, 2)
-    return features.reshape(len(features), -1)
+    pooled, first = [], 0
+    for map_, stripes in zip(maps, branches, strict=True):
+        features = 1 if stripes == 1 else 1 + stripes
+        pooled += stripe_pool(map_, stripes, pooling, None if powers is None else powers[first : first + features])
+        first += features
+    reduced = np.einsum("fnc,fcr->fnr", np.stack(pooled).astype(np.float64), weight.astype(np.float64)) + bias
+    if neck != "linear":
+        reduced = np.maximum(reduced, 0)
+    if neck == "relu_norm":
+        if scale is None or shift is None:
+            raise ValueError("the neck relu_norm needs scale and shift")
+        reduced = reduced * scale + shift
+    by_image = reduced.transpose(1, 0, 2)
+    return by_image.reshape(len(by_image), -1)
 
 
 def embed(features: np.ndarray, flip: bool) -> np.ndarray:

@@ -18,7 +18,7 @@ SERIES = {"bare engine", "embed (files to store)", "PyTorch eager"}
 
 def test_without_the_reference_weights_the_sentence_names_the_way_out(bundle_folder, weights, tmp_path):
     export_bundle(weights, tmp_path / "b", reference=False)
-    with pytest.raises(UserError, match="--no-reference$"):
+    with pytest.raises(UserError, match=r"--no-reference$"):
         throughput.measure(tmp_path / "b", None, "onnxruntime", batch_size=2, count=8, runs=1)
 
 

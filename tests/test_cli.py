@@ -24,7 +24,20 @@ from mgn_deploy.gallery import embed_folder
 from mgn_deploy.store import Store
 
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "pyarrow", "PIL", "pandas", "torchvision"}
-COMMANDS = ("demo", "doctor", "init", "export", "embed", "distmat", "figures", "search", "train", "validate", "bench")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "init",
+    "import",
+    "export",
+    "embed",
+    "distmat",
+    "figures",
+    "search",
+    "train",
+    "validate",
+    "bench",
+)
 
 
 @pytest.fixture

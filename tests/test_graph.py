@@ -153,6 +153,37 @@ def test_other_models_are_pytorchs_too(branches, size, flip):
     assert np.abs(run_onnxruntime(graph, pixels) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"ibn": "a", "stem_pool": "ceil", "global_stride": 1, "pooling": "gem", "neck": "linear"},
+        {"ibn": "a", "global_stride": 1, "pooling": "gem", "neck": "relu_norm"},
+        {"pooling": "avg"},
+    ],
+    ids=["fast-reid", "fast-reid of 2020", "seathiefwang"],
+)
+def test_models_of_public_checkpoints_are_pytorchs_on_both_engines(choices):
+    config = ModelConfig(backbone="resnet18", base_width=8, reduced_width=4, height=96, width=32, **choices)
+    model = new_model(config, seed=2)
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.InstanceNorm2d)):
+            module.weight.data.uniform_(-1.3, 1.3, generator=generator)
+            module.bias.data.normal_(0, 0.2, generator=generator)
+    for branch in model.branches:
+        if config.pooling == "gem":
+            branch.powers.data.uniform_(1.5, 4.5, generator=generator)
+    graph = build_graph(model)
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 96, 32, 3), np.uint8)
+    with torch.inference_mode():
+        expected = Embedding(model)(torch.from_numpy(pixels)).numpy()
+    assert np.abs(run_onnxruntime(graph, pixels) - expected).max() < 1e-5
+    assert np.abs(run_openvino(graph, pixels) - expected).max() < 1e-5
+    kinds = [node.op_type for node in graph.graph.node]
+    assert "BatchNormalization" not in kinds
+    assert kinds.count("InstanceNormalization") == (2 + 2 + 1 + 3 if config.ibn == "a" else 0)
+
+
 @pytest.mark.slow
 def test_another_process_builds_the_same_bytes(weights, bundle_folder):
     program = (

@@ -36,7 +36,28 @@ def random_case(branches, sizes, n=2, channels=5, reduced=4, seed=0):
     return maps, weight, bias
 
 
-def plain_loop(maps, branches, weight, bias) -> np.ndarray:
+def random_choices(branches, reduced=4, seed=1) -> dict[str, np.ndarray]:
+    """Powers, and the scales and shifts of a norm after the ReLU."""
+    rng = np.random.default_rng(seed)
+    features = sum(1 if stripes == 1 else 1 + stripes for stripes in branches)
+    return {
+        "powers": rng.uniform(1.5, 4.5, features).astype(np.float32),
+        "scale": rng.normal(size=(features, 1, reduced)).astype(np.float32),
+        "shift": rng.normal(size=(features, 1, reduced)).astype(np.float32),
+    }
+
+
+def pooled_value(values: list[float], pooling: str, power: float) -> float:
+    if pooling == "max":
+        return max(values)
+    if pooling == "avg":
+        return sum(values) / len(values)
+    return (sum(max(value, 1e-6) ** power for value in values) / len(values)) ** (1 / power)
+
+
+def plain_loop(
+    maps, branches, weight, bias, pooling="max", neck="relu", powers=None, scale=None, shift=None
+) -> np.ndarray:
     """Each output number from the pixels, one at a time; stripes as torch's adaptive pooling has them."""
     n, channels = maps[0].shape[:2]
     rows = []
@@ -50,20 +71,24 @@ def plain_loop(maps, branches, weight, bias) -> np.ndarray:
                     range(i * height // stripes, int(np.ceil((i + 1) * height / stripes))) for i in range(stripes)
                 ]
             for part in parts:
-                pooled = [max(float(value) for y in part for value in map_[image, c, y]) for c in range(channels)]
+                power = 1.0 if powers is None else float(powers[f])
+                pooled = [
+                    pooled_value([float(value) for y in part for value in map_[image, c, y]], pooling, power)
+                    for c in range(channels)
+                ]
                 for r in range(weight.shape[2]):
-                    row.append(
-                        max(
-                            0.0,
-                            sum(pooled[c] * float(weight[f, c, r]) for c in range(channels)) + float(bias[f, 0, r]),
-                        )
-                    )
+                    value = sum(pooled[c] * float(weight[f, c, r]) for c in range(channels)) + float(bias[f, 0, r])
+                    if neck != "linear":
+                        value = max(0.0, value)
+                    if neck == "relu_norm":
+                        value = value * float(scale[f, 0, r]) + float(shift[f, 0, r])
+                    row.append(value)
                 f += 1
         rows.append(row)
     return np.array(rows)
 
 
-def function_model(branches, sizes, channels=5, reduced=4) -> onnx.ModelProto:
+def function_model(branches, sizes, channels=5, reduced=4, pooling="max", neck="relu") -> onnx.ModelProto:
     """A model that is nothing but one call of the function."""
     features = sum(1 if stripes == 1 else 1 + stripes for stripes in branches)
     maps = [
@@ -75,10 +100,15 @@ def function_model(branches, sizes, channels=5, reduced=4) -> onnx.ModelProto:
         helper.make_tensor_value_info("weight", onnx.TensorProto.FLOAT, [features, channels, reduced]),
         helper.make_tensor_value_info("bias", onnx.TensorProto.FLOAT, [features, 1, reduced]),
     ]
+    if pooling == "gem":
+        inputs.append(helper.make_tensor_value_info("power", onnx.TensorProto.FLOAT, [features]))
+    if neck == "relu_norm":
+        vectors = [features, 1, reduced]
+        inputs += [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, vectors) for name in ("scale", "shift")]
     output = helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["n", features * reduced])
     call = helper.make_node(heads.NAME, [one.name for one in inputs], ["features"], domain=heads.DOMAIN)
     graph = helper.make_graph([call], "heads", inputs, [output])
-    function = heads.stripe_pool_reduce(branches, [size[0] for size in sizes])
+    function = heads.stripe_pool_reduce(branches, [size[0] for size in sizes], pooling, neck)
     model = helper.make_model(
         graph,
         functions=[function],
@@ -89,9 +119,11 @@ def function_model(branches, sizes, channels=5, reduced=4) -> onnx.ModelProto:
     return model
 
 
-def run_onnxruntime(model: onnx.ModelProto, maps, weight, bias) -> np.ndarray:
+def run_onnxruntime(model: onnx.ModelProto, maps, weight, bias, **extra) -> np.ndarray:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {**{f"map_{i}": map_ for i, map_ in enumerate(maps)}, "weight": weight, "bias": bias})[0]
+    return session.run(
+        None, {**{f"map_{i}": map_ for i, map_ in enumerate(maps)}, "weight": weight, "bias": bias, **extra}
+    )[0]
 
 
 @pytest.mark.parametrize(("branches", "sizes"), CASES)
@@ -118,6 +150,38 @@ def test_onnxs_own_evaluator_agrees(branches, sizes):
     inputs = {**{f"map_{i}": map_ for i, map_ in enumerate(maps)}, "weight": weight, "bias": bias}
     found = ReferenceEvaluator(function_model(branches, sizes)).run(None, inputs)[0]
     np.testing.assert_allclose(found, stripe_pool_reduce(maps, branches, weight, bias), atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["max", "avg", "gem"])
+@pytest.mark.parametrize("neck", ["relu", "linear", "relu_norm"])
+@pytest.mark.parametrize(("branches", "sizes"), CASES)
+def test_other_poolings_and_necks_are_a_plain_loop_too(branches, sizes, pooling, neck):
+    maps, weight, bias = random_case(branches, sizes)
+    choices = random_choices(branches)
+    expected = plain_loop(maps, branches, weight, bias, pooling, neck, **choices)
+    found = stripe_pool_reduce(maps, branches, weight, bias, pooling=pooling, neck=neck, **choices)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    onnx_function = function_model(branches, sizes, pooling=pooling, neck=neck)
+    extra = {"power": choices["powers"]} if pooling == "gem" else {}
+    extra |= {name: choices[name] for name in ("scale", "shift") if neck == "relu_norm"}
+    np.testing.assert_allclose(run_onnxruntime(onnx_function, maps, weight, bias, **extra), expected, atol=2e-5)
+
+
+def test_a_generalised_mean_needs_its_powers():
+    maps, weight, bias = random_case((1, 2), ((4, 2), (5, 2)))
+    with pytest.raises(ValueError, match="as many powers"):
+        stripe_pool_reduce(maps, (1, 2), weight, bias, pooling="gem")
+
+
+def test_the_papers_heads_are_these_operators():
+    """Bundles of the paper's MGN keep their bytes, whatever else the function can be."""
+    function = heads.stripe_pool_reduce((1, 2), (3, 6))
+    assert list(function.input) == ["map_0", "map_1", "weight", "bias"]
+    stripe = ["Constant", "Constant", "Slice", "ReduceMax"]
+    after = ["Concat", "MatMul", "Add", "Relu", "Transpose", "Reshape"]
+    assert [node.op_type for node in function.node] == (
+        ["Constant"] * 4 + ["ReduceMax", *stripe, *stripe, "Max"] + ["Unsqueeze"] * 4 + after
+    )
 
 
 def test_maps_of_negative_numbers_keep_their_maxima():

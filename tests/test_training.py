@@ -166,6 +166,20 @@ def test_options_train(people, tmp_path, setting):
     assert steps[0].loss == pytest.approx(plain[0].loss, rel=0.5)
 
 
+def test_a_run_goes_on_from_the_weights_of_another(people, tmp_path):
+    run(people, tmp_path / "first", "schedule.epochs=2")
+    init = f"model.init={tmp_path / 'first' / WEIGHTS}"
+    run(people, tmp_path / "still", "schedule.epochs=1", "optim.lr=1e-30", "optim.weight_decay=0.0", init)
+    before, after = tensors(tmp_path / "first"), tensors(tmp_path / "still")
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(".weight"))
+    larger = run(people, tmp_path / "larger", "schedule.epochs=1", init, "model.height=192", "model.width=64")
+    assert load_weights(tmp_path / "larger" / WEIGHTS).config.height == 192
+    assert np.isfinite([step.loss for step in larger]).all()
+    fewer = Dataset("folder", people.root, [image for image in people.train if image.identity <= 3], [], [])
+    run(fewer, tmp_path / "fewer", "schedule.epochs=1", init)
+    assert load_weights(tmp_path / "fewer" / WEIGHTS).config.num_classes == 3
+
+
 # Going on
 
 

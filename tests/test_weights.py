@@ -87,6 +87,23 @@ def test_the_hash_is_of_config_and_tensors(folder):
     assert weights_hash(folder) != before
 
 
+def test_a_model_with_other_choices_than_the_papers_comes_back(tmp_path):
+    choices = {"ibn": "a", "stem_pool": "ceil", "global_stride": 1, "pooling": "gem", "neck": "relu_norm"}
+    model = new_model(TINY.model_copy(update=choices), seed=3).eval()
+    save_weights(model, tmp_path / "w")
+    back = load_weights(tmp_path / "w")
+    assert back.config == model.config
+    images = torch.randn(2, 3, 96, 32)
+    with torch.inference_mode():
+        assert torch.equal(back(images), model(images))
+
+
+def test_weights_of_before_these_choices_open_as_the_papers(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    assert not config.keys() & {"ibn", "stem_pool", "global_stride", "pooling", "neck"}
+    assert load_weights(folder).config.pooling == "max"
+
+
 # Broken folders
 
 

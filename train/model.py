@@ -5,6 +5,8 @@ Person Re-Identification", ACM MM 2018), sections 3.1 and 4.1, Table 1.
                                               +-> layer3[1:], layer4 (stride 1) -> whole map + 2 stripes Part-2
                                               +-> layer3[1:], layer4 (stride 1) -> whole map + 3 stripes Part-3
     each pooled vector -> its own 1x1 conv, batch norm, ReLU -> concatenated in the order of the branches, global first
+
+What public checkpoints do otherwise (strides, pooling, what follows the norm) is in the config, with the paper's as default.
 """
 
 from __future__ import annotations
@@ -15,14 +17,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torchvision
+from mgn_deploy.train.resnet import IBN, build_resnet, feature_channels, remove_stride
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
-from mgn_deploy.config import ModelConfig, stripe_rows
-from mgn_deploy.errors import UserError
+from mgn_deploy.config import GEM_EPSILON, ModelConfig, Neck, stripe_rows
 
-PUBLISHED_WIDTH = 64
+GEM_POWER = 3.0  # Radenovic et al. 2019, section 3.2: where training starts, and what a fixed GeM uses
 
 
 @dataclass
@@ -42,12 +43,16 @@ class MGNOutput:
 
 
 class Reduction(nn.Sequential):
-    """1x1 convolution without bias, batch norm, ReLU: `[n, C, 1, 1]` -> `[n, reduced_width, 1, 1]`."""
+    """1x1 convolution without bias, batch norm, and as the neck says ReLU, nothing, or ReLU and a batch norm:
+    `[n, C, 1, 1]` -> `[n, reduced_width, 1, 1]`."""
 
-    def __init__(self, channels: int, reduced_width: int) -> None:
+    def __init__(self, channels: int, reduced_width: int, neck: Neck = "relu") -> None:
         conv = nn.Conv2d(channels, reduced_width, 1, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
-        super().__init__(conv, nn.BatchNorm2d(reduced_width), nn.ReLU())
+        rest: list[nn.Module] = [] if neck == "linear" else [nn.ReLU()]
+        if neck == "relu_norm":
+            rest.append(nn.BatchNorm2d(reduced_width))
+        super().__init__(conv, nn.BatchNorm2d(reduced_width), *rest)
 
 
 class Branch(nn.Module):
@@ -55,31 +60,38 @@ class Branch(nn.Module):
 
     reductions: Any  # ModuleList of Reduction; torch types the items of one as plain Module
 
-    def __init__(self, resnet: ResNet, stripes: int, reduced_width: int) -> None:
+    def __init__(self, resnet: ResNet, stripes: int, config: ModelConfig) -> None:
         super().__init__()
         self.stripes = stripes
+        self.pooling = config.pooling
         self.layer3 = copy.deepcopy(resnet.layer3[1:])
         self.layer4 = copy.deepcopy(resnet.layer4)
-        if stripes > 1:
-            _remove_stride(self.layer4[0])
+        if stripes > 1 or config.global_stride == 1:
+            remove_stride(self.layer4[0])
+        features = 1 if stripes == 1 else 1 + stripes
+        if config.pooling == "gem":
+            self.powers = nn.Parameter(torch.full((features,), GEM_POWER))
         channels = feature_channels(resnet)
-        self.reductions = nn.ModuleList(
-            Reduction(channels, reduced_width) for _ in range(1 if stripes == 1 else 1 + stripes)
-        )
+        self.reductions = nn.ModuleList(Reduction(channels, config.reduced_width, config.neck) for _ in range(features))
 
     def feature_map(self, shared: Tensor) -> Tensor:
-        """`[n, C3, h, w]` -> `[n, C4, h/2, w/2]` for the global branch, `[n, C4, h, w]` for the others."""
+        """`[n, C3, h, w]` -> `[n, C4, h/2, w/2]` for a global branch of stride 2, `[n, C4, h, w]` for the others."""
         return self.layer4(self.layer3(shared))
 
     def pool(self, feature_map: Tensor) -> list[Tensor]:
-        """Maximum over the whole map, then over each stripe: `[n, C, 1, 1]` each."""
-        pooled = [feature_map.amax((2, 3), keepdim=True)]
+        """The whole map, then each stripe, pooled: `[n, C, 1, 1]` each."""
+        regions = [feature_map]
         if self.stripes > 1:
-            pooled += [
-                feature_map[:, :, first:last].amax((2, 3), keepdim=True)
-                for first, last in stripe_rows(feature_map.shape[2], self.stripes)
-            ]
-        return pooled
+            rows = stripe_rows(feature_map.shape[2], self.stripes)
+            regions += [feature_map[:, :, first:last] for first, last in rows]
+        if self.pooling == "max":
+            return [region.amax((2, 3), keepdim=True) for region in regions]
+        if self.pooling == "avg":
+            return [region.mean((2, 3), keepdim=True) for region in regions]
+        return [
+            region.clamp(min=GEM_EPSILON).pow(power).mean((2, 3), keepdim=True).pow(1 / power)
+            for region, power in zip(regions, self.powers, strict=True)
+        ]
 
     def reduce(self, pooled: list[Tensor]) -> list[Tensor]:
         """One reduced vector `[n, reduced_width]` for each pooled one."""
@@ -100,18 +112,20 @@ class MGN(nn.Module):
     def __init__(self, config: ModelConfig, resnet: ResNet | None = None) -> None:
         super().__init__()
         self.config = config
-        resnet = build_resnet(config.backbone, config.base_width) if resnet is None else resnet
+        resnet = resnet_of(config) if resnet is None else resnet
         self.trunk = nn.Sequential(
             resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2, resnet.layer3[0]
         )
-        self.branches = nn.ModuleList(Branch(resnet, stripes, config.reduced_width) for stripes in config.branches)
+        self.branches = nn.ModuleList(Branch(resnet, stripes, config) for stripes in config.branches)
         channels = feature_channels(resnet)
         parts = sum(stripes for stripes in config.branches if stripes > 1)
         widths = [channels] * len(config.branches) + [config.reduced_width] * parts
-        self.classifiers = nn.ModuleList(nn.Linear(width, config.num_classes) for width in widths if config.num_classes)
+        # Equation 1 is a softmax over W^T f alone: no bias.
+        self.classifiers = nn.ModuleList(
+            nn.Linear(width, config.num_classes, bias=False) for width in widths if config.num_classes
+        )
         for classifier in self.classifiers:
             nn.init.normal_(classifier.weight, std=0.001)
-            nn.init.zeros_(classifier.bias)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """The last map of each branch: `[n, C, 12, 4]`, `[n, C, 24, 8]`, `[n, C, 24, 8]` for the paper's MGN."""
@@ -160,22 +174,13 @@ class Embedding(nn.Module):
         return nn.functional.normalize(features.float(), dim=1)
 
 
-def build_resnet(name: str, base_width: int = PUBLISHED_WIDTH) -> ResNet:
-    """A torchvision ResNet with random weights; another `base_width` than 64 scales the channels of every stage.
+def resnet_of(config: ModelConfig) -> ResNet:
+    """The ResNet, with random weights, that an MGN of this config is made of.
 
     Raises:
         UserError: torchvision has no ResNet of that name.
     """
-    if not name.startswith(("resnet", "resnext", "wide_resnet")) or name not in torchvision.models.list_models():
-        known = [model for model in torchvision.models.list_models(torchvision.models) if "resne" in model]
-        raise UserError(f"backbone {name!r} is none of torchvision's ResNets: choose one of {', '.join(known)}")
-    resnet = torchvision.models.get_model(name, weights=None)
-    return resnet if base_width == PUBLISHED_WIDTH else _scale_width(resnet, base_width)
-
-
-def feature_channels(resnet: ResNet) -> int:
-    """Channels of the last map: 2048 for ResNet-50, 512 for ResNet-18."""
-    return resnet.fc.in_features
+    return build_resnet(config.backbone, config.base_width, config.ibn, config.stem_pool)
 
 
 def count_parameters(model: MGN) -> int:
@@ -184,32 +189,11 @@ def count_parameters(model: MGN) -> int:
     return everything - sum(parameter.numel() for parameter in model.classifiers.parameters())
 
 
-def _scale_width(resnet: ResNet, base_width: int) -> ResNet:
-    """The same ResNet with every stage's channels scaled by base_width / 64, initialised as torchvision does."""
-    block = type(resnet.layer1[0])
-    resnet.inplanes = base_width
-    resnet.conv1 = nn.Conv2d(3, base_width, 7, stride=2, padding=3, bias=False)
-    resnet.bn1 = nn.BatchNorm2d(base_width)
-    for stage in range(4):
-        name = f"layer{stage + 1}"
-        blocks = len(getattr(resnet, name))
-        setattr(resnet, name, resnet._make_layer(block, base_width << stage, blocks, stride=1 if stage == 0 else 2))
-    resnet.fc = nn.Linear((base_width << 3) * block.expansion, 1000)
-    for module in resnet.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return resnet
-
-
-def _remove_stride(block: nn.Module) -> None:
-    """Stride 1 in a residual block: in whichever convolution strides, and in the downsample."""
-    for module in block.modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-
-
 def fold_batch_norms(model: MGN) -> MGN:
-    """A copy in eval mode whose batch norms are folded into the convolutions before them (Identity in their place)."""
+    """A copy in eval mode whose batch norms are folded into the convolutions before them (Identity in their place).
+
+    Of an IBN only the half that is a batch norm can be. A neck's second norm stays: it comes after the ReLU.
+    """
     folded = copy.deepcopy(model).eval()
     for module in folded.modules():
         children = list(module.named_children())
@@ -217,4 +201,24 @@ def fold_batch_norms(model: MGN) -> MGN:
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, conv_name, nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
+            elif isinstance(conv, nn.Conv2d) and isinstance(norm, IBN):
+                setattr(module, conv_name, _fold_second_half(conv, norm))
+                norm.BN = nn.Identity()
+    return folded
+
+
+def _fold_second_half(conv: nn.Conv2d, norm: IBN) -> nn.Conv2d:
+    """The convolution with an IBN's batch norm folded into its last channels; the bias of the others is zero."""
+    weight, bias = nn.utils.fusion.fuse_conv_bn_weights(
+        conv.weight[norm.first :],
+        None,
+        norm.BN.running_mean,
+        norm.BN.running_var,
+        norm.BN.eps,
+        norm.BN.weight,
+        norm.BN.bias,
+    )
+    folded = copy.deepcopy(conv)
+    folded.weight = nn.Parameter(torch.cat([conv.weight[: norm.first], weight]))
+    folded.bias = nn.Parameter(torch.cat([bias.new_zeros(norm.first), bias]))
     return folded

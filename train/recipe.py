@@ -32,7 +32,9 @@ class ModelTable(_Table):
     reduced_width: int = 256
     height: int = 384
     width: int = 128
-    init: str = "imagenet"  # imagenet, random, or the file of a torchvision ResNet's state dict
+    # imagenet, random, or the file of a torchvision ResNet's state dict; or a weights folder to go on from, imported ones too:
+    # then all but height and width is as in that folder.
+    init: str = "imagenet"
 
     def config(self, num_classes: int) -> ModelConfig:
         return ModelConfig(**self.model_dump(exclude={"init"}), num_classes=num_classes)

@@ -27,7 +27,7 @@ from mgn_deploy.train.model import MGN, Embedding
 from mgn_deploy.train.recipe import Recipe
 from mgn_deploy.train.sampler import IdentitySampler
 from mgn_deploy.train.schedule import make_optimizer, rate_factor
-from mgn_deploy.train.weights import new_model, save_weights
+from mgn_deploy.train.weights import fine_tuned_model, new_model, save_weights
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,7 +98,8 @@ class _Run:
     def __init__(self, data: Dataset, recipe: Recipe, out: Path, group: Group, on_step: OnStep, say: Say) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.data, self.recipe, self.out, self.group, self.on_step, self.say = data, recipe, out, group, on_step, say
-        config = recipe.model.config(len({image.identity for image in data.train}))
+        self.model = _first_model(recipe, len({image.identity for image in data.train})).to(group.device)
+        config = self.model.config
         self.training = TrainingSet(data.train, config.height, config.width, config.mean)
         self.sampler = IdentitySampler(
             self.training.classes,
@@ -108,8 +109,6 @@ class _Run:
             rank=group.rank,
             ranks=group.ranks,
         )
-        init = None if recipe.model.init == "random" else recipe.model.init
-        self.model = new_model(config, init, recipe.loop.seed).to(group.device)
         self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, recipe.optim)
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.loop.amp == "fp16")
@@ -237,3 +236,10 @@ class _Run:
             self.log.close()
             save_weights(self.model, self.out / WEIGHTS)
         return self.model.eval()
+
+
+def _first_model(recipe: Recipe, num_classes: int) -> MGN:
+    table, seed = recipe.model, recipe.loop.seed
+    if Path(table.init).is_dir():
+        return fine_tuned_model(table.init, num_classes, table.height, table.width, seed)
+    return new_model(table.config(num_classes), None if table.init == "random" else table.init, seed)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from mgn_deploy.train.model import MGN, build_resnet
+from mgn_deploy.train.model import MGN, resnet_of
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -19,14 +21,20 @@ from mgn_deploy.files import atomic_folder, sha256_file
 
 CONFIG = "config.json"
 TENSORS = "mgn.safetensors"
+IMPORT = "import.json"
 
 
-def save_weights(model: MGN, folder: str | os.PathLike[str]) -> None:
-    """Write the model's config and tensors; the folder appears whole or not at all, replacing an earlier one."""
+def save_weights(model: MGN, folder: str | os.PathLike[str], imported: dict[str, Any] | None = None) -> None:
+    """Write the model's config and tensors; the folder appears whole or not at all, replacing an earlier one.
+
+    `imported`: where the weights are from (`train/importers`), kept beside them and no part of their hash.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_folder(Path(folder), names=(CONFIG, TENSORS)) as new:
+    with atomic_folder(Path(folder), names=(CONFIG, TENSORS, IMPORT)) as new:
         (new / TENSORS).write_bytes(save(tensors))  # save_file tells of a full disk as no OSError
         (new / CONFIG).write_text(model.config.model_dump_json(indent=2) + "\n")
+        if imported is not None:
+            (new / IMPORT).write_text(json.dumps(imported, indent=2) + "\n")
 
 
 def load_weights(folder: str | os.PathLike[str]) -> MGN:
@@ -81,10 +89,29 @@ def new_model(config: ModelConfig, init: str | os.PathLike[str] | None = None, s
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        resnet = build_resnet(config.backbone, config.base_width)
+        resnet = resnet_of(config)
         if init is not None:
             _load_resnet(resnet, config.backbone, init)
         return MGN(config, resnet)
+
+
+def fine_tuned_model(folder: str | os.PathLike[str], num_classes: int, height: int, width: int, seed: int = 0) -> MGN:
+    """The model of a weights folder for another input size and other people: same network, same weights.
+
+    Its classifiers are kept where there are as many classes; else they are new, random by `seed`.
+
+    Raises:
+        UserError: not a weights folder, or one that is damaged.
+    """
+    trained = load_weights(folder)
+    config = trained.config.model_copy(update={"num_classes": num_classes, "height": height, "width": width})
+    model = new_model(ModelConfig.model_validate(config.model_dump()), seed=seed)
+    state = trained.state_dict()
+    if trained.config.num_classes != num_classes:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("classifiers.")}
+        state |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("classifiers.")}
+    model.load_state_dict(state)
+    return model
 
 
 def _load_resnet(resnet: nn.Module, backbone: str, init: str | os.PathLike[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from mgn_deploy import __version__
-from mgn_deploy.cli import demo, doctor, embed, export, figures, measure, search, train
+from mgn_deploy.cli import demo, doctor, embed, export, figures, import_, measure, search, train
 
 app = typer.Typer(
     name="mgn-deploy",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(doctor.doctor)
 app.command()(export.init)
+app.command("import")(import_.import_checkpoint)
 app.command()(train.train)
 app.command()(export.export)
 app.command()(embed.embed)

@@ -1,0 +1,48 @@
+"""Which public code a checkpoint is of, by the names of its tensors."""
+
+from __future__ import annotations
+
+import re
+
+from mgn_deploy.train.importers import fastreid, levyfan, seathiefwang
+from mgn_deploy.train.importers.source import Source
+from torch import Tensor
+
+from mgn_deploy.errors import UserError
+
+NAMES = ("auto", "fastreid", "seathiefwang", "levyfan", "gnayuohz", "layumi-style")
+
+
+def detect(tensors: dict[str, Tensor], wanted: str = "auto") -> Source:
+    """The source of these tensors.
+
+    Raises:
+        UserError: no MGN, one of code that is not known here, one that our model cannot be, or another one than `wanted`.
+    """
+    if wanted not in NAMES:
+        raise UserError(f"--from {wanted}: choose one of {', '.join(NAMES)}")
+    for module in (seathiefwang, fastreid, levyfan):
+        source = module.recognise(tensors)
+        if source is None:
+            continue
+        if wanted == "layumi-style":
+            raise UserError(f"layumi's code has no MGN: this looks like {source.title}, so use --from {source.name}")
+        if wanted not in ("auto", source.name):
+            raise UserError(f"this looks like {source.title}, not like {wanted}: use --from {source.name}")
+        return source
+    raise UserError(_explanation(tensors))
+
+
+def _explanation(tensors: dict[str, Tensor]) -> str:
+    """Why tensors that are no known MGN are none."""
+    if "trunk.0.weight" in tensors:
+        return "this is mgn-deploy's own model already: `mgn-deploy export` takes the weights folder that it is from"
+    if "backbone.conv1.weight" in tensors and any(key.startswith("heads.") for key in tensors):
+        return "a fast-reid baseline (BoT, AGW or SBS), not an MGN"
+    if any(re.match(r"(module\.)?classifier\d*\.add_block\.", key) for key in tensors):
+        return (
+            "a baseline or PCB of layumi/Person_reID_baseline_pytorch, which has no MGN: nothing here can be made of it"
+        )
+    if "conv1.weight" in tensors and "layer4.0.conv1.weight" in tensors:
+        return "a bare ResNet, not an MGN: give it to `mgn-deploy init --init FILE`"
+    return f"no MGN that is known here; its first tensors are {', '.join(list(tensors)[:5])}"

@@ -1,0 +1,193 @@
+"""A public checkpoint -> a weights folder whose embeddings are the original's.
+
+Every tensor of the file is used, or dropped by a rule that has a reason, or the file is refused: no lenient loading. What no
+tensor tells is taken as the public code has it, and said.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mgn_deploy.train.importers.detect import detect
+from mgn_deploy.train.importers.reading import read_checkpoint
+from mgn_deploy.train.importers.settings import Assumption, settings
+from mgn_deploy.train.importers.source import Source
+from mgn_deploy.train.model import GEM_POWER, MGN
+from mgn_deploy.train.weights import save_weights
+from torch import Tensor
+
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import sha256_file
+
+
+@dataclass(frozen=True)
+class Dropped:
+    reason: str
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an import made of a checkpoint; also in the weights folder, as `import.json`.
+
+    `order`: our eight features as numbers of the source's. `filled`: their names of counters that the file lacks, set to 0.
+    """
+
+    source: str
+    title: str
+    checkpoint: str
+    sha256: str
+    read: dict[str, Any]
+    assumed: list[Assumption]
+    given: dict[str, Any]
+    dropped: list[Dropped]
+    filled: list[str]
+    order: list[int]
+    evaluation: str
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def import_checkpoint(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    source: str = "auto",
+    *,
+    pooling: str | None = None,
+    global_stride: int | None = None,
+    stem_pool: str | None = None,
+    size: tuple[int, int] | None = None,
+) -> Report:
+    """Write the weights folder of a public MGN checkpoint.
+
+    Args:
+        path: a file of `torch.save` or safetensors.
+        out: the weights folder; it appears whole, replacing an earlier one.
+        source: whose code wrote it (`detect.NAMES`), by which the guess is checked.
+        pooling: max, avg or gem; global_stride: 1 or 2; stem_pool: padded or ceil; size: height and width in pixels. They
+            replace what is assumed.
+
+    Raises:
+        UserError: the file cannot be read, is of no code that is known here, has a tensor too many, too few or of another
+            shape, has values that no trained network has, or a choice is asked for.
+    """
+    path = Path(path)
+    checkpoint = read_checkpoint(path)
+    try:
+        found = detect(checkpoint.tensors, source)
+        _require_sound_values(checkpoint.tensors)
+        given = {"pooling": pooling, "global_stride": global_stride, "stem_pool": stem_pool, "size": size}
+        given = {name: value for name, value in given.items() if value is not None}
+        config, read, assumed = settings(found, checkpoint.tensors, given)
+        model = _empty_model(config)
+        tensors, filled = _translate(found, checkpoint.tensors, model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    model.load_state_dict(tensors, assign=True)
+    dropped = _dropped(found, checkpoint.tensors)
+    if checkpoint.beside:
+        dropped.append(Dropped("beside the model in the file", list(checkpoint.beside)))
+    report = Report(
+        source=found.name,
+        title=found.title,
+        checkpoint=path.name,
+        sha256=sha256_file(path),
+        read=read,
+        assumed=assumed,
+        given=given,
+        dropped=dropped,
+        filled=filled,
+        order=list(found.order),
+        evaluation=found.evaluation,
+    )
+    save_weights(model, out, report.json())
+    return report
+
+
+def _empty_model(config: ModelConfig) -> MGN:
+    """The model's names and shapes without storage."""
+    with torch.device("meta"):
+        return MGN(config)
+
+
+def _translate(source: Source, tensors: dict[str, Tensor], model: MGN) -> tuple[dict[str, Tensor], list[str]]:
+    """Our tensors from theirs, and the names of counters that are not in the file."""
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".powers")}
+    ours: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        if name in source.dropped or name in source.pixels or name in source.powers:
+            continue
+        names = source.ours(name)
+        if not names or not expected.keys() >= set(names):
+            unknown.append(name)
+            continue
+        for own in names:
+            ours[own] = tensor.to(expected[own].dtype, copy=True)
+    lacking = dict.fromkeys(source.theirs(own) for own in expected if own not in ours)  # once each, in their order
+    filled = [name for name in lacking if name.endswith(".num_batches_tracked")]
+    missing = [name for name in lacking if name not in filled]
+    ours |= {own: torch.tensor(0) for own in expected if own.endswith(".num_batches_tracked") and own not in ours}
+    for group in (source.powers, source.pixels):
+        missing += [name for name in group if name not in tensors and any(other in tensors for other in group)]
+    problems = []
+    if unknown:
+        problems.append(f"has {_list(unknown)}, which {source.title} has not")
+    if missing:
+        problems.append(f"lacks {_list(missing)}")
+    if problems:
+        raise UserError(" and ".join(problems))
+    for own, tensor in expected.items():
+        if tensor.shape != ours[own].shape:
+            raise UserError(
+                f"{source.theirs(own)} has shape {list(ours[own].shape)} where a {model.config.backbone} of this width needs "
+                f"{list(tensor.shape)}"
+            )
+    if model.config.pooling == "gem":
+        powers = _powers(source, tensors, model.config).split(list(model.config.features_per_branch))
+        ours |= {f"branches.{branch}.powers": power for branch, power in enumerate(powers)}
+    return ours, filled
+
+
+def _powers(source: Source, tensors: dict[str, Tensor], config: ModelConfig) -> Tensor:
+    """The powers of the generalised mean `[F]`; where the file has none, the fixed one."""
+    powers = {name: tensors[name] for name in source.powers if name in tensors}
+    for name, power in powers.items():
+        if power.numel() != 1 or power.item() <= 0:
+            raise UserError(f"{name} is {power.tolist()}, and the power of a generalised mean is one positive number")
+    if not powers:
+        return torch.full((config.features,), GEM_POWER)
+    return torch.cat([power.reshape(1) for power in powers.values()])
+
+
+def _require_sound_values(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or (
+            not tensor.is_floating_point() and not name.endswith("num_batches_tracked")
+        ):
+            raise UserError(
+                f"{name} is a tensor of {tensor.dtype}, {tensor.layout}: only plain floating point can be imported"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} has values that are not finite")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise UserError(f"{name} has negative variances")
+
+
+def _dropped(source: Source, tensors: dict[str, Tensor]) -> list[Dropped]:
+    by_reason: dict[str, list[str]] = {}
+    for name in tensors:
+        if name in source.dropped:
+            by_reason.setdefault(source.dropped[name], []).append(name)
+    return [Dropped(reason, names) for reason, names in by_reason.items()]
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

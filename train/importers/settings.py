@@ -1,0 +1,124 @@
+"""Which model a checkpoint is: what its tensors tell, what was asked for, and what is assumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mgn_deploy.train.importers.source import Source
+from mgn_deploy.train.model import GEM_POWER
+from pydantic import ValidationError
+from torch import Tensor
+
+from mgn_deploy.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
+from mgn_deploy.errors import UserError
+
+# Blocks of layer1 to layer4, and whether a block has three convolutions.
+BACKBONES = {
+    (2, 2, 2, 2, False): "resnet18",
+    (3, 4, 6, 3, False): "resnet34",
+    (3, 4, 6, 3, True): "resnet50",
+    (3, 4, 23, 3, True): "resnet101",
+    (3, 8, 36, 3, True): "resnet152",
+}
+SIZE = (384, 128)
+ROWS = 96  # 16 rows of pixels are one of the map; 2 and 3 stripes must be whole rows of it
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """What no tensor tells. `option` changes it."""
+
+    what: str
+    value: Any
+    option: str
+
+
+def settings(
+    source: Source, tensors: dict[str, Tensor], given: dict[str, Any]
+) -> tuple[ModelConfig, dict[str, Any], list[Assumption]]:
+    """The model, what of it was read from the tensors, and what was assumed.
+
+    Raises:
+        UserError: a part that decides this is missing or is none of ours, or how it pools is told by nothing.
+    """
+    read: dict[str, Any] = {
+        "backbone": _backbone(source, tensors),
+        "base_width": _filters(tensors, f"{source.backbone}.0.weight"),
+        "reduced_width": _filters(tensors, source.theirs("branches.0.reductions.0.0.weight")),
+        "ibn": "a" if f"{source.backbone}.4.0.bn1.IN.weight" in tensors else "none",
+        "neck": source.neck,
+    }
+    height, width = given.get("size", SIZE)
+    if height % ROWS:
+        raise UserError(
+            f"--size {height}x{width}: the height must be a multiple of {ROWS}, or this code's stripes are not ours"
+        )
+    assumed = [] if "size" in given else [Assumption("input size", f"{height}x{width}", "--size")]
+    choices: dict[str, Any] = {
+        "pooling": source.pooling,
+        "global_stride": source.global_stride,
+        "stem_pool": source.stem_pool,
+    }
+    powers = [tensors[name] for name in source.powers if name in tensors]
+    if powers:
+        if given.get("pooling", "gem") != "gem":
+            raise UserError(f"--pool {given['pooling']}: it holds the powers of a generalised mean, which is gem")
+        read |= {"pooling": "gem", "powers": [round(float(power.mean()), 4) for power in powers]}
+        given = {**given, "pooling": "gem"}
+    for name, option in (("pooling", "--pool"), ("global_stride", "--global-stride"), ("stem_pool", "--stem-pool")):
+        if name in given:
+            choices[name] = given[name]
+        elif choices[name] is None:
+            raise UserError(f"{source.title}, and how it pools cannot be told from it: give --pool max, avg or gem")
+        else:
+            assumed.append(Assumption(name.replace("_", " "), choices[name], option))
+    if choices["pooling"] == "gem" and not powers:
+        assumed.append(Assumption("power of the generalised mean", GEM_POWER, "--pool"))
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if source.pixels and all(name in tensors for name in source.pixels):
+        mean, std = (_pixel_values(tensors, name) for name in source.pixels)
+        read |= {"mean": list(mean), "std": list(std)}
+        if min(std) <= 0:
+            raise UserError(f"{source.pixels[1]} is not positive")
+    elif source.pixels:
+        assumed.append(Assumption("mean and deviation of pixels", "ImageNet's", "mean and std in config.json"))
+    try:
+        config = ModelConfig.model_validate(
+            {name: read[name] for name in ("backbone", "base_width", "reduced_width", "ibn", "neck")}
+            | {"height": height, "width": width, "mean": mean, "std": std}
+            | choices
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return config, read, assumed
+
+
+def _backbone(source: Source, tensors: dict[str, Tensor]) -> str:
+    blocks = source.blocks(tensors)
+    three = f"{source.backbone}.4.0.conv3.weight" in tensors
+    kind = (*blocks, three)
+    if kind not in BACKBONES:
+        raise UserError(
+            f"{source.title} with {blocks} blocks of {3 if three else 2} convolutions in layer1 to layer4, which is no "
+            "ResNet-18, 34, 50, 101 or 152"
+        )
+    return BACKBONES[kind]
+
+
+def _filters(tensors: dict[str, Tensor], name: str) -> int:
+    """Output channels of a convolution."""
+    if name not in tensors:
+        raise UserError(f"lacks {name}")
+    if tensors[name].ndim != 4:
+        raise UserError(f"{name} has shape {list(tensors[name].shape)} where a convolution has four sizes")
+    return len(tensors[name])
+
+
+def _pixel_values(tensors: dict[str, Tensor], name: str) -> tuple[float, float, float]:
+    """Three numbers on the scale of 0 to 1, rounded to what float32 keeps of 0 to 255."""
+    values = [round(value / 255, 7) for value in tensors[name].flatten().tolist()]
+    if len(values) != 3:
+        raise UserError(f"{name} has {len(values)} values, not one a colour")
+    return values[0], values[1], values[2]
