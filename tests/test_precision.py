@@ -14,9 +14,10 @@ from mgn_deploy.export.half import LARGEST_FLOAT16, overflowing_nodes, to_half
 from mgn_deploy.export.quantise import ONNXRUNTIME, OPENVINO, TENSORRT, conv_groups, quantise
 from mgn_deploy.export.ranges import BINS, TensorRange, measure_ranges
 from mgn_deploy.export.rewrite import map_names, pixels_name, tensor_names_between, trunk_nodes
-from mgn_deploy.train.weights import load_weights
+from mgn_deploy.train.weights import load_weights, new_model
 from onnx import TensorProto, numpy_helper
 
+from mgn_deploy.config import ModelConfig
 from mgn_deploy.images import read_crop
 
 Run = Callable[[onnx.ModelProto], np.ndarray]
@@ -281,3 +282,39 @@ def test_a_group_in_float_has_no_pair(graph, ranges):
 def test_int8_embeddings_are_near_the_float32_ones(graph, ranges, pixels, placement, run, method):
     quantised = quantise(graph, ranges, thresholds(ranges, method), placement)
     assert worst_cosine(run(quantised, pixels), by_onnxruntime(graph, pixels)) > 0.99
+
+
+# Imported models: instance norms in the trunk, generalised means in the heads
+
+
+@pytest.fixture(scope="module", params=["gem", "avg"])
+def public(request, pixels) -> tuple[onnx.ModelProto, dict[str, TensorRange]]:
+    config = ModelConfig(
+        backbone="resnet50", base_width=8, reduced_width=8, height=96, width=32, ibn="a", stem_pool="ceil"
+    )
+    config = config.model_copy(update={"global_stride": 1, "pooling": request.param, "neck": "relu_norm"})
+    graph = build_graph(new_model(config, seed=0))
+    return graph, measure_ranges(graph, pixels, histograms=True)
+
+
+def test_imported_models_in_float16_are_the_float32_ones(public, pixels):
+    graph, ranges = public
+    half, _ = to_half(graph, "fp16", ranges)
+    inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(half))
+    types = {value.name: value.type.tensor_type.elem_type for value in inlined.graph.value_info}
+    norms = [node for node in inlined.graph.node if node.op_type == "InstanceNormalization"]
+    assert norms
+    for node in [*norms, *(node for node in inlined.graph.node if node.op_type in ("Pow", "ReduceMean"))]:
+        assert types[node.output[0]] == TensorProto.FLOAT, node.name
+    expected = by_onnxruntime(graph, pixels)
+    assert worst_cosine(by_onnxruntime(half, pixels), expected) > 0.9999
+    assert worst_cosine(by_openvino(half, pixels), expected) > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("placement", "run"), [(OPENVINO, by_openvino), (ONNXRUNTIME, by_onnxruntime), (TENSORRT, by_onnxruntime)]
+)
+def test_imported_models_in_int8_are_near_the_float32_ones(public, pixels, placement, run):
+    graph, ranges = public
+    quantised = quantise(graph, ranges, thresholds(ranges, "max"), placement)
+    assert worst_cosine(run(quantised, pixels), by_onnxruntime(graph, pixels)) > 0.98
