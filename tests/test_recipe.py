@@ -106,7 +106,7 @@ def test_a_broken_file_is_one_sentence(tmp_path, text, sentence):
 
 
 def test_unknown_recipes_are_named_with_the_known(tmp_path):
-    with pytest.raises(UserError, match="no recipe 'papre': choose paper, small, strong"):
+    with pytest.raises(UserError, match="no recipe 'papre': choose cpu, paper, small, strong"):
         load_recipe("papre")
     with pytest.raises(UserError, match="no such recipe file"):
         load_recipe(tmp_path / "none.toml")

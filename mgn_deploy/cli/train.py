@@ -20,7 +20,7 @@ def train(
         help="KIND:DIR; market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, or folder: any in Market's layout.",
     ),
     out: Path = typer.Option(..., "-o", "--out", help="The run's folder; a run that is there goes on."),
-    recipe: str = typer.Option("paper", help="paper, strong, small, or a .toml file."),
+    recipe: str = typer.Option("paper", help="paper, strong, cpu, small, or a .toml file."),
     overrides: list[str] = typer.Option([], "--set", help="Override a key of the recipe: --set optim.lr=0.02."),
     device: str = typer.Option("auto", help="auto, cpu or cuda."),
 ) -> None:
