@@ -122,6 +122,34 @@ def export_bundle(
     return Bundle.open(out)
 
 
+def prove_again(
+    folder: str | os.PathLike[str],
+    *,
+    proof_images: str | os.PathLike[str] | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Bundle:
+    """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
+
+    Proofs of backends that do not run here are kept as they are.
+
+    Args:
+        folder: a bundle with its reference weights.
+        proof_images: folder of images to prove on; without it, on drawn people.
+        say: called with each step's sentence.
+
+    Raises:
+        CannotRun: PyTorch is not installed, or the bundle was exported with --no-reference.
+        UserError: no bundle, no images, or no engine to prove.
+    """
+    bundle = Bundle.open(folder)
+    crops = _proof_pixels(proof_images, bundle.config.height, bundle.config.width)
+    source = "drawn people" if proof_images is None else Path(os.path.abspath(proof_images)).name
+    made = _prove_all(bundle, crops, source, proof_images is None, say)
+    proofs = {**bundle.manifest.proofs, **made}
+    write_manifest(bundle.folder, bundle.manifest.model_copy(update={"proofs": proofs}))
+    return Bundle.open(folder)
+
+
 def _proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int) -> np.ndarray:
     if folder is not None:
         return proof_crops(Path(folder), height, width)

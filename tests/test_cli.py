@@ -30,6 +30,7 @@ COMMANDS = (
     "init",
     "import",
     "export",
+    "prove",
     "embed",
     "distmat",
     "figures",

@@ -15,9 +15,9 @@ from mgn_deploy.export.exporter import export_bundle
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 from safetensors.torch import load_file, save_file
 
-from mgn_deploy.bundle import Bundle
+from mgn_deploy.bundle import Bundle, write_manifest
 from mgn_deploy.embedder import Embedder
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import sha256_file
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
@@ -165,3 +165,27 @@ def test_the_command_refuses_what_is_no_weights_folder(tmp_path):
     assert done.returncode == 2
     assert "is not a weights folder" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_is_proven_again_elsewhere_and_stays_the_same_bundle(bundle_folder, crops, tmp_path):
+    shutil.copytree(bundle_folder, tmp_path / "b")
+    before = Bundle.open(tmp_path / "b")
+    kept = before.manifest.proofs["onnxruntime"].model_copy(update={"backend_version": "of another machine"})
+    write_manifest(before.folder, before.manifest.model_copy(update={"proofs": {"tensorrt": kept}}))
+    with pytest.raises(CannotRun, match="no proof for onnxruntime"):
+        Embedder.open(tmp_path / "b", "onnxruntime")
+    done = mgn_deploy("prove", tmp_path / "b", "--proof-images", crops, "--json")
+    assert done.returncode == 0, done.stderr
+    after = Bundle.open(tmp_path / "b")
+    assert after.id == before.id
+    assert set(after.manifest.proofs) == {"tensorrt", "openvino", "onnxruntime", "torch"}
+    assert after.manifest.proofs["tensorrt"] == kept
+    assert after.manifest.proofs["onnxruntime"].image_source == crops.name
+    Embedder.open(tmp_path / "b", "onnxruntime")
+
+
+def test_a_bundle_without_its_weights_cannot_be_proven_again(weights, tmp_path):
+    export_bundle(weights, tmp_path / "b", reference=False)
+    done = mgn_deploy("prove", tmp_path / "b")
+    assert done.returncode == 2
+    assert "was exported with --no-reference" in done.stderr

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import typer
 
 from mgn_deploy.cli.console import print_json, print_table, require_training, say
 from mgn_deploy.errors import GateFailed, UserError
+
+if TYPE_CHECKING:
+    from mgn_deploy.bundle import Bundle
 
 
 def init(
@@ -92,6 +95,25 @@ def export(
         proof_images=proof_images,
         say=say,
     )
+    _tell(bundle, json)
+
+
+def prove(
+    bundle: Path = typer.Argument(help="A bundle that was exported elsewhere."),
+    proof_images: Path | None = typer.Option(
+        None, help="Folder of images to prove the engines on; drawn people without it."
+    ),
+    json: bool = typer.Option(False, "--json", help="Print the proofs as JSON."),
+) -> None:
+    """Prove a bundle with every engine that is installed here, and write the proofs into it."""
+    require_training()
+    from mgn_deploy.export.exporter import prove_again
+
+    _tell(prove_again(bundle, proof_images=proof_images, say=say), json)
+
+
+def _tell(bundle: Bundle, json: bool) -> None:
+    out = bundle.folder
     proofs = bundle.manifest.proofs
     if json:
         print_json(
