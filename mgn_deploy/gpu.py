@@ -1,0 +1,49 @@
+"""The NVIDIA GPU of this machine, through the driver. Nothing here needs PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from mgn_deploy.errors import CannotRun
+
+DRIVER = "libcuda.so.1"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    compute_capability: str  # "8.6"
+
+
+def gpu_problem() -> str | None:
+    """Why no GPU can be used here, or None."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return f"no NVIDIA driver or GPU was found ({DRIVER} cannot be loaded)"
+    status = driver.cuInit(0)
+    if status:
+        return f"the NVIDIA driver does not start (cuInit returned error {status})"
+    count = ctypes.c_int()
+    status = driver.cuDeviceGetCount(ctypes.byref(count))
+    if status or not count.value:
+        return "the NVIDIA driver sees no GPU"
+    return None
+
+
+def this_gpu() -> Gpu:
+    """The first GPU that the driver shows (CUDA_VISIBLE_DEVICES decides which).
+
+    Raises:
+        CannotRun: there is none.
+    """
+    problem = gpu_problem()
+    if problem:
+        raise CannotRun(problem)
+    from cuda.core import Device
+
+    device = Device(0)
+    device.set_current()
+    major, minor = device.compute_capability
+    return Gpu(device.name, f"{major}.{minor}")
