@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import onnx
 from mgn_deploy.export.calibration_images import read_calibration_images
 from mgn_deploy.export.graph import build_graph
+from mgn_deploy.export.layer_table import summary
 from mgn_deploy.export.precision import ENGINES, to_half_precision, to_int8
 from mgn_deploy.export.proof import proof_crops, prove, run_in_batches
+from mgn_deploy.export.trt_build import Progress
+from mgn_deploy.export.trt_builder import BuildSettings, Plan, build_plans
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 import mgn_deploy
@@ -32,11 +37,13 @@ from mgn_deploy.bundle import (
 )
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.drawn import draw_people
+from mgn_deploy.engine_entry import EngineEntry
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.images import PREPROCESSING, read_crop
 
 DRAWN_IMAGES = 96
+FILES = (MANIFEST, MANIFEST_HASH, GRAPH, REFERENCE, "*.plan", "*.layers.json")
 
 
 def export_bundle(
@@ -44,7 +51,11 @@ def export_bundle(
     out: str | os.PathLike[str],
     *,
     precision: Precision = "fp32",
-    engine: str = "openvino",
+    engine: str | None = None,
+    build: BuildSettings | None = None,
+    compute_capabilities: Sequence[str] = (),
+    use_cache: bool = True,
+    build_progress: Progress | None = None,
     calib: str | os.PathLike[str] | None = None,
     data: Dataset | None = None,
     max_drop: float = 0.5,
@@ -61,8 +72,12 @@ def export_bundle(
         weights: a weights folder (`train/weights.py`).
         out: the bundle's folder; it appears whole, replacing an earlier bundle.
         precision: of the network; pixels, the heads' sums and the L2 norm are float32 in all.
-        engine: which one an INT8 graph is for (`export/precision.py`, ENGINES): each wants its own. The other precisions' graphs
-            are the same for every engine.
+        engine: "tensorrt" and "tensorrt-rtx" also build plans. An INT8 graph is for one engine (`export/precision.py`, ENGINES; without
+            a name OpenVINO); the other precisions' graphs are the same for every engine.
+        build: of the plans: batches, workspace, compatibility.
+        compute_capabilities: a plan for each, ahead of time (TensorRT-RTX).
+        use_cache: take plans from the cache and put them there.
+        build_progress: called as (phase, step, steps) while a plan is built.
         calib: folder of images to calibrate INT8 on.
         data: labelled queries and gallery; INT8's budget is then about their mAP.
         max_drop: points of mAP, without `data` of top-10 agreement, that INT8 may lose.
@@ -77,7 +92,7 @@ def export_bundle(
     """
     if precision == "int8" and calib is None:
         raise UserError("INT8 needs images to calibrate on: --calib DIR, some 500 like those that it will see")
-    if engine not in ENGINES:
+    if engine is not None and engine not in ENGINES:
         raise UserError(f"no engine {engine!r} to quantise for: choose {', '.join(ENGINES)}")
     weights = Path(weights)
     say(f"reading {weights}")
@@ -85,7 +100,7 @@ def export_bundle(
     config = model.config
     crops = _proof_pixels(proof_images, config.height, config.width)
     source = "drawn people" if proof_images is None else Path(os.path.abspath(proof_images)).name
-    with atomic_folder(Path(out), names=(MANIFEST, MANIFEST_HASH, GRAPH, REFERENCE)) as folder:
+    with atomic_folder(Path(out), names=FILES) as folder:
         say(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")
         graph = build_graph(model, flip)
         manifest = Manifest(
@@ -98,11 +113,14 @@ def export_bundle(
             tools=_tool_versions(),
         )
         if precision == "int8":
+            assert calib is not None
             images = read_calibration_images(calib, config.height, config.width, crops)
             for warning in images.warnings:
                 say(warning)
             plain = build_graph(model, flip=False) if flip else graph
-            graph, quantisation = to_int8(graph, plain, manifest, engine, images, crops, data, max_drop, say)
+            graph, quantisation = to_int8(
+                graph, plain, manifest, engine or "openvino", images, crops, data, max_drop, say
+            )
             manifest = manifest.model_copy(update={"quantisation": quantisation})
         elif precision != "fp32":
             graph, kept = to_half_precision(graph, precision, crops, say)
@@ -112,14 +130,37 @@ def export_bundle(
         files = {GRAPH: FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))}
         shutil.copyfile(weights / TENSORS, folder / REFERENCE)
         files[REFERENCE] = FileEntry(sha256=sha256_file(folder / REFERENCE), size=(folder / REFERENCE).stat().st_size)
+        if engine in ("tensorrt", "tensorrt-rtx"):
+            build = build or BuildSettings(engine.replace("-", "_"))  # type: ignore[arg-type]
+            say(f"building {engine} plans of the {precision} graph for {', '.join(compute_capabilities) or 'this GPU'}")
+            plans = build_plans(graph, build, compute_capabilities, use_cache=use_cache, progress=build_progress)
+            manifest = manifest.model_copy(
+                update={"engines": [_write_plan(plan, graph, folder, files, say) for plan in plans]}
+            )
         manifest = manifest.model_copy(update={"files": files})
         write_manifest(folder, manifest)
         proofs = _prove_all(Bundle(folder, manifest), crops, source, proof_images is None, say)
         if not reference:
             (folder / REFERENCE).unlink()
-            files = {GRAPH: files[GRAPH]}
+            del files[REFERENCE]
         write_manifest(folder, manifest.model_copy(update={"files": files, "proofs": proofs}))
     return Bundle.open(out)
+
+
+def _write_plan(
+    plan: Plan, graph: onnx.ModelProto, folder: Path, files: dict[str, FileEntry], say: Callable[[str], None]
+) -> EngineEntry:
+    """Puts a plan and its layer table into the bundle and into `files`."""
+    table = plan.file_name.removesuffix(".plan") + ".layers.json"
+    for name, content in ((plan.file_name, plan.content), (table, json.dumps(plan.layers, indent=1).encode())):
+        (folder / name).write_bytes(content)
+        files[name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    facts = summary(plan.layers, graph)
+    say(
+        f"{plan.file_name}: {len(plan.content) / 1e6:.1f} MB, {'from the cache' if plan.cached else f'{plan.seconds:.1f} s'}, "
+        + ", ".join(f"{name} {value}" for name, value in facts.items())
+    )
+    return plan.entry(plan.file_name)
 
 
 def prove_again(

@@ -3,6 +3,7 @@
     BUNDLE/manifest.json            what the model is, its input, precision, the hash of every file, the proofs
     BUNDLE/manifest.sha256          the manifest's own hash, as `sha256sum -c manifest.sha256` checks it
     BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows
+    BUNDLE/NAME.plan, NAME.layers.json    TensorRT plans and their layer tables, where they were built
     BUNDLE/reference.safetensors    the PyTorch weights (left out by --no-reference): torch backend, `validate`
 
 A file's bytes are compared with the manifest before any parser sees them.
@@ -21,6 +22,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.config import ModelConfig
+from mgn_deploy.engine_entry import EngineEntry
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_file
 
@@ -104,6 +106,7 @@ class Manifest(_Strict):
     source_weights_sha256: str
     tools: dict[str, str]
     quantisation: Quantisation | None = None
+    engines: list[EngineEntry] = []  # built TensorRT plans
     float32_nodes: list[str] = []  # of a half-precision graph: what would have overflowed
     proofs: dict[str, Proof] = {}
 

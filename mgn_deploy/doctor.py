@@ -62,7 +62,7 @@ def nvidia_gpus() -> list[str]:
 
 
 def _version(package: str) -> str:
-    for name in (package, f"{package}-gpu"):
+    for name in (package, f"{package}-gpu", f"{package.replace('_', '-')}-cu13"):
         try:
             return version(name)
         except PackageNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import os
 import shutil
@@ -49,14 +50,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def atomic_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
     """A folder that gets its name only once it is whole. An earlier folder there is replaced if it holds files of these
-    `names` and nothing else.
+    `names` (or patterns, as in "*.plan") and nothing else.
 
     Raises:
         UserError: the path is something else than such a folder, is not writable, or the disk is full.
     """
     path = Path(os.path.realpath(path))  # a link stays, and leads to the new folder
     with _explained(path):
-        if path.exists() and (not path.is_dir() or set(os.listdir(path)) - set(names)):
+        if path.exists() and not (path.is_dir() and all(_named(name, names) for name in os.listdir(path))):
             raise UserError(f"{path} exists and holds what this command did not write: choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=path.parent, prefix=".mgn-", suffix=".tmp"))
@@ -101,6 +102,10 @@ def _explained(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full ({error.strerror}); free some space and run the same command again"
             ) from error
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _named(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _umask() -> int:

@@ -21,7 +21,7 @@ def plan_for(bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu) -> bytes:
         CannotRun: the bundle has none that runs here and none can be built; the sentence says why.
         UserError: the bundle's plan or graph is not what was exported, or TensorRT refuses the graph.
     """
-    engines: list[EngineEntry] = getattr(bundle.manifest, "engines", [])
+    engines = bundle.manifest.engines
     fitting = fitting_entry(engines, flavour, version, gpu)
     if fitting is not None:
         return bundle.read(fitting.file)

@@ -189,3 +189,56 @@ def test_a_bundle_without_its_weights_cannot_be_proven_again(weights, tmp_path):
     done = mgn_deploy("prove", tmp_path / "b")
     assert done.returncode == 2
     assert "was exported with --no-reference" in done.stderr
+
+
+def test_tensorrt_rtx_plans_are_built_ahead_of_time_into_the_bundle(weights, tmp_path, monkeypatch):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ("export", weights, "-o", tmp_path / "b", "--engine", "tensorrt-rtx", "--precision", "fp16")
+    arguments += ("--compute-capability", "8.6,12.0", "--batch", "1,4,16")
+    done = mgn_deploy(*arguments)
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.open(tmp_path / "b")
+    assert [(plan.compute_capability, plan.batch) for plan in bundle.manifest.engines] == [
+        ("8.6", (1, 4, 16)),
+        ("12.0", (1, 4, 16)),
+    ]
+    for plan in bundle.manifest.engines:
+        assert len(bundle.read(plan.file)) > 100_000
+        table = json.loads(bundle.read(plan.file.replace(".plan", ".layers.json")))
+        assert any("Half" in json.dumps(layer) for layer in table)
+    without_plans = export_bundle(weights, tmp_path / "c", precision="fp16")
+    assert without_plans.id == bundle.id
+    assert "tensorrt_rtx" not in bundle.manifest.proofs or bundle.manifest.proofs["tensorrt_rtx"].passed
+    again = mgn_deploy(*arguments)  # over the earlier bundle, plans from the cache
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("from the cache") == 2
+    changed = tmp_path / "b" / bundle.manifest.engines[0].file
+    changed.write_bytes(changed.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"\.plan is not what was exported"):
+        bundle.read(changed.name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--engine", "tensorrt-rtx", "--batch", "4,1"), "--batch 4,1"),
+        (("--engine", "tensorrt-rtx", "--compute-capability", "5.0"), "not for '5.0'"),
+        (("--engine", "tensorrt-rtx", "--hardware-compatible"), "leave out --version-compatible"),
+        (("--engine", "tensorrt", "--compute-capability", "8.6"), "use --engine tensorrt-rtx"),
+        (("--engine", "tflite"), "no engine 'tflite'"),
+    ],
+)
+def test_plans_that_cannot_be_are_one_sentence(weights, tmp_path, traced, arguments, sentence):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    done = mgn_deploy("export", weights, "-o", tmp_path / "b", *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_triton_model_repository_is_written_beside_the_bundle(weights, tmp_path, traced):
+    done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--triton", tmp_path / "models", "--batch", "1,8,32")
+    assert done.returncode == 0, done.stderr
+    assert "max_batch_size: 32" in (tmp_path / "models" / "mgn" / "config.pbtxt").read_text()
+    assert (tmp_path / "models" / "mgn" / "1" / "model.onnx").is_file()

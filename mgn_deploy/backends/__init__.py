@@ -14,8 +14,8 @@ import numpy as np
 from mgn_deploy.bundle import Bundle
 from mgn_deploy.errors import CannotRun, UserError
 
-# What `auto` tries, fastest first (measured: ARCHITECTURE.md).
-ORDER = ("openvino", "onnxruntime", "torch")
+# What `auto` tries, fastest first: on a GPU, then on a CPU (README, Figures).
+ORDER = ("tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "torch")
 
 
 class Backend(Protocol):
@@ -44,6 +44,7 @@ def backend_module(name: str) -> BackendModule:
     Raises:
         UserError: no such backend.
     """
+    name = name.replace("-", "_")
     if name not in ORDER:
         raise UserError(f"no backend {name!r}: choose auto, {', '.join(ORDER)}")
     module: Any = import_module(f"mgn_deploy.backends.{name}")

@@ -57,9 +57,21 @@ def export(
     weights: Path = typer.Argument(help="A weights folder: config.json and mgn.safetensors."),
     out: Path = typer.Option(..., "-o", "--out", help="The bundle to write."),
     precision: str = typer.Option("fp32", help="fp32, fp16, bf16 or int8."),
-    engine: str = typer.Option(
-        "openvino", help="Which engine an int8 graph is for: openvino, onnxruntime, tensorrt or tensorrt-rtx."
+    engine: str | None = typer.Option(
+        None,
+        help="openvino, onnxruntime, tensorrt or tensorrt-rtx: the last two also build plans; an int8 graph is for one engine.",
     ),
+    batch: str = typer.Option("1,8,64", help="Fewest, best and most images a call of a TensorRT plan."),
+    compute_capability: str = typer.Option(
+        "", help="Of the GPUs to build tensorrt-rtx plans for, as in 8.6,8.9,12.0; no GPU is needed here."
+    ),
+    workspace: float | None = typer.Option(
+        None, min=0, help="GiB of GPU memory that a layer may take; all without it."
+    ),
+    version_compatible: bool = typer.Option(False, help="A tensorrt plan that later versions run, too."),
+    hardware_compatible: bool = typer.Option(False, help="A tensorrt plan for any GPU from Ampere on."),
+    cache: bool = typer.Option(True, help="Take plans from the cache and put them there."),
+    triton: Path | None = typer.Option(None, help="Also write a model repository for Triton Inference Server."),
     calib: Path | None = typer.Option(None, help="Folder of images to calibrate int8 on, some 500 of them."),
     max_drop: float = typer.Option(
         0.5, min=0, help="Points that int8 may lose: of mAP with --data, else of top-10 agreement."
@@ -79,14 +91,29 @@ def export(
     from mgn_deploy.bundle import Precision
     from mgn_deploy.datasets import open_data
     from mgn_deploy.export.exporter import export_bundle
+    from mgn_deploy.export.triton import write_model_repository
+    from mgn_deploy.export.trt_builder import BuildSettings, parse_batch, parse_capabilities
 
     if precision not in get_args(Precision):
         raise UserError(f"--precision {precision}: choose {', '.join(get_args(Precision))}")
+    flavour = engine.replace("-", "_") if engine in ("tensorrt", "tensorrt-rtx") else None
+    build = None
+    if flavour:
+        build = BuildSettings(
+            flavour,  # type: ignore[arg-type]
+            parse_batch(batch),
+            workspace=None if workspace is None else int(workspace * 2**30),
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+        )
     bundle = export_bundle(
         weights,
         out,
         precision=precision,  # type: ignore[arg-type]
         engine=engine,
+        build=build,
+        compute_capabilities=parse_capabilities(compute_capability),
+        use_cache=cache,
         calib=calib,
         data=open_data(data, say=say) if data else None,
         max_drop=max_drop,
@@ -95,6 +122,10 @@ def export(
         proof_images=proof_images,
         say=say,
     )
+    if triton:
+        plans = [plan for plan in bundle.manifest.engines if plan.flavour == "tensorrt"]
+        write_model_repository(bundle, triton, plan=plans[0] if plans else None, max_batch=parse_batch(batch)[2])
+        say(f"{triton}: a model repository for Triton")
     _tell(bundle, json)
 
 
