@@ -198,7 +198,7 @@ def test_another_process_builds_the_same_bytes(weights, bundle_folder):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=280,
         check=True,
     )
     assert done.stdout.split()[-1] == hashlib.sha256((bundle_folder / "graph.onnx").read_bytes()).hexdigest()
