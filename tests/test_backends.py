@@ -130,7 +130,9 @@ def test_a_named_backend_without_proof_is_refused_unless_allowed(bundle_folder, 
 
 
 def test_an_unknown_backend_is_a_sentence_with_the_known(bundle_folder):
-    with pytest.raises(UserError, match="no backend 'tensorflow': choose auto, tensorrt, tensorrt_rtx, openvino, onnxruntime, torch"):
+    with pytest.raises(
+        UserError, match="no backend 'tensorflow': choose auto, tensorrt, tensorrt_rtx, openvino, onnxruntime, torch"
+    ):
         open_backend(Bundle.open(bundle_folder), "tensorflow")
 
 
