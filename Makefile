@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test check wheel clean
+.PHONY: demo test check wheel kernels clean
 
 demo: $(VENV)/installed-all-cpu
 	@echo "== mgn-deploy demo: draw people, train, export, prove, embed, validate (about 3 minutes)"
@@ -23,6 +23,10 @@ check: $(VENV)/installed-dev
 wheel: $(VENV)/installed-dev
 	@echo "== a wheel in dist/"
 	$(VENV)/bin/python -m build --wheel
+
+kernels: $(VENV)/installed-dev
+	@echo "== the CUDA kernels for every architecture (needs nvcc, 3 minutes): registers, and no spills"
+	$(VENV)/bin/python -m mgn_deploy.kernels.build
 
 clean:
 	rm -rf $(VENV) build dist mgn-demo *.egg-info
