@@ -1,0 +1,963 @@
+// Stripe-pool-reduce: the heads of an MGN (section 3.1 of Wang et al. 2018), from the branches' last maps to features
+// or unit embeddings. `kernels/reference.py` is the definition, `stripe_pool_reduce.h` the C API, `host_shim.h` runs
+// it on a CPU.
+//
+//   map of branch b              pooled                  partial                     output
+//   [n, C, H, W] or              [F, n, C]               [splits, n, F * R]          [n or n / 2, F * R]
+//   [n, H, W, C]                 16 bit: maxima are      float32
+//                                exact; else float32
+//   +--------+  run 0 \                 weight [F, R, C]          bias, scale, shift [F, R]
+//   |........|  run 1  } -> region 0 = whole map  --*-- dot over C --+-- neck -- mirror average -- L2 norm
+//   |........|  run 2 /     region 1 = runs 0..1  --*--  products    |
+//   +--------+              region 2 = runs 1..2  --*--              |
+//          pool                                 reduce             epilogue
+//
+// A run is a range of rows that no stripe's border cuts. Stripes that share a row (H not divisible by their number)
+// share a run, so every pixel is read once, whatever the cut; a generalised mean, whose power is each region's own,
+// has a run for each region and reads twice. In both layouts a run of rows of one channel (or one group of channels)
+// is one range of pixels, so H and W matter nowhere below but as the product.
+//
+// The three steps are three launches (TILES, ROWS) or the three phases of one cooperative launch (FUSED): at a batch
+// of one or two the launches would cost more than the work. Nothing is summed by atomics: every sum has a fixed
+// order, the results of a plan are the same bits on every run. The only atomic counts arrivals at FUSED's barrier.
+//
+// Sizes, and why:
+//   pool, NHWC   64 channels x 32 pixels in flight a block of 256 threads. A thread takes an octet, 8 channels: the
+//                 granularity that C has, and 16 bytes of a 16-bit map. 8 octets side by side are a whole 128-byte
+//                 line of 16-bit values; wider tiles would leave a batch of one with too few blocks (96 of them at
+//                 2048 channels and 3 branches).
+//   pool, NCHW   8 threads a channel, 32 channels a block: a run of the paper's 24x8 map, 64 values, is 8 loads of 16
+//                 bytes. The 8 threads also hold the (up to) 8 stripes, one each.
+//   rows         a warp a row of the weights, all (<= 8) images at once: the weights are read once, and at such
+//                 batches they are most of the bytes. As in the pool, each thread has 4 loads of 16 bytes under way.
+//   tiles        64 images x 64 outputs x 64 channels (16 with plain multiply-adds) a step. 64 images are a batch of
+//                 32 with its mirrors. Small tiles and the split over channels keep every SM busy at such batches:
+//                 the paper's MGN has 32 tiles of 64 outputs, an H100 132 SMs. A warp has 32 x 32 of a tile, 32
+//                 accumulators a thread.
+
+#include "stripe_pool_reduce.h"
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTileChannels[2] = {32, 64};  // of the pool, NCHW and NHWC
+constexpr int kMaxRegions = 1 + MGN_SPR_MAX_STRIPES;
+constexpr int kMaxRuns = 2 * MGN_SPR_MAX_STRIPES - 1;  // 2N different borders at most
+constexpr int kMaxRows = 8;                            // images that the small-batch reduction takes
+constexpr int kTile = 64;
+constexpr int kMmaThreads = 128, kMmaDepth = 64, kMmaStride = kMmaDepth + 8;  // + 8: fragments from 32 different banks
+constexpr int kFmaDepth = 16, kFmaStride = kTile + 4;
+constexpr float kGemEpsilon = 1e-6f;  // mgn_deploy/config.py
+constexpr float kNormEpsilon = 1e-12f;
+
+struct Half { unsigned short bits; };
+struct Bfloat { unsigned short bits; };
+
+// What a kernel is told; `kernels/plan.py` has the same in ctypes. Pointers are of the type that the kernel is for.
+struct Branch {
+    const void* map;
+    int pixels;  // H * W
+    int first_feature;
+    int regions, runs;
+    int run_begin[kMaxRuns], run_end[kMaxRuns];            // pixels
+    int region_begin[kMaxRegions], region_end[kMaxRegions];  // runs
+    int region_pixels[kMaxRegions];
+};
+
+struct Params {
+    Branch branch[MGN_SPR_MAX_BRANCHES];
+    const void* weight;
+    const float *bias, *scale, *shift, *power;
+    unsigned* barrier;
+    void* pooled;
+    float* partial;
+    void* output;
+    int branches, batch, channels, reduced, features;
+    int neck, output_kind;
+    int channel_tiles, pool_items;  // blocks of the pool: image, branch, tile
+    int splits, depth;
+};
+
+}  // namespace
+
+// The instructions that C++ has no name for. The host shim has the same ones in plain C++; all else is one body.
+#ifdef MGN_HOST_SHIM
+#include "host_shim.h"
+#else
+#define DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
+
+namespace {
+
+__device__ __forceinline__ float to_float(Half x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+__device__ __forceinline__ float to_float(Bfloat x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+
+__device__ __forceinline__ Half round_to(float x, Half) {
+    Half y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ Bfloat round_to(float x, Bfloat) {  // to nearest even; the instruction needs 8.0
+    const unsigned bits = __float_as_uint(x);
+    const unsigned rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return Bfloat{static_cast<unsigned short>(x == x ? rounded >> 16 : 0x7fffu)};
+}
+
+// Maximum that is NaN where one of them is, as torch's and NumPy's.
+__device__ __forceinline__ float max_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+#else
+    return a != a || a > b ? a : b;
+#endif
+}
+
+// 16 bytes of what no kernel writes (ld.global.nc), and of what an earlier phase wrote (ld.global).
+__device__ __forceinline__ uint4 load_input16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
+__device__ __forceinline__ uint4 load_written16(const void* from) { return *static_cast<const uint4*>(from); }
+
+// d += a * b for tiles of 16x16 and 16x8: thread t of a warp has rows t / 4 and t / 4 + 8 of a and d, and column
+// t / 4 of b.
+__device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Half) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2]), "r"(a[3]), "r"(b[1]));
+#endif
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Bfloat) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    __trap();  // the plan has no tensor cores for bfloat16 there
+#endif
+}
+
+__device__ __forceinline__ void wait_a_little() {}
+
+}  // namespace
+#endif
+
+namespace {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float round_to(float x, float) { return x; }
+
+__device__ __forceinline__ void unpack(unsigned word, float* x, Half) {
+    x[0] = to_float(Half{static_cast<unsigned short>(word & 0xffffu)});
+    x[1] = to_float(Half{static_cast<unsigned short>(word >> 16)});
+}
+
+__device__ __forceinline__ void unpack(unsigned word, float* x, Bfloat) {
+    x[0] = __uint_as_float(word << 16);
+    x[1] = __uint_as_float(word & 0xffff0000u);
+}
+
+// The numbers in 16 bytes: 4 or 8.
+__device__ __forceinline__ void unpack(const uint4& raw, float* x, float) {
+    x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
+    x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& raw, float* x, T type) {
+    unpack(raw.x, x, type), unpack(raw.y, x + 2, type), unpack(raw.z, x + 4, type), unpack(raw.w, x + 6, type);
+}
+
+// 8 neighbours in memory as they come: one load of 16 bytes, two for float.
+template <class T>
+struct Octet {
+    static constexpr int kLoads = sizeof(T) * 8 / 16;
+    uint4 raw[kLoads];
+
+    __device__ __forceinline__ void load_input(const T* from) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) raw[i] = load_input16(from + i * 8 / kLoads);
+    }
+    __device__ __forceinline__ void load_written(const T* from) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) raw[i] = load_written16(from + i * 8 / kLoads);
+    }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) raw[i] = make_uint4(0, 0, 0, 0);
+    }
+    __device__ __forceinline__ void numbers(float (&x)[8]) const {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) unpack(raw[i], x + i * 8 / kLoads, T{});
+    }
+};
+
+// A pooling: where an accumulator starts, a pixel added to it, two of them joined, and what is stored, in which type.
+template <class T, int POOLING>
+struct Pool;
+
+template <class T>
+struct Pool<T, MGN_SPR_MAX> {
+    using Stored = T;  // a maximum is one of the map's numbers
+    static __device__ __forceinline__ float start() { return __uint_as_float(0xff800000u); }  // -inf
+    static __device__ __forceinline__ float add(float sum, float x, float) { return max_nan(sum, x); }
+    static __device__ __forceinline__ float join(float a, float b) { return max_nan(a, b); }
+    static __device__ __forceinline__ T stored(float sum, int, float) { return round_to(sum, T{}); }
+};
+
+template <class T>
+struct Pool<T, MGN_SPR_AVG> {
+    using Stored = float;
+    static __device__ __forceinline__ float start() { return 0.0f; }
+    static __device__ __forceinline__ float add(float sum, float x, float) { return sum + x; }
+    static __device__ __forceinline__ float join(float a, float b) { return a + b; }
+    static __device__ __forceinline__ float stored(float sum, int pixels, float) { return sum / pixels; }
+};
+
+template <class T>
+struct Pool<T, MGN_SPR_GEM> {
+    using Stored = float;
+    static __device__ __forceinline__ float start() { return 0.0f; }
+    static __device__ __forceinline__ float add(float sum, float x, float power) {
+        return sum + powf(max_nan(x, kGemEpsilon), power);
+    }
+    static __device__ __forceinline__ float join(float a, float b) { return a + b; }
+    static __device__ __forceinline__ float stored(float sum, int pixels, float power) {
+        return powf(sum / pixels, 1.0f / power);
+    }
+};
+
+// Loads of 16 bytes that a thread of the pool has under way. A generalised mean waits for its powers, not for memory,
+// and each one unrolled takes registers.
+template <int POOLING>
+constexpr int kLoadsAhead = POOLING == MGN_SPR_GEM ? 1 : 4;
+
+// ---- Pool: one block, one image, one branch, one tile of channels; all regions of it.
+
+template <class T, int POOLING>
+__device__ __forceinline__ void pool_nhwc(const Params& p, int item, float* shared) {
+    using P = Pool<T, POOLING>;
+    constexpr int kTileC = kTileChannels[MGN_SPR_NHWC], kPixels = kThreads / (kTileC / 8);
+    constexpr int kAhead = (kLoadsAhead<POOLING> + Octet<T>::kLoads - 1) / Octet<T>::kLoads;
+    const int tile = item % p.channel_tiles, image = item / p.channel_tiles / p.branches;
+    const Branch& branch = p.branch[item / p.channel_tiles % p.branches];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int octet = lane % 8;              // of the tile: neighbouring threads read neighbouring octets
+    const int pixel = warp * 4 + lane / 8;   // of kPixels that the block reads at a time
+    const int channel = tile * kTileC + octet * 8;
+    const T* map =
+        static_cast<const T*>(branch.map) + static_cast<long long>(image) * branch.pixels * p.channels + channel;
+
+    for (int run = 0; run < branch.runs; ++run) {
+        const float power = POOLING == MGN_SPR_GEM ? p.power[branch.first_feature + run] : 0.0f;
+        float sum[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[j] = P::start();
+        const int end = channel < p.channels ? branch.run_end[run] : 0;
+        for (int first = branch.run_begin[run] + pixel; first < end; first += kAhead * kPixels) {
+            Octet<T> ahead[kAhead];  // loads first, so that all of them are under way together
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int at = first + i * kPixels;
+                if (at < end) ahead[i].load_input(map + static_cast<long long>(at) * p.channels);
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                if (first + i * kPixels < end) {
+                    float x[8];
+                    ahead[i].numbers(x);
+#pragma unroll
+                    for (int j = 0; j < 8; ++j) sum[j] = P::add(sum[j], x[j], power);
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {  // the warp's four pixels
+            sum[j] = P::join(sum[j], __shfl_xor_sync(0xffffffffu, sum[j], 8));
+            sum[j] = P::join(sum[j], __shfl_xor_sync(0xffffffffu, sum[j], 16));
+        }
+        if (lane < 8) {
+            float* mine = shared + (run * kWarps + warp) * kTileC + octet * 8;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) mine[j] = sum[j];
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < branch.regions * kTileC; i += kThreads) {
+        const int region = i / kTileC, c = i % kTileC, feature = branch.first_feature + region;
+        float sum = P::start();
+        for (int run = branch.region_begin[region]; run < branch.region_end[region]; ++run) {
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) sum = P::join(sum, shared[(run * kWarps + w) * kTileC + c]);
+        }
+        if (tile * kTileC + c < p.channels) {
+            const float power = POOLING == MGN_SPR_GEM ? p.power[feature] : 0.0f;
+            const long long row = static_cast<long long>(feature) * p.batch + image;
+            static_cast<typename P::Stored*>(p.pooled)[row * p.channels + tile * kTileC + c] =
+                P::stored(sum, branch.region_pixels[region], power);
+        }
+    }
+    __syncthreads();  // FUSED comes again with the same shared memory
+}
+
+// The share of one of 8 neighbouring threads in `length` numbers from `from`, which may begin and end off 16 bytes.
+template <class T, int POOLING>
+__device__ __forceinline__ float sum_range(const T* from, int length, int lane, float power) {
+    using P = Pool<T, POOLING>;
+    constexpr int kVector = 16 / sizeof(T), kAhead = kLoadsAhead<POOLING>;
+    const int off = static_cast<int>(reinterpret_cast<size_t>(from) / sizeof(T) % kVector);
+    const int head = min(length, (kVector - off) % kVector);
+    const int vectors = (length - head) / kVector, tail = head + vectors * kVector;
+    float sum = P::start();
+    if (lane < head) sum = P::add(sum, to_float(from[lane]), power);
+    if (tail + lane < length) sum = P::add(sum, to_float(from[tail + lane]), power);
+    for (int first = lane; first < vectors; first += kAhead * 8) {
+        uint4 ahead[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (first + i * 8 < vectors) ahead[i] = load_input16(from + head + (first + i * 8) * kVector);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (first + i * 8 < vectors) {
+                float x[kVector];
+                unpack(ahead[i], x, T{});
+#pragma unroll
+                for (int j = 0; j < kVector; ++j) sum = P::add(sum, x[j], power);
+            }
+        }
+    }
+    return sum;
+}
+
+template <class T, int POOLING>
+__device__ __forceinline__ void pool_nchw(const Params& p, int item) {
+    using P = Pool<T, POOLING>;
+    const int tile = item % p.channel_tiles, image = item / p.channel_tiles / p.branches;
+    const Branch& branch = p.branch[item / p.channel_tiles % p.branches];
+    const int lane = threadIdx.x % 8, channel = tile * kTileChannels[MGN_SPR_NCHW] + threadIdx.x / 8;
+    const bool inside = channel < p.channels;
+    const T* plane = static_cast<const T*>(branch.map) +
+                     (static_cast<long long>(image) * p.channels + (inside ? channel : 0)) * branch.pixels;
+    const int mine = 1 + lane;  // the stripe that this thread keeps; all of them keep the whole map
+    const int begin = mine < branch.regions ? branch.region_begin[mine] : 0;
+    const int end = mine < branch.regions ? branch.region_end[mine] : 0;
+    float whole = P::start(), stripe = P::start();
+    for (int run = 0; run < branch.runs; ++run) {
+        const float power = POOLING == MGN_SPR_GEM ? p.power[branch.first_feature + run] : 0.0f;
+        const int length = inside ? branch.run_end[run] - branch.run_begin[run] : 0;
+        float sum = sum_range<T, POOLING>(plane + branch.run_begin[run], length, lane, power);
+#pragma unroll
+        for (int apart = 4; apart; apart /= 2) sum = P::join(sum, __shfl_xor_sync(0xffffffffu, sum, apart));
+        if (run < branch.region_end[0]) whole = P::join(whole, sum);
+        if (begin <= run && run < end) stripe = P::join(stripe, sum);
+    }
+    auto* pooled = static_cast<typename P::Stored*>(p.pooled);
+    if (inside && lane == 0) {
+        const float power = POOLING == MGN_SPR_GEM ? p.power[branch.first_feature] : 0.0f;
+        const long long row = static_cast<long long>(branch.first_feature) * p.batch + image;
+        pooled[row * p.channels + channel] = P::stored(whole, branch.region_pixels[0], power);
+    }
+    if (inside && mine < branch.regions) {
+        const float power = POOLING == MGN_SPR_GEM ? p.power[branch.first_feature + mine] : 0.0f;
+        const long long row = static_cast<long long>(branch.first_feature + mine) * p.batch + image;
+        pooled[row * p.channels + channel] = P::stored(stripe, branch.region_pixels[mine], power);
+    }
+}
+
+template <class T, int LAYOUT, int POOLING>
+__device__ __forceinline__ void pool_item(const Params& p, int item, float* shared) {
+    if constexpr (LAYOUT == MGN_SPR_NHWC) {
+        pool_nhwc<T, POOLING>(p, item, shared);
+    } else {
+        pool_nchw<T, POOLING>(p, item);
+    }
+}
+
+template <class T, int LAYOUT, int POOLING>
+__global__ void __launch_bounds__(kThreads) pool_kernel(const __grid_constant__ Params p) {
+    DYNAMIC_SHARED(shared);
+    pool_item<T, LAYOUT, POOLING>(p, blockIdx.x, reinterpret_cast<float*>(shared));
+}
+
+// ---- Reduce, few images: one warp, one output (a feature's r) of every image.
+
+template <class T, class P>
+__device__ __forceinline__ void reduce_row(const Params& p, int output) {
+    // P is T or wider, and is what takes registers: all images' octets at once.
+    constexpr int kAhead = 4 / Octet<P>::kLoads;
+    const int lane = threadIdx.x % 32, dim = p.features * p.reduced;
+    const T* weight = static_cast<const T*>(p.weight) + static_cast<long long>(output) * p.channels;
+    const int feature = output / p.reduced;
+    const P* pooled = static_cast<const P*>(p.pooled) + static_cast<long long>(feature) * p.batch * p.channels;
+    float sum[kMaxRows] = {};
+#pragma unroll 1
+    for (int first = lane * 8; first < p.channels; first += kAhead * 256) {
+        Octet<T> ahead[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (first + i * 256 < p.channels) ahead[i].load_input(weight + first + i * 256);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (first + i * 256 >= p.channels) break;
+            float w[8];
+            ahead[i].numbers(w);
+#pragma unroll
+            for (int row = 0; row < kMaxRows; ++row) {
+                if (row < p.batch) {
+                    Octet<P> octet;
+                    octet.load_written(pooled + row * p.channels + first + i * 256);
+                    float x[8];
+                    octet.numbers(x);
+#pragma unroll
+                    for (int j = 0; j < 8; ++j) sum[row] = fmaf(x[j], w[j], sum[row]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int row = 0; row < kMaxRows; ++row) {
+        if (row < p.batch) {
+#pragma unroll
+            for (int apart = 16; apart; apart /= 2) sum[row] += __shfl_xor_sync(0xffffffffu, sum[row], apart);
+            if (lane == 0) p.partial[static_cast<long long>(row) * dim + output] = sum[row];
+        }
+    }
+}
+
+template <class T, class P>
+__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Params p) {
+    const int output = blockIdx.x * kWarps + threadIdx.x / 32;  // F * R is a multiple of 16: every warp has one
+    reduce_row<T, P>(p, output);
+}
+
+// ---- Reduce, many images: block (x, y, z) does columns x, images y and feature z / splits over part z % splits of C.
+
+// On tensor cores, pooled and weight of one 16-bit type. What comes next is loaded to registers during the products.
+template <class T>
+__global__ void __launch_bounds__(kMmaThreads) mma_kernel(const __grid_constant__ Params p) {
+    constexpr int kOctets = kTile * (kMmaDepth / 8) / kMmaThreads;  // of each operand, a thread
+    DYNAMIC_SHARED(shared);
+    unsigned short* images = reinterpret_cast<unsigned short*>(shared);  // [64 images][72]
+    unsigned short* outputs = images + kTile * kMmaStride;               // [64 outputs][72]
+    const int feature = blockIdx.z / p.splits, split = blockIdx.z % p.splits;
+    const int first_image = blockIdx.y * kTile, first_output = blockIdx.x * kTile;
+    const int begin = split * p.depth, end = min(p.channels, begin + p.depth);
+    const T* pooled = static_cast<const T*>(p.pooled) + static_cast<long long>(feature) * p.batch * p.channels;
+    const T* weight = static_cast<const T*>(p.weight) + static_cast<long long>(feature) * p.reduced * p.channels;
+    const int octet = threadIdx.x % 8 * 8, row = threadIdx.x / 8;  // of the tile; further rows are 16 apart
+    const long long row_size = p.channels;
+
+    Octet<T> next_image[kOctets], next_output[kOctets];
+    const auto load = [&](int channel) {
+        const int c = channel + octet;
+#pragma unroll
+        for (int i = 0; i < kOctets; ++i) {
+            const int image = first_image + row + i * 16, output = first_output + row + i * 16;
+            next_image[i].clear(), next_output[i].clear();
+            if (c < end && image < p.batch) next_image[i].load_written(pooled + image * row_size + c);
+            if (c < end && output < p.reduced) next_output[i].load_input(weight + output * row_size + c);
+        }
+    };
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp_image = warp / 2 * 32, warp_output = warp % 2 * 32;
+    float sum[2][4][4] = {};  // 32 images by 2 tiles of 16, 32 outputs by 4 tiles of 8
+    load(begin);
+    for (int channel = begin; channel < end; channel += kMmaDepth) {
+#pragma unroll
+        for (int i = 0; i < kOctets; ++i) {
+            const int at = (row + i * 16) * kMmaStride + octet;
+            *reinterpret_cast<uint4*>(images + at) = next_image[i].raw[0];
+            *reinterpret_cast<uint4*>(outputs + at) = next_output[i].raw[0];
+        }
+        __syncthreads();
+        if (channel + kMmaDepth < end) load(channel + kMmaDepth);
+#pragma unroll
+        for (int k = 0; k < kMmaDepth; k += 16) {
+            unsigned a[2][4], b[4][2];
+            const int column = k + lane % 4 * 2;
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                const unsigned short* at = images + (warp_image + m * 16 + lane / 4) * kMmaStride + column;
+                a[m][0] = *reinterpret_cast<const unsigned*>(at);
+                a[m][1] = *reinterpret_cast<const unsigned*>(at + 8 * kMmaStride);
+                a[m][2] = *reinterpret_cast<const unsigned*>(at + 8);
+                a[m][3] = *reinterpret_cast<const unsigned*>(at + 8 * kMmaStride + 8);
+            }
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const unsigned short* at = outputs + (warp_output + n * 8 + lane / 4) * kMmaStride + column;
+                b[n][0] = *reinterpret_cast<const unsigned*>(at);
+                b[n][1] = *reinterpret_cast<const unsigned*>(at + 8);
+            }
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+#pragma unroll
+                for (int n = 0; n < 4; ++n) mma(sum[m][n], a[m], b[n], T{});
+        }
+        __syncthreads();
+    }
+    const int dim = p.features * p.reduced;
+    float* partial = p.partial + static_cast<long long>(split) * p.batch * dim + feature * p.reduced;
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int image = first_image + warp_image + m * 16 + lane / 4 + i / 2 * 8;
+                const int output = first_output + warp_output + n * 8 + lane % 4 * 2 + i % 2;
+                if (image < p.batch && output < p.reduced) {
+                    partial[static_cast<long long>(image) * dim + output] = sum[m][n][i];
+                }
+            }
+}
+
+// With plain multiply-adds, for everything else: 256 threads, each 4 images by 4 outputs.
+template <class T, class P>
+__global__ void __launch_bounds__(kThreads) fma_kernel(const __grid_constant__ Params p) {
+    DYNAMIC_SHARED(shared);
+    float* images = reinterpret_cast<float*>(shared);  // [16 channels][68]: read as 4 images of one channel
+    float* outputs = images + kFmaDepth * kFmaStride;  // [16 channels][68]
+    const int feature = blockIdx.z / p.splits, split = blockIdx.z % p.splits;
+    const int first_image = blockIdx.y * kTile, first_output = blockIdx.x * kTile;
+    const int begin = split * p.depth, end = min(p.channels, begin + p.depth);
+    const P* pooled = static_cast<const P*>(p.pooled) + static_cast<long long>(feature) * p.batch * p.channels;
+    const T* weight = static_cast<const T*>(p.weight) + static_cast<long long>(feature) * p.reduced * p.channels;
+    const bool for_images = threadIdx.x < kThreads / 2;  // half of the threads bring the images, half the outputs
+    const int octet = threadIdx.x % 2 * 8, row = threadIdx.x / 2 % kTile;
+
+    float next[8];
+    const auto load = [&](int channel) {
+        const int c = channel + octet, image = first_image + row, output = first_output + row;
+        if (for_images) {
+            Octet<P> x;
+            x.clear();
+            if (c < end && image < p.batch) x.load_written(pooled + static_cast<long long>(image) * p.channels + c);
+            x.numbers(next);
+        } else {
+            Octet<T> w;
+            w.clear();
+            if (c < end && output < p.reduced) w.load_input(weight + static_cast<long long>(output) * p.channels + c);
+            w.numbers(next);
+        }
+    };
+
+    const int my_image = threadIdx.x / 16 * 4, my_output = threadIdx.x % 16 * 4;
+    float sum[4][4] = {};
+    load(begin);
+    for (int channel = begin; channel < end; channel += kFmaDepth) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) (for_images ? images : outputs)[(octet + j) * kFmaStride + row] = next[j];
+        __syncthreads();
+        if (channel + kFmaDepth < end) load(channel + kFmaDepth);
+#pragma unroll
+        for (int k = 0; k < kFmaDepth; ++k) {
+            const float4 x = *reinterpret_cast<const float4*>(images + k * kFmaStride + my_image);
+            const float4 w = *reinterpret_cast<const float4*>(outputs + k * kFmaStride + my_output);
+            const float xs[4] = {x.x, x.y, x.z, x.w}, ws[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(xs[i], ws[j], sum[i][j]);
+        }
+        __syncthreads();
+    }
+    const int dim = p.features * p.reduced;
+    float* partial = p.partial + static_cast<long long>(split) * p.batch * dim + feature * p.reduced;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int image = first_image + my_image + i, output = first_output + my_output + j;
+            if (image < p.batch && output < p.reduced) {
+                partial[static_cast<long long>(image) * dim + output] = sum[i][j];
+            }
+        }
+}
+
+// ---- Epilogue: one block, one row of the output.
+
+__device__ __forceinline__ float reduced_value(const Params& p, int image, int column) {
+    const int dim = p.features * p.reduced;
+    float value = 0.0f;
+    for (int split = 0; split < p.splits; ++split) {
+        value += p.partial[(static_cast<long long>(split) * p.batch + image) * dim + column];
+    }
+    value += p.bias[column];
+    if (p.neck != MGN_SPR_LINEAR) value = max_nan(value, 0.0f);
+    if (p.neck == MGN_SPR_RELU_NORM) value = fmaf(value, p.scale[column], p.shift[column]);
+    return value;
+}
+
+template <class T>
+__device__ __forceinline__ void finish_row(const Params& p, int row, float* shared) {
+    const int dim = p.features * p.reduced;
+    const long long at = static_cast<long long>(row) * dim;
+    if (p.output_kind == MGN_SPR_FEATURES) {
+        T* features = static_cast<T*>(p.output) + at;
+        for (int i = threadIdx.x; i < dim; i += kThreads) features[i] = round_to(reduced_value(p, row, i), T{});
+        return;
+    }
+    float* embedding = static_cast<float*>(p.output) + at;
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < dim; i += kThreads) {
+        float value = reduced_value(p, row, i);
+        if (p.output_kind == MGN_SPR_MIRROR_EMBEDDINGS) value = 0.5f * (value + reduced_value(p, row + p.batch / 2, i));
+        embedding[i] = value;  // each thread reads back its own
+        squares = fmaf(value, value, squares);
+    }
+#pragma unroll
+    for (int apart = 16; apart; apart /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, apart);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = squares;
+    __syncthreads();
+    float total = 0.0f;
+    for (int warp = 0; warp < kWarps; ++warp) total += shared[warp];
+    const float norm = max_nan(sqrtf(total), kNormEpsilon);
+    for (int i = threadIdx.x; i < dim; i += kThreads) embedding[i] = embedding[i] / norm;
+    __syncthreads();  // FUSED comes again with the same shared memory
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) epilogue_kernel(const __grid_constant__ Params p) {
+    DYNAMIC_SHARED(shared);
+    finish_row<T>(p, blockIdx.x, reinterpret_cast<float*>(shared));
+}
+
+// ---- All three in one launch. The grid is on the device as a whole (a cooperative launch), so that blocks may wait.
+
+// Every block adds 1 but the first, which adds what makes the sum 2^31: the top bit turns when all have come, and the
+// other bits are again what they were, so that neither the grid's size nor the number of barriers passed matters.
+__device__ __forceinline__ void wait_for_all_blocks(unsigned* barrier) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();  // what this block wrote, before its arrival
+        const unsigned arrival = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
+        const unsigned before = atomicAdd(barrier, arrival);
+        while (((before ^ *static_cast<volatile unsigned*>(barrier)) & 0x80000000u) == 0) wait_a_little();
+        __threadfence();  // and what the others wrote, after theirs
+    }
+    __syncthreads();
+}
+
+template <class T, int LAYOUT, int POOLING>
+__global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constant__ Params p) {
+    DYNAMIC_SHARED(shared);
+    float* floats = reinterpret_cast<float*>(shared);
+    // Not unrolled, here and below: three phases in one kernel have few registers to give.
+#pragma unroll 1
+    for (int item = blockIdx.x; item < p.pool_items; item += gridDim.x) pool_item<T, LAYOUT, POOLING>(p, item, floats);
+    wait_for_all_blocks(p.barrier);
+    const int warps = gridDim.x * kWarps;
+#pragma unroll 1
+    for (int output = blockIdx.x * kWarps + threadIdx.x / 32; output < p.features * p.reduced; output += warps) {
+        reduce_row<T, typename Pool<T, POOLING>::Stored>(p, output);
+    }
+    wait_for_all_blocks(p.barrier);
+    const int rows = p.output_kind == MGN_SPR_MIRROR_EMBEDDINGS ? p.batch / 2 : p.batch;
+#pragma unroll 1
+    for (int row = blockIdx.x; row < rows; row += gridDim.x) finish_row<T>(p, row, floats);
+}
+
+}  // namespace
+
+#ifndef __CUDACC_RTC__  // ---- The host's side; `kernels/plan.py` has the same in Python, for kernels of NVRTC.
+
+#ifndef MGN_HOST_SHIM
+#include <cuda_runtime_api.h>
+#endif
+
+namespace {
+
+// Bytes of shared memory.
+constexpr int kMmaShared = 2 * kTile * kMmaStride * 2;
+constexpr int kFmaShared = 2 * kFmaDepth * kFmaStride * 4;
+constexpr int kRunShared = kWarps * kTileChannels[MGN_SPR_NHWC] * 4;  // of a run, NHWC
+
+int features_of(int stripes) { return stripes == 1 ? 1 : 1 + stripes; }
+
+int total_features(const mgn_spr_problem& problem) {
+    int features = 0;
+    for (int b = 0; b < problem.branches; ++b) features += features_of(problem.stripes[b]);
+    return features;
+}
+
+int check(const mgn_spr_problem& problem) {
+    if (problem.dtype < MGN_SPR_FLOAT32 || problem.dtype > MGN_SPR_BFLOAT16) return MGN_SPR_BAD_DTYPE;
+    if (problem.layout < MGN_SPR_NCHW || problem.layout > MGN_SPR_NHWC) return MGN_SPR_BAD_LAYOUT;
+    if (problem.pooling < MGN_SPR_MAX || problem.pooling > MGN_SPR_GEM) return MGN_SPR_BAD_POOLING;
+    if (problem.neck < MGN_SPR_RELU || problem.neck > MGN_SPR_RELU_NORM) return MGN_SPR_BAD_NECK;
+    if (problem.output < MGN_SPR_FEATURES || problem.output > MGN_SPR_MIRROR_EMBEDDINGS) return MGN_SPR_BAD_OUTPUT;
+    if (problem.batch < 1 || problem.batch > MGN_SPR_MAX_BATCH) return MGN_SPR_BAD_BATCH;
+    if (problem.output == MGN_SPR_MIRROR_EMBEDDINGS && problem.batch % 2) return MGN_SPR_BAD_BATCH;
+    if (problem.path < MGN_SPR_AUTO || problem.path > MGN_SPR_TILES) return MGN_SPR_BAD_PATH;
+    const bool few = problem.path == MGN_SPR_FUSED || problem.path == MGN_SPR_ROWS;
+    if (few && problem.batch > kMaxRows) return MGN_SPR_BAD_PATH;
+    if (problem.channels < 8 || problem.channels % 8) return MGN_SPR_BAD_CHANNELS;
+    if (problem.reduced < 16 || problem.reduced % 16) return MGN_SPR_BAD_REDUCED;
+    if (problem.branches < 1 || problem.branches > MGN_SPR_MAX_BRANCHES) return MGN_SPR_BAD_BRANCHES;
+    for (int b = 0; b < problem.branches; ++b) {
+        if (problem.stripes[b] < 1 || problem.stripes[b] > MGN_SPR_MAX_STRIPES) return MGN_SPR_BAD_BRANCHES;
+        if (problem.heights[b] < 1 || problem.widths[b] < 1) return MGN_SPR_BAD_MAP;
+        if (static_cast<long long>(problem.heights[b]) * problem.widths[b] > 1 << 24) return MGN_SPR_BAD_MAP;
+    }
+    return MGN_SPR_OK;
+}
+
+// The rows of stripe i of N are floor(i H / N) to ceil((i + 1) H / N), as in mgn_deploy/config.py.
+void cut(Branch& branch, int stripes, int height, int width, bool run_a_region) {
+    branch.regions = features_of(stripes);
+    branch.pixels = height * width;
+    int first[kMaxRegions] = {0}, last[kMaxRegions] = {height};
+    for (int i = 0; i + 1 < branch.regions; ++i) {
+        first[1 + i] = i * height / stripes;
+        last[1 + i] = ((i + 1) * height + stripes - 1) / stripes;
+    }
+    branch.runs = 0;
+    if (run_a_region) {
+        for (int region = 0; region < branch.regions; ++region) {
+            branch.run_begin[region] = first[region] * width;
+            branch.run_end[region] = last[region] * width;
+            branch.region_begin[region] = region;
+            branch.region_end[region] = region + 1;
+        }
+        branch.runs = branch.regions;
+    } else {
+        for (int row = 0; row < height;) {  // from border to border
+            int border = height;
+            for (int region = 0; region < branch.regions; ++region) {
+                if (first[region] > row && first[region] < border) border = first[region];
+                if (last[region] > row && last[region] < border) border = last[region];
+            }
+            for (int region = 0; region < branch.regions; ++region) {
+                if (first[region] == row) branch.region_begin[region] = branch.runs;
+                if (last[region] == border) branch.region_end[region] = branch.runs + 1;
+            }
+            branch.run_begin[branch.runs] = row * width;
+            branch.run_end[branch.runs] = border * width;
+            ++branch.runs;
+            row = border;
+        }
+    }
+    for (int region = 0; region < branch.regions; ++region) {
+        branch.region_pixels[region] = (last[region] - first[region]) * width;
+    }
+}
+
+Params params_of(const mgn_spr_problem& problem, const mgn_spr_plan& plan, const mgn_spr_pointers& pointers) {
+    Params p = {};
+    p.branches = problem.branches, p.batch = problem.batch, p.channels = problem.channels, p.reduced = problem.reduced;
+    p.features = 0;
+    for (int b = 0; b < problem.branches; ++b) {
+        p.branch[b].map = pointers.maps[b];
+        p.branch[b].first_feature = p.features;
+        cut(p.branch[b], problem.stripes[b], problem.heights[b], problem.widths[b], problem.pooling == MGN_SPR_GEM);
+        p.features += p.branch[b].regions;
+    }
+    p.neck = problem.neck, p.output_kind = problem.output;
+    const int tile = kTileChannels[problem.layout];
+    p.channel_tiles = (problem.channels + tile - 1) / tile;
+    p.pool_items = p.channel_tiles * problem.branches * problem.batch;
+    p.splits = plan.splits, p.depth = plan.depth;
+    p.weight = pointers.weight, p.bias = pointers.bias;
+    p.scale = pointers.scale, p.shift = pointers.shift, p.power = pointers.power;
+    char* workspace = static_cast<char*>(pointers.workspace);
+    p.barrier = reinterpret_cast<unsigned*>(workspace);
+    p.pooled = workspace + plan.pooled_offset;
+    p.partial = reinterpret_cast<float*>(workspace + plan.partial_offset);
+    p.output = pointers.output;
+    return p;
+}
+
+int pool_shared(const Params& p, int layout) {
+    int runs = 1;  // never nothing: the epilogue's few sums are in the same memory
+    for (int b = 0; b < p.branches; ++b) runs = p.branch[b].runs > runs ? p.branch[b].runs : runs;
+    return layout == MGN_SPR_NHWC ? runs * kRunShared : kWarps * 4;
+}
+
+// The kernels of one problem.
+using Kernel = void (*)(Params);
+struct Kernels { Kernel pool, rows, mma, fma, epilogue, fused; };
+
+template <class T, int LAYOUT, int POOLING>
+Kernels kernels_for() {
+    using Stored = typename Pool<T, POOLING>::Stored;
+    Kernels kernels = {pool_kernel<T, LAYOUT, POOLING>, rows_kernel<T, Stored>, nullptr, fma_kernel<T, Stored>,
+                       epilogue_kernel<T>, fused_kernel<T, LAYOUT, POOLING>};
+    if constexpr (sizeof(Stored) == 2) kernels.mma = mma_kernel<T>;
+    return kernels;
+}
+
+template <class T, int LAYOUT>
+Kernels kernels_for(int pooling) {
+    if (pooling == MGN_SPR_MAX) return kernels_for<T, LAYOUT, MGN_SPR_MAX>();
+    if (pooling == MGN_SPR_AVG) return kernels_for<T, LAYOUT, MGN_SPR_AVG>();
+    return kernels_for<T, LAYOUT, MGN_SPR_GEM>();
+}
+
+template <class T>
+Kernels kernels_for(const mgn_spr_problem& problem) {
+    return problem.layout == MGN_SPR_NCHW ? kernels_for<T, MGN_SPR_NCHW>(problem.pooling)
+                                          : kernels_for<T, MGN_SPR_NHWC>(problem.pooling);
+}
+
+Kernels all_kernels_for(const mgn_spr_problem& problem) {
+    if (problem.dtype == MGN_SPR_FLOAT16) return kernels_for<Half>(problem);
+    if (problem.dtype == MGN_SPR_BFLOAT16) return kernels_for<Bfloat>(problem);
+    return kernels_for<float>(problem);
+}
+
+cudaError_t launch(Kernel kernel, dim3 grid, int threads, int shared, const Params& p, cudaStream_t stream) {
+    void* arguments[] = {const_cast<Params*>(&p)};
+    return cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared, stream);
+}
+
+long long aligned(long long bytes) { return (bytes + 255) / 256 * 256; }
+
+struct Device {
+    int sms;                // multiprocessors
+    int capability;         // 10 * major + minor
+    int resident_blocks;    // of the problem's fused kernel on one of them; 0 where there is no cooperative launch
+};
+
+void plan_on(const mgn_spr_problem& problem, const Device& device, mgn_spr_plan* plan) {
+    const int features = total_features(problem), dim = features * problem.reduced;
+    *plan = {};
+    plan->path = problem.path;
+    if (problem.path == MGN_SPR_AUTO) {
+        plan->path = problem.batch > kMaxRows ? MGN_SPR_TILES : device.resident_blocks ? MGN_SPR_FUSED : MGN_SPR_ROWS;
+    }
+    const bool exact = problem.pooling == MGN_SPR_MAX;
+    plan->tensor_cores = plan->path == MGN_SPR_TILES && exact && problem.dtype != MGN_SPR_FLOAT32 &&
+                         device.capability >= (problem.dtype == MGN_SPR_BFLOAT16 ? 80 : 75);
+    plan->splits = 1, plan->depth = problem.channels;
+    if (plan->path == MGN_SPR_TILES) {  // two blocks an SM, but at least four steps of 64 channels a block
+        const int tiles = features * ((problem.reduced + kTile - 1) / kTile) * ((problem.batch + kTile - 1) / kTile);
+        const int wanted = 2 * device.sms / tiles, most = problem.channels / (4 * kMmaDepth);
+        const int splits = wanted < most ? wanted : most;
+        if (splits > 1) {
+            plan->depth = ((problem.channels + splits - 1) / splits + kMmaDepth - 1) / kMmaDepth * kMmaDepth;
+            plan->splits = (problem.channels + plan->depth - 1) / plan->depth;
+        }
+    }
+    if (plan->path == MGN_SPR_FUSED) {  // no more blocks than have something to do
+        const int tile = kTileChannels[problem.layout];
+        const int items = (problem.channels + tile - 1) / tile * problem.branches * problem.batch;
+        const int useful = items > dim / kWarps ? items : dim / kWarps;
+        const int resident = device.sms * device.resident_blocks;
+        plan->fused_blocks = useful < resident ? useful : resident;
+    }
+    const long long size = exact && problem.dtype != MGN_SPR_FLOAT32 ? 2 : 4;
+    plan->pooled_offset = MGN_SPR_BARRIER_BYTES;
+    plan->partial_offset = plan->pooled_offset + aligned(size * features * problem.batch * problem.channels);
+    plan->workspace_bytes = plan->partial_offset + aligned(4LL * plan->splits * problem.batch * dim);
+}
+
+}  // namespace
+
+extern "C" int mgn_spr_plan_for(const mgn_spr_problem* problem, mgn_spr_plan* plan) {
+    if (!problem || !plan) return MGN_SPR_BAD_POINTER;
+    if (const int wrong = check(*problem)) return wrong;
+    int index = 0, major = 0, minor = 0, cooperative = 0;
+    Device device = {};
+    cudaError_t error = cudaGetDevice(&index);
+    if (!error) error = cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index);
+    if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    if (!error) error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, index);
+    device.capability = 10 * major + minor;
+    if (!error && cooperative) {
+        const int shared = pool_shared(params_of(*problem, {}, {}), problem->layout);
+        const Kernel fused = all_kernels_for(*problem).fused;
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&device.resident_blocks, fused, kThreads, shared);
+    }
+    if (error) return MGN_SPR_CUDA_ERROR + error;
+    if (problem->path == MGN_SPR_FUSED && !device.resident_blocks) return MGN_SPR_NOT_COOPERATIVE;
+    plan_on(*problem, device, plan);
+    return MGN_SPR_OK;
+}
+
+extern "C" int mgn_spr_launch(const mgn_spr_problem* problem, const mgn_spr_plan* plan,
+                              const mgn_spr_pointers* pointers, cudaStream_t stream) {
+    if (!problem || !plan || !pointers) return MGN_SPR_BAD_POINTER;
+    if (const int wrong = check(*problem)) return wrong;
+    size_t addresses = reinterpret_cast<size_t>(pointers->weight) | reinterpret_cast<size_t>(pointers->workspace);
+    bool missing = !pointers->weight || !pointers->workspace || !pointers->bias || !pointers->output;
+    for (int b = 0; b < problem->branches; ++b) {
+        addresses |= reinterpret_cast<size_t>(pointers->maps[b]);
+        missing |= !pointers->maps[b];
+    }
+    missing |= problem->neck == MGN_SPR_RELU_NORM && (!pointers->scale || !pointers->shift);
+    missing |= problem->pooling == MGN_SPR_GEM && !pointers->power;
+    if (missing || addresses % 16) return MGN_SPR_BAD_POINTER;
+
+    const Params p = params_of(*problem, *plan, *pointers);
+    const Kernels kernels = all_kernels_for(*problem);
+    const int shared = pool_shared(p, problem->layout), dim = p.features * p.reduced;
+    if (plan->path == MGN_SPR_FUSED) {
+        void* arguments[] = {const_cast<Params*>(&p)};
+        const dim3 grid(plan->fused_blocks), block(kThreads);
+        const cudaError_t error = cudaLaunchCooperativeKernel(kernels.fused, grid, block, arguments, shared, stream);
+        return error ? MGN_SPR_CUDA_ERROR + error : MGN_SPR_OK;
+    }
+    cudaError_t error = launch(kernels.pool, dim3(p.pool_items), kThreads, shared, p, stream);
+    const dim3 tiles((p.reduced + kTile - 1) / kTile, (p.batch + kTile - 1) / kTile, p.features * p.splits);
+    if (error) return MGN_SPR_CUDA_ERROR + error;
+    if (plan->path == MGN_SPR_ROWS) {
+        error = launch(kernels.rows, dim3(dim / kWarps), kThreads, 0, p, stream);
+    } else if (plan->tensor_cores) {
+        error = launch(kernels.mma, tiles, kMmaThreads, kMmaShared, p, stream);
+    } else {
+        error = launch(kernels.fma, tiles, kThreads, kFmaShared, p, stream);
+    }
+    if (error) return MGN_SPR_CUDA_ERROR + error;
+    const int rows = problem->output == MGN_SPR_MIRROR_EMBEDDINGS ? problem->batch / 2 : problem->batch;
+    error = launch(kernels.epilogue, dim3(rows), kThreads, kWarps * 4, p, stream);
+    return error ? MGN_SPR_CUDA_ERROR + error : MGN_SPR_OK;
+}
+
+extern "C" const char* mgn_spr_error(int status) {
+    switch (status) {
+        case MGN_SPR_OK: return "no error";
+        case MGN_SPR_BAD_DTYPE: return "dtype is not one of mgn_spr_dtype";
+        case MGN_SPR_BAD_LAYOUT: return "layout is not one of mgn_spr_layout";
+        case MGN_SPR_BAD_POOLING: return "pooling is not one of mgn_spr_pooling";
+        case MGN_SPR_BAD_NECK: return "neck is not one of mgn_spr_neck";
+        case MGN_SPR_BAD_OUTPUT: return "output is not one of mgn_spr_output";
+        case MGN_SPR_BAD_PATH: return "path is not one of mgn_spr_path, or is for batches up to 8";
+        case MGN_SPR_BAD_BRANCHES: return "branches must be 1 to 4, each of 1 to 8 stripes";
+        case MGN_SPR_BAD_BATCH: return "batch must be 1 to 1024, and even where mirrors are averaged";
+        case MGN_SPR_BAD_CHANNELS: return "channels must be a multiple of 8";
+        case MGN_SPR_BAD_REDUCED: return "reduced must be a multiple of 16";
+        case MGN_SPR_BAD_MAP: return "heights and widths must be at least 1, their product at most 2^24";
+        case MGN_SPR_BAD_POINTER:
+            return "a needed pointer is null, or maps, weight or workspace are not 16-byte aligned";
+        case MGN_SPR_NOT_COOPERATIVE: return "this device has no cooperative launch, which the fused path needs";
+        default:
+            if (status < MGN_SPR_CUDA_ERROR) return "not a status of stripe-pool-reduce";
+            return cudaGetErrorString(static_cast<cudaError_t>(status - MGN_SPR_CUDA_ERROR));
+    }
+}
+
+#ifdef MGN_HOST_SHIM  // what kernels/plan.py must agree with
+extern "C" int shim_params(const mgn_spr_problem* problem, const mgn_spr_plan* plan, const mgn_spr_pointers* pointers,
+                           Params* params) {
+    *params = params_of(*problem, *plan, *pointers);
+    return sizeof(Params);
+}
+#endif
+#endif
