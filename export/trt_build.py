@@ -19,6 +19,8 @@ from mgn_deploy.tensorrt_door import import_tensorrt, logger, one_line, title
 Progress = Callable[[str, int, int], None]
 
 _one_at_a_time = threading.Lock()
+# Parts of builds that were stopped. TensorRT-RTX 1.7.1 once crashed after one: what its threads may still use is not freed.
+_stopped_builds: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,10 @@ def build_network(flavour: Flavour, network: Network, config: Any, progress: Pro
             plan = building.result()
         except BaseException:
             monitor.stopped.set()
+            _stopped_builds.append((network, config, monitor))
             raise  # when the pool has waited for the build to end
     if monitor.raised is not None:
+        _stopped_builds.append((network, config, monitor))
         raise monitor.raised
     if plan is None:
         raise UserError(f"{title(flavour)} cannot build the graph: {logger(flavour).messages.first_error()}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -226,19 +225,28 @@ def test_every_phase_is_reported_up_to_its_last_step(graph: onnx.ModelProto) -> 
     assert all(steps[0][0] == 0 and steps[-1][0] == steps[-1][1] for steps in seen.values())
 
 
-def test_ctrl_c_stops_the_build_and_the_next_one_works(graph: onnx.ModelProto) -> None:
-    steps = []
-
-    def interrupt(phase: str, step: int, of: int) -> None:
-        steps.append(step)
-        if len(steps) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        build(graph, progress=interrupt)
-    assert stopped_early()
-    assert not cache_folder().exists()
-    assert not build(graph).cached
+def test_ctrl_c_stops_the_build_and_the_next_one_works(graph: onnx.ModelProto, tmp_path: Path) -> None:
+    """In a process of its own, as on the command line."""
+    onnx.save(graph, tmp_path / "graph.onnx")
+    program = """
+import os, signal, sys, onnx
+from mgn_deploy.export.plan_cache import cache_folder
+from mgn_deploy.export.trt_builder import BuildSettings, build_plans
+graph, settings, steps = onnx.load(sys.argv[1]), BuildSettings("tensorrt_rtx", (1, 4, 8)), []
+def interrupt(phase, step, of):
+    steps.append(step)
+    if len(steps) == 5:
+        os.kill(os.getpid(), signal.SIGINT)
+try:
+    build_plans(graph, settings, ["8.6"], progress=interrupt)
+except KeyboardInterrupt:
+    print("stopped", cache_folder().exists())
+print(build_plans(graph, settings, ["8.6"])[0].cached)
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", program, str(tmp_path / "graph.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert (done.returncode, done.stdout.split()) == (0, ["stopped", "False", "False"]), done.stderr
 
 
 def test_what_progress_raises_stops_the_build_and_reaches_the_caller(graph: onnx.ModelProto) -> None:
