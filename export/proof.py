@@ -27,7 +27,11 @@ FLOORS: dict[Precision, tuple[float, float, float]] = {
     "fp32": (0.99999, 0.995, 1e-4),
     "fp16": (0.9999, 0.98, 2e-3),
     "bf16": (0.999, 0.95, 1e-2),
-    "int8": (0.95, 0.80, 1e-2),
+    "int8": (
+        0.95,
+        0.80,
+        5e-2,
+    ),  # one rounding that flips moved a coordinate by 0.011; rows that leak move it by 0.1 and more
 }
 # Batches in which images are looked for among other neighbours, at other places; an odd one among them.
 BATCHES = (1, 3, BATCH, 13)
