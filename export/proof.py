@@ -31,7 +31,7 @@ FLOORS: dict[Precision, tuple[float, float, float]] = {
         0.95,
         0.80,
         5e-2,
-    ),  # one rounding that flips moved a coordinate by 0.011; rows that leak move it by 0.1 and more
+    ),  # one flipped rounding was seen to move a coordinate by 0.011
 }
 # Batches in which images are looked for among other neighbours, at other places; an odd one among them.
 BATCHES = (1, 3, BATCH, 13)
