@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from mgn_deploy.export import heads
 from mgn_deploy.export.ranges import TensorRange
-from mgn_deploy.export.rewrite import map_names, trunk_nodes
+from mgn_deploy.export.rewrite import map_names, trunk_nodes, with_nodes
 from onnx import TensorProto, helper, numpy_helper
 
 LARGEST_FLOAT16 = 65504.0
@@ -126,14 +126,7 @@ class _Rewriter:
         return other
 
     def result(self) -> onnx.ModelProto:
-        result = onnx.ModelProto()
-        result.CopyFrom(self._graph)
-        del result.graph.node[:]
-        result.graph.node.extend(self.nodes)
-        used = {name for node in self.nodes for name in node.input}
-        del result.graph.initializer[:]
-        result.graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in used)
-        return result
+        return with_nodes(self._graph, self.nodes, self._constants.values())
 
 
 def _constant(values: np.ndarray, name: str, data_type: int) -> TensorProto:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from mgn_deploy.export.ranges import TensorRange
-from mgn_deploy.export.rewrite import group_of, trunk_nodes
+from mgn_deploy.export.rewrite import group_of, trunk_nodes, with_nodes
 from onnx import helper, numpy_helper
 
 
@@ -159,11 +159,4 @@ class _Writer:
         return name
 
     def result(self) -> onnx.ModelProto:
-        result = onnx.ModelProto()
-        result.CopyFrom(self._graph)
-        del result.graph.node[:]
-        result.graph.node.extend(self.nodes)
-        used = {name for node in self.nodes for name in node.input}
-        del result.graph.initializer[:]
-        result.graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in used)
-        return result
+        return with_nodes(self._graph, self.nodes, self._constants.values())

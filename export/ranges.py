@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,6 @@ def measure_ranges(
     crops: np.ndarray,
     *,
     histograms: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TensorRange]:
     """Run the graph by ONNX Runtime and look at every activation between the pixels and the maps.
 
@@ -39,40 +38,33 @@ def measure_ranges(
         graph: float32, as `build_graph` makes it.
         crops: uint8 `[n, height, width, 3]`.
         histograms: also count magnitudes, in a second pass.
-        progress: called with (images done, images to do), over both passes.
 
     Returns:
         By tensor name.
     """
     names = tensor_names_between(graph)
     ranges = {name: TensorRange() for name in names}
-    total = len(crops) * (2 if histograms else 1)
-    done = 0
-    for batch, values in _run(graph, names, crops):
+    for values in _run(graph, names, crops):
         for name, value in zip(names, values, strict=True):
             one = ranges[name]
             one.largest = max(one.largest, float(np.abs(value).max()))
             one.negative = one.negative or bool(value.min() < 0)
-        done += len(batch)
-        progress(done, total)
     if not histograms:
         return ranges
     for one in ranges.values():
         one.histogram = np.zeros(BINS)
-    for batch, values in _run(graph, names, crops):
+    for values in _run(graph, names, crops):
         for name, value in zip(names, values, strict=True):
             one = ranges[name]
             if one.largest > 0:
                 magnitudes = np.abs(value[value != 0])
                 one.histogram += np.histogram(magnitudes, BINS, (0, one.largest))[0]
-        done += len(batch)
-        progress(done, total)
     return ranges
 
 
 def _run(
     graph: onnx.ModelProto, names: Sequence[str], crops: np.ndarray
-) -> Iterable[tuple[np.ndarray, list[np.ndarray]]]:
+) -> Iterator[list[np.ndarray]]:
     import onnxruntime
 
     exposed = onnx.ModelProto()
@@ -85,4 +77,4 @@ def _run(
     session = onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     for at in range(0, len(crops), BATCH):
         batch = np.ascontiguousarray(crops[at : at + BATCH])
-        yield batch, session.run(list(names), {"images": batch})
+        yield session.run(list(names), {"images": batch})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 from mgn_deploy.export import heads
@@ -39,13 +39,18 @@ def tensor_names_between(graph: onnx.ModelProto) -> list[str]:
     return [pixels_name(graph), *(output for node in trunk_nodes(graph) for output in node.output)]
 
 
-def consumers(graph: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    """By tensor name, the nodes that read it."""
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    return readers
+def with_nodes(
+    graph: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], constants: Iterable[onnx.TensorProto]
+) -> onnx.ModelProto:
+    """A copy of the graph with these nodes in its nodes' place, and those of the constants that they read."""
+    result = onnx.ModelProto()
+    result.CopyFrom(graph)
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    del result.graph.initializer[:]
+    result.graph.initializer.extend(tensor for tensor in constants if tensor.name in used)
+    return result
 
 
 def group_of(weight_name: str) -> str:
