@@ -21,7 +21,7 @@ from mgn_deploy.datasets import Dataset, open_data
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.images import read_crop
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
-from mgn_deploy.ranking import evaluate_embeddings
+from mgn_deploy.validate import validate
 
 # Engine and precision, each a bundle of its own; PyTorch eager, the reference, comes first.
 ROWS = (
@@ -91,11 +91,10 @@ def _open_all(weights: Path, dataset: Dataset, calib: Path, scratch: Path) -> di
 
 def _describe(name: tuple[str, str], embedder: Embedder) -> dict[str, Any]:
     proof = embedder.bundle.manifest.proofs.get(name[0])
-    size = sum(path.stat().st_size for path in [embedder.bundle.folder / GRAPH])
     return {
         "engine": name[0],
         "precision": name[1],
-        "MB": round(size / 1e6, 1) if name != REFERENCE else None,
+        "MB": round(embedder.bundle.manifest.files[GRAPH].size / 1e6, 1) if name != REFERENCE else None,
         "mean cosine": proof.mean_cosine if proof else None,
         "worst cosine": proof.worst_cosine if proof else None,
         "top-10": proof.top10_agreement if proof else None,
@@ -105,15 +104,7 @@ def _describe(name: tuple[str, str], embedder: Embedder) -> dict[str, Any]:
 def _add_accuracy(table: list[dict[str, Any]], engines: list[Embedder], dataset: Dataset) -> None:
     for row, embedder in zip(table, engines, strict=True):
         say(f"== accuracy of {row['engine']} {row['precision']}")
-        query, gallery = (
-            embedder.embed([image.path for image in subset]) for subset in (dataset.query, dataset.gallery)
-        )
-        labels = [
-            [getattr(image, field) for image in subset]
-            for subset in (dataset.query, dataset.gallery)
-            for field in ("identity", "camera")
-        ]
-        metrics = evaluate_embeddings(query, gallery, *labels)
+        metrics = validate(dataset, embedder, None).measured
         row |= {"rank-1": 100 * metrics.rank[1], "mAP": 100 * metrics.mAP}
 
 

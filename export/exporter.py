@@ -87,8 +87,10 @@ def export_bundle(
         say: called with each step's sentence.
 
     Raises:
-        UserError: INT8 without images to calibrate on or with a budget that cannot be kept; no weights, weights whose embeddings are not finite, no images, no CPU engine installed to prove with, or
-            a place that is not writable.
+        CannotRun: INT8 without the engine that calibrates it.
+        UserError: INT8 without images to calibrate on or with a budget that cannot be kept; no weights, weights whose
+            embeddings are not finite, no images, no engine installed to prove with, a graph that TensorRT refuses, or a
+            place that is not writable.
     """
     if precision == "int8" and calib is None:
         raise UserError("INT8 needs images to calibrate on: --calib DIR, some 500 like those that it will see")
@@ -98,8 +100,7 @@ def export_bundle(
     say(f"reading {weights}")
     model = load_weights(weights)
     config = model.config
-    crops = _proof_pixels(proof_images, config.height, config.width)
-    source = "drawn people" if proof_images is None else Path(os.path.abspath(proof_images)).name
+    crops, source = _proof_pixels(proof_images, config.height, config.width)
     with atomic_folder(Path(out), names=FILES) as folder:
         say(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")
         graph = build_graph(model, flip)
@@ -183,20 +184,21 @@ def prove_again(
         UserError: no bundle, no images, or no engine to prove.
     """
     bundle = Bundle.open(folder)
-    crops = _proof_pixels(proof_images, bundle.config.height, bundle.config.width)
-    source = "drawn people" if proof_images is None else Path(os.path.abspath(proof_images)).name
+    crops, source = _proof_pixels(proof_images, bundle.config.height, bundle.config.width)
     made = _prove_all(bundle, crops, source, proof_images is None, say)
     proofs = {**bundle.manifest.proofs, **made}
     write_manifest(bundle.folder, bundle.manifest.model_copy(update={"proofs": proofs}))
     return Bundle.open(folder)
 
 
-def _proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int) -> np.ndarray:
+def _proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int) -> tuple[np.ndarray, str]:
+    """Crops, and what the proof calls them."""
     if folder is not None:
-        return proof_crops(Path(folder), height, width)
+        return proof_crops(Path(folder), height, width), Path(os.path.abspath(folder)).name
     from PIL import Image
 
-    return np.stack([read_crop(Image.fromarray(pixels), height, width) for pixels in draw_people(DRAWN_IMAGES)])
+    people = draw_people(DRAWN_IMAGES)
+    return np.stack([read_crop(Image.fromarray(pixels), height, width) for pixels in people]), "drawn people"
 
 
 def _prove_all(

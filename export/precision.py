@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from mgn_deploy.export.ranges import measure_ranges
 
 from mgn_deploy.backends import Backend, backend_module
 from mgn_deploy.bundle import Bundle, Manifest, Quantisation
-from mgn_deploy.datasets import Dataset, LabelledImage
+from mgn_deploy.datasets import Dataset
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun
-from mgn_deploy.ranking import evaluate_embeddings
+from mgn_deploy.validate import validate
 
 RANGE_IMAGES = 64
 Say = Callable[[str], None]
@@ -123,14 +123,7 @@ def _map_drop(data: Dataset, manifest: Manifest, reference: Backend) -> Drop:
     bundle = GraphInMemory(data.root, manifest, b"")
 
     def mean_ap(engine: Backend) -> float:
-        embedder = Embedder(bundle, engine)
-        query, gallery = (embedder.embed([image.path for image in subset]) for subset in (data.query, data.gallery))
-        labels = [_labels(subset) for subset in (data.query, data.gallery)]
-        return evaluate_embeddings(query, gallery, *labels[0], *labels[1]).mAP
+        return validate(data, Embedder(bundle, engine), None).measured.mAP
 
     before = mean_ap(reference)
     return lambda engine: 100 * (before - mean_ap(engine))
-
-
-def _labels(images: Sequence[LabelledImage]) -> tuple[list[int], list[int]]:
-    return [image.identity for image in images], [image.camera for image in images]

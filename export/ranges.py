@@ -62,9 +62,7 @@ def measure_ranges(
     return ranges
 
 
-def _run(
-    graph: onnx.ModelProto, names: Sequence[str], crops: np.ndarray
-) -> Iterator[list[np.ndarray]]:
+def _run(graph: onnx.ModelProto, names: Sequence[str], crops: np.ndarray) -> Iterator[list[np.ndarray]]:
     import onnxruntime
 
     exposed = onnx.ModelProto()

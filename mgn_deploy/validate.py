@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.multi_query import needed_subsets, pool_queries, views_of_queries
@@ -87,9 +89,14 @@ def _measure(
     queries = embed(data.query, 0)
     if multi_query:
         queries = pool_queries(queries, embed(views, len(data.query)), members, multi_query)
+    return rank_gallery(data, queries, embed(data.gallery, len(data.query) + len(views)))
+
+
+def rank_gallery(data: Dataset, query: np.ndarray, gallery: np.ndarray) -> RankingMetrics:
+    """Score the embeddings `[q, d]` and `[g, d]` of `data.query` and `data.gallery`."""
     return evaluate_embeddings(
-        queries,
-        embed(data.gallery, len(data.query) + len(views)),
+        query,
+        gallery,
         [image.identity for image in data.query],
         [image.camera for image in data.query],
         [image.identity for image in data.gallery],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from bomb import Bomb
 from in_process import mgn_deploy
 from mgn_deploy.train.importers.detect import detect
 from mgn_deploy.train.importers.importing import import_checkpoint
@@ -442,16 +443,6 @@ def test_branches_that_were_never_trained_are_refused(tmp_path):
         if name.endswith("num_batches_tracked") and not name.startswith(("backbone.", "p1.", "reduction_0.")):
             tensor.zero_()
     assert_refused(saved(single, tmp_path), "branches p2, p3 were never trained")
-
-
-class Bomb:
-    """A pickle that makes a file when it is loaded by a careless reader."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from bomb import Bomb
 from in_process import mgn_deploy
 from mgn_deploy.train.weights import CONFIG, TENSORS, load_weights, new_model, save_weights, weights_hash
 from safetensors.torch import load_file, save_file
@@ -231,16 +232,6 @@ def test_a_network_of_other_widths_is_refused_by_its_first_tensor(tmp_path, resn
     torch.save(resnet18_state, tmp_path / "r.pth")
     with pytest.raises(UserError, match=r"first 'conv1\.weight'"):
         new_model(TINY, tmp_path / "r.pth")
-
-
-class Bomb:
-    """A pickle that makes a file when it is loaded by a careless reader."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle"])

@@ -11,7 +11,8 @@ from mgn_deploy.train.model import MGN, Embedding
 from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.embedder import batched, in_order
 from mgn_deploy.images import read_crop
-from mgn_deploy.ranking import RankingMetrics, evaluate_embeddings
+from mgn_deploy.ranking import RankingMetrics
+from mgn_deploy.validate import rank_gallery
 
 
 def evaluate_model(model: MGN, data: Dataset, *, flip: bool = True, batch_size: int = 64) -> RankingMetrics:
@@ -28,13 +29,6 @@ def evaluate_model(model: MGN, data: Dataset, *, flip: bool = True, batch_size: 
             ]
         return torch.cat(rows).numpy()
 
-    metrics = evaluate_embeddings(
-        embed(data.query),
-        embed(data.gallery),
-        [image.identity for image in data.query],
-        [image.camera for image in data.query],
-        [image.identity for image in data.gallery],
-        [image.camera for image in data.gallery],
-    )
+    metrics = rank_gallery(data, embed(data.query), embed(data.gallery))
     model.train(training)
     return metrics

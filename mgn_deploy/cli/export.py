@@ -1,4 +1,4 @@
-"""`mgn-deploy init` and `mgn-deploy export`."""
+"""`mgn-deploy init`, `export` and `prove`."""
 
 from __future__ import annotations
 
