@@ -13,23 +13,27 @@ from pathlib import Path
 import numpy as np
 import onnx
 from mgn_deploy.export.calibration_images import read_calibration_images
+from mgn_deploy.export.fused import cut_heads
 from mgn_deploy.export.graph import build_graph
 from mgn_deploy.export.layer_table import summary
 from mgn_deploy.export.precision import ENGINES, to_half_precision, to_int8
 from mgn_deploy.export.proof import proof_crops, prove, run_in_batches
 from mgn_deploy.export.trt_build import Progress
 from mgn_deploy.export.trt_builder import BuildSettings, Plan, build_plans
+from mgn_deploy.kernels.plan import MAX_BATCH
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 import mgn_deploy
 from mgn_deploy.backends import ORDER, backend_module
 from mgn_deploy.bundle import (
     GRAPH,
+    HEADS,
     MANIFEST,
     MANIFEST_HASH,
     REFERENCE,
     Bundle,
     FileEntry,
+    Heads,
     Manifest,
     Precision,
     Proof,
@@ -43,7 +47,7 @@ from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.images import PREPROCESSING, read_crop
 
 DRAWN_IMAGES = 96
-FILES = (MANIFEST, MANIFEST_HASH, GRAPH, REFERENCE, "*.plan", "*.layers.json")
+FILES = (MANIFEST, MANIFEST_HASH, GRAPH, HEADS, REFERENCE, "*.plan", "*.layers.json")
 
 
 def export_bundle(
@@ -51,6 +55,7 @@ def export_bundle(
     out: str | os.PathLike[str],
     *,
     precision: Precision = "fp32",
+    heads: Heads = "plain",
     engine: str | None = None,
     build: BuildSettings | None = None,
     compute_capabilities: Sequence[str] = (),
@@ -72,6 +77,8 @@ def export_bundle(
         weights: a weights folder (`train/weights.py`).
         out: the bundle's folder; it appears whole, replacing an earlier bundle.
         precision: of the network; pixels, the heads' sums and the L2 norm are float32 in all.
+        heads: "fused" ends the graph with the maps; backends on a GPU go on by the stripe-pool-reduce kernel, those on a CPU by
+            its reference.
         engine: "tensorrt" and "tensorrt-rtx" also build plans. An INT8 graph is for one engine (`export/precision.py`, ENGINES; without
             a name OpenVINO); the other precisions' graphs are the same for every engine.
         build: of the plans: batches, workspace, compatibility.
@@ -96,6 +103,9 @@ def export_bundle(
         raise UserError("INT8 needs images to calibrate on: --calib DIR, some 500 like those that it will see")
     if engine is not None and engine not in ENGINES:
         raise UserError(f"no engine {engine!r} to quantise for: choose {', '.join(ENGINES)}")
+    if heads == "fused" and build and build.batch[2] * (2 if flip else 1) > MAX_BATCH:
+        most = MAX_BATCH // (2 if flip else 1)
+        raise UserError(f"a batch of {build.batch[2]}: fused heads take at most {most} images a call; lower --batch")
     weights = Path(weights)
     say(f"reading {weights}")
     model = load_weights(weights)
@@ -126,9 +136,12 @@ def export_bundle(
         elif precision != "fp32":
             graph, kept = to_half_precision(graph, precision, crops, say)
             manifest = manifest.model_copy(update={"float32_nodes": kept})
-        content = graph.SerializeToString(deterministic=True)
-        (folder / GRAPH).write_bytes(content)
-        files = {GRAPH: FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))}
+        files: dict[str, FileEntry] = {}
+        if heads == "fused":
+            graph, fused = cut_heads(graph, config, flip)
+            _write_file(folder, HEADS, fused.to_bytes(), files)
+            manifest = manifest.model_copy(update={"heads": heads})
+        _write_file(folder, GRAPH, graph.SerializeToString(deterministic=True), files)
         shutil.copyfile(weights / TENSORS, folder / REFERENCE)
         files[REFERENCE] = FileEntry(sha256=sha256_file(folder / REFERENCE), size=(folder / REFERENCE).stat().st_size)
         if engine in ("tensorrt", "tensorrt-rtx"):
@@ -148,14 +161,19 @@ def export_bundle(
     return Bundle.open(out)
 
 
+def _write_file(folder: Path, name: str, content: bytes, files: dict[str, FileEntry]) -> None:
+    """Puts a file into the bundle and into `files`."""
+    (folder / name).write_bytes(content)
+    files[name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+
+
 def _write_plan(
     plan: Plan, graph: onnx.ModelProto, folder: Path, files: dict[str, FileEntry], say: Callable[[str], None]
 ) -> EngineEntry:
     """Puts a plan and its layer table into the bundle and into `files`."""
     table = plan.file_name.removesuffix(".plan") + ".layers.json"
-    for name, content in ((plan.file_name, plan.content), (table, json.dumps(plan.layers, indent=1).encode())):
-        (folder / name).write_bytes(content)
-        files[name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    _write_file(folder, plan.file_name, plan.content, files)
+    _write_file(folder, table, json.dumps(plan.layers, indent=1).encode(), files)
     facts = summary(plan.layers, graph)
     say(
         f"{plan.file_name}: {len(plan.content) / 1e6:.1f} MB, {'from the cache' if plan.cached else f'{plan.seconds:.1f} s'}, "
@@ -218,7 +236,7 @@ def _prove_all(
         if reason:
             say(f"no proof for {name}: {reason}")
             continue
-        if quantisation is not None and name != ENGINES[quantisation.engine][1]:
+        if quantisation is not None and name not in ENGINES[quantisation.engine].backends:
             continue  # the graph is not for it
         if name == "torch" and bundle.manifest.precision != "fp32":
             continue  # it runs the float32 weights, which are not what this bundle is

@@ -2,7 +2,8 @@
 
     BUNDLE/manifest.json            what the model is, its input, precision, the hash of every file, the proofs
     BUNDLE/manifest.sha256          the manifest's own hash, as `sha256sum -c manifest.sha256` checks it
-    BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows
+    BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows; with fused heads -> the maps
+    BUNDLE/heads.npz                with fused heads: their numbers (`fused_heads.py`)
     BUNDLE/NAME.plan, NAME.layers.json    TensorRT plans and their layer tables, where they were built
     BUNDLE/reference.safetensors    the PyTorch weights (left out by --no-reference): torch backend, `validate`
 
@@ -30,9 +31,11 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 GRAPH = "graph.onnx"
+HEADS = "heads.npz"
 REFERENCE = "reference.safetensors"
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Heads = Literal["plain", "fused"]
 
 
 class _Strict(BaseModel):
@@ -101,6 +104,7 @@ class Manifest(_Strict):
     model: ModelConfig
     flip: bool
     precision: Precision
+    heads: Heads = "plain"
     preprocessing: str
     files: dict[str, FileEntry]
     source_weights_sha256: str

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.cuda_errors import cuda_errors, cuda_sentence
+from mgn_deploy.cuda_heads import CudaHeads, MapType, map_type
 from mgn_deploy.engine_entry import Flavour
 from mgn_deploy.errors import UserError
+from mgn_deploy.fused_heads import FusedHeads
 from mgn_deploy.tensorrt_door import import_tensorrt, logger, title
 
 SLOTS = 2
@@ -36,12 +38,14 @@ class CudaPipeline:
     the other and share their working memory.
 
     Args:
-        engine: with input uint8 `images` `[n, height, width, 3]` and output float32 `embeddings` `[n, dim]`.
+        engine: with input uint8 `images` `[n, height, width, 3]` and output float32 `embeddings` `[n, dim]`, or, with fused
+            heads, the maps.
         flavour: of the engine.
         dim: of an embedding.
+        heads: what follows an engine that ends with the maps.
     """
 
-    def __init__(self, engine: Any, flavour: Flavour, dim: int) -> None:
+    def __init__(self, engine: Any, flavour: Flavour, dim: int, heads: FusedHeads | None = None) -> None:
         from cuda.core import Device
 
         device = Device(0)
@@ -53,6 +57,9 @@ class CudaPipeline:
         self._upload, self._compute, self._download = (device.create_stream() for _ in range(3))
         self._slots = [_Slot(device, self._compute, self._most, self._image, dim) for _ in range(SLOTS)]
         self._memory = device.allocate(max(1, engine.device_memory_size_v2), stream=self._compute)
+        self._heads = None
+        if heads:
+            self._heads = CudaHeads(heads, engine_maps(engine, flavour), self._most, device, self._compute)
         self._contexts: dict[int, Any] = {}
         self._graphs: dict[tuple[int, int], Any] = {}
         self._running = False
@@ -135,15 +142,20 @@ class CudaPipeline:
             return
         context = self._contexts.get(rows) or self._new_context(rows)
         context.set_tensor_address("images", int(slot.device_images.handle))
-        context.set_tensor_address("embeddings", int(slot.device_embeddings.handle))
+        if self._heads:
+            self._heads.prepare(rows)
+            for name, address in zip(map_names(self._engine), self._heads.map_addresses, strict=True):
+                context.set_tensor_address(name, address)
+        else:
+            context.set_tensor_address("embeddings", int(slot.device_embeddings.handle))
         # This run gives the batch's result, and settles what may not happen while a graph is recorded.
-        self._enqueue(context, self._compute)
+        self._enqueue(context, self._compute, slot, rows)
         self._compute.sync()
         builder = self._compute.create_graph_builder()
         capturable = getattr(context, "is_stream_capturable", None)  # only TensorRT-RTX asks
         if capturable is None or capturable(int(builder.stream.handle)):
             builder.begin_building()
-            self._enqueue(context, builder.stream)
+            self._enqueue(context, builder.stream, slot, rows)
             self._graphs[key] = builder.end_building().complete()
 
     def _new_context(self, rows: int) -> Any:
@@ -158,12 +170,33 @@ class CudaPipeline:
         self._contexts[rows] = context
         return context
 
-    def _enqueue(self, context: Any, stream: Any) -> None:
+    def _enqueue(self, context: Any, stream: Any, slot: _Slot, rows: int) -> None:
         messages = logger(self._flavour).messages
         messages.clear()
         if not context.execute_async_v3(int(stream.handle)):
             reason = messages.first_error()
             raise UserError(cuda_sentence(reason) or f"{title(self._flavour)} cannot run the engine: {reason}")
+        if self._heads:
+            self._heads.launch(rows, int(slot.device_embeddings.handle), stream)
+
+
+def map_names(engine: Any) -> list[str]:
+    """Of an engine that ends with the maps: its outputs, in the order of the branches."""
+    names = (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
+    return [name for name in names if name != "images"]
+
+
+def engine_maps(engine: Any, flavour: Flavour) -> MapType:
+    """How it writes its maps. Channels are a multiple of 8, so that 8 channels at a time is channels-last without gaps."""
+    trt = import_tensorrt(flavour)
+    layouts = {trt.TensorFormat.LINEAR: "nchw", trt.TensorFormat.HWC8: "nhwc", trt.TensorFormat.HWC: "nhwc"}
+    dtypes = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
+    names = map_names(engine)
+    return map_type(
+        [dtypes.get(engine.get_tensor_dtype(name), "another type") for name in names],
+        [layouts.get(engine.get_tensor_format(name), "another layout") for name in names],
+        [tuple(engine.get_tensor_shape(name)) for name in names],
+    )
 
 
 def execution_context(flavour: Flavour, engine: Any) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from mgn_deploy.backends import Backend, import_problem
 from mgn_deploy.bundle import GRAPH, Bundle
+from mgn_deploy.fused_heads import FusedHeads
 
 
 def missing() -> str | None:
@@ -40,7 +43,19 @@ class OpenVinoBackend:
             },
         )
         self._request = self._compiled.create_infer_request()
+        self._heads = FusedHeads.read(bundle) if bundle.manifest.heads == "fused" else None
+        self._maps = len(self._compiled.outputs)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         self._request.infer([images], share_inputs=True)
+        if self._heads:
+            return self._heads([_numbers(self._request.get_output_tensor(i)) for i in range(self._maps)])
         return np.array(self._request.get_output_tensor(0).data)
+
+
+def _numbers(tensor: Any) -> np.ndarray:
+    """A tensor's values. NumPy knows no bfloat16, and OpenVINO gives its bits as if they were float16's."""
+    values: np.ndarray = tensor.data
+    if tensor.element_type.get_type_name() != "bf16":
+        return values
+    return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

@@ -57,6 +57,7 @@ def export(
     weights: Path = typer.Argument(help="A weights folder: config.json and mgn.safetensors."),
     out: Path = typer.Option(..., "-o", "--out", help="The bundle to write."),
     precision: str = typer.Option("fp32", help="fp32, fp16, bf16 or int8."),
+    heads: str = typer.Option("plain", help="plain, or fused: on GPUs the heads run as one kernel after the engine."),
     engine: str | None = typer.Option(
         None,
         help="openvino, onnxruntime, tensorrt or tensorrt-rtx: the last two also build plans; an int8 graph is for one engine.",
@@ -88,7 +89,7 @@ def export(
 ) -> None:
     """Export weights to a bundle (one ONNX graph) and prove every engine that is installed here against PyTorch."""
     require_training()
-    from mgn_deploy.bundle import Precision
+    from mgn_deploy.bundle import Heads, Precision
     from mgn_deploy.datasets import open_data
     from mgn_deploy.export.exporter import export_bundle
     from mgn_deploy.export.triton import write_model_repository
@@ -96,6 +97,10 @@ def export(
 
     if precision not in get_args(Precision):
         raise UserError(f"--precision {precision}: choose {', '.join(get_args(Precision))}")
+    if heads not in get_args(Heads):
+        raise UserError(f"--heads {heads}: choose {', '.join(get_args(Heads))}")
+    if triton and heads == "fused":
+        raise UserError("Triton serves whole graphs: --triton goes with --heads plain")
     flavour = engine.replace("-", "_") if engine in ("tensorrt", "tensorrt-rtx") else None
     build = None
     if flavour:
@@ -110,6 +115,7 @@ def export(
         weights,
         out,
         precision=precision,  # type: ignore[arg-type]
+        heads=heads,  # type: ignore[arg-type]
         engine=engine,
         build=build,
         compute_capabilities=parse_capabilities(compute_capability),

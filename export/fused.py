@@ -1,0 +1,61 @@
+"""The graph cut at the heads' call: a trunk graph that ends with the maps, and the heads' numbers for the kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.shape_inference
+from mgn_deploy.export.rewrite import head_call, map_names, with_nodes
+from onnx import helper, numpy_helper
+
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.errors import UserError
+from mgn_deploy.fused_heads import FusedHeads
+
+
+def cut_heads(graph: onnx.ModelProto, config: ModelConfig, flip: bool) -> tuple[onnx.ModelProto, FusedHeads]:
+    """Of a graph of any precision: uint8 images -> maps `[n or 2n, C, H_b, W_b]`, in the order of the
+    branches and the type that the heads read; and the heads.
+
+    Raises:
+        UserError: the kernel does not take heads of these sizes.
+    """
+    call = head_call(graph)
+    tensors = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer if t.name in call.input}
+    numbers = {name.removeprefix("heads."): values for name, values in tensors.items()}
+    weight = np.ascontiguousarray(numbers.pop("weight").transpose(0, 2, 1))
+    _check(config, channels=weight.shape[2])
+    trunk = _trunk(graph, call)
+    kind = helper.tensor_dtype_to_np_dtype(trunk.graph.output[0].type.tensor_type.elem_type)
+    vectors = {name: values.reshape(len(values), -1) for name, values in numbers.items() if name != "power"}
+    heads = FusedHeads(
+        config,
+        flip,
+        weight.astype(kind).astype(np.float32),
+        vectors["bias"],
+        vectors.get("scale"),
+        vectors.get("shift"),
+        numbers.get("power"),
+    )
+    return trunk, heads
+
+
+def _check(config: ModelConfig, channels: int) -> None:
+    from mgn_deploy.kernels.plan import MAX_BRANCHES
+
+    if channels % 8 or config.reduced_width % 16 or len(config.branches) > MAX_BRANCHES:
+        raise UserError(
+            f"--heads fused takes at most {MAX_BRANCHES} branches, channels divisible by 8 and a reduced width divisible by 16; this "
+            f"model has {len(config.branches)}, {channels} and {config.reduced_width}: use --heads plain"
+        )
+
+
+def _trunk(graph: onnx.ModelProto, call: onnx.NodeProto) -> onnx.ModelProto:
+    before = list(graph.graph.node)[: list(graph.graph.node).index(call)]
+    trunk = with_nodes(graph, before, graph.graph.initializer)
+    del trunk.functions[:]
+    del trunk.graph.output[:]
+    known = {value.name: value for value in onnx.shape_inference.infer_shapes(trunk).graph.value_info}
+    trunk.graph.output.extend(known[name] for name in map_names(graph))
+    onnx.checker.check_model(trunk, full_check=True)
+    return trunk
