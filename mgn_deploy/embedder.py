@@ -81,9 +81,10 @@ class Embedder:
         sources = list(images)
         embeddings = np.empty((len(sources), self.dim), np.float32)
         done = 0
-        for batch in batched(in_order(self._read, sources), batch_size):
-            embeddings[done : done + len(batch)] = self.backend(np.stack(batch))
-            done += len(batch)
+        batches = (np.stack(batch) for batch in batched(in_order(self._read, sources), batch_size))
+        for rows in run_batches(self.backend, batches):
+            embeddings[done : done + len(rows)] = rows
+            done += len(rows)
             if progress:
                 progress(done, len(sources))
         return embeddings
@@ -108,6 +109,12 @@ def check_batch_size(batch_size: int) -> None:
     """Raise UserError unless at least one image goes into an engine call."""
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
+
+
+def run_batches(backend: Backend, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Embeddings of each batch, in order. A backend with a `stream` (TensorRT's) asks for batches ahead of its results."""
+    stream = getattr(backend, "stream", None)
+    yield from stream(batches) if stream else map(backend, batches)
 
 
 def in_order(function: Callable[[T], R], items: Sequence[T], ahead: int = 64) -> Iterator[R]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from mgn_deploy.datasets.market1501 import parse_name
-from mgn_deploy.embedder import Embedder, check_batch_size, in_order
+from mgn_deploy.embedder import Embedder, check_batch_size, in_order, run_batches
 from mgn_deploy.errors import GateFailed, UnreadableImage
 from mgn_deploy.images import PREPROCESSING, read_crop
 from mgn_deploy.listing import ImageFile, list_images
@@ -126,18 +127,25 @@ def _embed_shard(
     rows: list[Row] = []
     embeddings = np.full((count, embedder.dim), np.nan, np.float32)
     batch: list[np.ndarray] = []
-    places: list[int] = []
-    whole = 0  # rows before this one are complete
+    places: list[int] = []  # rows of the batch that is being filled
+    on_their_way = deque[list[int]]()  # those of the batches that the backend has
 
-    def run_batch() -> None:
-        # Always a full batch: an engine may round differently at another batch size, and a resumed run must not.
+    def whole() -> int:
+        """Rows before this one are complete."""
+        return min([row for first in [*on_their_way, places] for row in first[:1]], default=len(rows))
+
+    def too_many() -> bool:
+        return max_failures is not None and len(report.failed) > max_failures
+
+    def full_batch() -> np.ndarray:
+        # An engine may round differently at another batch size, and a resumed run must not: copies fill the last batch.
         images = np.stack(batch + [batch[-1]] * (batch_size - len(batch)))
-        embeddings[places] = embedder.backend(images)[: len(batch)]
-        report.embedded += len(batch)
+        on_their_way.append(places.copy())
         batch.clear()
         places.clear()
+        return images
 
-    try:
+    def batches() -> Iterator[np.ndarray]:
         for _ in range(count):
             file, pixels = next(decoded)
             if isinstance(pixels, str):
@@ -147,19 +155,25 @@ def _embed_shard(
                 places.append(len(rows))
             rows.append(_row(file, pixels if isinstance(pixels, str) else None))
             if len(batch) == batch_size:
-                run_batch()
-            if not batch:
-                whole = len(rows)
-                progress(whole)
-            if max_failures is not None and len(report.failed) > max_failures:
-                name, reason = report.failed[-1]
-                raise GateFailed(f"more than {max_failures} images cannot be read; the last, {name!r}: {reason}")
+                yield full_batch()
+            progress(whole())
+            if too_many():
+                return
         if batch:
-            run_batch()
-        whole = len(rows)
-        progress(whole)
+            yield full_batch()
+
+    try:
+        for found in run_batches(embedder.backend, batches()):
+            own = on_their_way[0]
+            embeddings[own] = found[: len(own)]
+            on_their_way.popleft()  # now: Ctrl-C between the two must not count rows that are not there
+            report.embedded += len(own)
+        progress(whole())
+        if too_many():
+            name, reason = report.failed[-1]
+            raise GateFailed(f"more than {max_failures} images cannot be read; the last, {name!r}: {reason}")
     finally:
-        _commit_new(writer, rows[:whole], embeddings[:whole])
+        _commit_new(writer, rows[: whole()], embeddings[: whole()])
 
 
 def _commit_new(writer: StoreWriter, rows: Sequence[Row], embeddings: np.ndarray) -> None:

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -538,3 +540,74 @@ def test_limit_on_file_sizes_is_a_sentence_and_without_it_the_same_run_goes_on(
     assert "the disk is full (File too large)" in str(refused.value)
     run_in_small_shards(mixed, tmp_path / "s", embedder)
     assert_same_store(tmp_path / "s", undisturbed)
+
+
+# A backend that has batches on their way, as TensorRT's does
+
+
+class StreamingBackend:
+    """ONNX Runtime in a thread, asking for up to two batches before it gives the first one's rows."""
+
+    def __init__(self, embedder: Embedder, dies_after: int | None = None) -> None:
+        backend = embedder.backend
+        self.name, self.version, self.device, self._backend = backend.name, backend.version, backend.device, backend
+        self._dies_after = dies_after
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        [rows] = self.stream([images])
+        return rows
+
+    def stream(self, batches):
+        busy, given = deque(), 0
+        with ThreadPoolExecutor(1) as pool:
+            for images in batches:
+                busy.append(pool.submit(self._backend, images.copy()))
+                images[:] = 0  # the caller's array is its own again
+                if len(busy) == 2:
+                    if given == self._dies_after:
+                        raise RuntimeError("engine died")
+                    yield busy.popleft().result()
+                    given += 1
+            while busy:
+                yield busy.popleft().result()
+
+
+def test_batches_on_their_way_change_no_byte(mixed, embedder, tmp_path):
+    embed_folder(mixed, tmp_path / "one", embedder)
+    embed_folder(mixed, tmp_path / "ahead", Embedder(embedder.bundle, StreamingBackend(embedder)))
+    assert_same_store(tmp_path / "ahead", tmp_path / "one")
+    paths = [mixed / name for name in names(tmp_path / "one")]
+    ahead = Embedder(embedder.bundle, StreamingBackend(embedder)).embed(paths, batch_size=3)
+    assert np.array_equal(ahead, embedder.embed(paths, batch_size=3))
+
+
+def test_interrupt_with_batches_on_their_way_commits_only_what_came_back(mixed, embedder, tmp_path):
+    def interrupt(done, total):
+        if done > 20:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    ahead = Embedder(embedder.bundle, StreamingBackend(embedder))
+    with pytest.raises(KeyboardInterrupt):
+        embed_folder(mixed, tmp_path / "s", ahead, progress=interrupt)
+    committed = len(names(tmp_path / "s"))
+    assert 10 < committed < 40
+    assert_rows_are_their_files(tmp_path / "s", mixed, embedder)
+    assert counts(embed_folder(mixed, tmp_path / "s", ahead))[:2] == (40 - committed, committed)
+
+
+def test_an_engine_that_dies_with_batches_on_their_way_loses_only_those(mixed, embedder, tmp_path):
+    ahead = Embedder(embedder.bundle, StreamingBackend(embedder, dies_after=2))
+    with pytest.raises(RuntimeError, match="engine died"):
+        embed_folder(mixed, tmp_path / "s", ahead)
+    assert len(names(tmp_path / "s")) >= 16
+    assert_rows_are_their_files(tmp_path / "s", mixed, embedder)
+
+
+def test_too_many_failures_wait_for_the_batches_on_their_way(images, embedder, tmp_path):
+    for name in ("b.jpg", "d.jpg"):
+        (images / name).write_bytes(b"")
+    ahead = Embedder(embedder.bundle, StreamingBackend(embedder))
+    with pytest.raises(GateFailed, match="more than 1 images"):
+        embed_folder(images, tmp_path / "s", ahead, batch_size=1, max_failures=1)
+    assert names(tmp_path / "s") == ["a.jpg", "c.jpg"]
+    assert_rows_are_their_files(tmp_path / "s", images, embedder)
