@@ -10,21 +10,19 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import onnx
 from mgn_deploy.export.calibration_images import read_calibration_images
 from mgn_deploy.export.fused import cut_heads
 from mgn_deploy.export.graph import build_graph
 from mgn_deploy.export.layer_table import summary
 from mgn_deploy.export.precision import ENGINES, to_half_precision, to_int8
-from mgn_deploy.export.proof import proof_crops, prove, run_in_batches
+from mgn_deploy.export.prove import proof_pixels, prove_backends
 from mgn_deploy.export.trt_build import Progress
 from mgn_deploy.export.trt_builder import BuildSettings, Plan, build_plans
 from mgn_deploy.kernels.plan import MAX_BATCH
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 import mgn_deploy
-from mgn_deploy.backends import ORDER, backend_module
 from mgn_deploy.bundle import (
     GRAPH,
     HEADS,
@@ -36,17 +34,14 @@ from mgn_deploy.bundle import (
     Heads,
     Manifest,
     Precision,
-    Proof,
     write_manifest,
 )
 from mgn_deploy.datasets import Dataset
-from mgn_deploy.drawn import draw_people
 from mgn_deploy.engine_entry import EngineEntry
-from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder, sha256_file
-from mgn_deploy.images import PREPROCESSING, read_crop
+from mgn_deploy.images import PREPROCESSING
 
-DRAWN_IMAGES = 96
 FILES = (MANIFEST, MANIFEST_HASH, GRAPH, HEADS, REFERENCE, "*.plan", "*.layers.json")
 
 
@@ -86,7 +81,7 @@ def export_bundle(
         use_cache: take plans from the cache and put them there.
         build_progress: called as (phase, step, steps) while a plan is built.
         calib: folder of images to calibrate INT8 on.
-        data: labelled queries and gallery; INT8's budget is then about their mAP.
+        data: labelled queries and gallery: each proof also has their rank-1 and mAP, and INT8's budget is about their mAP.
         max_drop: points of mAP, without `data` of top-10 agreement, that INT8 may lose.
         flip: average the features of image and mirror in the graph (section 4.1).
         reference: put the PyTorch weights into the bundle, for the torch backend and `validate`.
@@ -110,7 +105,7 @@ def export_bundle(
     say(f"reading {weights}")
     model = load_weights(weights)
     config = model.config
-    crops, source = _proof_pixels(proof_images, config.height, config.width)
+    pixels = proof_pixels(proof_images, config.height, config.width)
     with atomic_folder(Path(out), names=FILES) as folder:
         say(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")
         graph = build_graph(model, flip)
@@ -125,16 +120,16 @@ def export_bundle(
         )
         if precision == "int8":
             assert calib is not None
-            images = read_calibration_images(calib, config.height, config.width, crops)
+            images = read_calibration_images(calib, config.height, config.width, pixels.crops)
             for warning in images.warnings:
                 say(warning)
             plain = build_graph(model, flip=False) if flip else graph
             graph, quantisation = to_int8(
-                graph, plain, manifest, engine or "openvino", images, crops, data, max_drop, say
+                graph, plain, manifest, engine or "openvino", images, pixels.crops, data, max_drop, say
             )
             manifest = manifest.model_copy(update={"quantisation": quantisation})
         elif precision != "fp32":
-            graph, kept = to_half_precision(graph, precision, crops, say)
+            graph, kept = to_half_precision(graph, precision, pixels.crops, say)
             manifest = manifest.model_copy(update={"float32_nodes": kept})
         files: dict[str, FileEntry] = {}
         if heads == "fused":
@@ -153,7 +148,7 @@ def export_bundle(
             )
         manifest = manifest.model_copy(update={"files": files})
         write_manifest(folder, manifest)
-        proofs = _prove_all(Bundle(folder, manifest), crops, source, proof_images is None, say)
+        proofs = prove_backends(Bundle(folder, manifest), pixels, data, say)
         if not reference:
             (folder / REFERENCE).unlink()
             del files[REFERENCE]
@@ -180,76 +175,6 @@ def _write_plan(
         + ", ".join(f"{name} {value}" for name, value in facts.items())
     )
     return plan.entry(plan.file_name)
-
-
-def prove_again(
-    folder: str | os.PathLike[str],
-    *,
-    proof_images: str | os.PathLike[str] | None = None,
-    say: Callable[[str], None] = lambda sentence: None,
-) -> Bundle:
-    """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
-
-    Proofs of backends that do not run here are kept as they are.
-
-    Args:
-        folder: a bundle with its reference weights.
-        proof_images: folder of images to prove on; without it, on drawn people.
-        say: called with each step's sentence.
-
-    Raises:
-        CannotRun: PyTorch is not installed, or the bundle was exported with --no-reference.
-        UserError: no bundle, no images, or no engine to prove.
-    """
-    bundle = Bundle.open(folder)
-    crops, source = _proof_pixels(proof_images, bundle.config.height, bundle.config.width)
-    made = _prove_all(bundle, crops, source, proof_images is None, say)
-    proofs = {**bundle.manifest.proofs, **made}
-    write_manifest(bundle.folder, bundle.manifest.model_copy(update={"proofs": proofs}))
-    return Bundle.open(folder)
-
-
-def _proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int) -> tuple[np.ndarray, str]:
-    """Crops, and what the proof calls them."""
-    if folder is not None:
-        return proof_crops(Path(folder), height, width), Path(os.path.abspath(folder)).name
-    from PIL import Image
-
-    people = draw_people(DRAWN_IMAGES)
-    return np.stack([read_crop(Image.fromarray(pixels), height, width) for pixels in people]), "drawn people"
-
-
-def _prove_all(
-    bundle: Bundle, crops: np.ndarray, source: str, drawn: bool, say: Callable[[str], None]
-) -> dict[str, Proof]:
-    """A proof for each backend that runs here; the reference is PyTorch with the source weights, batch norms not folded."""
-    quantisation = bundle.manifest.quantisation
-    say(f"embedding {len(crops)} images of {source} with the PyTorch reference")
-    reference_backend = backend_module("torch").open_engine(bundle)
-    reference = run_in_batches(reference_backend, crops)
-    if not np.isfinite(reference).all():
-        raise UserError("PyTorch's own embeddings with these weights are not finite: train them anew")
-    proofs = {}
-    for name in ORDER:
-        module = backend_module(name)
-        reason = module.missing()
-        if reason:
-            say(f"no proof for {name}: {reason}")
-            continue
-        if quantisation is not None and name not in ENGINES[quantisation.engine].backends:
-            continue  # the graph is not for it
-        if name == "torch" and bundle.manifest.precision != "fp32":
-            continue  # it runs the float32 weights, which are not what this bundle is
-        say(f"proving {name} on them")
-        try:
-            backend = reference_backend if name == "torch" else module.open_engine(bundle)
-        except CannotRun as error:
-            say(f"no proof for {name}: {error}")
-            continue
-        proofs[name] = prove(backend, crops, reference, bundle.manifest.precision, image_source=source, drawn=drawn)
-    if not set(proofs) - {"torch"}:
-        raise UserError("no engine is installed to prove the graph with: pip install 'mgn-deploy[cpu]'")
-    return proofs
 
 
 def _tool_versions() -> dict[str, str]:

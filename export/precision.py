@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -25,12 +26,25 @@ from mgn_deploy.validate import validate
 RANGE_IMAGES = 64
 Say = Callable[[str], None]
 
-# Where Q/DQ pairs stand for an engine, and what runs the candidates: TensorRT's run by ONNX Runtime, which takes the same graph.
+
+class Int8Engine(NamedTuple):
+    """Where Q/DQ pairs stand for an engine, the backend that runs the candidates, and the backends that are proven with the graph."""
+
+    placement: quantise.Placement
+    runner: str
+    backends: tuple[str, ...]
+
+
+# Candidates of TensorRT's graph run by ONNX Runtime on the CPU, which takes it, too. No graph is for `onnxruntime_cuda`: that
+# provider has no integer convolutions, and would round around float32 ones.
+_TENSORRT = Int8Engine(
+    quantise.TENSORRT, "onnxruntime", ("tensorrt", "tensorrt_rtx", "onnxruntime_tensorrt", "onnxruntime")
+)
 ENGINES = {
-    "openvino": (quantise.OPENVINO, "openvino"),
-    "onnxruntime": (quantise.ONNXRUNTIME, "onnxruntime"),
-    "tensorrt": (quantise.TENSORRT, "onnxruntime"),
-    "tensorrt-rtx": (quantise.TENSORRT, "onnxruntime"),
+    "openvino": Int8Engine(quantise.OPENVINO, "openvino", ("openvino",)),
+    "onnxruntime": Int8Engine(quantise.ONNXRUNTIME, "onnxruntime", ("onnxruntime",)),
+    "tensorrt": _TENSORRT,
+    "tensorrt-rtx": _TENSORRT,
 }
 
 
@@ -86,7 +100,7 @@ def to_int8(
         CannotRun: the engine, or ONNX Runtime in TensorRT's place, is not installed.
         UserError: the budget cannot be kept.
     """
-    placement, runner = ENGINES[engine]
+    placement, runner, _ = ENGINES[engine]
     module = backend_module(runner)
     reason = module.missing()
     if reason:

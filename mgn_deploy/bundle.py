@@ -47,6 +47,18 @@ class FileEntry(_Strict):
     size: int = Field(ge=0)
 
 
+class Ranking(_Strict):
+    """A backend's ranking of labelled people beside the reference's. Fractions, 0 to 1."""
+
+    data: str
+    queries: int
+    gallery: int
+    rank1: float
+    mAP: float
+    reference_rank1: float
+    reference_mAP: float
+
+
 class Proof(_Strict):
     """How far one backend's embeddings of this bundle are from the PyTorch reference's, on the same pixels.
 
@@ -64,6 +76,7 @@ class Proof(_Strict):
     top10_agreement: float
     other_images_cosine: float
     batch_drift: float
+    ranking: Ranking | None = None
     passed: bool
     misses: list[str]
     backend_version: str

@@ -61,7 +61,8 @@ def nvidia_gpus() -> list[str]:
     return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
 
 
-def _version(package: str) -> str:
+def _version(backend: str) -> str:
+    package = "onnxruntime" if backend.startswith("onnxruntime") else backend
     for name in (package, f"{package}-gpu", f"{package.replace('_', '-')}-cu13"):
         try:
             return version(name)

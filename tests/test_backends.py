@@ -93,6 +93,11 @@ def test_a_backend_names_itself_its_version_and_its_device(opened, name):
     assert opened[name].device
 
 
+def test_onnxruntime_is_the_cpus_whatever_build_is_installed(opened):
+    assert opened["onnxruntime"].device == "CPU"
+    assert opened["onnxruntime"]._session.get_providers() == ["CPUExecutionProvider"]
+
+
 def test_openvino_computes_in_float32(opened):
     """Left alone it runs float32 graphs in bfloat16 on CPUs that have it."""
     assert opened["openvino"]._compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
@@ -131,7 +136,9 @@ def test_a_named_backend_without_proof_is_refused_unless_allowed(bundle_folder, 
 
 def test_an_unknown_backend_is_a_sentence_with_the_known(bundle_folder):
     with pytest.raises(
-        UserError, match="no backend 'tensorflow': choose auto, tensorrt, tensorrt_rtx, openvino, onnxruntime, torch"
+        UserError,
+        match="no backend 'tensorflow': choose auto, tensorrt, tensorrt_rtx, onnxruntime_tensorrt, onnxruntime_cuda, openvino, "
+        "onnxruntime, torch",
     ):
         open_backend(Bundle.open(bundle_folder), "tensorflow")
 
@@ -205,7 +212,7 @@ def test_doctor_tells_what_is_missing_and_what_is_not():
     done = without("torch", "openvino", program=CLI, arguments=("doctor", "--json"))
     assert done.returncode == 0, done.stderr
     problems = {part["part"]: part["problem"] for part in json.loads(done.stdout)["parts"]}
-    for name in ("tensorrt", "tensorrt_rtx"):
+    for name in ("tensorrt", "tensorrt_rtx", "onnxruntime_tensorrt", "onnxruntime_cuda"):
         assert (problems.pop(f"backend {name}") is None) == (backend_module(name).missing() is None)
     assert problems == {
         "backend openvino": "openvino is not installed (pip install 'mgn-deploy[cpu]')",

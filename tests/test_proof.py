@@ -19,6 +19,7 @@ from mgn_deploy.export.proof import (
     FEWEST_IMAGES,
     MOST_IMAGES,
     TIE,
+    add_ranking,
     proof_crops,
     prove,
     run_in_batches,
@@ -28,8 +29,12 @@ from onnx import helper, numpy_helper
 
 from mgn_deploy.backends import backend_module
 from mgn_deploy.bundle import Bundle, FileEntry, Proof, write_manifest
+from mgn_deploy.datasets import Dataset, LabelledImage, open_data
+from mgn_deploy.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
+from mgn_deploy.ranking import RankingMetrics
+from mgn_deploy.validate import validate
 
 Change = Callable[[onnx.ModelProto], None]
 
@@ -241,6 +246,74 @@ def test_rows_that_leak_are_told_as_what_they_are(bundle_folder, tmp_path, pixel
     let_rows_leak(graph)
     proof = proof_of(with_graph(bundle_folder, tmp_path / "b", graph), "onnxruntime", pixels, reference)
     assert any("with the batch" in miss for miss in proof.misses), proof.misses
+
+
+class LeaksAt:
+    """An engine whose rows leak in batches of one size alone, as a plan's kernel for its largest batch may."""
+
+    def __init__(self, engine, size: int) -> None:
+        self.name, self.version, self.device = engine.name, engine.version, engine.device
+        self.profile = (1, 8, size)
+        self._engine, self._size = engine, size
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        found = self._engine(images)
+        return np.roll(found, 1, axis=0) if len(images) == self._size else found
+
+
+@pytest.mark.parametrize("size", [33, 64])
+def test_rows_that_leak_in_the_profiles_largest_batch_alone_are_found(bundle_folder, pixels, reference, size):
+    engine = LeaksAt(backend_module("onnxruntime").open_engine(Bundle.open(bundle_folder)), size)
+    proof = prove(engine, pixels, reference, "fp32", image_source="crops", drawn=True)
+    assert any("with the batch" in miss for miss in proof.misses), proof.misses
+
+
+# Rankings
+
+
+def metrics(rank1: float, mean_ap: float) -> RankingMetrics:
+    return RankingMetrics(rank={1: rank1}, mAP=mean_ap, mINP=0.0, queries=200, queries_without_match=0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "measured", "allowed", "missed"),
+    [
+        ("fp32", (0.5, 0.4), 0, []),
+        ("fp32", (0.6, 0.6), 0, []),  # better is no loss
+        ("fp16", (0.5, 0.3997), 0, []),
+        ("fp16", (0.5, 0.3995), 0, ["mAP"]),
+        ("fp16", (0.495, 0.4), 0, []),  # one query of 200
+        ("fp16", (0.49, 0.4), 0, ["rank-1"]),
+        ("int8", (0.495, 0.3961), 0, []),
+        ("int8", (0.48, 0.39), 0, ["mAP", "rank-1"]),
+        ("int8", (0.48, 0.39), 0.02, []),
+    ],
+)
+def test_a_ranking_keeps_its_share_of_the_references(bundle_folder, precision, measured, allowed, missed):
+    proof = Bundle.open(bundle_folder).manifest.proofs["onnxruntime"]
+    people = [LabelledImage(Path("x.jpg"), 1, 1)] * 200
+    data = Dataset("market1501", Path("."), [], people, people[:7])
+    ranked = add_ranking(proof, metrics(*measured), metrics(0.5, 0.4), data, precision, allowed)
+    assert [miss.split()[0] for miss in ranked.misses] == missed
+    assert ranked.passed == (not missed)
+    assert ranked.ranking.queries == 200
+    assert ranked.ranking.gallery == 7
+    assert (ranked.ranking.rank1, ranked.ranking.mAP) == measured
+
+
+@pytest.mark.slow
+def test_export_ranks_labelled_people_with_every_engine_beside_the_reference(weights, tmp_path):
+    draw_market1501(tmp_path / "people", train_identities=1, test_identities=6)
+    done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--data", f"market1501:{tmp_path / 'people'}")
+    assert done.returncode == 0, done.stderr
+    assert "12 queries" in done.stdout
+    rankings = {name: proof.ranking for name, proof in Bundle.open(tmp_path / "b").manifest.proofs.items()}
+    assert set(rankings) == {"openvino", "onnxruntime", "torch"}
+    data = open_data(f"market1501:{tmp_path / 'people'}")
+    expected = validate(data, Embedder.open(tmp_path / "b", "torch"), None).measured
+    for ranking in rankings.values():
+        assert (ranking.reference_rank1, ranking.reference_mAP) == (expected.rank[1], expected.mAP)
+        assert ranking.mAP == pytest.approx(expected.mAP, abs=1e-4)
 
 
 @pytest.mark.parametrize("change", [make_nan, make_nan_in_a_batch_of_one], ids=lambda change: change.__name__)

@@ -14,8 +14,8 @@ import numpy as np
 from mgn_deploy.bundle import Bundle
 from mgn_deploy.errors import CannotRun, UserError
 
-# What `auto` tries, fastest first: on a GPU, then on a CPU (README, Figures).
-ORDER = ("tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "torch")
+# What `auto` tries, fastest first: on a GPU, whose order is not measured yet, then on a CPU (README, Figures).
+ORDER = ("tensorrt", "tensorrt_rtx", "onnxruntime_tensorrt", "onnxruntime_cuda", "openvino", "onnxruntime", "torch")
 
 
 class Backend(Protocol):
@@ -44,7 +44,6 @@ def backend_module(name: str) -> BackendModule:
     Raises:
         UserError: no such backend.
     """
-    name = name.replace("-", "_")
     if name not in ORDER:
         raise UserError(f"no backend {name!r}: choose auto, {', '.join(ORDER)}")
     module: Any = import_module(f"mgn_deploy.backends.{name}")
@@ -52,14 +51,14 @@ def backend_module(name: str) -> BackendModule:
 
 
 def open_backend(bundle: Bundle, name: str = "auto", *, allow_unproven: bool = False) -> Backend:
-    """Open a bundle with the named backend, or with the first of `ORDER` that is installed and proven.
+    """Open a bundle with the named backend ("-" is as good as "_"), or with the first of `ORDER` that is installed and proven.
 
     Raises:
         CannotRun: the backend is not installed, or the bundle has no passed proof for it and `allow_unproven` is False.
         UserError: no such backend, or the bundle's files are not what was exported: no other backend is tried then.
     """
     if name != "auto":
-        return _open(bundle, name, allow_unproven)
+        return _open(bundle, name.replace("-", "_"), allow_unproven)
     reasons = []
     for candidate in ORDER:
         try:
@@ -84,7 +83,7 @@ def import_problem(package: str, extra: str) -> str | None:
     try:
         import_module(package)
     except ImportError as error:
-        if getattr(error, "name", None) == package:
+        if getattr(error, "name", None) in (package, package.partition(".")[0]):
             return f"{package} is not installed (pip install 'mgn-deploy[{extra}]')"
         return f"{package} is installed and cannot be imported ({error})"
     except (OSError, RuntimeError) as error:  # broken shared libraries

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the portable engine. Runs on CUDA where the installed build has it, else on the CPU."""
+"""ONNX Runtime on the CPU: the portable engine. `onnxruntime_cuda` and `onnxruntime_tensorrt` are its GPU providers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 
 from mgn_deploy.backends import Backend, import_problem
 from mgn_deploy.bundle import GRAPH, Bundle
-from mgn_deploy.errors import CannotRun
+from mgn_deploy.fused_heads import FusedHeads
+from mgn_deploy.onnxruntime_session import CPU, open_session
 
 
 def missing() -> str | None:
@@ -19,26 +20,15 @@ def open_engine(bundle: Bundle) -> Backend:
 
 class OnnxRuntimeBackend:
     name = "onnxruntime"
+    device = "CPU"
 
     def __init__(self, bundle: Bundle) -> None:
         import onnxruntime
 
         self.version = onnxruntime.__version__
-        cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        self.device = "CUDA" if cuda else "CPU"
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(
-                bundle.read(GRAPH), options, providers=[f"{self.device}ExecutionProvider"]
-            )
-        except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
-            raise CannotRun(f"ONNX Runtime has no kernel for this graph on {self.device}: {error}") from None
-        if cuda and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise CannotRun(
-                "onnxruntime-gpu is installed but its CUDA provider did not load: install CUDA and cuDNN with "
-                "pip install 'onnxruntime-gpu[cuda,cudnn]', or install onnxruntime for the CPU"
-            )
+        self._session = open_session(bundle.read(GRAPH), {CPU: {}})
+        self._heads = FusedHeads.read(bundle) if bundle.manifest.heads == "fused" else None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self._session.run(["embeddings"], {"images": images})[0]
+        outputs = self._session.run(None, {"images": images})
+        return self._heads(outputs) if self._heads else outputs[0]

@@ -61,6 +61,8 @@ class TensorRtBackend:
         shape = tuple(self._engine.get_tensor_shape("images"))
         if shape[1:] != (self._config.height, self._config.width, 3):
             raise UserError(f"the plan of {bundle.folder} takes images {shape[1:]}, not the manifest's: export it anew")
+        # Fewest, best and most images a call.
+        self.profile = tuple(int(shape[0]) for shape in self._engine.get_tensor_profile_shape("images", 0))
         self._threads = threading.local()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -90,6 +90,19 @@ class _LogLines:
         say(f"{self._label}: {done}/{total}, {rate:.1f} {self._unit}/s, {(total - done) / rate:.0f} s left")
 
 
+def phase_lines(label: str) -> Callable[[str, int, int], None]:
+    """A function (phase, step, steps) that says every 10 s how far the phase is that it is told of."""
+    last = time.monotonic()
+
+    def update(phase: str, step: int, steps: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_SECONDS:
+            last = time.monotonic()
+            say(f"{label}: {phase}, {step}/{steps}")
+
+    return update
+
+
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 import typer
 
-from mgn_deploy.cli.console import print_json, print_table, require_training, say
+from mgn_deploy.cli.console import phase_lines, print_json, print_table, require_training, say
 from mgn_deploy.errors import GateFailed, UserError
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ def export(
     max_drop: float = typer.Option(
         0.5, min=0, help="Points that int8 may lose: of mAP with --data, else of top-10 agreement."
     ),
-    data: str | None = typer.Option(None, help="KIND:DIR, labelled people to hold int8's mAP on; see validate."),
+    data: str | None = typer.Option(
+        None,
+        help="KIND:DIR, labelled people: ranked beside the reference, and int8's mAP is held on them; see validate.",
+    ),
     flip: bool = typer.Option(True, help="Average the features of each image and its mirror, as in the paper."),
     reference: bool = typer.Option(
         True, help="Put the PyTorch weights into the bundle, for --backend torch and validate."
@@ -120,6 +123,7 @@ def export(
         build=build,
         compute_capabilities=parse_capabilities(compute_capability),
         use_cache=cache,
+        build_progress=phase_lines("building"),
         calib=calib,
         data=open_data(data, say=say) if data else None,
         max_drop=max_drop,
@@ -140,13 +144,16 @@ def prove(
     proof_images: Path | None = typer.Option(
         None, help="Folder of images to prove the engines on; drawn people without it."
     ),
+    data: str | None = typer.Option(None, help="KIND:DIR, labelled people to rank beside the reference; see validate."),
     json: bool = typer.Option(False, "--json", help="Print the proofs as JSON."),
 ) -> None:
     """Prove a bundle with every engine that is installed here, and write the proofs into it."""
     require_training()
-    from mgn_deploy.export.exporter import prove_again
+    from mgn_deploy.datasets import open_data
+    from mgn_deploy.export.prove import prove_again
 
-    _tell(prove_again(bundle, proof_images=proof_images, say=say), json)
+    labelled = open_data(data, say=say) if data else None
+    _tell(prove_again(bundle, proof_images=proof_images, data=labelled, say=say), json)
 
 
 def _tell(bundle: Bundle, json: bool) -> None:
@@ -179,6 +186,17 @@ def _tell(bundle: Bundle, json: bool) -> None:
             title=f"{out}: against PyTorch on {one.images} images of {one.image_source}"
             f" (mean cosine between different images {one.other_images_cosine:.3f})",
         )
+        ranked = {name: p.ranking for name, p in proofs.items() if p.ranking}
+        if ranked:
+            first = next(iter(ranked.values()))
+            print_table(
+                ["backend", "rank-1", "mAP", "reference rank-1", "reference mAP"],
+                [
+                    [name, *(f"{100 * value:.2f}" for value in (r.rank1, r.mAP, r.reference_rank1, r.reference_mAP))]
+                    for name, r in ranked.items()
+                ],
+                title=f"{first.data}, {first.queries} queries, {first.gallery} gallery images, percent",
+            )
         if one.drawn:
             say("The proof is on drawn images: --proof-images DIR proves on yours.")
     failed = {name: proof.misses for name, proof in proofs.items() if not proof.passed}
