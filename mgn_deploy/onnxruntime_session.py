@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.backends import import_problem
-from mgn_deploy.bundle import GRAPH, Bundle
 from mgn_deploy.cuda_errors import cuda_errors
 from mgn_deploy.errors import CannotRun
 from mgn_deploy.gpu import gpu_problem
@@ -66,21 +65,6 @@ def cuda_library_problem() -> str | None:
     if not failures:
         return None
     return f"CUDA's libraries cannot be loaded ({failures[0]}): pip install 'onnxruntime-gpu[cuda,cudnn]'"
-
-
-def whole_graph(bundle: Bundle) -> bytes:
-    """The bundle's graph.
-
-    Raises:
-        CannotRun: it ends before the heads.
-        UserError: it is not what was exported.
-    """
-    if bundle.manifest.heads == "fused":
-        raise CannotRun(
-            f"{bundle.folder} has fused heads, which ONNX Runtime's GPU providers do not go on to: choose another --backend, or export "
-            "with --heads plain"
-        )
-    return bundle.read(GRAPH)
 
 
 def open_session(graph: bytes, providers: Mapping[str, Mapping[str, str]]) -> Any:

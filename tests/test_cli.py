@@ -203,7 +203,11 @@ def test_too_many_failures_exit_1(run_cli, images, bundle_folder, tmp_path):
 
 def test_unknown_backend_names_the_known(run_cli, images, bundle_folder, tmp_path):
     done = run_cli("embed", images, "-o", tmp_path / "s", "--bundle", bundle_folder, "--backend", "abacus")
-    assert_sentence(done, 2, "no backend 'abacus': choose auto, tensorrt, tensorrt_rtx, openvino, onnxruntime, torch")
+    assert_sentence(
+        done,
+        2,
+        "no backend 'abacus': choose auto, tensorrt, tensorrt_rtx, onnxruntime_tensorrt, onnxruntime_cuda, openvino, onnxruntime, torch",
+    )
 
 
 def test_path_that_the_system_refuses_is_one_sentence(run_cli, images, tmp_path):

@@ -190,10 +190,9 @@ def test_a_proof_on_the_cpu_is_none_for_a_gpu_backend(bundle_folder: Path, name:
         open_backend(with_manifest(bundle_folder, proofs={"onnxruntime": proof}), name)
 
 
-@pytest.mark.parametrize("module", [onnxruntime_cuda, onnxruntime_tensorrt])
-def test_fused_heads_are_left_to_other_backends(bundle_folder: Path, module) -> None:
-    with pytest.raises(CannotRun, match=r"has fused heads.*export with --heads plain"):
-        module.open_engine(with_manifest(bundle_folder, heads="fused"))
+def test_fused_heads_are_not_left_to_the_tensorrt_provider(bundle_folder: Path) -> None:
+    with pytest.raises(CannotRun, match=r"does not go on to fused heads.*export with --heads plain"):
+        onnxruntime_tensorrt.open_engine(with_manifest(bundle_folder, heads="fused"))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mgn_deploy.backends import Backend
-from mgn_deploy.bundle import Bundle
+from mgn_deploy.bundle import GRAPH, Bundle
 from mgn_deploy.cuda_pipeline import pieces
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.gpu import Gpu, this_gpu
@@ -26,7 +26,6 @@ from mgn_deploy.onnxruntime_session import (
     BoundSession,
     gpu_provider_problem,
     open_session,
-    whole_graph,
 )
 from mgn_deploy.tensorrt_door import import_problem_of
 from mgn_deploy.tensorrt_plans import DEFAULT_BATCH
@@ -69,7 +68,7 @@ class OnnxRuntimeTensorRtBackend:
     """On the first GPU.
 
     Raises:
-        CannotRun: half precision; or a provider does not load, TensorRT takes nothing of the graph, or a part is left to the CPU.
+        CannotRun: half precision or fused heads; or a provider does not load, TensorRT takes nothing of the graph, or a part is left to the CPU.
         UserError: the engines' folder is not writable, or CUDA failed.
     """
 
@@ -83,12 +82,16 @@ class OnnxRuntimeTensorRtBackend:
             raise CannotRun(
                 f"ONNX Runtime's TensorRT provider does not take {precision} from the graph: choose another --backend"
             )
+        if bundle.manifest.heads == "fused":
+            raise CannotRun(
+                "ONNX Runtime's TensorRT provider does not go on to fused heads: choose another --backend, or export with --heads plain"
+            )
         import onnx
         import onnxruntime
 
         from mgn_deploy.export.trt_graph import prepare
 
-        graph = prepare(onnx.load_from_string(whole_graph(bundle)))
+        graph = prepare(onnx.load_from_string(bundle.read(GRAPH)))
         self.version = onnxruntime.__version__
         gpu = this_gpu()
         self.device = gpu.name

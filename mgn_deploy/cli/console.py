@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from mgn_deploy.errors import UserError
 
+BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime-tensorrt, onnxruntime-cuda, openvino, onnxruntime or torch."
 LOG_SECONDS = 10  # between lines of progress where stderr is no terminal
 
 

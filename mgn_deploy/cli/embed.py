@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from mgn_deploy.cli.console import print_json, progress, say
+from mgn_deploy.cli.console import BACKENDS, print_json, progress, say
 
 SHOWN_FAILURES = 10
 
@@ -22,7 +22,7 @@ def embed(
     folder: Path = typer.Argument(help="Folder of images, searched recursively."),
     store: Path = typer.Option(..., "-o", "--out", help="The embedding store to write or to go on with."),
     bundle: Path = typer.Option(..., help="The bundle to embed with."),
-    backend: str = typer.Option("auto", help="auto, tensorrt, tensorrt-rtx, openvino, onnxruntime or torch."),
+    backend: str = typer.Option("auto", help=BACKENDS),
     batch: int = typer.Option(8, min=1, max=4096, help="Images an engine call."),
     dtype: Dtype = typer.Option(Dtype.float32, help="Of the stored embeddings."),
     max_failures: int | None = typer.Option(None, min=0, help="Stop after more unreadable images than this."),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from mgn_deploy.cli.console import require_training
+from mgn_deploy.cli.console import BACKENDS, require_training
 from mgn_deploy.errors import UserError
 
 app = typer.Typer(help="Draw training curves, attention maps or rank lists as PNG.", no_args_is_help=True)
@@ -60,9 +60,7 @@ def ranks(
     k: int = typer.Option(10, "-k", min=1, max=50, help="Neighbours a query."),
     limit: int = typer.Option(4, min=1, max=64, help="Most queries to draw."),
     bundle: Path | None = typer.Option(None, help="The bundle to embed image queries with."),
-    backend: str = typer.Option(
-        "auto", help="Of image queries: auto, tensorrt, tensorrt-rtx, openvino, onnxruntime or torch."
-    ),
+    backend: str = typer.Option("auto", help=f"Of image queries: {BACKENDS}"),
 ) -> None:
     """Queries beside their nearest (the paper's Figure 4)."""
     from mgn_deploy.cli.search import open_queries

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from mgn_deploy.cli.console import percent, print_json, print_table, progress, say
+from mgn_deploy.cli.console import BACKENDS, percent, print_json, print_table, progress, say
 from mgn_deploy.errors import GateFailed
 
 
@@ -17,7 +17,7 @@ def validate(
         help="KIND:DIR; market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, or folder: any in Market's layout.",
     ),
     bundle: Path = typer.Option(..., help="The bundle to validate."),
-    backend: str = typer.Option("auto", help="auto, tensorrt, tensorrt-rtx, openvino, onnxruntime or torch."),
+    backend: str = typer.Option("auto", help=BACKENDS),
     tolerance: float = typer.Option(0.5, min=0, help="Largest allowed difference of rank-1 or mAP, in points."),
     reference: bool = typer.Option(
         True, help="Also run the PyTorch reference; without it there is nothing to differ from."
@@ -86,7 +86,7 @@ def validate(
 def bench(
     bundle: Path = typer.Option(..., help="The bundle to measure."),
     images: Path | None = typer.Option(None, help="Folder of images; drawn people without it."),
-    backend: str = typer.Option("auto", help="auto, tensorrt, tensorrt-rtx, openvino, onnxruntime or torch."),
+    backend: str = typer.Option("auto", help=BACKENDS),
     batch: int = typer.Option(8, min=1, max=4096, help="Images an engine call."),
     count: int = typer.Option(64, min=8, help="Images a run."),
     runs: int = typer.Option(5, min=1, help="Counted runs of each, after one that is not."),

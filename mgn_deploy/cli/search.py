@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import print_json, print_table, progress, say
+from mgn_deploy.cli.console import BACKENDS, print_json, print_table, progress, say
 from mgn_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def search(
     k: int = typer.Option(10, "-k", min=1, help="Neighbours a query."),
     html: Path | None = typer.Option(None, help="Also write a page of the rank lists, images inlined."),
     bundle: Path | None = typer.Option(None, help="The bundle to embed image queries with."),
-    backend: str = typer.Option(
-        "auto", help="Of image queries: auto, tensorrt, tensorrt-rtx, openvino, onnxruntime or torch."
-    ),
+    backend: str = typer.Option("auto", help=f"Of image queries: {BACKENDS}"),
     allow_unproven: bool = typer.Option(False, help="Run an engine that the bundle has no passed proof for."),
     json: bool = typer.Option(False, "--json", help="Print the rank lists as JSON."),
 ) -> None:
