@@ -17,7 +17,9 @@ from mgn_deploy.config import ModelConfig
 from mgn_deploy.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 
-SMALL = ModelConfig(backbone="resnet18", base_width=8, reduced_width=16, height=96, width=32)
+# Of 16 channels and not 8: OpenVINO's INT8 kernels give other sums from run to run where channels are no multiple of 16
+# (2026.4, AVX2, two threads; ARCHITECTURE.md).
+SMALL = ModelConfig(backbone="resnet18", base_width=16, reduced_width=16, height=96, width=32)
 
 
 @pytest.fixture(scope="session")

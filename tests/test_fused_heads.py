@@ -27,7 +27,7 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.fused_heads import FusedHeads
 from mgn_deploy.tensorrt_door import import_problem_of
 
-SMALL = ModelConfig(backbone="resnet18", base_width=8, reduced_width=16, height=96, width=32)
+SMALL = ModelConfig(backbone="resnet18", base_width=16, reduced_width=16, height=96, width=32)
 needs_builder = pytest.mark.skipif(bool(import_problem_of("tensorrt_rtx")), reason="tensorrt-rtx-cu13 is not installed")
 
 
@@ -66,7 +66,7 @@ def test_its_graph_ends_with_the_maps_and_holds_none_of_the_heads(fused_folder) 
     graph = onnx.load(fused_folder / GRAPH)
     onnx.checker.check_model(graph, full_check=True)
     shapes = [[dim.dim_value for dim in output.type.tensor_type.shape.dim][1:] for output in graph.graph.output]
-    assert shapes == [[64, 3, 1], [64, 6, 2], [64, 6, 2]]  # layer4 with and without its stride
+    assert shapes == [[128, 3, 1], [128, 6, 2], [128, 6, 2]]  # layer4 with and without its stride
     assert not graph.functions
     assert not [tensor.name for tensor in graph.graph.initializer if tensor.name.startswith("heads.")]
 
@@ -124,7 +124,7 @@ def test_every_precision_can_have_fused_heads(weights, crops, tmp_path, precisio
 def test_heads_survive_the_file(fused_folder) -> None:
     heads = FusedHeads.read(Bundle.open(fused_folder))
     assert heads.weight.dtype == np.float32
-    assert heads.weight.shape == (8, 16, 64)
+    assert heads.weight.shape == (8, 16, 128)
     assert (heads.scale, heads.shift, heads.power) == (None, None, None)
 
 
@@ -140,7 +140,7 @@ def test_a_flipped_byte_in_the_heads_is_refused(fused_folder, tmp_path) -> None:
 def test_a_width_that_the_kernel_does_not_take_is_one_sentence() -> None:
     model = new_model(SMALL.model_copy(update={"reduced_width": 24}))
     with pytest.raises(
-        UserError, match="reduced width divisible by 16; this model has 3, 64 and 24: use --heads plain"
+        UserError, match="reduced width divisible by 16; this model has 3, 128 and 24: use --heads plain"
     ):
         cut_heads(build_graph(model), model.config, True)
 
