@@ -10,7 +10,7 @@ demo: $(VENV)/installed-all-cpu
 
 test: $(VENV)/installed-dev
 	@echo "== the test suite"
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/installed-dev
 	@echo "== style and types"
