@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,12 +187,14 @@ def tensorrt(out: Path, minutes: float) -> int:
     without = _gpu_or_why()
     if without:
         return without
-    steps = (
-        ["init", "-o", "weights", "--init", "random"],
-        ["export", "weights", "-o", "bundle", "--precision", "fp16", "--engine", "tensorrt-rtx", "--batch", "1,32,64"],
-        ["prove", "bundle", "--json"],
-        ["bench", "--bundle", "bundle", "--backend", "tensorrt-rtx", "--batch", "64", "--count", "256", "--json"],
-    )
+    steps = [["init", "-o", "weights", "--init", "random"]]
+    engine = ["--precision", "fp16", "--engine", "tensorrt-rtx", "--batch", "1,32,64"]
+    for heads in ("plain", "fused"):
+        steps += [["export", "weights", "-o", heads, "--heads", heads, *engine], ["prove", heads, "--json"]]
+    for batch, heads in product(("1", "64"), ("plain", "fused")):
+        steps.append(
+            ["bench", "--bundle", heads, "--backend", "tensorrt-rtx", "--batch", batch, "--count", "256", "--json"]
+        )
     for step in steps:
         print(f"== mgn-deploy {' '.join(step)}", flush=True)
         code = subprocess.run([sys.executable, "-m", "mgn_deploy", *step], check=False).returncode
