@@ -1,8 +1,8 @@
 """Float32 graph -> float16 or bfloat16 graph, with casts in the graph: TensorRT 11 knows no precision flag.
 
 In half precision: the convolutions with their ReLUs, additions and pools, and so the maps. In float32: the pixels'
-normalisation, instance norms, the heads from the pooled vectors on, the mirror average and the L2 norm, and every node whose
-values would overflow.
+normalisation, instance norms, Q/DQ pairs, the heads from the pooled vectors on, the mirror average and the L2 norm, and every
+node whose values would overflow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 LARGEST_FLOAT16 = 65504.0
 # Other images may reach further than those that were looked at.
 MARGIN = 4.0
-FLOAT32_OPERATORS = ("InstanceNormalization",)
+# INT8 scales are too small for float16: a weight's is its largest magnitude by 127.
+FLOAT32_OPERATORS = ("InstanceNormalization", "QuantizeLinear", "DequantizeLinear")
 # Convolutions and pools take bfloat16 from this operator set on.
 BFLOAT16_OPSET = 22
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -31,7 +32,7 @@ def to_half(
     """A copy of the graph in half precision, and the names of the nodes that stay in float32 because they would overflow.
 
     Args:
-        graph: float32, as `build_graph` makes it.
+        graph: float32, as `build_graph` or `quantise` makes it.
         precision: "fp16" or "bf16"; bfloat16 reaches as far as float32 and overflows nowhere.
         ranges: of the graph's activations on real images (`measure_ranges`).
     """

@@ -58,15 +58,20 @@ def node_types(layers: Sequence[Layer], nodes: Sequence[str]) -> dict[str, str]:
 
 
 def fused_with(layers: Sequence[Layer], nodes: Sequence[str], others: Sequence[str]) -> list[str]:
-    """Those of `nodes` that run in one layer with one of `others`."""
-    together = [set(fused_nodes(layer)) for layer in layers]
+    """Those of `nodes` that run in one layer with one of `others`.
+
+    A generated kernel ("kgen") runs pointwise operators only: one that scales what a convolution wrote, or adds its bias,
+    names the convolution all the same, and does not count.
+    """
+    together = [set(fused_nodes(layer)) for layer in layers if layer.get("LayerType") != "kgen"]
     return [node for node in nodes if any(node in names and names & set(others) for names in together)]
 
 
 def summary(layers: Sequence[Layer], graph: onnx.ModelProto) -> dict[str, Any]:
-    """What to look at first: in which types the convolutions run, and how many additions run inside one."""
+    """What to look at first: in which types the convolutions run, and how many residual additions run inside one."""
     convolutions = [node.name for node in graph.graph.node if node.op_type == "Conv"]
-    additions = [node.name for node in graph.graph.node if node.op_type == "Add"]
+    constants = {tensor.name for tensor in graph.graph.initializer}
+    additions = [node.name for node in graph.graph.node if node.op_type == "Add" and not constants & {*node.input}]
     return {
         "layers": len(layers),
         "convolutions": dict(Counter(node_types(layers, convolutions).values())),

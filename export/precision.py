@@ -35,16 +35,15 @@ class Int8Engine(NamedTuple):
     backends: tuple[str, ...]
 
 
-# Candidates of TensorRT's graph run by ONNX Runtime on the CPU, which takes it, too. No graph is for `onnxruntime_cuda`: that
-# provider has no integer convolutions, and would round around float32 ones.
-_TENSORRT = Int8Engine(
-    quantise.TENSORRT, "onnxruntime", ("tensorrt", "tensorrt_rtx", "onnxruntime_tensorrt", "onnxruntime")
-)
+# Candidates of TensorRT's graphs run by ONNX Runtime on the CPU, which takes them, too. No graph is for `onnxruntime_cuda`: that
+# provider has no integer convolutions, and would round around float32 ones; `onnxruntime_tensorrt` takes no float16.
 ENGINES = {
     "openvino": Int8Engine(quantise.OPENVINO, "openvino", ("openvino",)),
     "onnxruntime": Int8Engine(quantise.ONNXRUNTIME, "onnxruntime", ("onnxruntime",)),
-    "tensorrt": _TENSORRT,
-    "tensorrt-rtx": _TENSORRT,
+    "tensorrt": Int8Engine(
+        quantise.TENSORRT, "onnxruntime", ("tensorrt", "tensorrt_rtx", "onnxruntime_tensorrt", "onnxruntime")
+    ),
+    "tensorrt-rtx": Int8Engine(quantise.TENSORRT_RTX, "onnxruntime", ("tensorrt", "tensorrt_rtx", "onnxruntime")),
 }
 
 
@@ -112,7 +111,7 @@ def to_int8(
     drop = _map_drop(data, manifest, open_graph(graph)) if data else _agreement_drop(proof_crops, open_graph(graph))
     made = build_int8(graph, plain, images.crops, placement, open_graph, drop, max_drop, say)
     drop_of = "mAP" if data else "top-10 agreement"
-    say(f"INT8 by {made.method}: {made.drop:.2f} points of {drop_of} lost, {len(made.in_float)} blocks left in float32")
+    say(f"INT8 by {made.method}: {made.drop:.2f} points of {drop_of} lost, {len(made.in_float)} blocks left in float")
     return made.graph, Quantisation(
         engine=engine,
         method=made.method,

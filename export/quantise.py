@@ -1,15 +1,19 @@
 """Float32 graph -> INT8 graph by explicit QuantizeLinear / DequantizeLinear pairs around the convolutions.
 
-Three placements, because the engines' integer kernels differ:
+Four placements, because the engines' integer kernels differ:
 
     TENSORRT      int8 activations, zero point 0 (its parser takes no other); of a residual addition only the skip side is
                   quantised, so that the convolution on the other side takes the addition into its own kernel
-    OPENVINO      the same with uint8 activations: with int8 ones its embeddings were wrong on a CPU without VNNI (2026.4,
-                  mean cosine 0.89, where ONNX Runtime ran the same graph at 0.9995), and not faster
+    TENSORRT_RTX  int8 activations, zero point 0, and float16 between the pairs, also through the additions. A convolution with
+                  a scale for each channel would write float32 and take nothing into its kernel, so a weight has one scale: the
+                  convolutions that an addition reads round by it, the others by channel, with a Mul and the bias after them
+    OPENVINO      TENSORRT's with uint8 activations: with int8 ones its embeddings were off on a CPU without VNNI (2026.4,
+                  mean cosine with ONNX Runtime's of the same graph 0.993 to 0.997, with uint8 ones 0.9999)
     ONNXRUNTIME   uint8 activations, int8 weights of 7 bits (its AVX2 kernel adds two products in 16 bits), int32 biases,
                   both sides of an addition quantised
 
-Weights are int8, symmetric, one scale an output channel. The heads, the mirror average and the L2 norm stay in float32.
+Weights are int8, symmetric, rounded by output channel except as said. The heads, the mirror average and the L2 norm stay in
+float32.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from mgn_deploy.export.half import to_half
 from mgn_deploy.export.ranges import TensorRange
 from mgn_deploy.export.rewrite import group_of, trunk_nodes, with_nodes
 from onnx import helper, numpy_helper
@@ -28,13 +33,16 @@ from onnx import helper, numpy_helper
 class Placement:
     unsigned: bool  # uint8 activations
     weight_levels: int  # the integer that a channel's largest weight maps to
-    both_sides: bool  # of a residual addition
-    integer_bias: bool
+    sides: int  # of a residual addition that are quantised: the skip side first
+    integer_bias: bool = False
+    one_scale: bool = False  # a weight, and the channels' shares of it after the convolution
+    half: bool = False  # float16 where there is no int8
 
 
-TENSORRT = Placement(unsigned=False, weight_levels=127, both_sides=False, integer_bias=False)
-OPENVINO = Placement(unsigned=True, weight_levels=127, both_sides=False, integer_bias=False)
-ONNXRUNTIME = Placement(unsigned=True, weight_levels=63, both_sides=True, integer_bias=True)
+TENSORRT = Placement(unsigned=False, weight_levels=127, sides=1)
+TENSORRT_RTX = Placement(unsigned=False, weight_levels=127, sides=0, one_scale=True, half=True)
+OPENVINO = Placement(unsigned=True, weight_levels=127, sides=1)
+ONNXRUNTIME = Placement(unsigned=True, weight_levels=63, sides=2, integer_bias=True)
 
 
 def conv_groups(graph: onnx.ModelProto) -> list[str]:
@@ -56,22 +64,26 @@ def quantise(
         ranges: of its activations.
         thresholds: the magnitude of each activation that maps to the largest integer.
         placement: which engine's.
-        in_float: names of groups (`conv_groups`) that stay in float32.
+        in_float: names of groups (`conv_groups`) that are not quantised.
     """
     writer = _Writer(graph, ranges, thresholds, placement)
     producers = {output: node for node in graph.graph.node for output in node.output}
     zone = {node.name for node in trunk_nodes(graph)}
+    added = {name for node in trunk_nodes(graph) if node.op_type == "Add" for name in node.input}
     for node in graph.graph.node:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         if node.name in zone and node.op_type == "Conv" and group_of(node.input[1]) not in in_float:
-            writer.convolution(copy)
-        elif node.name in zone and node.op_type == "Add" and _block(node, producers) not in in_float:
-            sides = range(2) if placement.both_sides else [_skip_side(node, producers)]
-            for side in sides:
+            writer.convolution(copy, node.output[0] in added)
+            continue
+        if node.name in zone and node.op_type == "Add" and _block(node, producers) not in in_float:
+            skip = _skip_side(node, producers)
+            for side in sorted((skip, 1 - skip)[: placement.sides]):
                 copy.input[side] = writer.activation(node.input[side])
         writer.nodes.append(copy)
     result = writer.result()
+    if placement.half:
+        result, _ = to_half(result, "fp16", writer.ranges)
     onnx.checker.check_model(result, full_check=True)
     return result
 
@@ -90,7 +102,7 @@ def _block(addition: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) ->
 
 
 class _Writer:
-    """Collects nodes and constants; each activation is quantised once, whoever reads it."""
+    """Collects nodes, constants and the new tensors' ranges; each activation is quantised once, whoever reads it."""
 
     def __init__(
         self,
@@ -99,7 +111,8 @@ class _Writer:
         thresholds: Mapping[str, float],
         placement: Placement,
     ) -> None:
-        self._graph, self._ranges, self._thresholds, self._placement = graph, ranges, thresholds, placement
+        self._graph, self._thresholds, self._placement = graph, thresholds, placement
+        self.ranges = dict(ranges)
         self._constants = {tensor.name: tensor for tensor in graph.graph.initializer}
         self._quantised: dict[str, str] = {}
         self.nodes: list[onnx.NodeProto] = []
@@ -115,39 +128,59 @@ class _Writer:
             self.nodes.append(
                 helper.make_node("DequantizeLinear", [f"{name}/q", *inputs], [f"{name}/dq"], name=f"dequantise/{name}")
             )
+            self.ranges[f"{name}/dq"] = self.ranges[name]
             self._quantised[name] = f"{name}/dq"
         return self._quantised[name]
 
-    def convolution(self, node: onnx.NodeProto) -> None:
+    def convolution(self, node: onnx.NodeProto, added: bool) -> None:
+        """Append the convolution with its activation and weight quantised; `added`: a residual addition reads it."""
         activation, weight = node.input[0], node.input[1]
         node.input[0] = self.activation(activation)
         values = numpy_helper.to_array(self._constants[weight])
         levels = self._placement.weight_levels
-        scale = np.abs(values).reshape(len(values), -1).max(axis=1).clip(1e-12) / levels
-        scale = scale.astype(np.float32)
+        largest = np.abs(values).reshape(len(values), -1).max(axis=1).clip(1e-12)
+        if self._placement.one_scale and added:
+            largest[:] = largest.max()
+        scale = (largest / levels).astype(np.float32)
         integers = np.round(values / scale.reshape(-1, 1, 1, 1)).clip(-levels, levels).astype(np.int8)
-        node.input[1] = self._dequantised(weight, integers, scale)
+        node.input[1] = self._dequantised(weight, integers, scale.max() if self._placement.one_scale else scale)
         if self._placement.integer_bias and len(node.input) > 2:
             bias = numpy_helper.to_array(self._constants[node.input[2]])
             steps = (scale * self._activation_scale(activation)[0]).astype(np.float32)
-            largest = np.iinfo(np.int32).max
-            rounded = np.round(bias.astype(np.float64) / steps).clip(-largest, largest).astype(np.int32)
+            limit = np.iinfo(np.int32).max
+            rounded = np.round(bias.astype(np.float64) / steps).clip(-limit, limit).astype(np.int32)
             node.input[2] = self._dequantised(node.input[2], rounded, steps)
+        self.nodes.append(node)
+        if self._placement.one_scale and not added:
+            self._append_shares(node, scale / scale.max())
+
+    def _append_shares(self, node: onnx.NodeProto, shares: np.ndarray) -> None:
+        """What a scale for each channel would have done: its share of the one scale by a Mul, and the bias after that."""
+        bias = (
+            numpy_helper.to_array(self._constants[node.input.pop()]) if len(node.input) > 2 else np.zeros_like(shares)
+        )
+        output = node.output[0]
+        raw, scaled = f"{output}/raw", f"{output}/scaled"
+        node.output[0] = raw
+        for operator, source, values, target in (("Mul", raw, shares, scaled), ("Add", scaled, bias, output)):
+            constant = self._constant(f"{source}/{operator}", values.reshape(1, -1, 1, 1))
+            self.nodes.append(helper.make_node(operator, [source, constant], [target], name=f"{node.name}/{operator}"))
+            self.ranges[source] = self.ranges[output]
 
     def _activation_scale(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         threshold = self._thresholds[name]
         if not self._placement.unsigned:
             return np.array(threshold / 127, np.float32), np.array(0, np.int8)
-        if self._ranges[name].negative:
+        if self.ranges[name].negative:
             return np.array(threshold / 127, np.float32), np.array(128, np.uint8)
         return np.array(threshold / 255, np.float32), np.array(0, np.uint8)
 
     def _dequantised(self, name: str, integers: np.ndarray, scale: np.ndarray) -> str:
-        """A constant of integers with one scale a channel of axis 0, as float32."""
+        """A constant of integers with one scale, or one a channel of axis 0, as float32."""
         inputs = [
             self._constant(f"{name}/q", integers),
             self._constant(f"{name}/scale", scale),
-            self._constant(f"{name}/zero", np.zeros(len(scale), integers.dtype)),
+            self._constant(f"{name}/zero", np.zeros(scale.shape, integers.dtype)),
         ]
         self.nodes.append(
             helper.make_node("DequantizeLinear", inputs, [f"{name}/dq"], name=f"dequantise/{name}", axis=0)

@@ -55,19 +55,19 @@ def parsed_network(flavour: Flavour, prepared: PreparedGraph) -> Network:
     parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)  # the plugin of old is in no portable plan
     if not parser.parse(prepared.content):
         raise UserError(f"{title(flavour)} refuses the graph: {_parser_error(parser)}")
-    _let_maps_be_channels_last(trt, definition)
+    _write_maps_channels_last(trt, definition)
     return Network(builder, definition, parser)
 
 
-def _let_maps_be_channels_last(trt: Any, definition: Any) -> None:
-    """Outputs of four dimensions are maps for the fused heads, whose kernel takes both layouts: the builder has the choice.
+def _write_maps_channels_last(trt: Any, definition: Any) -> None:
+    """Outputs of four dimensions are maps for the fused heads, whose kernel takes them all in one layout: the convolutions' own.
 
     In TensorRT the channels-last format of 16-bit types is HWC8 (8 channels at a time), that of float32 HWC.
     """
     outputs = [definition.get_output(index) for index in range(definition.num_outputs)]
     for output in (one for one in outputs if len(one.shape) == 4):
         last = trt.TensorFormat.HWC if output.dtype == trt.DataType.FLOAT else trt.TensorFormat.HWC8
-        output.allowed_formats = 1 << int(trt.TensorFormat.LINEAR) | 1 << int(last)
+        output.allowed_formats = 1 << int(last)
 
 
 def _parser_error(parser: Any) -> str:

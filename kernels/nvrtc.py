@@ -176,5 +176,5 @@ def _loaded(kernels: tuple[str, ...], arch: str, device_id: int) -> dict[str, An
     from cuda.core import ObjectCode
 
     code = compile_kernels(kernels, arch)
-    module = ObjectCode.from_cubin(code.cubin, symbol_mapping=code.symbols)
-    return {name: module.get_kernel(name) for name in kernels}
+    module = ObjectCode.from_cubin(code.cubin)  # its symbol_mapping takes no str: NVIDIA/cuda-python#2585
+    return {name: module.get_kernel(code.symbols[name]) for name in kernels}

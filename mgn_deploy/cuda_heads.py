@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mgn_deploy.errors import UserError
 from mgn_deploy.fused_heads import FusedHeads
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -45,16 +46,17 @@ class CudaHeads:
     def __init__(self, heads: FusedHeads, maps: MapType, most: int, device: Any, stream: Any) -> None:
         self._heads, self._maps, self._device, self._stream = heads, maps, device, stream
         self._views = 2 if heads.flip else 1
-        self._buffers = [
-            device.allocate(most * self._views * maps.bytes_of(branch), stream=stream)
-            for branch in range(len(maps.sizes))
-        ]
+        # One by one, and not in a comprehension: cuda-core loses an error that comes while one is left with buffers in it.
+        self._buffers: list[Any] = []
+        for branch in range(len(maps.sizes)):
+            self._buffers.append(device.allocate(most * self._views * maps.bytes_of(branch), stream=stream))
         weight = (
             heads.weight.view(np.uint32) >> 16 if maps.dtype == "bfloat16" else heads.weight
         )  # exact: export rounded
         stored = weight.astype({"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[maps.dtype])
-        self._numbers = [self._upload(stored)]
-        self._numbers += [self._upload(vector) for vector in (heads.bias, heads.scale, heads.shift, heads.power)]
+        self._numbers: list[Any] = []
+        for values in (stored, heads.bias, heads.scale, heads.shift, heads.power):
+            self._numbers.append(self._upload(values))
         self._planned: dict[int, tuple[Any, Any]] = {}  # by images: kernel, workspace
 
     @property
@@ -119,8 +121,12 @@ def map_type(dtypes: Sequence[str], layouts: Sequence[str], shapes: Sequence[Seq
     """Of an engine's outputs, `shapes` being `[n, C, H, W]` whatever the layout.
 
     Raises:
-        ValueError: they differ where the kernel takes them alike.
+        UserError: they differ where the kernel takes them alike.
     """
-    if len(set(dtypes)) != 1 or dtypes[0] not in ITEM_BYTES or len(set(layouts)) != 1:
-        raise ValueError(f"maps of {', '.join(dtypes)} in {', '.join(layouts)} are not of one type and layout")
+    alike = len(set(dtypes)) == len(set(layouts)) == 1
+    if not alike or dtypes[0] not in ITEM_BYTES or layouts[0] not in ("nchw", "nhwc"):
+        raise UserError(
+            f"the engine writes its maps as {', '.join(dtypes)} in {', '.join(layouts)}, and the kernel of the fused heads "
+            "takes them of one type and layout: export it with --heads plain"
+        )
     return MapType(dtypes[0], layouts[0], int(shapes[0][1]), tuple((int(shape[2]), int(shape[3])) for shape in shapes))

@@ -55,7 +55,10 @@ class CudaPipeline:
         self._most = most
         self._image = tuple(engine.get_tensor_shape("images"))[1:]
         self._upload, self._compute, self._download = (device.create_stream() for _ in range(3))
-        self._slots = [_Slot(device, self._compute, self._most, self._image, dim) for _ in range(SLOTS)]
+        # Not in a comprehension: cuda-core loses an error that comes while one is left with buffers in it.
+        self._slots: list[_Slot] = []
+        for _ in range(SLOTS):
+            self._slots.append(_Slot(device, self._compute, self._most, self._image, dim))
         self._memory = device.allocate(max(1, engine.device_memory_size_v2), stream=self._compute)
         self._heads = None
         if heads:
@@ -155,8 +158,11 @@ class CudaPipeline:
         capturable = getattr(context, "is_stream_capturable", None)  # only TensorRT-RTX asks
         if capturable is None or capturable(int(builder.stream.handle)):
             builder.begin_building()
-            self._enqueue(context, builder.stream, slot, rows)
-            self._graphs[key] = builder.end_building().complete()
+            try:
+                self._enqueue(context, builder.stream, slot, rows)
+                self._graphs[key] = builder.end_building().complete()
+            finally:
+                del builder  # ends the capture also after an error: the stream could not even be waited for
 
     def _new_context(self, rows: int) -> Any:
         context = execution_context(self._flavour, self._engine)
@@ -181,9 +187,11 @@ class CudaPipeline:
 
 
 def map_names(engine: Any) -> list[str]:
-    """Of an engine that ends with the maps: its outputs, in the order of the branches."""
+    """Of an engine that ends with the maps: its outputs `map_0`, `map_1`, ... in the order of the branches, which need not be
+    the engine's own (https://github.com/pytorch/TensorRT/pull/1646).
+    """
     names = (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
-    return [name for name in names if name != "images"]
+    return sorted(name for name in names if name != "images")
 
 
 def engine_maps(engine: Any, flavour: Flavour) -> MapType:
@@ -221,7 +229,8 @@ class _Slot:
 
         bytes_in, bytes_out = most * int(np.prod(image)), most * dim * 4
         pinned = LegacyPinnedMemoryResource()
-        self.pinned_images, self.pinned_embeddings = pinned.allocate(bytes_in), pinned.allocate(bytes_out)
+        self.pinned_images = pinned.allocate(bytes_in)
+        self.pinned_embeddings = pinned.allocate(bytes_out)
         self.device_images = device.allocate(bytes_in, stream=stream)
         self.device_embeddings = device.allocate(bytes_out, stream=stream)
         stream.sync()  # allocation is ordered on that stream, and others use the memory too

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: before PyTorch is loaded
-THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # where tests run side by side, each has a core
-os.environ.setdefault("OMP_NUM_THREADS", THREADS)
+# Where tests run side by side, each has a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from mgn_deploy.bundle import Bundle
 from mgn_deploy.config import ModelConfig
@@ -81,7 +81,7 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line in a process of its own: `run_cli("embed", folder, "-o", store, cwd=...)`."""
 
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": THREADS, "COLUMNS": "200"}
+        environment = {**os.environ, "COLUMNS": "200"}
         command = [
             sys.executable,
             "-m",

@@ -67,6 +67,8 @@ def test_its_graph_ends_with_the_maps_and_holds_none_of_the_heads(fused_folder) 
     onnx.checker.check_model(graph, full_check=True)
     shapes = [[dim.dim_value for dim in output.type.tensor_type.shape.dim][1:] for output in graph.graph.output]
     assert shapes == [[128, 3, 1], [128, 6, 2], [128, 6, 2]]  # layer4 with and without its stride
+    # By these names an engine's outputs are brought into the order of the branches.
+    assert [output.name for output in graph.graph.output] == ["map_0", "map_1", "map_2"]
     assert not graph.functions
     assert not [tensor.name for tensor in graph.graph.initializer if tensor.name.startswith("heads.")]
 
@@ -201,9 +203,19 @@ def test_an_engine_writes_its_maps_channels_last_and_runs_no_heads(weights, prec
     assert not [layer["Name"] for layer in plan.layers if "heads/" in layer["Name"]]
 
 
-def test_maps_of_two_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="not of one type and layout"):
-        map_type(["float16", "float32"], ["nhwc", "nhwc"], [(-1, 8, 2, 2), (-1, 8, 4, 2)])
+@pytest.mark.parametrize(
+    ("dtypes", "layouts"),
+    [
+        (["float16", "float32"], ["nhwc", "nhwc"]),
+        (["float16", "float16"], ["nhwc", "nchw"]),
+        (["another type", "another type"], ["nhwc", "nhwc"]),
+        (["float16", "float16"], ["another layout", "another layout"]),
+    ],
+)
+def test_maps_that_the_kernel_does_not_take_are_one_sentence(dtypes, layouts) -> None:
+    sentence = f"maps as {', '.join(dtypes)} in {', '.join(layouts)}, .* --heads plain"
+    with pytest.raises(UserError, match=sentence):
+        map_type(dtypes, layouts, [(-1, 8, 2, 2), (-1, 8, 4, 2)])
 
 
 # What follows needs a GPU.

@@ -66,16 +66,14 @@ def test_the_block_that_int8_breaks_is_found_and_left_in_float(weights, pixels, 
     reference = run_in_batches(open_graph(graph), pixels)
     drop = agreement_drop(pixels, reference)
     said = []
-    made = build_int8(graph, plain, pixels, OPENVINO, open_graph, drop, max_drop=8, say=said.append)
+    made = build_int8(graph, plain, pixels, OPENVINO, open_graph, drop, max_drop=5, say=said.append)
     assert made.sweep[0].block == "trunk.4.1"
     assert {row.block for row in made.sweep} == set(conv_groups(plain))
     assert [row.error for row in made.sweep] == sorted((row.error for row in made.sweep), reverse=True)
     assert made.in_float[0] == "trunk.4.1"
     assert len(made.in_float) < len(made.sweep)
-    assert made.drop <= 8
-    assert made.drop == pytest.approx(
-        drop(open_graph(made.graph)), abs=2
-    )  # near ties: OpenVINO's sums vary from run to run
+    assert made.drop <= 5
+    assert made.drop == drop(open_graph(made.graph))
     assert any("looking for the blocks that lose most" in sentence for sentence in said)
 
 

@@ -11,9 +11,10 @@ import pytest
 from mgn_deploy.export.calibration import METHODS, PERCENTILE, thresholds
 from mgn_deploy.export.graph import build_graph
 from mgn_deploy.export.half import LARGEST_FLOAT16, overflowing_nodes, to_half
-from mgn_deploy.export.quantise import ONNXRUNTIME, OPENVINO, TENSORRT, conv_groups, quantise
+from mgn_deploy.export.quantise import ONNXRUNTIME, OPENVINO, TENSORRT, TENSORRT_RTX, Placement, conv_groups, quantise
 from mgn_deploy.export.ranges import BINS, TensorRange, measure_ranges
 from mgn_deploy.export.rewrite import map_names, pixels_name, tensor_names_between, trunk_nodes
+from mgn_deploy.train.model import MGN
 from mgn_deploy.train.weights import load_weights, new_model
 from onnx import TensorProto, numpy_helper
 
@@ -113,14 +114,17 @@ def test_bfloat16_embeddings_are_the_float32_ones(graph, ranges, pixels):
     assert worst_cosine(by_openvino(half, pixels), by_onnxruntime(graph, pixels)) > 0.9999
 
 
-def test_what_would_overflow_stays_in_float32(weights, pixels):
+def scaled_up(model: MGN, factor: float) -> MGN:
     """A block's activations scaled up beyond float16 by its weights, and down again by the next."""
-    model = load_weights(weights)
     block = model.trunk[4][0]
     for parameter in (block.bn1.weight, block.bn1.bias):
-        parameter.data *= 1e4
-    block.conv2.weight.data /= 1e4
-    graph = build_graph(model)
+        parameter.data *= factor
+    block.conv2.weight.data /= factor
+    return model
+
+
+def test_what_would_overflow_stays_in_float32(weights, pixels):
+    graph = build_graph(scaled_up(load_weights(weights), 1e4))
     ranges = measure_ranges(graph, pixels)
     assert max(one.largest for one in ranges.values()) > LARGEST_FLOAT16 / 4
     half, kept = to_half(graph, "fp16", ranges)
@@ -194,16 +198,43 @@ def test_a_tensor_of_zeros_has_a_scale_above_zero(method):
 # Q/DQ
 
 
+INT8 = [
+    (OPENVINO, by_openvino),
+    (ONNXRUNTIME, by_onnxruntime),
+    (TENSORRT, by_onnxruntime),
+    (TENSORRT_RTX, by_onnxruntime),
+]
+
+
 def dequantised(graph: onnx.ModelProto) -> set[str]:
-    return {node.output[0] for node in graph.graph.node if node.op_type == "DequantizeLinear"}
+    """What a DequantizeLinear writes, as it is or cast."""
+    names = {node.output[0] for node in graph.graph.node if node.op_type == "DequantizeLinear"}
+    return names | {node.output[0] for node in graph.graph.node if node.op_type == "Cast" and node.input[0] in names}
 
 
 def additions(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Of two activations: a bias is a constant."""
     zone = {node.name for node in trunk_nodes(graph)}
-    return [node for node in graph.graph.node if node.op_type == "Add" and node.name in zone]
+    constants = {tensor.name for tensor in graph.graph.initializer}
+    adds = [node for node in graph.graph.node if node.op_type == "Add" and node.name in zone]
+    return [node for node in adds if not constants & {*node.input}]
 
 
-@pytest.mark.parametrize(("placement", "sides"), [(TENSORRT, 1), (OPENVINO, 1), (ONNXRUNTIME, 2)])
+def rescaled(quantised: onnx.ModelProto, node: onnx.NodeProto) -> np.ndarray:
+    """What a quantised convolution multiplies by, in the end: its integers by their scale and, if a Mul follows, the channels' shares."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer}
+    producers = {output: node for node in quantised.graph.node for output in node.output}
+    source = producers[node.input[1]]
+    source = producers[source.input[0]] if source.op_type == "Cast" else source
+    integers, scale = (constants[name] for name in source.input[:2])
+    weight = integers * scale.reshape(-1, 1, 1, 1)
+    for after in quantised.graph.node:
+        if after.op_type == "Mul" and after.input[0] == node.output[0]:
+            weight = weight * constants[after.input[1]].astype(np.float32).reshape(-1, 1, 1, 1)
+    return weight
+
+
+@pytest.mark.parametrize(("placement", "sides"), [(TENSORRT, 1), (OPENVINO, 1), (ONNXRUNTIME, 2), (TENSORRT_RTX, 0)])
 def test_every_convolution_and_residual_addition_reads_what_it_should(graph, ranges, placement, sides):
     quantised = quantise(graph, ranges, thresholds(ranges, "max"), placement)
     rounded = dequantised(quantised)
@@ -215,40 +246,86 @@ def test_every_convolution_and_residual_addition_reads_what_it_should(graph, ran
             assert (node.input[2] in rounded) == placement.integer_bias
     found = additions(quantised)
     assert len(found) == len(additions(graph)) > 0
-    producers = {output: node for node in graph.graph.node for output in node.output}
+    producers = {output: node for node in quantised.graph.node for output in node.output}
     for node, before in zip(found, additions(graph), strict=True):
         assert len(rounded & {*node.input}) == sides, node.name
-        if sides == 1:
-            (main,) = (name for name in node.input if name not in rounded)
-            assert producers[main].op_type == "Conv"
-            assert "downsample" not in producers[main].input[1]
+        if sides < 2:
+            # The convolution on the main side is read as it is, which is what lets it take the addition into its kernel.
+            main = next(name for name in node.input if name not in rounded and producers[name].op_type == "Conv")
+            assert "downsample" not in producers[main].input[1] or not sides
             assert main in before.input
 
 
-@pytest.mark.parametrize("placement", [TENSORRT, OPENVINO, ONNXRUNTIME])
-def test_zero_points_and_scales_are_what_the_engine_takes(graph, ranges, placement):
+def test_one_scale_a_weight_rounds_by_channel_all_the_same_except_before_an_addition(graph, ranges):
+    limits = thresholds(ranges, "max")
+    by_channel, one_scale = (quantise(graph, ranges, limits, placement) for placement in (TENSORRT, TENSORRT_RTX))
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in one_scale.graph.initializer}
+    expected = {tensor.name: numpy_helper.to_array(tensor) for tensor in by_channel.graph.initializer}
+    added = {name for node in additions(one_scale) for name in node.input}
+    pairs = [[node for node in one.graph.node if node.op_type == "Conv"] for one in (one_scale, by_channel)]
+    for node, before in zip(*pairs, strict=True):
+        weight = before.input[1].removesuffix("/dq")
+        assert constants[f"{weight}/scale"].shape == ()
+        if node.output[0] in added:
+            largest = np.abs(numpy_helper.to_array(next(t for t in graph.graph.initializer if t.name == weight))).max()
+            np.testing.assert_allclose(rescaled(one_scale, node), rescaled(by_channel, before), atol=largest / 127)
+        else:
+            np.testing.assert_array_equal(constants[f"{weight}/q"], expected[f"{weight}/q"])
+            np.testing.assert_allclose(rescaled(one_scale, node), rescaled(by_channel, before), rtol=1e-3)
+    assert 0 < len(added) < 2 * len(pairs[0])
+
+
+def test_between_the_pairs_tensorrt_rtx_has_float16(graph, ranges):
+    quantised = quantise(graph, ranges, thresholds(ranges, "max"), TENSORRT_RTX, in_float=["trunk.4.1"])
+    inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(quantised))
+    types = {value.name: value.type.tensor_type.elem_type for value in inlined.graph.value_info}
+    for node in trunk_nodes(quantised):
+        if node.op_type in ("Conv", "Relu", "Add", "Mul", "MaxPool"):
+            assert types[node.output[0]] == TensorProto.FLOAT16, node.name
+    for tensor in quantised.graph.initializer:
+        assert not tensor.name.endswith("/scale") or tensor.data_type == TensorProto.FLOAT
+
+
+def test_int8_with_float16_between_keeps_in_float32_what_would_overflow(weights, pixels):
+    graph = build_graph(scaled_up(load_weights(weights), 1e6))
+    ranges = measure_ranges(graph, pixels, histograms=True)
+    quantised = quantise(graph, ranges, thresholds(ranges, "max"), TENSORRT_RTX)
+    large = {name for name, one in ranges.items() if one.largest > LARGEST_FLOAT16}
+    inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(quantised))
+    types = {value.name: value.type.tensor_type.elem_type for value in inlined.graph.value_info}
+    found = {name: kind for name, kind in types.items() if name.split("/")[0] in large and kind != TensorProto.INT8}
+    assert {"raw", "scaled", "dq"} <= {name.split("/")[-1] for name in found}
+    assert set(found.values()) == {TensorProto.FLOAT}
+    assert worst_cosine(by_onnxruntime(quantised, pixels), by_onnxruntime(graph, pixels)) > 0.98
+
+
+@pytest.mark.parametrize("placement", [TENSORRT, OPENVINO, ONNXRUNTIME, TENSORRT_RTX])
+def test_zero_points_and_scales_are_what_the_engine_takes(graph, ranges, placement: Placement):
     limits = thresholds(ranges, "max")
     quantised = quantise(graph, ranges, limits, placement)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer}
     for node in quantised.graph.node:
         if node.op_type == "QuantizeLinear":
+            name = node.input[1].removesuffix("/scale")
             scale, zero = constants[node.input[1]], constants[node.input[2]]
-            one = ranges[node.input[0]]
+            one = ranges[name]
             if placement.unsigned:
                 assert zero.dtype == np.uint8
                 assert zero == (128 if one.negative else 0)
-                assert scale == pytest.approx(limits[node.input[0]] / (127 if one.negative else 255))
+                assert scale == pytest.approx(limits[name] / (127 if one.negative else 255))
             else:
                 assert (zero.dtype, int(zero)) == (np.int8, 0)
-                assert scale == pytest.approx(limits[node.input[0]] / 127)
-    weights = {node.input[1] for node in graph.graph.node if node.op_type == "Conv"}
-    for name in weights:
-        integers, scale = constants[f"{name}/q"], constants[f"{name}/scale"]
+                assert scale == pytest.approx(limits[name] / 127)
+    originals = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    convolutions = [[node for node in one.graph.node if node.op_type == "Conv"] for one in (quantised, graph)]
+    for node, before in zip(*convolutions, strict=True):
+        original, integers = originals[before.input[1]], constants[f"{before.input[1]}/q"]
         assert integers.dtype == np.int8
-        assert np.abs(integers).reshape(len(integers), -1).max(axis=1) == pytest.approx(placement.weight_levels)
-        original = next(numpy_helper.to_array(t) for t in graph.graph.initializer if t.name == name)
-        step = scale.reshape(-1, 1, 1, 1)
-        assert np.abs(integers * step - original).max() <= 0.5001 * step.max()
+        assert np.abs(integers).max() == placement.weight_levels
+        if not placement.one_scale:
+            assert np.abs(integers).reshape(len(integers), -1).max(axis=1) == pytest.approx(placement.weight_levels)
+        step = np.abs(original).max() / placement.weight_levels
+        assert np.abs(rescaled(quantised, node) - original).max() <= 0.51 * step
 
 
 def test_each_activation_is_quantised_once(graph, ranges):
@@ -264,20 +341,19 @@ def test_groups_are_the_stem_and_every_block(graph):
     assert "branches.2.layer4.1" in groups
 
 
-def test_a_group_in_float_has_no_pair(graph, ranges):
-    quantised = quantise(graph, ranges, thresholds(ranges, "max"), OPENVINO, in_float=["trunk.4.1", "trunk.0"])
+@pytest.mark.parametrize("placement", [OPENVINO, TENSORRT_RTX])
+def test_a_group_in_float_has_no_pair(graph, ranges, placement):
+    quantised = quantise(graph, ranges, thresholds(ranges, "max"), placement, in_float=["trunk.4.1", "trunk.0"])
     rounded = dequantised(quantised)
     for node in quantised.graph.node:
         if node.op_type == "Conv":
-            in_float = ".trunk.4.1." in node.input[1] or node.input[1].endswith("trunk.0.weight")
+            in_float = ".trunk.4.1." in node.input[1] or "trunk.0.weight" in node.input[1]
             assert (node.input[0] in rounded) != in_float
-    everything = quantise(graph, ranges, thresholds(ranges, "max"), OPENVINO, in_float=conv_groups(graph))
+    everything = quantise(graph, ranges, thresholds(ranges, "max"), placement, in_float=conv_groups(graph))
     assert not dequantised(everything)
 
 
-@pytest.mark.parametrize(
-    ("placement", "run"), [(OPENVINO, by_openvino), (ONNXRUNTIME, by_onnxruntime), (TENSORRT, by_onnxruntime)]
-)
+@pytest.mark.parametrize(("placement", "run"), INT8)
 @pytest.mark.parametrize("method", METHODS)
 def test_int8_embeddings_are_near_the_float32_ones(graph, ranges, pixels, placement, run, method):
     quantised = quantise(graph, ranges, thresholds(ranges, method), placement)
@@ -311,9 +387,7 @@ def test_imported_models_in_float16_are_the_float32_ones(public, pixels):
     assert worst_cosine(by_openvino(half, pixels), expected) > 0.9999
 
 
-@pytest.mark.parametrize(
-    ("placement", "run"), [(OPENVINO, by_openvino), (ONNXRUNTIME, by_onnxruntime), (TENSORRT, by_onnxruntime)]
-)
+@pytest.mark.parametrize(("placement", "run"), INT8)
 def test_imported_models_in_int8_are_near_the_float32_ones(public, pixels, placement, run):
     graph, ranges = public
     quantised = quantise(graph, ranges, thresholds(ranges, "max"), placement)

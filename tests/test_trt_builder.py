@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from mgn_deploy.export.quantise import TENSORRT, quantise
+from mgn_deploy.export.quantise import TENSORRT_RTX, quantise
 from mgn_deploy.export.ranges import TensorRange, measure_ranges
 from mgn_deploy.export.trt_graph import prepare
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from mgn_deploy.bundle import GRAPH, Bundle
 from mgn_deploy.drawn import draw_people
@@ -122,18 +122,36 @@ def test_a_half_precision_graph_computes_its_convolutions_in_half(graph: onnx.Mo
     assert summary["additions_in_convolutions"] == summary["additions"] > 0
 
 
-def test_an_int8_graph_computes_its_convolutions_in_int8(graph: onnx.ModelProto, ranges) -> None:
+def to_int8(graph: onnx.ModelProto, ranges: dict[str, TensorRange]) -> onnx.ModelProto:
     thresholds = {name: max(one.largest, 1e-8) for name, one in ranges.items()}
-    int8 = quantise(graph, ranges, thresholds, TENSORRT)
-    assert layer_table.summary(build(int8).layers, int8)["convolutions"] == {"Int8": convolutions_of(graph)}
+    return quantise(graph, ranges, thresholds, TENSORRT_RTX)
 
 
-def test_the_mirror_average_does_not_double_the_weights(graph: onnx.ModelProto) -> None:
-    weights = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-    assert len(build(graph).content) < 1.5 * weights
+def test_an_int8_graph_computes_its_convolutions_in_int8_and_the_additions_inside_them(
+    graph: onnx.ModelProto, ranges
+) -> None:
+    int8 = to_int8(graph, ranges)
+    layers = build(int8).layers
+    summary = layer_table.summary(layers, int8)
+    assert summary["convolutions"] == {"Int8": convolutions_of(graph)}
+    assert summary["additions_in_convolutions"] == summary["additions"] > 0
+    written = {layer_table.data_type(one) for x in layers if x["LayerType"] == "correlation" for one in x["Outputs"]}
+    assert written == {"Half"}
 
 
-def test_a_model_with_instance_norms_builds() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_mirror_average_does_not_double_the_weights(graph: onnx.ModelProto, ranges, precision: str) -> None:
+    graph = graph if precision == "fp32" else to_int8(graph, ranges)
+    plan = build(graph).content
+    weights = [numpy_helper.to_array(tensor) for tensor in graph.graph.initializer if len(tensor.dims) > 2]
+    orders = [{one.tobytes(), one.reshape(len(one), one.shape[1], -1).swapaxes(1, 2).tobytes()} for one in weights]
+    found = [sum(plan.count(content) for content in contents) for contents in orders]
+    assert set(found) <= {0, 1}  # none where the plan has it in another order yet
+    assert sum(found) > len(weights) / 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_model_with_instance_norms_builds(crops: np.ndarray, precision: str) -> None:
     from mgn_deploy.export.graph import build_graph
     from mgn_deploy.train.weights import new_model
 
@@ -144,7 +162,31 @@ def test_a_model_with_instance_norms_builds() -> None:
     )
     graph = build_graph(new_model(config, seed=1))
     assert any(node.op_type == "InstanceNormalization" for node in graph.graph.node)
-    assert layer_table.summary(build(graph).layers, graph)["convolutions"] == {"Float": convolutions_of(graph)}
+    if precision == "int8":
+        graph = to_int8(graph, measure_ranges(graph, crops))
+    kind = {"fp32": "Float", "int8": "Int8"}[precision]
+    assert layer_table.summary(build(graph).layers, graph)["convolutions"] == {kind: convolutions_of(graph)}
+
+
+@pytest.mark.slow
+def test_the_bench_of_plans_tells_what_each_precision_s_plan_is(weights: Path, capsys: pytest.CaptureFixture) -> None:
+    from mgn_deploy.bench.plans import main
+
+    assert main([str(weights), "--compute-capability", "8.6", "--batch", "1,4,8", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = {row["graph"]: row for row in result["plans"]}
+    assert list(rows) == ["fp32", "fp16", "bf16", "int8", "int8 as for tensorrt"]
+    assert [list(row["convolutions"]) for row in rows.values()] == [
+        ["Float"],
+        ["Half"],
+        ["BFloat16"],
+        ["Int8"],
+        ["Int8"],
+    ]
+    assert all(row["bytes"] > row["weights_bytes"] for row in rows.values())
+    assert rows["fp16"]["moved_bytes"] < rows["int8"]["moved_bytes"] < rows["int8 as for tensorrt"]["moved_bytes"]
+    assert main([str(weights), "--compute-capability", "9.0"]) == 2
+    assert "builds for compute capability" in capsys.readouterr().err
 
 
 def test_preparing_a_graph_for_the_parser_changes_no_value(graph: onnx.ModelProto, crops: np.ndarray) -> None:
@@ -365,3 +407,11 @@ def test_layers_are_read_from_the_builders_log() -> None:
 def test_layers_are_read_from_the_inspector() -> None:
     layers = layer_table.layers_from_inspector('{"Layers": [{"Name": "a", "LayerType": "CaskConvolution"}, "b"]}')
     assert [layer["Name"] for layer in layers] == ["a", "b"]
+
+
+def test_a_generated_kernel_that_names_a_convolution_has_not_taken_the_addition_into_it() -> None:
+    def layer(kind: str) -> dict[str, str]:
+        return {"LayerType": kind, "Metadata": "[ONNX Layer: conv][ONNX Layer: add]"}
+
+    assert layer_table.fused_with([layer("kgen")], ["add"], ["conv"]) == []
+    assert layer_table.fused_with([layer("kgen"), layer("correlation")], ["add"], ["conv"]) == ["add"]
