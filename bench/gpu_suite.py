@@ -1,21 +1,22 @@
 """Everything that needs an NVIDIA GPU, in one command: `python bench/gpu_suite.py --out FOLDER`, from a source tree.
 
     facts       GPU, driver, tools and Python packages
-    tests       every test that is marked gpu, and the C example
+    tests       every test that is marked gpu, and the C example; suite.json has the counts and why tests were skipped
     sanitizer   memcheck and racecheck of the C example, and of the kernel's tests at a few batch sizes
     bench       `bench/kernel.py`, into kernel.json
-    tensorrt    where TensorRT-RTX is installed: export, prove and bench a ResNet-50 MGN
+    engines     export, prove and bench a ResNet-50 MGN by TensorRT, TensorRT-RTX and ONNX Runtime, whichever run here,
+                into engines.json
 
 Each stage is a process with a time limit and a log; a stage that fails does not stop the next one. `suite.json` says how
 each ended, after each. Nothing has to be installed: the import name `mgn_deploy` is made of links in a scratch folder.
-Needed are PyTorch with CUDA, torchvision, cuda-core, NVRTC, pydantic, typer, rich, pyarrow, onnx, onnxruntime, pytest,
-pytest-timeout, hypothesis and safetensors (`facts` names what is missing); what PYTHONPATH has stays on it.
+Needed are PyTorch with CUDA, torchvision, cuda-core, NVRTC, pydantic, typer, rich, pyarrow, onnx, onnxscript, onnxruntime,
+pytest, pytest-timeout, hypothesis, safetensors and tensorboard (`facts` names what is missing); what PYTHONPATH has stays on it.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -24,17 +25,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-MINUTES = {"facts": 1.0, "tests": 4.0, "sanitizer": 4.0, "bench": 9.0, "tensorrt": 5.0}
+MINUTES = {"facts": 1.0, "tests": 4.0, "sanitizer": 4.0, "bench": 9.0, "engines": 9.0}
 PACKAGES = (
     *("torch", "torchvision", "triton", "numpy", "PIL", "pyarrow", "pydantic", "rich", "typer", "safetensors"),
-    *("cuda.core", "cuda.bindings", "onnx", "onnxruntime", "pytest", "pytest_timeout", "hypothesis"),
-    *("tensorrt", "tensorrt_rtx", "pycuda"),
+    *("cuda.core", "cuda.bindings", "onnx", "onnxscript", "onnxruntime", "pytest", "pytest_timeout", "hypothesis"),
+    *("tensorboard", "tensorrt", "tensorrt_rtx", "pycuda"),
 )
+PYTEST = (sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-q", "-p", "no:cacheprovider")
+COUNTS = "counts.json"  # of the tests, in the scratch folder
+RESULTS = ("passed", "failed", "skipped")
+ENGINES = ("tensorrt", "tensorrt_rtx", "onnxruntime_cuda")
 CANNOT = 2  # exit status of a stage that this machine lacks something for
 
 
@@ -54,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in names if name not in STAGES]
     if unknown:
         parser.error(f"no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}")
-    results: dict[str, dict[str, object]] = {}
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="mgn-gpu-suite-") as scratch:
         environment = prepare(Path(scratch))
         for name in names:
@@ -62,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
             command = [sys.executable, __file__, "--out", str(out), "--run-stage", name, "--minutes", str(minutes)]
             print(f"== {name} (at most {minutes:g} minutes)", flush=True)
             results[name] = run_limited(command, environment, Path(scratch), out / f"{name}.log", 60 * minutes)
+            counts = Path(scratch) / COUNTS
+            if name == "tests" and counts.is_file():
+                results[name]["tests"] = json.loads(counts.read_text())
             (out / "suite.json").write_text(json.dumps(results, indent=1) + "\n")
             print(f"{results[name]['state']} after {results[name]['seconds']} s: {results[name]['last']}", flush=True)
     states = {result["state"] for result in results.values()}
@@ -89,7 +100,7 @@ def prepare(scratch: Path) -> dict[str, str]:
 
 def run_limited(
     command: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path, seconds: float
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Run with output into `log`; past the limit the command and all that it started are ended."""
     started = time.monotonic()
     with open(log, "wb") as output:
@@ -131,9 +142,15 @@ def facts(out: Path, minutes: float) -> int:
 def tests(out: Path, minutes: float) -> int:
     """Also without a GPU pytest has to collect them all: a test file that cannot be imported shows."""
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
-    code = _pytest(*map(str, files), "-m", "gpu", "--continue-on-collection-errors")
-    example = _pytest(str(ROOT / "tests/test_kernel_build.py"), "-k", "example or nvrtc")
-    return code or example or _gpu_or_why()
+    runs = {
+        "marked gpu": run_pytest(*map(str, files), "-m", "gpu", "--continue-on-collection-errors"),
+        "example and NVRTC": run_pytest(str(ROOT / "tests/test_kernel_build.py"), "-k", "example or nvrtc"),
+    }
+    Path(COUNTS).write_text(json.dumps(runs))
+    print("; ".join(f"{name}: " + ", ".join(f"{run[key]} {key}" for key in RESULTS) for name, run in runs.items()))
+    if any(run["exit"] for run in runs.values()):
+        return 1
+    return _gpu_or_why() or int(runs["marked gpu"]["passed"] == 0)
 
 
 def sanitizer(out: Path, minutes: float) -> int:
@@ -147,20 +164,11 @@ def sanitizer(out: Path, minutes: float) -> int:
     example = Path.cwd() / "example"
     sources = [str(ROOT / "kernels" / name) for name in ("example.cu", "stripe_pool_reduce.cu")]
     subprocess.run([nvcc, "-std=c++17", "-arch=native", "-lineinfo", "-o", str(example), *sources], check=True)
-    few = [
-        "-m",
-        "pytest",
-        "-c",
-        str(ROOT / "pyproject.toml"),
-        str(ROOT / "tests/test_torch_op.py"),
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
-    few += ["-m", "gpu", "-k", "definition and max-True and (-2] or -9])"]
+    few = [*PYTEST, str(ROOT / "tests/test_torch_op.py"), "-m", "gpu"]
+    few += ["-k", "definition and max-True and (-2] or -9])"]
     worst = 0
     for check in ("memcheck", "racecheck"):
-        for what in ([str(example)], [sys.executable, *few]):
+        for what in ([str(example)], few):
             print(f"== {check} of {' '.join(what)}", flush=True)
             command = [tool, "--tool", check, "--error-exitcode", "9", *what]
             worst = max(worst, abs(subprocess.run(command, check=False).returncode))
@@ -169,48 +177,98 @@ def sanitizer(out: Path, minutes: float) -> int:
 
 def bench(out: Path, minutes: float) -> int:
     """Ends by itself: a case takes half a minute at most once its time is up."""
-    command = [
-        "-m",
-        "mgn_deploy.bench.kernel",
-        "--out",
-        str(out / "kernel.json"),
-        "--minutes",
-        str(max(minutes - 1, 0.5)),
-    ]
-    return subprocess.run([sys.executable, *command], check=False).returncode
+    command = [sys.executable, "-m", "mgn_deploy.bench.kernel", "--out", str(out / "kernel.json")]
+    return subprocess.run([*command, "--minutes", str(max(minutes - 1, 0.5))], check=False).returncode
 
 
-def tensorrt(out: Path, minutes: float) -> int:
-    if _version("tensorrt_rtx") is None:
-        print("TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13")
-        return CANNOT
-    without = _gpu_or_why()
+def engines(out: Path, minutes: float) -> int:
+    """One bundle for each form of the heads: `export` proves it with every backend that runs here, so nothing is proven twice.
+
+    Its plan is for the first TensorRT that runs here; where both do, the other builds its own, at its usual batches, while it is
+    proven. A missed floor is an exit status like others: what comes after it is run, and `bench` refuses what is unproven.
+    """
+    without = _gpu_or_why() or _no_exporter()
     if without:
         return without
-    steps = [["init", "-o", "weights", "--init", "random"]]
-    engine = ["--precision", "fp16", "--engine", "tensorrt-rtx", "--batch", "1,32,64"]
+    left_out = {name: why for name in ENGINES if (why := _engine_problem(name))}
+    for name, why in left_out.items():
+        print(f"{name} is left out: {why}")
+    here = [name.replace("_", "-") for name in ENGINES if name not in left_out]
+    if not here:
+        return CANNOT
+    steps: list[dict[str, Any]] = []
+
+    def step(*arguments: str) -> None:
+        steps.append(run_step(*arguments))
+        (out / "engines.json").write_text(json.dumps({"left_out": left_out, "steps": steps}, indent=1) + "\n")
+
+    step("init", "-o", "weights", "--init", "random")
+    plan = ["--engine", here[0], "--batch", "1,32,64"] if here[0].startswith("tensorrt") else []
     for heads in ("plain", "fused"):
-        steps += [["export", "weights", "-o", heads, "--heads", heads, *engine], ["prove", heads, "--json"]]
-    for batch, heads in product(("1", "64"), ("plain", "fused")):
-        steps.append(
-            ["bench", "--bundle", heads, "--backend", "tensorrt-rtx", "--batch", batch, "--count", "256", "--json"]
-        )
-    for step in steps:
-        print(f"== mgn-deploy {' '.join(step)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "mgn_deploy", *step], check=False).returncode
-        if code:
-            return code
+        step("export", "weights", "-o", heads, "--precision", "fp16", "--heads", heads, *plan, "--json")
+        for backend, (batch, count) in product(here, (("1", "64"), ("64", "256"))):
+            step("bench", "--bundle", heads, "--backend", backend, "--batch", batch, "--count", count, "--json")
+    failed = [" ".join(one["arguments"]) for one in steps if one["exit"]]
+    print(f"{len(failed)} of {len(steps)} steps failed" + "".join(f"; {command}" for command in failed))
+    return 1 if failed else 0
+
+
+STAGES = {"facts": facts, "tests": tests, "sanitizer": sanitizer, "bench": bench, "engines": engines}
+
+
+def run_pytest(*arguments: str) -> dict[str, Any]:
+    """How many tests passed, failed and were skipped, and how many for which reason; `exit` is 0 also where there was no test.
+
+    Where pytest itself broke down there are no counts but an exit status.
+    """
+    report = Path("tests.xml")
+    report.unlink(missing_ok=True)
+    code = subprocess.run([*PYTEST, f"--junitxml={report.resolve()}", *arguments], check=False).returncode
+    cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
+    skips = [skip for case in cases if (skip := case.find("skipped")) is not None]
+    failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
+    # A file that is skipped as a whole has its reason in the text.
+    reasons = [str(skip.text if skip.get("message") == "collection skipped" else skip.get("message")) for skip in skips]
+    counts = (len(cases) - failed - len(skips), failed, len(skips))
+    return {"exit": 0 if code == 5 else code, **dict(zip(RESULTS, counts, strict=True)), "reasons": Counter(reasons)}
+
+
+def run_step(*arguments: str) -> dict[str, Any]:
+    """A command of mgn-deploy: its exit status, and as `result` what it printed as JSON."""
+    print(f"== mgn-deploy {' '.join(arguments)}", flush=True)
+    started = time.monotonic()
+    command = [sys.executable, "-m", "mgn_deploy", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, flush=True)
+    result = json.loads(done.stdout) if done.stdout.startswith("{") else None
+    seconds = round(time.monotonic() - started, 1)
+    return {"arguments": arguments, "exit": done.returncode, "seconds": seconds, "result": result}
+
+
+def _engine_problem(name: str) -> str | None:
+    """Why that backend cannot run here, or None."""
+    from mgn_deploy.export.trt_builder import capabilities
+
+    from mgn_deploy.backends import backend_module
+    from mgn_deploy.gpu import this_gpu
+
+    problem = backend_module(name).missing()
+    if problem or name != "tensorrt_rtx" or this_gpu().compute_capability in capabilities():
+        return problem
+    return f"it builds for compute capability {', '.join(capabilities())}, not for {this_gpu().compute_capability}"
+
+
+def _no_exporter() -> int:
+    """0 where `mgn-deploy export` has what it needs, else a line that says what is missing and the exit status for it."""
+    from mgn_deploy.cli.console import require_training
+    from mgn_deploy.errors import UserError
+
+    try:
+        require_training()
+    except UserError as problem:
+        print(problem)
+        return CANNOT
     return 0
-
-
-STAGES = {"facts": facts, "tests": tests, "sanitizer": sanitizer, "bench": bench, "tensorrt": tensorrt}
-
-
-def _pytest(*arguments: str) -> int:
-    """0 also where no test was chosen."""
-    options = ["-c", str(ROOT / "pyproject.toml"), "-q", "-p", "no:cacheprovider"]
-    code = subprocess.run([sys.executable, "-m", "pytest", *options, *arguments], check=False).returncode
-    return 0 if code in (0, 5) else 1
 
 
 def _version(name: str) -> str | None:

@@ -24,7 +24,8 @@ METHOD = {
     "cold_us": "median GPU time between two CUDA events, the L2 cache emptied before each run by reading other memory",
     "warm_us": "the same right after another run over the same inputs",
     "head start": "0.1 ms of waiting on the GPU goes before each run, the host launches meanwhile: what it cannot launch in "
-    "that time (eager's many kernels) shows",
+    "that time (eager's many kernels) shows, and Python's part of a launch may where the work is small",
+    "headline": "kernel_graph, as the pipeline launches the kernel inside a CUDA graph; its rivals are those named ..._graph",
     "turns": f"each contender once a turn, {TURNS} turns counted",
     "bytes": "each map, weight and bias once, the result once",
     "floor_us": "the larger of bytes over the measured copy rate (bytes read + written) and operations over the measured "

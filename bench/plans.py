@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx
     from mgn_deploy.train.model import MGN
 
-DRAWN_IMAGES = 8  # for the ranges: neither a plan's size nor its layers depend on them
+DRAWN_IMAGES = 8  # for the ranges, which say what float16 cannot hold
 NOISE = 0.01
 COLUMNS = ("graph", "GPU", "MB", "weights MB", "seconds", "layers", "convolutions", "additions in them", "moved MB")
 MEANING = (

@@ -6,6 +6,7 @@ Speeds are taken in turns, one round over all engines after the other, and are m
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from mgn_deploy.bundle import GRAPH
 from mgn_deploy.cli.console import print_json, print_table, say
 from mgn_deploy.datasets import Dataset, open_data
 from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import UserError
 from mgn_deploy.images import read_crop
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 
@@ -144,4 +146,8 @@ def _cell(value: object) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -20,7 +20,7 @@ import numpy as np
 
 from mgn_deploy.backends import Backend
 from mgn_deploy.drawn import draw_market1501
-from mgn_deploy.embedder import Embedder
+from mgn_deploy.embedder import Embedder, run_batches
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery import embed_folder
 from mgn_deploy.images import read_crop
@@ -151,8 +151,9 @@ def _prepare(
 
 
 def _run_bare(backend: Backend, crops: np.ndarray, batch_size: int) -> None:
-    for at in range(0, len(crops), batch_size):
-        backend(crops[at : at + batch_size])
+    """As `embed` calls it: a backend that keeps batches on their way does so here, too."""
+    for _ in run_batches(backend, (crops[at : at + batch_size] for at in range(0, len(crops), batch_size))):
+        pass
 
 
 def _run_embed(folder: Path, store: Path, embedder: Embedder, batch_size: int) -> None:

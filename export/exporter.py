@@ -12,14 +12,13 @@ from pathlib import Path
 
 import onnx
 from mgn_deploy.export.calibration_images import read_calibration_images
-from mgn_deploy.export.fused import cut_heads
+from mgn_deploy.export.fused import check_heads, cut_heads
 from mgn_deploy.export.graph import build_graph
 from mgn_deploy.export.layer_table import summary
 from mgn_deploy.export.precision import ENGINES, to_half_precision, to_int8
 from mgn_deploy.export.prove import proof_pixels, prove_backends
 from mgn_deploy.export.trt_build import Progress
 from mgn_deploy.export.trt_builder import BuildSettings, Plan, build_plans
-from mgn_deploy.kernels.plan import MAX_BATCH
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 import mgn_deploy
@@ -74,7 +73,7 @@ def export_bundle(
         precision: of the network; pixels, the heads' sums and the L2 norm are float32 in all.
         heads: "fused" ends the graph with the maps; backends on a GPU go on by the stripe-pool-reduce kernel, those on a CPU by
             its reference.
-        engine: "tensorrt" and "tensorrt-rtx" also build plans. An INT8 graph is for one engine (`export/precision.py`, ENGINES; without
+        engine: "tensorrt" and "tensorrt-rtx" also build plans. An INT8 graph is placed for one of them (`export/precision.py`, ENGINES; without
             a name OpenVINO); the other precisions' graphs are the same for every engine.
         build: of the plans: batches, workspace, compatibility.
         compute_capabilities: a plan for each, ahead of time (TensorRT-RTX).
@@ -98,13 +97,12 @@ def export_bundle(
         raise UserError("INT8 needs images to calibrate on: --calib DIR, some 500 like those that it will see")
     if engine is not None and engine not in ENGINES:
         raise UserError(f"no engine {engine!r} to quantise for: choose {', '.join(ENGINES)}")
-    if heads == "fused" and build and build.batch[2] * (2 if flip else 1) > MAX_BATCH:
-        most = MAX_BATCH // (2 if flip else 1)
-        raise UserError(f"a batch of {build.batch[2]}: fused heads take at most {most} images a call; lower --batch")
     weights = Path(weights)
     say(f"reading {weights}")
     model = load_weights(weights)
     config = model.config
+    if heads == "fused":
+        check_heads(config, flip, build.batch[2] if build else 1)
     pixels = proof_pixels(proof_images, config.height, config.width)
     with atomic_folder(Path(out), names=FILES) as folder:
         say(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx.shape_inference
 from mgn_deploy.export.rewrite import head_call, map_names, with_nodes
+from mgn_deploy.kernels.plan import MAX_BATCH, MAX_BRANCHES
 from onnx import helper, numpy_helper
 
 from mgn_deploy.config import ModelConfig
@@ -15,16 +16,12 @@ from mgn_deploy.fused_heads import FusedHeads
 
 def cut_heads(graph: onnx.ModelProto, config: ModelConfig, flip: bool) -> tuple[onnx.ModelProto, FusedHeads]:
     """Of a graph of any precision: uint8 images -> maps `[n or 2n, C, H_b, W_b]`, in the order of the
-    branches and the type that the heads read; and the heads.
-
-    Raises:
-        UserError: the kernel does not take heads of these sizes.
+    branches and the type that the heads read; and the heads. The config is one that `check_heads` passed.
     """
     call = head_call(graph)
     tensors = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer if t.name in call.input}
     numbers = {name.removeprefix("heads."): values for name, values in tensors.items()}
     weight = np.ascontiguousarray(numbers.pop("weight").transpose(0, 2, 1))
-    _check(config, channels=weight.shape[2])
     trunk = _trunk(graph, call)
     kind = helper.tensor_dtype_to_np_dtype(trunk.graph.output[0].type.tensor_type.elem_type)
     vectors = {name: values.reshape(len(values), -1) for name, values in numbers.items() if name != "power"}
@@ -40,14 +37,16 @@ def cut_heads(graph: onnx.ModelProto, config: ModelConfig, flip: bool) -> tuple[
     return trunk, heads
 
 
-def _check(config: ModelConfig, channels: int) -> None:
-    from mgn_deploy.kernels.plan import MAX_BRANCHES
-
-    if channels % 8 or config.reduced_width % 16 or len(config.branches) > MAX_BRANCHES:
+def check_heads(config: ModelConfig, flip: bool, most: int) -> None:
+    """Raise UserError unless the kernel takes this model's heads, and `most` images a call."""
+    limit = MAX_BATCH // (2 if flip else 1)
+    if config.reduced_width % 16 or len(config.branches) > MAX_BRANCHES:
         raise UserError(
-            f"--heads fused takes at most {MAX_BRANCHES} branches, channels divisible by 8 and a reduced width divisible by 16; this "
-            f"model has {len(config.branches)}, {channels} and {config.reduced_width}: use --heads plain"
+            f"--heads fused takes at most {MAX_BRANCHES} branches and a reduced width divisible by 16; this model has "
+            f"{len(config.branches)} and {config.reduced_width}: use --heads plain"
         )
+    if most > limit:
+        raise UserError(f"a batch of {most}: fused heads take at most {limit} images a call; lower --batch")
 
 
 def _trunk(graph: onnx.ModelProto, call: onnx.NodeProto) -> onnx.ModelProto:

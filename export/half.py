@@ -1,8 +1,8 @@
 """Float32 graph -> float16 or bfloat16 graph, with casts in the graph: TensorRT 11 knows no precision flag.
 
 In half precision: the convolutions with their ReLUs, additions and pools, and so the maps. In float32: the pixels'
-normalisation, instance norms, Q/DQ pairs, the heads from the pooled vectors on, the mirror average and the L2 norm, and every
-node whose values would overflow.
+normalisation, instance norms, Q/DQ pairs, the heads from the pooled vectors on, the mirror average and the L2 norm, every node
+whose values would overflow, and all maps where one of them would: the fused heads take maps of one type.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
+import onnx.shape_inference
 from mgn_deploy.export import heads
 from mgn_deploy.export.ranges import TensorRange
 from mgn_deploy.export.rewrite import map_names, trunk_nodes, with_nodes
@@ -19,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 LARGEST_FLOAT16 = 65504.0
 # Other images may reach further than those that were looked at.
 MARGIN = 4.0
+LIMIT = LARGEST_FLOAT16 / MARGIN
 # INT8 scales are too small for float16: a weight's is its largest magnitude by 127.
 FLOAT32_OPERATORS = ("InstanceNormalization", "QuantizeLinear", "DequantizeLinear")
 # Convolutions and pools take bfloat16 from this operator set on.
@@ -37,18 +39,20 @@ def to_half(
         ranges: of the graph's activations on real images (`measure_ranges`).
     """
     overflowing = [] if precision == "bf16" else overflowing_nodes(graph, ranges)
+    half_maps = precision == "bf16" or not _too_large(ranges) & {*map_names(graph)}
     rewriter = _Rewriter(graph, TYPES[precision])
     zone = {node.name for node in trunk_nodes(graph)}
     for node in graph.graph.node:
         if node.op_type == heads.NAME:
-            rewriter.add(node, TYPES[precision], only=map_names(graph))
+            rewriter.add(node, TYPES[precision] if half_maps else TensorProto.FLOAT, only=map_names(graph))
         elif node.name in zone:
             float32 = node.name in overflowing or node.op_type in FLOAT32_OPERATORS
             rewriter.add(node, TensorProto.FLOAT if float32 else TYPES[precision])
         else:
             rewriter.nodes.append(node)
     result = rewriter.result()
-    _sum_in_float32(result.functions[0])
+    if half_maps:
+        _sum_in_float32(result.functions[0])
     if precision == "bf16":
         for imported in [*result.opset_import, *result.functions[0].opset_import]:
             imported.version = BFLOAT16_OPSET if imported.domain == "" else imported.version
@@ -58,12 +62,24 @@ def to_half(
 
 def overflowing_nodes(graph: onnx.ModelProto, ranges: Mapping[str, TensorRange]) -> list[str]:
     """Nodes that read or write what float16 cannot hold with a margin."""
-    limit = LARGEST_FLOAT16 / MARGIN
-    too_large = {name for name, one in ranges.items() if one.largest > limit}
+    too_large = _too_large(ranges)
     for tensor in graph.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and np.abs(numpy_helper.to_array(tensor)).max(initial=0) > limit:
+        if tensor.data_type == TensorProto.FLOAT and np.abs(numpy_helper.to_array(tensor)).max(initial=0) > LIMIT:
             too_large.add(tensor.name)
     return [node.name for node in trunk_nodes(graph) if too_large & {*node.input, *node.output}]
+
+
+def float32_nodes(graph: onnx.ModelProto) -> list[str]:
+    """Names of the nodes that a graph by `to_half` has in float32 because they would overflow; none of a graph without half precision."""
+    known = onnx.shape_inference.infer_shapes(graph).graph.value_info
+    types = {value.name: value.type.tensor_type.elem_type for value in known}
+    either = [node for node in trunk_nodes(graph) if node.op_type not in (*FLOAT32_OPERATORS, "Cast")]
+    kept = [node.name for node in either if types[node.output[0]] == TensorProto.FLOAT]
+    return kept if len(kept) < len(either) else []
+
+
+def _too_large(ranges: Mapping[str, TensorRange]) -> set[str]:
+    return {name for name, one in ranges.items() if one.largest > LIMIT}
 
 
 def _sum_in_float32(function: onnx.FunctionProto) -> None:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import atomic_file, cache_folder
 
 
-def cache_folder() -> Path:
-    """Where plans are kept: under `$XDG_CACHE_HOME`, or `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mgn-deploy" / "plans"
+def plan_folder() -> Path:
+    return cache_folder("plans")
 
 
 def cache_key(graph: bytes, facts: dict[str, Any]) -> str:
@@ -31,7 +28,7 @@ def cache_key(graph: bytes, facts: dict[str, Any]) -> str:
 
 def load_plan(key: str) -> tuple[bytes, dict[str, Any]] | None:
     """The plan and its record, or None where there is none or either is damaged."""
-    folder = cache_folder()
+    folder = plan_folder()
     try:
         stored = json.loads((folder / f"{key}.json").read_bytes())
         plan = (folder / f"{key}.plan").read_bytes()
@@ -48,7 +45,7 @@ def save_plan(key: str, plan: bytes, record: dict[str, Any]) -> None:
     Raises:
         UserError: the cache folder is not writable or the disk is full.
     """
-    folder = cache_folder()
+    folder = plan_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

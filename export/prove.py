@@ -12,11 +12,11 @@ from mgn_deploy.export.precision import ENGINES
 from mgn_deploy.export.proof import add_ranking, proof_crops, prove, run_in_batches
 
 from mgn_deploy.backends import ORDER, backend_module
-from mgn_deploy.bundle import Bundle, Proof, write_manifest
+from mgn_deploy.bundle import Bundle, Proof, Quantisation, write_manifest
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.drawn import draw_people
 from mgn_deploy.embedder import Embedder
-from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.errors import UserError
 from mgn_deploy.images import read_crop
 from mgn_deploy.validate import validate
 
@@ -37,10 +37,10 @@ def prove_again(
     proof_images: str | os.PathLike[str] | None = None,
     data: Dataset | None = None,
     say: Callable[[str], None] = lambda sentence: None,
-) -> Bundle:
+) -> dict[str, Proof]:
     """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
 
-    Proofs of backends that do not run here are kept as they are.
+    Proofs of backends that do not run here stay in the bundle as they are; those made here are returned.
 
     Args:
         folder: a bundle with its reference weights.
@@ -57,7 +57,7 @@ def prove_again(
     made = prove_backends(bundle, pixels, data, say)
     proofs = {**bundle.manifest.proofs, **made}
     write_manifest(bundle.folder, bundle.manifest.model_copy(update={"proofs": proofs}))
-    return Bundle.open(folder)
+    return made
 
 
 def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int) -> ProofPixels:
@@ -102,22 +102,26 @@ def prove_backends(
         say(f"proving {name} on them")
         try:
             backend = reference_backend if name == "torch" else module.open_engine(bundle)
-        except CannotRun as error:
+            proof = prove(
+                backend,
+                pixels.crops,
+                reference,
+                manifest.precision,
+                image_source=pixels.source,
+                drawn=pixels.drawn,
+            )
+            if data and ranked:
+                measured = ranked if name == "torch" else validate(data, Embedder(bundle, backend), None).measured
+                proof = add_ranking(proof, measured, ranked, data, manifest.precision, allowed_map(quantisation))
+        except UserError as error:  # as where a GPU's memory is full: the other backends' proofs are worth having
             say(f"no proof for {name}: {error}")
             continue
-        proof = prove(
-            backend,
-            pixels.crops,
-            reference,
-            manifest.precision,
-            image_source=pixels.source,
-            drawn=pixels.drawn,
-        )
-        if data and ranked:
-            measured = ranked if name == "torch" else validate(data, Embedder(bundle, backend), None).measured
-            allowed = quantisation.max_drop / 100 if quantisation else 0.0
-            proof = add_ranking(proof, measured, ranked, data, manifest.precision, allowed)
         proofs[name] = proof
     if not set(proofs) - {"torch"}:
         raise UserError("no engine is installed to prove the graph with: pip install 'mgn-deploy[cpu]'")
     return proofs
+
+
+def allowed_map(quantisation: Quantisation | None) -> float:
+    """mAP, as a fraction, that the user gave INT8 to lose; a budget of top-10 agreement says nothing about it."""
+    return quantisation.max_drop / 100 if quantisation and quantisation.drop_of == "mAP" else 0.0

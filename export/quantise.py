@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from mgn_deploy.export.half import to_half
+from mgn_deploy.export.half import LIMIT, to_half
 from mgn_deploy.export.ranges import TensorRange
 from mgn_deploy.export.rewrite import group_of, trunk_nodes, with_nodes
 from onnx import helper, numpy_helper
@@ -143,7 +143,9 @@ class _Writer:
             largest[:] = largest.max()
         scale = (largest / levels).astype(np.float32)
         integers = np.round(values / scale.reshape(-1, 1, 1, 1)).clip(-levels, levels).astype(np.int8)
-        node.input[1] = self._dequantised(weight, integers, scale.max() if self._placement.one_scale else scale)
+        by_shares = self._placement.one_scale and not added
+        shared = self._within_half(scale.max(), integers, activation) if by_shares else scale.max()
+        node.input[1] = self._dequantised(weight, integers, shared if self._placement.one_scale else scale)
         if self._placement.integer_bias and len(node.input) > 2:
             bias = numpy_helper.to_array(self._constants[node.input[2]])
             steps = (scale * self._activation_scale(activation)[0]).astype(np.float32)
@@ -151,8 +153,17 @@ class _Writer:
             rounded = np.round(bias.astype(np.float64) / steps).clip(-limit, limit).astype(np.int32)
             node.input[2] = self._dequantised(node.input[2], rounded, steps)
         self.nodes.append(node)
-        if self._placement.one_scale and not added:
-            self._append_shares(node, scale / scale.max())
+        if by_shares:
+            self._append_shares(node, scale / shared)
+
+    def _within_half(self, scale: np.float32, integers: np.ndarray, activation: str) -> np.float32:
+        """The scale, or as much less as it takes for float16 to hold the convolution's sums; the shares make up for it.
+
+        The output's range is no bound of them: a sum is the output without its bias divided by its channel's share, which may be
+        tiny. But the activation is cut off at its threshold, on any image.
+        """
+        largest = np.abs(integers).reshape(len(integers), -1).sum(axis=1).max() * scale * self._thresholds[activation]
+        return np.float32(scale / max(1.0, largest / LIMIT))
 
     def _append_shares(self, node: onnx.NodeProto, shares: np.ndarray) -> None:
         """What a scale for each channel would have done: its share of the one scale by a Mul, and the bias after that."""
@@ -162,10 +173,10 @@ class _Writer:
         output = node.output[0]
         raw, scaled = f"{output}/raw", f"{output}/scaled"
         node.output[0] = raw
+        self.ranges[scaled] = TensorRange(self.ranges[output].largest + float(np.abs(bias).max()))
         for operator, source, values, target in (("Mul", raw, shares, scaled), ("Add", scaled, bias, output)):
             constant = self._constant(f"{source}/{operator}", values.reshape(1, -1, 1, 1))
             self.nodes.append(helper.make_node(operator, [source, constant], [target], name=f"{node.name}/{operator}"))
-            self.ranges[source] = self.ranges[output]
 
     def _activation_scale(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         threshold = self._thresholds[name]

@@ -76,8 +76,12 @@ def write_model_repository(
         The model's folder.
 
     Raises:
-        UserError: sizes that do not fit, a plan of TensorRT-RTX, or a place that is not writable.
+        UserError: fused heads, sizes that do not fit, a plan of TensorRT-RTX, or a place that is not writable.
     """
+    if bundle.manifest.heads == "fused":
+        raise UserError(
+            f"{bundle.folder} has fused heads, and Triton serves whole graphs: export it with --heads plain"
+        )
     _check(plan, max_batch, preferred, name)
     folder = Path(out) / name
     file = "model.plan" if plan else "model.onnx"

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 from mgn_deploy.export import layer_table
-from mgn_deploy.export.plan_cache import cache_folder, cache_key, load_plan, save_plan
+from mgn_deploy.export.plan_cache import cache_key, load_plan, plan_folder, save_plan
 from mgn_deploy.export.trt_build import Progress, build_network, parsed_network, quiet
 from mgn_deploy.export.trt_graph import PreparedGraph, prepare
 
@@ -231,7 +231,7 @@ def _timing_cache(config: Any, settings: BuildSettings, gpu: Gpu) -> tuple[Any, 
     """How long TensorRT's kernels took on this GPU in earlier builds. TensorRT-RTX times none."""
     version = import_tensorrt(settings.flavour).__version__
     name = hashlib.sha256(f"{settings.flavour} {version} {gpu}".encode()).hexdigest() + ".timings"
-    path = cache_folder() / name
+    path = plan_folder() / name
     content = path.read_bytes() if path.is_file() else b""
     timings = config.create_timing_cache(content) or config.create_timing_cache(b"")
     config.set_timing_cache(timings, ignore_mismatch=False)
@@ -239,6 +239,6 @@ def _timing_cache(config: Any, settings: BuildSettings, gpu: Gpu) -> tuple[Any, 
 
 
 def _save_timings(timings: Any, name: str) -> None:
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with atomic_file(cache_folder() / name) as file:
+    plan_folder().mkdir(parents=True, exist_ok=True)
+    with atomic_file(plan_folder() / name) as file:
         file.write(memoryview(timings.serialize()))

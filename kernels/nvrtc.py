@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from mgn_deploy.kernels.plan import (
 )
 
 from mgn_deploy.cuda_errors import cuda_sentence
-from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file
+from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.files import atomic_file, cache_folder
 
 FOLDER = Path(__file__).parent
 INSTALL = "pip install cuda-core nvidia-cuda-nvrtc"
@@ -52,15 +52,16 @@ def compile_kernels(kernels: tuple[str, ...], arch: str) -> MachineCode:
         arch: `sm_90`.
 
     Raises:
-        UserError: NVRTC is not installed, or the cache folder cannot be written.
+        CannotRun: NVRTC is not installed.
+        UserError: it does not compile for that architecture, or the cache folder cannot be written.
     """
-    try:
-        from cuda.bindings import nvrtc
-        from cuda.core import Program, ProgramOptions
+    problem = nvrtc_problem()
+    if problem:
+        raise CannotRun(problem)
+    from cuda.bindings import nvrtc
+    from cuda.core import Program, ProgramOptions
 
-        version = nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"the CUDA kernels are compiled on first use, which needs NVRTC ({error}): {INSTALL}") from None
+    _, *version = nvrtc.nvrtcVersion()
     source, header = (FOLDER / f"stripe_pool_reduce.{ending}" for ending in ("cu", "h"))
     facts = [*kernels, arch, str(version), source.read_text(), header.read_text()]
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()
@@ -72,17 +73,30 @@ def compile_kernels(kernels: tuple[str, ...], arch: str) -> MachineCode:
             include_path=[str(FOLDER)],
             diag_suppress=177,  # functions that these kernels do not call
         )
-        built = Program(source.read_text(), "c++", options).compile("cubin", name_expressions=kernels)
+        try:
+            built = Program(source.read_text(), "c++", options).compile("cubin", name_expressions=kernels)
+        except Exception as error:  # cuda-core's classes for NVRTC's errors are private
+            reason = next((line for line in str(error).splitlines() if "error" in line), str(error).strip())
+            raise UserError(
+                f"NVRTC {'.'.join(map(str, version))} does not compile the kernels for {arch} ({reason.strip()}): install one that is "
+                "as new as the GPU"
+            ) from error
         symbols = {name: _text(symbol) for name, symbol in built.symbol_mapping.items()}
         code = MachineCode(bytes(built.code), symbols)
         _save(key, code)
     return code
 
 
-def cache_folder() -> Path:
-    """Where machine code is kept: under `$XDG_CACHE_HOME`, or `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mgn-deploy" / "kernels"
+def nvrtc_problem() -> str | None:
+    """Why kernels cannot be compiled here and what to install, or None."""
+    try:
+        from cuda.bindings import nvrtc
+
+        import_module("cuda.core")
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:
+        return f"the CUDA kernels are compiled on first use, which needs NVRTC ({error}): {INSTALL}"
+    return None
 
 
 def _text(symbol: bytes | str) -> str:
@@ -91,7 +105,7 @@ def _text(symbol: bytes | str) -> str:
 
 def _load(key: str) -> MachineCode | None:
     """None where there is none or it is damaged: then it is compiled again."""
-    folder = cache_folder()
+    folder = cache_folder("kernels")
     try:
         record = json.loads((folder / f"{key}.json").read_bytes())
         cubin = (folder / f"{key}.cubin").read_bytes()
@@ -102,7 +116,7 @@ def _load(key: str) -> MachineCode | None:
 
 
 def _save(key: str, code: MachineCode) -> None:
-    folder = cache_folder()
+    folder = cache_folder("kernels")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

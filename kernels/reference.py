@@ -64,7 +64,7 @@ def stripe_pool_reduce(
         features = 1 if stripes == 1 else 1 + stripes
         pooled += stripe_pool(map_, stripes, pooling, None if powers is None else powers[first : first + features])
         first += features
-    reduced = np.stack(pooled).astype(np.float64) @ weight.astype(np.float64) + bias  # [F, n, R]
+    reduced = np.stack(pooled).astype(np.float64) @ np.asarray(weight, np.float64) + bias  # [F, n, R]
     if neck != "linear":
         reduced = np.maximum(reduced, 0)
     if neck == "relu_norm":

@@ -133,7 +133,9 @@ class Manifest(_Strict):
         content = self.model_dump(
             mode="json", include={"model", "flip", "precision", "preprocessing", "source_weights_sha256"}
         )
-        content["graph"] = self.files[GRAPH].sha256
+        content |= {
+            name: self.files[file].sha256 for name, file in (("graph", GRAPH), ("heads", HEADS)) if file in self.files
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mgn_deploy.errors import UserError
+from mgn_deploy.bundle import Bundle
+from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.fused_heads import FusedHeads
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -66,7 +67,7 @@ class CudaHeads:
     def prepare(self, images: int) -> None:
         """Plan and, where this machine has not done it before, compile for that many images; `launch` then allocates nothing."""
         from mgn_deploy.kernels.nvrtc import PlannedKernel
-        from mgn_deploy.kernels.plan import BARRIER_BYTES, make_problem
+        from mgn_deploy.kernels.plan import make_problem
 
         if images in self._planned:
             return
@@ -84,7 +85,7 @@ class CudaHeads:
             output="mirror_embeddings" if self._heads.flip else "embeddings",
         )
         kernel = PlannedKernel(problem, self._device.device_id)
-        workspace = self._device.allocate(max(kernel.workspace_bytes, BARRIER_BYTES), stream=self._stream)
+        workspace = self._device.allocate(kernel.workspace_bytes, stream=self._stream)
         workspace.fill(0, stream=self._stream)
         self._stream.sync()
         self._planned[images] = (kernel, workspace)
@@ -115,6 +116,23 @@ class CudaHeads:
         buffer.copy_from(pinned, stream=self._stream)
         self._stream.sync()
         return buffer
+
+
+def heads_of(bundle: Bundle) -> FusedHeads | None:
+    """Of a bundle with fused heads; None of a plain one.
+
+    Raises:
+        CannotRun: the kernel cannot be compiled here.
+        UserError: the heads are not what was exported.
+    """
+    from mgn_deploy.kernels.nvrtc import nvrtc_problem
+
+    if bundle.manifest.heads != "fused":
+        return None
+    problem = nvrtc_problem()
+    if problem:
+        raise CannotRun(f"{bundle.folder} has fused heads: {problem}")
+    return FusedHeads.read(bundle)
 
 
 def map_type(dtypes: Sequence[str], layouts: Sequence[str], shapes: Sequence[Sequence[int]]) -> MapType:

@@ -126,15 +126,13 @@ class CudaPipeline:
         slot.images[: len(images)] = images
         slot.images[len(images) : rows] = images[-1]  # where the profile takes no fewer
         bytes_in, bytes_out = rows * int(np.prod(self._image)), rows * self._dim * 4
-        _part(slot.device_images, bytes_in).copy_from(_part(slot.pinned_images, bytes_in), stream=self._upload)
+        part(slot.device_images, bytes_in).copy_from(part(slot.pinned_images, bytes_in), stream=self._upload)
         self._upload.record(slot.uploaded)
         self._compute.wait(slot.uploaded)
         self._launch(slot, rows)
         self._compute.record(slot.computed)
         self._download.wait(slot.computed)
-        _part(slot.device_embeddings, bytes_out).copy_to(
-            _part(slot.pinned_embeddings, bytes_out), stream=self._download
-        )
+        part(slot.device_embeddings, bytes_out).copy_to(part(slot.pinned_embeddings, bytes_out), stream=self._download)
         self._download.record(slot.downloaded)
 
     def _launch(self, slot: _Slot, rows: int) -> None:
@@ -245,7 +243,7 @@ def _array(buffer: Any, dtype: type[np.generic], shape: tuple[int, ...]) -> np.n
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
-def _part(buffer: Any, size: int) -> Any:
+def part(buffer: Any, size: int) -> Any:
     """The first bytes of a buffer, as a buffer."""
     from cuda.core import Buffer
 

@@ -25,6 +25,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def cache_folder(kind: str) -> Path:
+    """Where what can be made again is kept: under `$XDG_CACHE_HOME`, or `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mgn-deploy" / kind
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that gets its name only once its whole content is on disk.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -44,6 +45,11 @@ class FusedHeads:
         optional = {name: tensors.get(name) for name in ("scale", "shift", "power")}
         return cls(bundle.config, bundle.manifest.flip, tensors["weight"], tensors["bias"], **optional)
 
+    @cached_property
+    def _exact_weight(self) -> np.ndarray:
+        """As the definition takes it: float64 `[F, C, R]`."""
+        return self.weight.transpose(0, 2, 1).astype(np.float64)
+
     def to_bytes(self) -> bytes:
         """As `read` takes them."""
         names = ("weight", "bias", "scale", "shift", "power")
@@ -64,7 +70,7 @@ class FusedHeads:
         features = stripe_pool_reduce(
             maps,
             self.config.branches,
-            self.weight.transpose(0, 2, 1),
+            self._exact_weight,
             self.bias[:, None],
             pooling=self.config.pooling,
             powers=self.power,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from mgn_deploy.backends import import_problem
@@ -12,6 +13,7 @@ from mgn_deploy.gpu import Gpu
 from mgn_deploy.tensorrt_door import import_problem_of, import_tensorrt
 
 DEFAULT_BATCH = (1, 8, 64)
+_log = logging.getLogger("mgn_deploy")
 
 
 def plan_for(bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu) -> bytes:
@@ -64,4 +66,5 @@ def _built_here(bundle: Bundle, flavour: Flavour, gpu: Gpu, batch: tuple[int, in
 
     ahead = flavour == "tensorrt_rtx" and gpu.compute_capability in capabilities()
     settings = BuildSettings(flavour, batch, gpu.compute_capability if ahead else None)
+    _log.warning(f"{bundle.folder} has no plan for {gpu.name}: building one, once, or taking it from the cache")
     return build_plans(onnx.load_from_string(bundle.read(GRAPH)), settings)[0].content

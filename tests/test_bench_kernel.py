@@ -173,6 +173,8 @@ def result():
     inputs = random_inputs(case, "cpu", 3)
     ways = {
         "kernel": lambda: torch_op(case, inputs),
+        "kernel_graph": lambda: torch_op(case, inputs),
+        "lean_compiled_graph": lambda: module(LeanHeads(case, inputs), inputs),
         "eager": lambda: module(Heads(case, inputs), inputs),
         "eager_graph": lambda: Contender(lambda: torch.zeros(3, 128)),
         "compiled_graph": lambda: refuse(RuntimeError("no compiler\nhere")),
@@ -234,16 +236,20 @@ def test_the_result_is_strict_json(result):
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
-def test_the_table_has_the_kernel_beside_its_rivals_and_says_what_is_missing(result):
+def test_the_table_has_the_graphed_kernel_beside_its_graphed_rivals_and_says_what_is_missing(result):
     title, rows = kernel.table(result)
     assert title.startswith("a CPU: copy 2000 GB/s")
+    assert title.endswith("in CUDA graphs")
     (cells,) = rows
     shown = dict(zip([*kernel.COLUMNS, *kernel.RIVALS.values()], cells, strict=True))
     found = result["cases"][0]["contenders"]
     assert (shown["case"], shown["images"]) == ("float16 nhwc mirror", "8")
-    assert shown["kernel us"] == f"{found['kernel']['cold_us']:.1f}"
-    assert shown["eager"] == f"{found['eager']['cold_us'] / found['kernel']['cold_us']:.1f}x"
-    assert shown["compiled"] == "-"
+    ours = found["kernel_graph"]
+    assert (shown["kernel us"], shown["x floor"]) == (f"{ours['cold_us']:.1f}", f"{ours['over_floor']:.2f}")
+    assert (shown["of copy"], shown["share"]) == (f"{ours['of_copy']:.0%}", f"{ours['of_network']:.1%}")
+    assert shown["lean comp."] == f"{found['lean_compiled_graph']['cold_us'] / ours['cold_us']:.1f}x"
+    assert shown["eager, no graph"] == f"{found['eager']['cold_us'] / ours['cold_us']:.1f}x"
+    assert (shown["eager"], shown["compiled"]) == ("-", "-")
     assert kernel.remarks(result) == [
         "tensorrt is left out: TensorRT is not installed",
         "1 cases were not begun: --minutes were over, or the GPU was lost",
@@ -317,34 +323,70 @@ def test_the_suite_imports_the_source_tree_under_its_one_name(tmp_path):
     assert all(file.startswith(str(tmp_path / "site")) for file in files)
 
 
+def runs_on(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
 def test_a_stage_past_its_limit_is_ended_with_all_that_it_started(tmp_path):
-    program = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "print(child.pid, flush=True)\n"
-        "time.sleep(60)"
-    )
     log = tmp_path / "log"
-    result = gpu_suite.run_limited([sys.executable, "-c", program], os.environ, tmp_path, log, seconds=2)
-    assert (result["state"], result["exit"]) == ("out of time", None)
-    child = Path("/proc") / log.read_text().strip() / "stat"
-    for _ in range(50):
-        if not child.exists() or child.read_text().split()[2] == "Z":
+    for seconds in (0.5, 5, 50):  # a busy machine takes its time to start them
+        command = ["sh", "-c", "sleep 600 & echo $!; wait"]
+        result = gpu_suite.run_limited(command, os.environ, tmp_path, log, seconds)
+        assert (result["state"], result["exit"]) == ("out of time", None)
+        if result["last"]:
             break
-        time.sleep(0.1)
     else:
-        pytest.fail("its child runs on")
+        pytest.fail("it never said what it had started")
+    deadline = time.monotonic() + 60
+    while runs_on(result["last"]):
+        assert time.monotonic() < deadline, "its child runs on"
+        time.sleep(0.02)
+
+
+def test_the_suite_counts_what_passed_failed_and_was_skipped_for_which_reason(tmp_path, monkeypatch):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert False\n"
+        "@pytest.mark.parametrize('one', [1, 2])\n"
+        "def test_not_here(one): pytest.skip('needs a GPU')\n"
+    )
+    (tmp_path / "test_whole.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
+    monkeypatch.chdir(tmp_path)
+    found = gpu_suite.run_pytest(str(tmp_path))
+    assert [found[key] for key in ("exit", "passed", "failed", "skipped")] == [1, 1, 1, 3]
+    assert found["reasons"].pop("needs a GPU") == 2
+    ((reason, count),) = found["reasons"].items()
+    assert "could not import 'no_such_module'" in reason
+    assert count == 1
+
+
+def test_the_suite_takes_no_tests_and_a_pytest_that_breaks_down_for_none_passed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, code in (([str(tmp_path)], 0), (["no/such/file.py"], 4)):
+        found = gpu_suite.run_pytest(*arguments)
+        assert (found["exit"], found["passed"], found["failed"]) == (code, 0, 0)
+
+
+def test_a_command_of_the_suite_keeps_its_exit_status(tmp_path):
+    found = gpu_suite.run_step("bench", "--bundle", str(tmp_path), "--json")
+    assert (found["exit"], found["result"]) == (2, None)
 
 
 @pytest.mark.skipif(gpu_problem() is None, reason="this machine has a GPU")
 def test_the_suite_goes_on_where_a_stage_cannot_run(tmp_path, capsys):
     script = str(Path(gpu_suite.__file__).resolve())
-    command = [sys.executable, script, "--out", str(tmp_path), "--stages", "tensorrt,bench"]
+    command = [sys.executable, script, "--out", str(tmp_path), "--stages", "engines,bench"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     states = json.loads((tmp_path / "suite.json").read_text())
     assert [state["state"] for state in states.values()] == ["cannot run here"] * 2
-    assert "no NVIDIA driver or GPU was found" in states["bench"]["last"]
+    for state in states.values():
+        assert "no NVIDIA driver or GPU was found" in state["last"]
 
 
 def test_every_contender_is_explained():

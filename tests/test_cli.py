@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from mgn_deploy.backends import ORDER
 from mgn_deploy.bundle import Bundle, write_manifest
+from mgn_deploy.cli.console import BACKENDS
 from mgn_deploy.cli.measure import validate
 from mgn_deploy.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
@@ -417,3 +419,8 @@ def test_bundle_without_a_proof_for_the_backend_is_refused(bundle):
     write_manifest(bundle, manifest.model_copy(update={"proofs": {"openvino": manifest.proofs["openvino"]}}))
     assert "has no proof for onnxruntime (proven: openvino)" in refusal(Embedder.open, bundle, "onnxruntime")
     Embedder.open(bundle, "onnxruntime", allow_unproven=True)
+
+
+def test_the_helps_list_of_backends_is_what_there_is():
+    listed = BACKENDS.rstrip(".").replace(" or ", ", ").split(", ")
+    assert listed == ["auto", *(name.replace("_", "-") for name in ORDER)]

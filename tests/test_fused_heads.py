@@ -11,19 +11,21 @@ import onnxruntime
 import pytest
 import torch
 from mgn_deploy.export.exporter import export_bundle
-from mgn_deploy.export.fused import cut_heads
+from mgn_deploy.export.fused import check_heads, cut_heads
 from mgn_deploy.export.graph import build_graph
 from mgn_deploy.export.half import to_half
+from mgn_deploy.export.triton import write_model_repository
 from mgn_deploy.export.trt_builder import BuildSettings, build_plans
 from mgn_deploy.kernels.host import HostKernel, build_host
 from mgn_deploy.train.weights import load_weights, new_model
 from onnx import TensorProto
 
 from mgn_deploy.backends import onnxruntime_cuda, open_backend, tensorrt, tensorrt_rtx
-from mgn_deploy.bundle import GRAPH, HEADS, Bundle
+from mgn_deploy.bundle import GRAPH, HEADS, Bundle, FileEntry, Manifest
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.cuda_heads import map_type
 from mgn_deploy.errors import UserError
+from mgn_deploy.files import sha256_file
 from mgn_deploy.fused_heads import FusedHeads
 from mgn_deploy.tensorrt_door import import_problem_of
 
@@ -130,6 +132,29 @@ def test_heads_survive_the_file(fused_folder) -> None:
     assert (heads.scale, heads.shift, heads.power) == (None, None, None)
 
 
+def test_numbers_that_only_some_heads_have_survive_the_file(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=size).astype(np.float32) for size in ((8, 16, 64), (8, 16), (8, 16), (8, 16), (8,))]
+    heads = FusedHeads(SMALL, True, *arrays)
+    (tmp_path / HEADS).write_bytes(heads.to_bytes())
+    entry = FileEntry(sha256=sha256_file(tmp_path / HEADS), size=(tmp_path / HEADS).stat().st_size)
+    manifest = Manifest.model_construct(model=SMALL, flip=True, files={HEADS: entry})
+    found = FusedHeads.read(Bundle(tmp_path, manifest))
+    for name, expected in zip(("weight", "bias", "scale", "shift", "power"), arrays, strict=True):
+        np.testing.assert_array_equal(getattr(found, name), expected)
+
+
+def test_other_heads_are_another_bundle(fused_folder) -> None:
+    manifest = Bundle.open(fused_folder).manifest
+    other = manifest.files[HEADS].model_copy(update={"sha256": "0" * 64})
+    assert manifest.model_copy(update={"files": {**manifest.files, HEADS: other}}).id != manifest.id
+
+
+def test_triton_is_not_given_half_a_network(fused_folder, tmp_path) -> None:
+    with pytest.raises(UserError, match="Triton serves whole graphs"):
+        write_model_repository(Bundle.open(fused_folder), tmp_path / "repository")
+
+
 def test_a_flipped_byte_in_the_heads_is_refused(fused_folder, tmp_path) -> None:
     shutil.copytree(fused_folder, tmp_path / "b")
     content = bytearray((tmp_path / "b" / HEADS).read_bytes())
@@ -141,10 +166,8 @@ def test_a_flipped_byte_in_the_heads_is_refused(fused_folder, tmp_path) -> None:
 
 def test_a_width_that_the_kernel_does_not_take_is_one_sentence() -> None:
     model = new_model(SMALL.model_copy(update={"reduced_width": 24}))
-    with pytest.raises(
-        UserError, match="reduced width divisible by 16; this model has 3, 128 and 24: use --heads plain"
-    ):
-        cut_heads(build_graph(model), model.config, True)
+    with pytest.raises(UserError, match="reduced width divisible by 16; this model has 3 and 24: use --heads plain"):
+        check_heads(model.config, True, 64)
 
 
 def test_a_batch_that_the_kernel_does_not_take_is_one_sentence(weights, tmp_path) -> None:

@@ -10,7 +10,7 @@ import onnx.inliner
 import pytest
 from mgn_deploy.export.calibration import METHODS, PERCENTILE, thresholds
 from mgn_deploy.export.graph import build_graph
-from mgn_deploy.export.half import LARGEST_FLOAT16, overflowing_nodes, to_half
+from mgn_deploy.export.half import LARGEST_FLOAT16, float32_nodes, overflowing_nodes, to_half
 from mgn_deploy.export.quantise import ONNXRUNTIME, OPENVINO, TENSORRT, TENSORRT_RTX, Placement, conv_groups, quantise
 from mgn_deploy.export.ranges import BINS, TensorRange, measure_ranges
 from mgn_deploy.export.rewrite import map_names, pixels_name, tensor_names_between, trunk_nodes
@@ -39,13 +39,17 @@ def ranges(graph, pixels) -> dict[str, TensorRange]:
     return measure_ranges(graph, pixels, histograms=True)
 
 
-def by_onnxruntime(graph: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
+def every_output(graph: onnx.ModelProto, pixels: np.ndarray) -> list[np.ndarray]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"images": pixels})[0]
+    return session.run(None, {"images": pixels})
+
+
+def by_onnxruntime(graph: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
+    return every_output(graph, pixels)[0]
 
 
 def by_openvino(graph: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
@@ -129,6 +133,7 @@ def test_what_would_overflow_stays_in_float32(weights, pixels):
     assert max(one.largest for one in ranges.values()) > LARGEST_FLOAT16 / 4
     half, kept = to_half(graph, "fp16", ranges)
     assert 2 <= len(kept) <= 6
+    assert float32_nodes(half) == kept
     expected = by_onnxruntime(graph, pixels)
     assert worst_cosine(by_onnxruntime(half, pixels), expected) > 0.9999
     inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(half))
@@ -148,6 +153,28 @@ def test_a_weight_beyond_float16_stays_in_float32(graph):
     values.flat[0] = 1e5
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     assert overflowing_nodes(changed, {}) == [node.name]
+
+
+def test_maps_go_to_the_heads_in_float32_where_one_of_them_would_overflow(weights, pixels):
+    model = load_weights(weights)
+    last = model.branches[1].layer4[-1].bn2
+    for parameter in (last.weight, last.bias):
+        parameter.data *= 1e6
+    for reduction in model.branches[1].reductions:
+        reduction[0].weight.data /= 1e6
+    graph = build_graph(model)
+    ranges = measure_ranges(graph, pixels)
+    assert [ranges[name].largest > LARGEST_FLOAT16 for name in map_names(graph)] == [False, True, False]
+    half, kept = to_half(graph, "fp16", ranges)
+    types = {
+        value.name: value.type.tensor_type.elem_type
+        for value in onnx.shape_inference.infer_shapes(half).graph.value_info
+    }
+    assert {types[name] for name in map_names(half)} == {TensorProto.FLOAT}
+    assert 0 < len(kept) < 6
+    expected = by_onnxruntime(graph, pixels)
+    assert worst_cosine(by_onnxruntime(half, pixels), expected) > 0.9999
+    assert worst_cosine(by_openvino(half, pixels), expected) > 0.9999
 
 
 # Thresholds
@@ -294,9 +321,36 @@ def test_int8_with_float16_between_keeps_in_float32_what_would_overflow(weights,
     inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(quantised))
     types = {value.name: value.type.tensor_type.elem_type for value in inlined.graph.value_info}
     found = {name: kind for name, kind in types.items() if name.split("/")[0] in large and kind != TensorProto.INT8}
-    assert {"raw", "scaled", "dq"} <= {name.split("/")[-1] for name in found}
-    assert set(found.values()) == {TensorProto.FLOAT}
+    sums = {name for name in found if name.endswith("/raw")}  # they are held within float16
+    assert {"scaled", "dq"} <= {name.split("/")[-1] for name in found.keys() - sums}
+    assert {found[name] for name in found.keys() - sums} == {TensorProto.FLOAT}
     assert worst_cosine(by_onnxruntime(quantised, pixels), by_onnxruntime(graph, pixels)) > 0.98
+    producers = {output: node.name for node in trunk_nodes(quantised) for output in node.output}
+    kept = float32_nodes(quantised)
+    assert {producers[name] for name in large & producers.keys()} <= {*kept}
+    assert len(kept) < 12
+    assert float32_nodes(quantise(graph, ranges, thresholds(ranges, "max"), TENSORRT)) == []
+
+
+def test_sums_of_a_channel_with_a_tiny_share_are_within_float16(weights, pixels):
+    """A channel's weights are a thousandth of the others' and all of one sign: its output is small, its sum of integers is not."""
+    model, factor = load_weights(weights), 1000
+    block = model.trunk[4][1]
+    block.conv1.weight.data[1:] *= factor
+    block.conv1.weight.data[0] = factor / 1000
+    block.bn1.bias.data[0] = 50
+    block.conv2.weight.data /= factor
+    graph = build_graph(model)
+    ranges = measure_ranges(graph, pixels)
+    assert overflowing_nodes(graph, ranges) == []
+    quantised = quantise(graph, ranges, thresholds(ranges, "max"), TENSORRT_RTX)
+    inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(quantised))
+    halves = [v for v in inlined.graph.value_info if v.type.tensor_type.elem_type == TensorProto.FLOAT16]
+    inlined.graph.output.extend(halves)
+    embeddings, *values = every_output(inlined, pixels)
+    assert sum(one.name.endswith("/raw") for one in halves) > 10
+    assert [one.name for one, value in zip(halves, values, strict=True) if not np.isfinite(value).all()] == []
+    assert worst_cosine(embeddings, by_onnxruntime(graph, pixels)) > 0.998
 
 
 @pytest.mark.parametrize("placement", [TENSORRT, OPENVINO, ONNXRUNTIME, TENSORRT_RTX])

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import mgn_deploy
+from mgn_deploy.export.exporter import export_bundle
 from mgn_deploy.export.proof import (
     FEWEST_IMAGES,
     MOST_IMAGES,
@@ -25,10 +26,11 @@ from mgn_deploy.export.proof import (
     run_in_batches,
     top_agreement,
 )
+from mgn_deploy.export.prove import allowed_map
 from onnx import helper, numpy_helper
 
 from mgn_deploy.backends import backend_module
-from mgn_deploy.bundle import Bundle, FileEntry, Proof, write_manifest
+from mgn_deploy.bundle import Bundle, FileEntry, Proof, Quantisation, write_manifest
 from mgn_deploy.datasets import Dataset, LabelledImage, open_data
 from mgn_deploy.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
@@ -301,6 +303,14 @@ def test_a_ranking_keeps_its_share_of_the_references(bundle_folder, precision, m
     assert (ranked.ranking.rank1, ranked.ranking.mAP) == measured
 
 
+def test_a_budget_of_neighbours_allows_no_loss_of_map():
+    budget = {"engine": "openvino", "method": "max", "errors": {}, "images": 1, "image_source": "", "images_sha256": ""}
+    of_neighbours = Quantisation(**budget, max_drop=20, drop=1, drop_of="top-10 agreement")
+    assert allowed_map(of_neighbours) == 0
+    assert allowed_map(of_neighbours.model_copy(update={"drop_of": "mAP"})) == 0.2
+    assert allowed_map(None) == 0
+
+
 @pytest.mark.slow
 def test_export_ranks_labelled_people_with_every_engine_beside_the_reference(weights, tmp_path):
     draw_market1501(tmp_path / "people", train_identities=1, test_identities=6)
@@ -358,6 +368,17 @@ def test_a_wrong_export_exits_1_is_marked_and_is_not_run_unless_allowed(
     allowed = mgn_deploy(*embed, "--allow-unproven", "--json")
     assert allowed.returncode == 0, allowed.stderr
     assert json.loads(allowed.stdout)["embedded"] == 40
+
+
+def test_a_backend_that_fails_while_it_is_proven_costs_only_its_own_proof(weights, tmp_path, monkeypatch):
+    def full(bundle):
+        raise UserError("the GPU has too little free memory")
+
+    monkeypatch.setattr(backend_module("openvino"), "open_engine", full)
+    said = []
+    bundle = export_bundle(weights, tmp_path / "b", say=said.append)
+    assert set(bundle.manifest.proofs) == {"onnxruntime", "torch"}
+    assert "no proof for openvino: the GPU has too little free memory" in said
 
 
 # Neighbours

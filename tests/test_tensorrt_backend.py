@@ -147,13 +147,13 @@ def test_a_plan_of_another_version_is_built_anew_with_its_profile_and_kept(
     bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import tensorrt_rtx as package
-    from mgn_deploy.export.plan_cache import cache_folder
+    from mgn_deploy.export.plan_cache import plan_folder
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle = with_plan(bundle_folder, tmp_path, rtx(version="1.0.0"))
     built = plan_for(bundle, "tensorrt_rtx", package.__version__, ADA)
     assert built != b"a plan"
-    assert len(list(cache_folder().glob("*.plan"))) == 1
+    assert len(list(plan_folder().glob("*.plan"))) == 1
     assert plan_for(bundle, "tensorrt_rtx", package.__version__, ADA) == built
 
 

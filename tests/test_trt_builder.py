@@ -25,7 +25,7 @@ from mgn_deploy.tensorrt_door import logger
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed", exc_type=ImportError)
 
 from mgn_deploy.export import layer_table
-from mgn_deploy.export.plan_cache import cache_folder
+from mgn_deploy.export.plan_cache import plan_folder
 from mgn_deploy.export.trt_builder import (
     BuildSettings,
     Plan,
@@ -233,7 +233,7 @@ def test_the_cache_has_nothing_for_other_weights(graph: onnx.ModelProto) -> None
 
 def test_a_plan_in_the_cache_with_a_flipped_bit_is_built_anew(graph: onnx.ModelProto) -> None:
     build(graph)
-    [file] = cache_folder().glob("*.plan")
+    [file] = plan_folder().glob("*.plan")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -246,7 +246,7 @@ def test_a_layer_table_in_the_cache_that_is_not_what_was_written_is_made_anew(
     graph: onnx.ModelProto, old: bytes, new: bytes
 ) -> None:
     built = build(graph)
-    [file] = cache_folder().glob("*.json")
+    [file] = plan_folder().glob("*.json")
     file.write_bytes(file.read_bytes().replace(old, new))
     again = build(graph)
     assert not again.cached
@@ -255,7 +255,7 @@ def test_a_layer_table_in_the_cache_that_is_not_what_was_written_is_made_anew(
 
 def test_without_the_cache_nothing_is_read_or_written(graph: onnx.ModelProto) -> None:
     build(graph, use_cache=False)
-    assert not cache_folder().exists()
+    assert not plan_folder().exists()
     build(graph)
     assert not build(graph, use_cache=False).cached
 
@@ -272,7 +272,7 @@ def test_ctrl_c_stops_the_build_and_the_next_one_works(graph: onnx.ModelProto, t
     onnx.save(graph, tmp_path / "graph.onnx")
     program = """
 import os, signal, sys, onnx
-from mgn_deploy.export.plan_cache import cache_folder
+from mgn_deploy.export.plan_cache import plan_folder
 from mgn_deploy.export.trt_builder import BuildSettings, build_plans
 graph, settings, steps = onnx.load(sys.argv[1]), BuildSettings("tensorrt_rtx", (1, 4, 8)), []
 def interrupt(phase, step, of):
@@ -282,7 +282,7 @@ def interrupt(phase, step, of):
 try:
     build_plans(graph, settings, ["8.6"], progress=interrupt)
 except KeyboardInterrupt:
-    print("stopped", cache_folder().exists())
+    print("stopped", plan_folder().exists())
 print(build_plans(graph, settings, ["8.6"])[0].cached)
 """
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -298,7 +298,7 @@ def test_what_progress_raises_stops_the_build_and_reaches_the_caller(graph: onnx
     with pytest.raises(BrokenPipeError, match="nobody reads"):
         build(graph, progress=fail)
     assert stopped_early()
-    assert not cache_folder().exists()
+    assert not plan_folder().exists()
 
 
 @pytest.mark.parametrize(

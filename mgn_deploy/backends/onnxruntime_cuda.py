@@ -9,8 +9,8 @@ import numpy as np
 
 from mgn_deploy.backends import Backend
 from mgn_deploy.bundle import GRAPH, Bundle
-from mgn_deploy.cuda_heads import CudaHeads, map_type
-from mgn_deploy.cuda_pipeline import pieces
+from mgn_deploy.cuda_heads import CudaHeads, heads_of, map_type
+from mgn_deploy.cuda_pipeline import part, pieces
 from mgn_deploy.fused_heads import FusedHeads
 from mgn_deploy.gpu import this_gpu
 from mgn_deploy.onnxruntime_session import (
@@ -45,12 +45,14 @@ class OnnxRuntimeCudaBackend:
     def __init__(self, bundle: Bundle) -> None:
         import onnxruntime
 
+        heads = heads_of(bundle)
         graph = bundle.read(GRAPH)
         self.version = onnxruntime.__version__
         self.device = this_gpu().name
+        self.profile = (1, 8, MOST)
         self._session: BoundSession | _FusedSession
-        if bundle.manifest.heads == "fused":
-            self._session = _FusedSession(graph, FusedHeads.read(bundle))
+        if heads:
+            self._session = _FusedSession(graph, heads)
         else:
             self._session = BoundSession(open_session(graph, {CUDA: CUDA_OPTIONS}), "cuda", bundle.config.dim)
 
@@ -99,7 +101,8 @@ class _FusedSession:
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)
             self._heads.launch(len(images), int(self._embeddings.handle), self._stream)
-            self._embeddings.copy_to(self._pinned, stream=self._stream)
+            size = len(images) * self._dim * 4
+            part(self._embeddings, size).copy_to(part(self._pinned, size), stream=self._stream)
             self._stream.sync()
         rows = np.empty((len(images), self._dim), np.float32)
         ctypes.memmove(rows.ctypes.data, int(self._pinned.handle), rows.nbytes)

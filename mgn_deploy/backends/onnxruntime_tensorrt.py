@@ -7,6 +7,7 @@ Its engines are built when a bundle is first opened on a GPU, which takes minute
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mgn_deploy.backends import Backend
+from mgn_deploy.backends import Backend, import_problem
 from mgn_deploy.bundle import GRAPH, Bundle
 from mgn_deploy.cuda_pipeline import pieces
 from mgn_deploy.errors import CannotRun, UserError
@@ -33,11 +34,12 @@ from mgn_deploy.tensorrt_plans import DEFAULT_BATCH
 if TYPE_CHECKING:
     from mgn_deploy.export.trt_graph import PreparedGraph
 
+_log = logging.getLogger("mgn_deploy")
 PROVIDER_LIBRARY = "libonnxruntime_providers_tensorrt.so"
 
 
 def missing() -> str | None:
-    return gpu_provider_problem(TENSORRT) or tensorrt_library_problem()
+    return gpu_provider_problem(TENSORRT) or import_problem("onnx", "gpu") or tensorrt_library_problem()
 
 
 def open_engine(bundle: Bundle) -> Backend:
@@ -75,12 +77,13 @@ class OnnxRuntimeTensorRtBackend:
     name = "onnxruntime_tensorrt"
 
     def __init__(self, bundle: Bundle) -> None:
-        precision = bundle.manifest.precision
-        if precision in ("fp16", "bf16"):
+        precision, quantisation = bundle.manifest.precision, bundle.manifest.quantisation
+        if precision in ("fp16", "bf16") or (quantisation and quantisation.engine == "tensorrt-rtx"):
             # Its networks are weakly typed (1.31: createNetworkV2(0)). Without a flag TensorRT refuses half precision
             # (NVIDIA/TensorRT#3277); with it, it may take it anywhere, also for what the graph keeps in float32.
             raise CannotRun(
-                f"ONNX Runtime's TensorRT provider does not take {precision} from the graph: choose another --backend"
+                f"ONNX Runtime's TensorRT provider does not take half precision from the graph, which {bundle.folder} has ({precision}): "
+                "choose another --backend"
             )
         if bundle.manifest.heads == "fused":
             raise CannotRun(
@@ -99,15 +102,18 @@ class OnnxRuntimeTensorRtBackend:
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         folder = engine_folder(graph, self.version, gpu)
         providers = {TENSORRT: tensorrt_options(graph, precision == "int8", folder), CUDA: CUDA_OPTIONS}
+        if not any(folder.iterdir()):
+            _log.warning(f"building TensorRT engines of {bundle.folder} for {gpu.name}, once: this may take minutes")
         try:
             session = open_session(graph.content, providers)
         except CannotRun as error:
             raise CannotRun(f"{error} (its engines are kept in {folder}: without it they are built anew)") from None
-        self._session = BoundSession(session, "cuda", bundle.config.dim)
+        self.profile = DEFAULT_BATCH
+        self._session, self._dim = BoundSession(session, "cuda", bundle.config.dim), bundle.config.dim
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        parts = [self._session(piece) for piece in pieces(images, DEFAULT_BATCH[2])]
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        parts = [self._session(piece) for piece in pieces(images, self.profile[2])]
+        return np.concatenate(parts) if parts else np.empty((0, self._dim), np.float32)
 
 
 def tensorrt_options(graph: PreparedGraph, int8: bool, folder: Path) -> dict[str, str]:
@@ -138,10 +144,10 @@ def engine_folder(graph: PreparedGraph, version: str, gpu: Gpu) -> Path:
     Raises:
         UserError: it cannot be made.
     """
-    from mgn_deploy.export.plan_cache import cache_folder, cache_key
+    from mgn_deploy.export.plan_cache import cache_key, plan_folder
 
     facts = {"onnxruntime": version, "gpu": vars(gpu), "tf32": os.environ.get("NVIDIA_TF32_OVERRIDE")}
-    folder = cache_folder() / "onnxruntime" / cache_key(graph.content, facts)
+    folder = plan_folder() / "onnxruntime" / cache_key(graph.content, facts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

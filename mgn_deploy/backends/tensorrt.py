@@ -11,10 +11,10 @@ import numpy as np
 from mgn_deploy.backends import Backend, import_problem
 from mgn_deploy.bundle import Bundle
 from mgn_deploy.cuda_errors import cuda_errors
+from mgn_deploy.cuda_heads import heads_of
 from mgn_deploy.cuda_pipeline import CudaPipeline
 from mgn_deploy.engine_entry import Flavour
 from mgn_deploy.errors import UserError
-from mgn_deploy.fused_heads import FusedHeads
 from mgn_deploy.gpu import gpu_problem, this_gpu
 from mgn_deploy.tensorrt_door import import_problem_of, import_tensorrt, logger, title
 from mgn_deploy.tensorrt_plans import plan_for
@@ -49,7 +49,7 @@ class TensorRtBackend:
         self.device = gpu.name
         self._flavour: Flavour = flavour
         self._config = bundle.config
-        self._heads = FusedHeads.read(bundle) if bundle.manifest.heads == "fused" else None
+        self._heads = heads_of(bundle)
         plan = plan_for(bundle, flavour, self.version, gpu)
         logger(flavour).messages.clear()
         self._runtime = trt.Runtime(logger(flavour))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -11,7 +12,7 @@ from mgn_deploy.cli.console import phase_lines, print_json, print_table, require
 from mgn_deploy.errors import GateFailed, UserError
 
 if TYPE_CHECKING:
-    from mgn_deploy.bundle import Bundle
+    from mgn_deploy.bundle import Bundle, Proof
 
 
 def init(
@@ -60,7 +61,7 @@ def export(
     heads: str = typer.Option("plain", help="plain, or fused: on GPUs the heads run as one kernel after the engine."),
     engine: str | None = typer.Option(
         None,
-        help="openvino, onnxruntime, tensorrt or tensorrt-rtx: the last two also build plans; an int8 graph is for one engine.",
+        help="openvino, onnxruntime, tensorrt or tensorrt-rtx: the last two also build plans; an int8 graph is placed for one of them.",
     ),
     batch: str = typer.Option("1,8,64", help="Fewest, best and most images a call of a TensorRT plan."),
     compute_capability: str = typer.Option(
@@ -136,7 +137,7 @@ def export(
         plans = [plan for plan in bundle.manifest.engines if plan.flavour == "tensorrt"]
         write_model_repository(bundle, triton, plan=plans[0] if plans else None, max_batch=parse_batch(batch)[2])
         say(f"{triton}: a model repository for Triton")
-    _tell(bundle, json)
+    _tell(bundle, bundle.manifest.proofs, json)
 
 
 def prove(
@@ -149,16 +150,17 @@ def prove(
 ) -> None:
     """Prove a bundle with every engine that is installed here, and write the proofs into it."""
     require_training()
+    from mgn_deploy.bundle import Bundle
     from mgn_deploy.datasets import open_data
     from mgn_deploy.export.prove import prove_again
 
     labelled = open_data(data, say=say) if data else None
-    _tell(prove_again(bundle, proof_images=proof_images, data=labelled, say=say), json)
+    made = prove_again(bundle, proof_images=proof_images, data=labelled, say=say)
+    _tell(Bundle.open(bundle), made, json)
 
 
-def _tell(bundle: Bundle, json: bool) -> None:
+def _tell(bundle: Bundle, proofs: Mapping[str, Proof], json: bool) -> None:
     out = bundle.folder
-    proofs = bundle.manifest.proofs
     if json:
         print_json(
             {
