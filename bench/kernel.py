@@ -19,9 +19,8 @@ from mgn_deploy.files import atomic_file
 from mgn_deploy.gpu import gpu_problem
 
 SHOWN = (1, 8, 64, 512)  # images, of all that are in the JSON
-HEADLINE = (
-    "kernel_graph"  # the pipeline launches the kernel inside a CUDA graph; the JSON also has it launched by itself
-)
+# The pipeline launches the kernel inside a CUDA graph; what it takes launched by itself is in the JSON.
+HEADLINE = "kernel_graph"
 COLUMNS = ("case", "images", "floor us", "kernel us", "warm us", "of copy", "x floor", "error", "share")
 RIVALS = {
     "eager_graph": "eager",

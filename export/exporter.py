@@ -14,6 +14,7 @@ import onnx
 from mgn_deploy.export.calibration_images import read_calibration_images
 from mgn_deploy.export.fused import check_heads, cut_heads
 from mgn_deploy.export.graph import build_graph
+from mgn_deploy.export.half import float32_nodes
 from mgn_deploy.export.layer_table import summary
 from mgn_deploy.export.precision import ENGINES, to_half_precision, to_int8
 from mgn_deploy.export.prove import proof_pixels, prove_backends
@@ -125,7 +126,9 @@ def export_bundle(
             graph, quantisation = to_int8(
                 graph, plain, manifest, engine or "openvino", images, pixels.crops, data, max_drop, say
             )
-            manifest = manifest.model_copy(update={"quantisation": quantisation})
+            manifest = manifest.model_copy(
+                update={"quantisation": quantisation, "float32_nodes": float32_nodes(graph)}
+            )
         elif precision != "fp32":
             graph, kept = to_half_precision(graph, precision, pixels.crops, say)
             manifest = manifest.model_copy(update={"float32_nodes": kept})

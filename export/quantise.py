@@ -146,6 +146,7 @@ class _Writer:
         by_shares = self._placement.one_scale and not added
         shared = self._within_half(scale.max(), integers, activation) if by_shares else scale.max()
         node.input[1] = self._dequantised(weight, integers, shared if self._placement.one_scale else scale)
+        self.ranges[node.input[1]] = TensorRange(float(np.abs(values).max()))
         if self._placement.integer_bias and len(node.input) > 2:
             bias = numpy_helper.to_array(self._constants[node.input[2]])
             steps = (scale * self._activation_scale(activation)[0]).astype(np.float32)
@@ -156,14 +157,14 @@ class _Writer:
         if by_shares:
             self._append_shares(node, scale / shared)
 
-    def _within_half(self, scale: np.float32, integers: np.ndarray, activation: str) -> np.float32:
+    def _within_half(self, scale: float, integers: np.ndarray, activation: str) -> np.ndarray:
         """The scale, or as much less as it takes for float16 to hold the convolution's sums; the shares make up for it.
 
         The output's range is no bound of them: a sum is the output without its bias divided by its channel's share, which may be
         tiny. But the activation is cut off at its threshold, on any image.
         """
         largest = np.abs(integers).reshape(len(integers), -1).sum(axis=1).max() * scale * self._thresholds[activation]
-        return np.float32(scale / max(1.0, largest / LIMIT))
+        return np.array(scale / max(1.0, largest / LIMIT), np.float32)
 
     def _append_shares(self, node: onnx.NodeProto, shares: np.ndarray) -> None:
         """What a scale for each channel would have done: its share of the one scale by a Mul, and the bias after that."""

@@ -124,7 +124,7 @@ class Manifest(_Strict):
     tools: dict[str, str]
     quantisation: Quantisation | None = None
     engines: list[EngineEntry] = []  # built TensorRT plans
-    float32_nodes: list[str] = []  # of a half-precision graph: what would have overflowed
+    float32_nodes: list[str] = []  # of a graph with half precision: what would have overflowed
     proofs: dict[str, Proof] = {}
 
     @property

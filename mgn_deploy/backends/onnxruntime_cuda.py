@@ -101,8 +101,8 @@ class _FusedSession:
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)
             self._heads.launch(len(images), int(self._embeddings.handle), self._stream)
-            size = len(images) * self._dim * 4
-            part(self._embeddings, size).copy_to(part(self._pinned, size), stream=self._stream)
+            bytes_out = len(images) * self._dim * 4
+            part(self._embeddings, bytes_out).copy_to(part(self._pinned, bytes_out), stream=self._stream)
             self._stream.sync()
         rows = np.empty((len(images), self._dim), np.float32)
         ctypes.memmove(rows.ctypes.data, int(self._pinned.handle), rows.nbytes)
