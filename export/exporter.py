@@ -126,9 +126,7 @@ def export_bundle(
             graph, quantisation = to_int8(
                 graph, plain, manifest, engine or "openvino", images, pixels.crops, data, max_drop, say
             )
-            manifest = manifest.model_copy(
-                update={"quantisation": quantisation, "float32_nodes": float32_nodes(graph)}
-            )
+            manifest = manifest.model_copy(update={"quantisation": quantisation, "float32_nodes": float32_nodes(graph)})
         elif precision != "fp32":
             graph, kept = to_half_precision(graph, precision, pixels.crops, say)
             manifest = manifest.model_copy(update={"float32_nodes": kept})
