@@ -158,7 +158,7 @@ def test_tensors_of_another_shape_are_named(folder):
     (folder / CONFIG).write_text(json.dumps({**config, "reduced_width": 8}))
     with pytest.raises(
         UserError,
-        match=r"reductions\.0\.0\.weight' has shape \[16, 64, 1, 1\], the model needs \[8, 64, 1, 1\]",
+        match=r"reductions\.0\.0\.weight' has shape \[16, 128, 1, 1\], the model needs \[8, 128, 1, 1\]",
     ):
         load_weights(folder)
 
