@@ -1,4 +1,5 @@
-"""The definition of stripe-pool-reduce in NumPy: what the ONNX function and every kernel are tested against.
+"""The definition of stripe-pool-reduce in NumPy: what the ONNX function and every kernel are tested against. In PyTorch it is
+what `torch_op.py` does on the CPU.
 
 Section 3.1 of the paper: each branch's last map is max-pooled over the whole map and over N equal horizontal stripes,
 and every pooled vector is reduced by its own 1x1 convolution, batch norm (folded into `weight` and `bias`) and ReLU.
