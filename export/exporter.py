@@ -126,9 +126,12 @@ def export_bundle(
             graph, quantisation = to_int8(
                 graph, plain, manifest, engine or "openvino", images, pixels.crops, data, max_drop, say
             )
-            manifest = manifest.model_copy(update={"quantisation": quantisation, "float32_nodes": float32_nodes(graph)})
+            manifest = manifest.model_copy(update={"quantisation": quantisation})
         elif precision != "fp32":
-            graph, kept = to_half_precision(graph, precision, pixels.crops, say)
+            graph = to_half_precision(graph, precision, pixels.crops, say)
+        kept = float32_nodes(graph)
+        if kept:
+            say(f"{len(kept)} operators stay in float32, they would overflow: {', '.join(kept)}")
             manifest = manifest.model_copy(update={"float32_nodes": kept})
         files: dict[str, FileEntry] = {}
         if heads == "fused":

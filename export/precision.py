@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from mgn_deploy.export import quantise
 from mgn_deploy.export.calibration_images import CalibrationImages
-from mgn_deploy.export.half import float32_nodes, to_half
+from mgn_deploy.export.half import to_half
 from mgn_deploy.export.int8 import Drop, agreement_drop, build_int8
 from mgn_deploy.export.proof import run_in_batches
 from mgn_deploy.export.ranges import measure_ranges
@@ -57,17 +57,13 @@ class GraphInMemory(Bundle):
         return self.graph
 
 
-def to_half_precision(
-    graph: onnx.ModelProto, precision: str, crops: np.ndarray, say: Say
-) -> tuple[onnx.ModelProto, list[str]]:
-    """The graph in fp16 or bf16, and the nodes left in float32; ranges are looked at on at most 64 of the crops."""
+def to_half_precision(graph: onnx.ModelProto, precision: str, crops: np.ndarray, say: Say) -> onnx.ModelProto:
+    """The graph in fp16 or bf16; ranges are looked at on at most 64 of the crops."""
     if precision == "bf16":
-        return to_half(graph, precision, {})
+        return to_half(graph, precision, {})[0]
     seen = crops[:: max(1, len(crops) // RANGE_IMAGES)]
     say(f"looking at the activations' ranges on {len(seen)} images")
-    half, kept = to_half(graph, precision, measure_ranges(graph, seen))
-    _say_kept(kept, say)
-    return half, kept
+    return to_half(graph, precision, measure_ranges(graph, seen))[0]
 
 
 def to_int8(
@@ -111,7 +107,6 @@ def to_int8(
     made = build_int8(graph, plain, images.crops, placement, open_graph, drop, max_drop, say)
     drop_of = "mAP" if data else "top-10 agreement"
     say(f"INT8 by {made.method}: {made.drop:.2f} points of {drop_of} lost, {len(made.in_float)} blocks left in float")
-    _say_kept(float32_nodes(made.graph), say)
     return made.graph, Quantisation(
         engine=engine,
         method=made.method,
@@ -125,11 +120,6 @@ def to_int8(
         sweep=made.sweep,
         in_float=made.in_float,
     )
-
-
-def _say_kept(names: list[str], say: Say) -> None:
-    if names:
-        say(f"{len(names)} operators stay in float32, they would overflow: {', '.join(names)}")
 
 
 def _agreement_drop(crops: np.ndarray, reference: Backend) -> Drop:

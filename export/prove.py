@@ -88,7 +88,8 @@ def prove_backends(
     if data:
         say(f"ranking {len(data.query)} queries in {len(data.gallery)} gallery images with the PyTorch reference")
         ranked = validate(data, Embedder(bundle, reference_backend), None).measured
-    proofs = {}
+    proofs: dict[str, Proof] = {}
+    failed: list[str] = []
     for name in ORDER:
         module = backend_module(name)
         reason = module.missing()
@@ -115,8 +116,11 @@ def prove_backends(
                 proof = add_ranking(proof, measured, ranked, data, manifest.precision, allowed_map(quantisation))
         except UserError as error:  # as where a GPU's memory is full: the other backends' proofs are worth having
             say(f"no proof for {name}: {error}")
+            failed.append(f"{name}: {error}")
             continue
         proofs[name] = proof
+    if not set(proofs) - {"torch"} and failed:
+        raise UserError(f"no engine that is installed here runs {bundle.folder}. " + " | ".join(failed))
     if not set(proofs) - {"torch"}:
         raise UserError("no engine is installed to prove the graph with: pip install 'mgn-deploy[cpu]'")
     return proofs

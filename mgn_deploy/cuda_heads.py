@@ -51,9 +51,8 @@ class CudaHeads:
         self._buffers: list[Any] = []
         for branch in range(len(maps.sizes)):
             self._buffers.append(device.allocate(most * self._views * maps.bytes_of(branch), stream=stream))
-        weight = (
-            heads.weight.view(np.uint32) >> 16 if maps.dtype == "bfloat16" else heads.weight
-        )  # exact: export rounded
+        # Exact: export rounded them to the maps' type.
+        weight = heads.weight.view(np.uint32) >> 16 if maps.dtype == "bfloat16" else heads.weight
         stored = weight.astype({"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[maps.dtype])
         self._numbers: list[Any] = []
         for values in (stored, heads.bias, heads.scale, heads.shift, heads.power):
@@ -125,10 +124,10 @@ def heads_of(bundle: Bundle) -> FusedHeads | None:
         CannotRun: the kernel cannot be compiled here.
         UserError: the heads are not what was exported.
     """
-    from mgn_deploy.kernels.nvrtc import nvrtc_problem
-
     if bundle.manifest.heads != "fused":
         return None
+    from mgn_deploy.kernels.nvrtc import nvrtc_problem
+
     problem = nvrtc_problem()
     if problem:
         raise CannotRun(f"{bundle.folder} has fused heads: {problem}")

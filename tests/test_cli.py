@@ -17,6 +17,7 @@ import pytest
 
 from mgn_deploy.backends import ORDER
 from mgn_deploy.bundle import Bundle, write_manifest
+from mgn_deploy.cli import console
 from mgn_deploy.cli.console import BACKENDS
 from mgn_deploy.cli.measure import validate
 from mgn_deploy.drawn import draw_crop
@@ -424,3 +425,9 @@ def test_bundle_without_a_proof_for_the_backend_is_refused(bundle):
 def test_the_helps_list_of_backends_is_what_there_is():
     listed = BACKENDS.rstrip(".").replace(" or ", ", ").split(", ")
     assert listed == ["auto", *(name.replace("_", "-") for name in ORDER)]
+
+
+def test_a_long_phase_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(console, "LOG_SECONDS", 0)
+    console.phase_lines("building")("Building engine", 3, 6)
+    assert capsys.readouterr().err == "building: Building engine, 3/6\n"

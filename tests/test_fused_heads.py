@@ -170,6 +170,11 @@ def test_a_width_that_the_kernel_does_not_take_is_one_sentence() -> None:
         check_heads(model.config, True, 64)
 
 
+def test_more_branches_than_the_kernel_takes_are_one_sentence() -> None:
+    with pytest.raises(UserError, match="at most 4 branches"):
+        check_heads(SMALL.model_copy(update={"branches": (1, 2, 3, 2, 1)}), True, 64)
+
+
 def test_a_batch_that_the_kernel_does_not_take_is_one_sentence(weights, tmp_path) -> None:
     build = BuildSettings("tensorrt_rtx", (1, 8, 513))
     with pytest.raises(UserError, match="at most 512 images a call"):

@@ -381,6 +381,16 @@ def test_a_backend_that_fails_while_it_is_proven_costs_only_its_own_proof(weight
     assert "no proof for openvino: the GPU has too little free memory" in said
 
 
+def test_where_every_engine_fails_the_sentence_says_why(weights, tmp_path, monkeypatch):
+    def full(bundle):
+        raise UserError("the memory is full")
+
+    for name in ("openvino", "onnxruntime"):
+        monkeypatch.setattr(backend_module(name), "open_engine", full)
+    with pytest.raises(UserError, match=r"openvino: the memory is full \| onnxruntime: the memory is full"):
+        export_bundle(weights, tmp_path / "b")
+
+
 # Neighbours
 
 

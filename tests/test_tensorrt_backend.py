@@ -144,7 +144,7 @@ def test_a_plan_with_a_flipped_byte_reaches_no_runtime(bundle_folder: Path, tmp_
 
 @needs_builder
 def test_a_plan_of_another_version_is_built_anew_with_its_profile_and_kept(
-    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import tensorrt_rtx as package
     from mgn_deploy.export.plan_cache import plan_folder
@@ -153,6 +153,7 @@ def test_a_plan_of_another_version_is_built_anew_with_its_profile_and_kept(
     bundle = with_plan(bundle_folder, tmp_path, rtx(version="1.0.0"))
     built = plan_for(bundle, "tensorrt_rtx", package.__version__, ADA)
     assert built != b"a plan"
+    assert f"no plan for {ADA.name}: building one" in caplog.text
     assert len(list(plan_folder().glob("*.plan"))) == 1
     assert plan_for(bundle, "tensorrt_rtx", package.__version__, ADA) == built
 

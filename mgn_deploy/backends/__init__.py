@@ -14,7 +14,7 @@ import numpy as np
 from mgn_deploy.bundle import Bundle
 from mgn_deploy.errors import CannotRun, UserError
 
-# What `auto` tries, fastest first: on a GPU, whose order is not measured yet, then on a CPU (README, Figures).
+# What `auto` tries: GPUs, whose order is not measured yet, then the CPU, fastest first with the full model (README, Figures).
 ORDER = ("tensorrt", "tensorrt_rtx", "onnxruntime_tensorrt", "onnxruntime_cuda", "openvino", "onnxruntime", "torch")
 
 

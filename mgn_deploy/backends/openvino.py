@@ -1,4 +1,4 @@
-"""OpenVINO: the fastest engine on CPUs (Intel, AMD and Arm)."""
+"""OpenVINO, for CPUs of Intel, AMD and Arm."""
 
 from __future__ import annotations
 
