@@ -273,7 +273,8 @@ def _shards(folder: Path, manifest: StoreManifest) -> Iterator[tuple[np.ndarray,
         try:
             # Opened here, not by Arrow: it reads meaning into a path (`key=value`, `scheme:`) and wants it in UTF-8.
             with open(folder / _shard_name(number, "parquet"), "rb") as file:
-                rows = _rows(pq.ParquetFile(file).read())
+                # And without Arrow's threads: one that still lives as the process ends aborts it (apache/arrow#50482).
+                rows = _rows(pq.ParquetFile(pa.BufferReader(file.read())).read(use_threads=False))
             array = np.load(array_path, mmap_mode="r")
         except (OSError, ValueError, KeyError, EOFError, pa.ArrowException) as error:
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):

@@ -167,6 +167,18 @@ def test_files_are_readable_by_other_tools(tmp_path):
     ]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_reading_starts_no_thread(tmp_path):
+    """Arrow's threads outlive a read; one of 25 commands that read a store was aborted by them as it ended."""
+    write(tmp_path / "s", [ok("a.jpg")])
+    script = (
+        "import os, sys; from mgn_deploy.store import Store\n"
+        "before = os.listdir('/proc/self/task'); Store.open(sys.argv[1])\n"
+        "print(set(os.listdir('/proc/self/task')) - set(before))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script, tmp_path / "s"], text=True) == "set()\n"
+
+
 def test_empty_store_is_a_store(tmp_path):
     enter(tmp_path / "s")
     store = Store.open(tmp_path / "s")
