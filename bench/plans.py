@@ -65,6 +65,8 @@ def run(weights: Path, capabilities: str, batch: str) -> dict[str, Any]:
     from mgn_deploy.train.weights import load_weights
 
     settings, wanted = BuildSettings("tensorrt_rtx", parse_batch(batch)), parse_capabilities(capabilities)
+    if not wanted:
+        raise UserError(f"--compute-capability {capabilities}: name at least one, as in 8.6,8.9,12.0")
     model = load_weights(weights)
     rows, version = [], ""
     for name, graph in _graphs(model):

@@ -19,7 +19,7 @@ from mgn_deploy.listing import list_images
 COUNT = 500
 FEW = 100
 FEWEST = 10
-# Of all pixels, in grey levels: below it the images show nothing (all black, all of one colour).
+# Of a channel's pixels, in levels of 255: below it the image shows nothing (it is black, or of one colour).
 LEAST_SPREAD = 2.0
 
 
@@ -53,26 +53,29 @@ def read_calibration_images(
         seed: of the choice.
 
     Raises:
-        UserError: fewer than 10 readable images, or images that show nothing.
+        UserError: fewer than 10 readable images that show something.
     """
     rng = np.random.default_rng(seed)
     crops: list[np.ndarray] = []
+    blank = 0
     for path in _by_cameras_in_turn([file.path for file in list_images(folder)], rng):
         if len(crops) == count:
             break
         try:
-            crops.append(read_crop(path, height, width))
+            crop = read_crop(path, height, width)
         except UnreadableImage:
             continue  # the number of images is said and written down
+        if crop.std(axis=(0, 1)).max() < LEAST_SPREAD:
+            blank += 1
+        else:
+            crops.append(crop)
     if len(crops) < FEWEST:
         raise UserError(
-            f"{folder} has {len(crops)} readable images: INT8 is calibrated on at least {FEWEST}, better {COUNT}, "
-            "like those that it will see (--calib DIR)"
+            f"{folder} has {len(crops)} readable images that show something ({blank} are of one colour): INT8 is calibrated "
+            f"on at least {FEWEST}, better {COUNT}, like those that it will see (--calib DIR)"
         )
     pixels = np.stack([crops[index] for index in rng.permutation(len(crops))])
-    if pixels.std() < LEAST_SPREAD:
-        raise UserError(f"the images in {folder} are all of one colour: nothing can be calibrated on them")
-    warnings = []
+    warnings = [f"{blank} calibration images of one colour are left out"] if blank else []
     if len(pixels) < FEW:
         warnings.append(f"{len(pixels)} calibration images are few: give {COUNT} if you can")
     difference = _looks_unlike(pixels, proof_crops)

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx
-from mgn_deploy.export.calibration_images import read_calibration_images
+from mgn_deploy.export.calibration_images import COUNT, read_calibration_images
 from mgn_deploy.export.fused import check_heads, cut_heads
 from mgn_deploy.export.graph import build_graph
 from mgn_deploy.export.half import float32_nodes
@@ -19,7 +19,7 @@ from mgn_deploy.export.layer_table import summary
 from mgn_deploy.export.precision import ENGINES, to_half_precision, to_int8
 from mgn_deploy.export.prove import proof_pixels, prove_backends
 from mgn_deploy.export.trt_build import Progress
-from mgn_deploy.export.trt_builder import BuildSettings, Plan, build_plans
+from mgn_deploy.export.trt_builder import BuildSettings, Plan, build_plans, check_build
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 import mgn_deploy
@@ -42,6 +42,7 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.images import PREPROCESSING
 
+BUDGET_IMAGES = 128  # of the calibration images, where there are no real ones to prove on
 FILES = (MANIFEST, MANIFEST_HASH, GRAPH, HEADS, REFERENCE, "*.plan", "*.layers.json")
 
 
@@ -57,6 +58,7 @@ def export_bundle(
     use_cache: bool = True,
     build_progress: Progress | None = None,
     calib: str | os.PathLike[str] | None = None,
+    calib_count: int = COUNT,
     data: Dataset | None = None,
     max_drop: float = 0.5,
     flip: bool = True,
@@ -80,9 +82,11 @@ def export_bundle(
         compute_capabilities: a plan for each, ahead of time (TensorRT-RTX).
         use_cache: take plans from the cache and put them there.
         build_progress: called as (phase, step, steps) while a plan is built.
-        calib: folder of images to calibrate INT8 on.
+        calib: folder of images to calibrate INT8 on; FP16's ranges are looked at on them, too.
+        calib_count: images to take of them.
         data: labelled queries and gallery: each proof also has their rank-1 and mAP, and INT8's budget is about their mAP.
-        max_drop: points of mAP, without `data` of top-10 agreement, that INT8 may lose.
+        max_drop: points of mAP, without `data` of top-10 agreement, that INT8 may lose. The agreement is looked at on the
+            proof images, without these on images of `calib`.
         flip: average the features of image and mirror in the graph (section 4.1).
         reference: put the PyTorch weights into the bundle, for the torch backend and `validate`.
         proof_images: folder of images to prove on; without it, on drawn people.
@@ -98,6 +102,9 @@ def export_bundle(
         raise UserError("INT8 needs images to calibrate on: --calib DIR, some 500 like those that it will see")
     if engine is not None and engine not in ENGINES:
         raise UserError(f"no engine {engine!r} to quantise for: choose {', '.join(ENGINES)}")
+    if engine in ("tensorrt", "tensorrt-rtx"):
+        build = build or BuildSettings(engine.replace("-", "_"))  # type: ignore[arg-type]
+        check_build(build, compute_capabilities)
     weights = Path(weights)
     say(f"reading {weights}")
     model = load_weights(weights)
@@ -117,18 +124,21 @@ def export_bundle(
             source_weights_sha256=weights_hash(weights),
             tools=_tool_versions(),
         )
-        if precision == "int8":
-            assert calib is not None
-            images = read_calibration_images(calib, config.height, config.width, pixels.crops)
+        images = None
+        if calib is not None and precision in ("int8", "fp16"):
+            images = read_calibration_images(calib, config.height, config.width, pixels.crops, count=calib_count)
             for warning in images.warnings:
                 say(warning)
+        if precision == "int8":
+            assert images is not None
             plain = build_graph(model, flip=False) if flip else graph
+            looked_at = images.crops[:BUDGET_IMAGES] if pixels.drawn else pixels.crops
             graph, quantisation = to_int8(
-                graph, plain, manifest, engine or "openvino", images, pixels.crops, data, max_drop, say
+                graph, plain, manifest, engine or "openvino", images, looked_at, data, max_drop, say
             )
             manifest = manifest.model_copy(update={"quantisation": quantisation})
         elif precision != "fp32":
-            graph = to_half_precision(graph, precision, pixels.crops, say)
+            graph = to_half_precision(graph, precision, pixels.crops if images is None else images.crops, say)
         kept = float32_nodes(graph)
         if kept:
             say(f"{len(kept)} operators stay in float32, they would overflow: {', '.join(kept)}")
@@ -141,8 +151,7 @@ def export_bundle(
         _write_file(folder, GRAPH, graph.SerializeToString(deterministic=True), files)
         shutil.copyfile(weights / TENSORS, folder / REFERENCE)
         files[REFERENCE] = FileEntry(sha256=sha256_file(folder / REFERENCE), size=(folder / REFERENCE).stat().st_size)
-        if engine in ("tensorrt", "tensorrt-rtx"):
-            build = build or BuildSettings(engine.replace("-", "_"))  # type: ignore[arg-type]
+        if build:
             say(f"building {engine} plans of the {precision} graph for {', '.join(compute_capabilities) or 'this GPU'}")
             plans = build_plans(graph, build, compute_capabilities, use_cache=use_cache, progress=build_progress)
             manifest = manifest.model_copy(

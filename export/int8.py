@@ -92,6 +92,8 @@ def build_int8(
         result.sweep = _sweep(
             plain, lambda in_float: candidate(plain, method, in_float), open_graph, held_out, reference
         )
+        for row in result.sweep:
+            say(f"  {row.block} alone in INT8: 1 - cosine {row.error:.1e}, saves {row.milliseconds:.2f} ms an image")
         _put_back(result, max_drop, lambda in_float: candidate(graph, method, in_float), open_graph, drop, say)
     return result
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file, cache_folder
+
+_log = logging.getLogger("mgn_deploy")
 
 
 def plan_folder() -> Path:
@@ -28,35 +31,43 @@ def cache_key(graph: bytes, facts: dict[str, Any]) -> str:
 
 def load_plan(key: str) -> tuple[bytes, dict[str, Any]] | None:
     """The plan and its record, or None where there is none or either is damaged."""
-    folder = plan_folder()
     try:
-        stored = json.loads((folder / f"{key}.json").read_bytes())
-        plan = (folder / f"{key}.plan").read_bytes()
+        stored = json.loads(load(f"{key}.json"))
+        plan = load(f"{key}.plan")
         record = stored["record"]
         intact = stored["sha256"] == _hash(record) and record["plan_sha256"] == hashlib.sha256(plan).hexdigest()
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return None
     return (plan, record) if intact else None
 
 
 def save_plan(key: str, plan: bytes, record: dict[str, Any]) -> None:
-    """Put a plan into the cache; the record, written last, makes it valid.
-
-    Raises:
-        UserError: the cache folder is not writable or the disk is full.
-    """
-    folder = plan_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME to a writable place, or use --no-cache"
-        ) from None
+    """Put a plan into the cache; the record, written last, makes it valid. A cache that cannot be written is warned of."""
     record = {**record, "plan_sha256": hashlib.sha256(plan).hexdigest()}
-    with atomic_file(folder / f"{key}.plan") as file:
-        file.write(plan)
-    with atomic_file(folder / f"{key}.json") as file:
-        file.write(json.dumps({"record": record, "sha256": _hash(record)}).encode())
+    content = json.dumps({"record": record, "sha256": _hash(record)}).encode()
+    if save(f"{key}.plan", plan):
+        save(f"{key}.json", content)
+
+
+def load(name: str) -> bytes:
+    """One file of the cache; empty where it is not there or cannot be read."""
+    try:
+        return (plan_folder() / name).read_bytes()
+    except (UserError, OSError):
+        return b""
+
+
+def save(name: str, content: bytes) -> bool:
+    """Write one file of the cache; where that cannot be, say so and go on: what took minutes to make is not thrown away."""
+    try:
+        folder = plan_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / name) as file:
+            file.write(content)
+    except (UserError, OSError) as error:
+        _log.warning(f"{name} is not cached ({error}): set XDG_CACHE_HOME to a writable place")
+        return False
+    return True
 
 
 def _hash(record: Any) -> str:

@@ -61,7 +61,7 @@ def to_half_precision(graph: onnx.ModelProto, precision: str, crops: np.ndarray,
     """The graph in fp16 or bf16; ranges are looked at on at most 64 of the crops."""
     if precision == "bf16":
         return to_half(graph, precision, {})[0]
-    seen = crops[:: max(1, len(crops) // RANGE_IMAGES)]
+    seen = crops[:: -(-len(crops) // RANGE_IMAGES)]
     say(f"looking at the activations' ranges on {len(seen)} images")
     return to_half(graph, precision, measure_ranges(graph, seen))[0]
 
@@ -72,7 +72,7 @@ def to_int8(
     manifest: Manifest,
     engine: str,
     images: CalibrationImages,
-    proof_crops: np.ndarray,
+    budget_crops: np.ndarray,
     data: Dataset | None,
     max_drop: float,
     say: Say,
@@ -85,7 +85,7 @@ def to_int8(
         manifest: the bundle's, for the model's input size.
         engine: one of `ENGINES`.
         images: to calibrate on.
-        proof_crops: where there is no `data`, top-10 agreement on these is what the budget is about.
+        budget_crops: where there is no `data`, top-10 agreement on these is what the budget is about.
         data: labelled queries and gallery: the budget is about their mAP.
         max_drop: points.
         say: called with each step's sentence.
@@ -103,7 +103,7 @@ def to_int8(
     def open_graph(model: onnx.ModelProto) -> Backend:
         return module.open_engine(GraphInMemory(Path(), manifest, model.SerializeToString()))
 
-    drop = _map_drop(data, manifest, open_graph(graph)) if data else _agreement_drop(proof_crops, open_graph(graph))
+    drop = _map_drop(data, manifest, open_graph(graph)) if data else _agreement_drop(budget_crops, open_graph(graph))
     made = build_int8(graph, plain, images.crops, placement, open_graph, drop, max_drop, say)
     drop_of = "mAP" if data else "top-10 agreement"
     say(f"INT8 by {made.method}: {made.drop:.2f} points of {drop_of} lost, {len(made.in_float)} blocks left in float")

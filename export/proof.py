@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from mgn_deploy.datasets import Dataset
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.images import read_crop
 from mgn_deploy.listing import list_images
-from mgn_deploy.machine import cpu_name
+from mgn_deploy.machine import place
 from mgn_deploy.ranking import RankingMetrics
 
 MOST_IMAGES = 256
@@ -99,7 +98,7 @@ def prove(
         passed=not misses,
         misses=misses,
         backend_version=backend.version,
-        machine=f"{cpu_name()} ({platform.machine()}, {backend.device})",
+        machine=place(backend.device),
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
 
@@ -112,11 +111,7 @@ def add_ranking(
     precision: Precision,
     allowed: float = 0.0,
 ) -> Proof:
-    """The proof with the ranking of labelled people, and what it misses.
-
-    Args:
-        allowed: mAP, as a fraction, that the user let go in any case (INT8's budget).
-    """
+    """`with_ranking` of what was measured, beside the reference's."""
     ranking = Ranking(
         data=data.name,
         queries=len(data.query),
@@ -126,7 +121,16 @@ def add_ranking(
         reference_rank1=reference.rank[1],
         reference_mAP=reference.mAP,
     )
-    share, one_query = KEPT[precision], 1 / len(data.query)
+    return with_ranking(proof, ranking, precision, allowed)
+
+
+def with_ranking(proof: Proof, ranking: Ranking, precision: Precision, allowed: float = 0.0) -> Proof:
+    """The proof with the ranking of labelled people, and what it misses.
+
+    Args:
+        allowed: mAP, as a fraction, that the user let go in any case (INT8's budget).
+    """
+    share, one_query = KEPT[precision], 1 / ranking.queries
     losses = {
         "mAP": (ranking.reference_mAP, ranking.mAP, allowed),
         "rank-1": (ranking.reference_rank1, ranking.rank1, max(allowed, one_query)),  # nothing less can be seen

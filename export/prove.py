@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from mgn_deploy.export.precision import ENGINES
-from mgn_deploy.export.proof import add_ranking, proof_crops, prove, run_in_batches
+from mgn_deploy.export.proof import add_ranking, proof_crops, prove, run_in_batches, with_ranking
 
 from mgn_deploy.backends import ORDER, backend_module
 from mgn_deploy.bundle import Bundle, Proof, Quantisation, write_manifest
@@ -40,7 +40,8 @@ def prove_again(
 ) -> dict[str, Proof]:
     """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
 
-    Proofs of backends that do not run here stay in the bundle as they are; those made here are returned.
+    Proofs of backends that do not run here stay in the bundle as they are; those made here are returned. Without `data` they keep
+    the ranking that was measured before, and what it misses.
 
     Args:
         folder: a bundle with its reference weights.
@@ -55,6 +56,12 @@ def prove_again(
     bundle = Bundle.open(folder)
     pixels = proof_pixels(proof_images, bundle.config.height, bundle.config.width)
     made = prove_backends(bundle, pixels, data, say)
+    for name, proof in made.items():
+        before = bundle.manifest.proofs.get(name)
+        if before and before.ranking and not proof.ranking:
+            say(f"{name}: the ranking of {before.ranking.data} stays as it was measured; --data measures it anew")
+            allowed = allowed_map(bundle.manifest.quantisation)
+            made[name] = with_ranking(proof, before.ranking, bundle.manifest.precision, allowed)
     proofs = {**bundle.manifest.proofs, **made}
     write_manifest(bundle.folder, bundle.manifest.model_copy(update={"proofs": proofs}))
     return made

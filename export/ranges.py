@@ -10,6 +10,8 @@ import onnx
 import onnx.inliner
 from mgn_deploy.export.rewrite import tensor_names_between
 
+from mgn_deploy.errors import UserError
+
 BINS = 2048
 BATCH = 8
 
@@ -41,13 +43,19 @@ def measure_ranges(
 
     Returns:
         By tensor name.
+
+    Raises:
+        UserError: with `histograms`, activations that are not finite.
     """
     names = tensor_names_between(graph)
     ranges = {name: TensorRange() for name in names}
     for values in _run(graph, names, crops):
         for name, value in zip(names, values, strict=True):
             one = ranges[name]
-            one.largest = max(one.largest, float(np.abs(value).max()))
+            largest = float(np.abs(value).max())
+            one.largest = max(one.largest, float("inf") if np.isnan(largest) else largest)
+            if histograms and not np.isfinite(largest):
+                raise UserError(f"{name} of the graph is not finite on these images: train the weights anew")
             one.negative = one.negative or bool(value.min() < 0)
     if not histograms:
         return ranges

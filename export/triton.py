@@ -17,6 +17,7 @@ from string import Template
 
 import onnx
 import onnx.inliner
+from mgn_deploy.export.precision import ENGINES
 
 from mgn_deploy.bundle import GRAPH, Bundle
 from mgn_deploy.engine_entry import EngineEntry
@@ -24,6 +25,8 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder
 
 MODEL_NAME = "mgn"
+# Backends of ours that run graphs as Triton's onnxruntime backend does.
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime_cuda", "onnxruntime_tensorrt")
 # How long Triton lets a request wait for others to fill its batch.
 QUEUE_DELAY_MICROSECONDS = 1000
 
@@ -76,13 +79,20 @@ def write_model_repository(
         The model's folder.
 
     Raises:
-        UserError: fused heads, sizes that do not fit, a plan of TensorRT-RTX, or a place that is not writable.
+        UserError: fused heads, sizes that do not fit, a plan of TensorRT-RTX, no proof for the engine that Triton would run,
+            or a place that is not writable.
     """
     if bundle.manifest.heads == "fused":
         raise UserError(
             f"{bundle.folder} has fused heads, and Triton serves whole graphs: export it with --heads plain"
         )
     _check(plan, max_batch, preferred, name)
+    runs_it = ("tensorrt",) if plan else ONNXRUNTIMES
+    if not any(name in runs_it and proof.passed for name, proof in bundle.manifest.proofs.items()):
+        raise UserError(
+            f"Triton would run {plan.file if plan else GRAPH} of {bundle.folder} by {runs_it[0]}, which is not proven with it: "
+            f"`mgn-deploy prove {bundle.folder}` where that is installed"
+        )
     folder = Path(out) / name
     file = "model.plan" if plan else "model.onnx"
     content = bundle.read(plan.file) if plan else _portable_graph(bundle)
@@ -91,6 +101,20 @@ def write_model_repository(
         (new / "1").mkdir()
         (new / "1" / file).write_bytes(content)
     return folder
+
+
+def check_before_export(precision: str, heads: str, engine: str | None, out: Path) -> None:
+    """Raise UserError where the bundle that is to be exported could not be served, or not from that place."""
+    if heads == "fused":
+        raise UserError("Triton serves whole graphs: --triton goes with --heads plain")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--triton {out} is a file: give a folder, new or with other models of the repository")
+    for_other = precision == "int8" and not set(ONNXRUNTIMES) & set(ENGINES[engine or "openvino"].backends)
+    if engine != "tensorrt" and (precision == "bf16" or for_other):
+        raise UserError(
+            f"Triton runs graphs by ONNX Runtime, which a {precision} graph for {engine or 'openvino'} is not for: "
+            "--triton goes with --engine tensorrt, with fp32 or fp16, or with int8 and --engine onnxruntime"
+        )
 
 
 def _check(plan: EngineEntry | None, max_batch: int, preferred: Sequence[int], name: str) -> None:

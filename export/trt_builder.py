@@ -14,15 +14,16 @@ from typing import Any
 
 import onnx
 from mgn_deploy.export import layer_table
-from mgn_deploy.export.plan_cache import cache_key, load_plan, plan_folder, save_plan
+from mgn_deploy.export.plan_cache import cache_key, load, load_plan, save, save_plan
 from mgn_deploy.export.trt_build import Progress, build_network, parsed_network, quiet
 from mgn_deploy.export.trt_graph import PreparedGraph, prepare
 
+import mgn_deploy
 from mgn_deploy.engine_entry import TITLES, EngineEntry, Flavour
 from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.files import atomic_file
 from mgn_deploy.gpu import Gpu, gpu_problem, this_gpu
 from mgn_deploy.tensorrt_door import import_problem_of, import_tensorrt, logger, title
+from mgn_deploy.tensorrt_plans import DEFAULT_BATCH
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class BuildSettings:
     """
 
     flavour: Flavour
-    batch: tuple[int, int, int] = (1, 8, 64)
+    batch: tuple[int, int, int] = DEFAULT_BATCH
     compute_capability: str | None = None
     workspace: int | None = None
     version_compatible: bool = False
@@ -118,6 +119,14 @@ def build_plans(
         UserError: settings that it cannot build for, or a graph that it refuses (the sentence names the node).
         KeyboardInterrupt: Ctrl-C; the build is stopped first.
     """
+    wanted = check_build(settings, compute_capabilities)
+    prepared = prepare(graph)
+    gpu = this_gpu() if settings.flavour == "tensorrt" else None
+    return [_plan(prepared, one, gpu, use_cache, progress) for one in wanted]
+
+
+def check_build(settings: BuildSettings, compute_capabilities: Sequence[str] = ()) -> list[BuildSettings]:
+    """The settings of each plan that `build_plans` would build; raises what it would before it looks at a graph."""
     flavour = settings.flavour
     wanted = [replace(settings, compute_capability=one) for one in compute_capabilities] or [settings]
     for one in wanted:
@@ -131,9 +140,7 @@ def build_plans(
                 f"{title('tensorrt_rtx')} builds for compute capability {', '.join(capabilities())}, "
                 f"not for {one.compute_capability!r}"
             )
-    prepared = prepare(graph)
-    gpu = this_gpu() if flavour == "tensorrt" else None
-    return [_plan(prepared, one, gpu, use_cache, progress) for one in wanted]
+    return wanted
 
 
 def _check(settings: BuildSettings) -> None:
@@ -169,7 +176,13 @@ def _plan(
     prepared: PreparedGraph, settings: BuildSettings, gpu: Gpu | None, use_cache: bool, progress: Progress | None
 ) -> Plan:
     version = str(import_tensorrt(settings.flavour).__version__)
-    facts = {**vars(settings), "version": version, "gpu": vars(gpu) if gpu else None}
+    # Of this package, too: what it tells TensorRT beyond the settings is code.
+    facts = {
+        **vars(settings),
+        "version": version,
+        "gpu": vars(gpu) if gpu else None,
+        "mgn-deploy": mgn_deploy.__version__,
+    }
     key = cache_key(prepared.content, facts)
     found = load_plan(key) if use_cache else None
     if found:
@@ -193,11 +206,15 @@ def _build(
         timings = _timing_cache(config, settings, gpu) if use_cache and gpu else None
         content = build_network(settings.flavour, network, config, progress)
         if timings:
-            _save_timings(*timings)
+            cache, name = timings
+            save(name, bytes(memoryview(cache.serialize())))
         text = logger(settings.flavour).messages.layers
     if text:
         return content, layer_table.layers_from_log(text)
-    engine = trt.Runtime(logger(settings.flavour)).deserialize_cuda_engine(content)
+    runtime = trt.Runtime(logger(settings.flavour))
+    if settings.version_compatible:
+        runtime.engine_host_code_allowed = True  # the plan, built here just now, brings its runtime with it
+    engine = runtime.deserialize_cuda_engine(content)
     if engine is None:  # without a GPU, and with a log that has no table
         return content, []
     inspector = engine.create_engine_inspector()
@@ -231,14 +248,6 @@ def _timing_cache(config: Any, settings: BuildSettings, gpu: Gpu) -> tuple[Any, 
     """How long TensorRT's kernels took on this GPU in earlier builds. TensorRT-RTX times none."""
     version = import_tensorrt(settings.flavour).__version__
     name = hashlib.sha256(f"{settings.flavour} {version} {gpu}".encode()).hexdigest() + ".timings"
-    path = plan_folder() / name
-    content = path.read_bytes() if path.is_file() else b""
-    timings = config.create_timing_cache(content) or config.create_timing_cache(b"")
+    timings = config.create_timing_cache(load(name)) or config.create_timing_cache(b"")
     config.set_timing_cache(timings, ignore_mismatch=False)
     return timings, name
-
-
-def _save_timings(timings: Any, name: str) -> None:
-    plan_folder().mkdir(parents=True, exist_ok=True)
-    with atomic_file(plan_folder() / name) as file:
-        file.write(memoryview(timings.serialize()))

@@ -26,9 +26,18 @@ def sha256_file(path: Path) -> str:
 
 
 def cache_folder(kind: str) -> Path:
-    """Where what can be made again is kept: under `$XDG_CACHE_HOME`, or `~/.cache`."""
+    """Where what can be made again is kept: under `$XDG_CACHE_HOME`, or `~/.cache`.
+
+    Raises:
+        UserError: neither is known, as to a container's user without an entry in /etc/passwd.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mgn-deploy" / kind
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "mgn-deploy" / kind
+    except RuntimeError:
+        raise UserError(
+            "this user has no home folder to keep a cache in: set XDG_CACHE_HOME to a writable place"
+        ) from None
 
 
 @contextmanager

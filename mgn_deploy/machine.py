@@ -34,6 +34,11 @@ def cpu_features() -> list[str]:
     return [feature for feature in _FEATURES if feature in flags]
 
 
+def place(device: str) -> str:
+    """Where an engine runs, as proofs write it down: the CPU, its architecture, and the engine's device."""
+    return f"{cpu_name()} ({platform.machine()}, {device})"
+
+
 def usable_cpus() -> int:
     """CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -62,10 +62,11 @@ class Messages:
 
 def one_line(text: str) -> str:
     """A message of TensorRT in one line, without the place in its source and the category that it wraps some in."""
-    line = " ".join(text.split())
+    line = " ".join(text.split()).removeprefix("In node -1 with name: and operator: ")
     wrapped = re.search(r"Error Code \d+: [\w /]+\((.*?)\.? In \S+ at \S+\)", line)
     asserted = re.search(r'&& "(.*)"$', line)
-    return (wrapped or asserted or [line, line])[1].rstrip(". ")
+    placed = re.match(r"\[\S+::\d+\] Error Code \d+: (.*)$", line)
+    return (wrapped or asserted or placed or [line, line])[1].rstrip(". ")
 
 
 @cache

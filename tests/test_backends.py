@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mgn_deploy.backends import backend_module, import_problem, open_backend
+from mgn_deploy.backends import ProvenElsewhere, backend_module, compare_places, import_problem, open_backend
 from mgn_deploy.bundle import Bundle, write_manifest
 from mgn_deploy.errors import UserError
+from mgn_deploy.machine import place
 
 HERE = ("openvino", "onnxruntime", "torch")  # what the tests' environment has, in the order of `auto`
 
@@ -111,6 +114,38 @@ def test_auto_passes_over_what_is_not_proven(bundle_folder, tmp_path):
     bundle = marked(bundle_folder, tmp_path / "b", openvino=False, onnxruntime=True, torch=True)
     assert open_backend(bundle).name == "onnxruntime"
     assert open_backend(bundle, allow_unproven=True).name == "openvino"
+
+
+@pytest.mark.parametrize("change", [{"backend_version": "1999.1"}, {"machine": "another CPU (x86_64, CPU)"}])
+def test_an_engine_that_was_proven_elsewhere_is_warned_of(bundle_folder, tmp_path, caplog, change):
+    bundle = Bundle.open(bundle_folder)
+    open_backend(bundle, "onnxruntime")
+    assert not caplog.text
+    proofs = {"onnxruntime": bundle.manifest.proofs["onnxruntime"].model_copy(update=change)}
+    moved = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"proofs": proofs}))
+    assert open_backend(moved, "onnxruntime").name == "onnxruntime"
+    assert f"was proven with onnxruntime {proofs['onnxruntime'].backend_version}" in caplog.text
+    assert "`mgn-deploy prove" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "same"),
+    [("10.9", "NVIDIA A10", True), ("10.8", "NVIDIA A10", False), ("10.9", "NVIDIA A100", False)],
+)
+def test_an_engine_compiled_for_another_gpu_or_release_than_the_proven_one_is_refused(
+    bundle_folder, version, device, same
+):
+    bundle = Bundle.open(bundle_folder)
+    proof = bundle.manifest.proofs["onnxruntime"].model_copy(
+        update={"backend_version": "10.9", "machine": place("NVIDIA A10")}
+    )
+    proven = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"proofs": {"tensorrt": proof}}))
+    engine = SimpleNamespace(name="tensorrt", version=version, device=device, profile=(1, 8, 64))
+    if same:
+        compare_places(proven, "tensorrt", engine)
+    else:
+        with pytest.raises(ProvenElsewhere, match=rf"this is {version} on {device}: `mgn-deploy prove"):
+            compare_places(proven, "tensorrt", engine)
 
 
 def test_auto_passes_over_what_was_never_tried(bundle_folder, tmp_path):

@@ -12,10 +12,12 @@ import pytest
 import torch
 from in_process import mgn_deploy
 from mgn_deploy.export.exporter import export_bundle
+from mgn_deploy.export.proof import with_ranking
+from mgn_deploy.export.prove import prove_again
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 from safetensors.torch import load_file, save_file
 
-from mgn_deploy.bundle import Bundle, write_manifest
+from mgn_deploy.bundle import Bundle, Ranking, write_manifest
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import sha256_file
@@ -184,6 +186,19 @@ def test_a_bundle_is_proven_again_elsewhere_and_stays_the_same_bundle(bundle_fol
     Embedder.open(tmp_path / "b", "onnxruntime")
 
 
+def test_proving_again_without_labelled_people_keeps_the_ranking_and_what_it_misses(bundle_folder, tmp_path):
+    shutil.copytree(bundle_folder, tmp_path / "b")
+    before = Bundle.open(tmp_path / "b")
+    lost = Ranking(data="d", queries=50, gallery=99, rank1=0.1, mAP=0.1, reference_rank1=0.9, reference_mAP=0.9)
+    failed = with_ranking(before.manifest.proofs["onnxruntime"], lost, "fp32")
+    write_manifest(before.folder, before.manifest.model_copy(update={"proofs": {"onnxruntime": failed}}))
+    made = prove_again(tmp_path / "b")
+    assert (made["onnxruntime"].passed, made["onnxruntime"].misses) == (False, failed.misses)
+    assert made["openvino"].passed
+    with pytest.raises(CannotRun, match=r"mAP 10\.00 keeps less"):
+        Embedder.open(tmp_path / "b", "onnxruntime")
+
+
 def test_a_bundle_without_its_weights_cannot_be_proven_again(weights, tmp_path):
     export_bundle(weights, tmp_path / "b", reference=False)
     done = mgn_deploy("prove", tmp_path / "b")
@@ -227,6 +242,11 @@ def test_tensorrt_rtx_plans_are_built_ahead_of_time_into_the_bundle(weights, tmp
         (("--engine", "tensorrt-rtx", "--hardware-compatible"), "leave out --version-compatible"),
         (("--engine", "tensorrt", "--compute-capability", "8.6"), "use --engine tensorrt-rtx"),
         (("--engine", "tflite"), "no engine 'tflite'"),
+        (("--engine", "tensorrt-rtx", "--workspace", "inf"), "--workspace inf: GiB are above 0"),
+        (("--engine", "tensorrt-rtx", "--workspace", "0"), "--workspace 0.0: GiB are above 0"),
+        (("--batch", "1,8,16"), "--batch is about TensorRT plans"),
+        (("--engine", "openvino", "--no-cache"), "--no-cache is about TensorRT plans"),
+        (("--version-compatible",), "--version-compatible is about TensorRT plans"),
     ],
 )
 def test_plans_that_cannot_be_are_one_sentence(weights, tmp_path, traced, arguments, sentence):
@@ -234,11 +254,14 @@ def test_plans_that_cannot_be_are_one_sentence(weights, tmp_path, traced, argume
     done = mgn_deploy("export", weights, "-o", tmp_path / "b", *arguments)
     assert done.returncode == 2
     assert sentence in done.stderr.splitlines()[-1]
+    assert "tracing" not in done.stderr
     assert not (tmp_path / "b").exists()
 
 
 def test_a_triton_model_repository_is_written_beside_the_bundle(weights, tmp_path, traced):
-    done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--triton", tmp_path / "models", "--batch", "1,8,32")
+    done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--triton", tmp_path / "models", "--batch", "1,4,16")
     assert done.returncode == 0, done.stderr
-    assert "max_batch_size: 32" in (tmp_path / "models" / "mgn" / "config.pbtxt").read_text()
+    config = (tmp_path / "models" / "mgn" / "config.pbtxt").read_text()
+    assert "max_batch_size: 16" in config
+    assert "preferred_batch_size: [ 4, 16 ]" in config
     assert (tmp_path / "models" / "mgn" / "1" / "model.onnx").is_file()

@@ -75,6 +75,8 @@ def test_the_block_that_int8_breaks_is_found_and_left_in_float(weights, pixels, 
     assert made.drop <= 5
     assert made.drop == drop(open_graph(made.graph))
     assert any("looking for the blocks that lose most" in sentence for sentence in said)
+    for row in made.sweep:
+        assert any(f"{row.block} alone in INT8: 1 - cosine {row.error:.1e}, saves" in sentence for sentence in said)
 
 
 def test_a_budget_that_cannot_be_kept_is_one_sentence(weights, pixels, open_graph):
@@ -114,15 +116,34 @@ def test_nothing_to_calibrate_on_is_refused(tmp_path, pixels):
         read_calibration_images(tmp_path, 96, 32, pixels)
     for number in range(20):
         Image.new("RGB", (32, 96)).save(tmp_path / f"{number}.png")
-    with pytest.raises(UserError, match="all of one colour"):
+    with pytest.raises(UserError, match=r"has 0 readable images that show something \(20 are of one colour\)"):
         read_calibration_images(tmp_path, 96, 32, pixels)
 
 
 def test_few_readable_images_are_refused(crops, tmp_path, pixels):
     for path in sorted(crops.rglob("*.jpg"))[:9]:
         shutil.copy(path, tmp_path)
-    with pytest.raises(UserError, match="has 9 readable images: INT8 is calibrated on at least 10"):
+    with pytest.raises(UserError, match=r"has 9 readable images .*: INT8 is calibrated on at least 10"):
         read_calibration_images(tmp_path, 96, 32, pixels)
+
+
+def test_images_of_one_colour_are_left_out_however_many_they_are(crops, tmp_path, pixels):
+    """Few pictures among them would pass for a set with contrast."""
+    for path in sorted(crops.rglob("*.jpg"))[:10]:
+        shutil.copy(path, tmp_path)
+    for number in range(30):
+        Image.new("RGB", (32, 96), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    images = read_calibration_images(tmp_path, 96, 32, pixels)
+    assert len(images.crops) == 10
+    assert "30 calibration images of one colour are left out" in images.warnings
+
+
+def test_activations_that_are_not_finite_are_one_sentence(weights, pixels, open_graph):
+    model = load_weights(weights)
+    model.trunk[4][1].bn1.weight.data[0] = 3e38
+    plain = build_graph(model, flip=False)
+    with pytest.raises(UserError, match="is not finite on these images"):
+        build_int8(plain, plain, pixels, OPENVINO, open_graph, lambda engine: 0.0, max_drop=0.5)
 
 
 def test_images_that_look_unlike_the_proof_s_are_warned_of(crops, pixels):
@@ -178,6 +199,10 @@ def test_export_in_each_precision(weights, crops, tmp_path, precision, engine, p
         (("--precision", "int4"), "--precision int4: choose fp32, fp16, bf16, int8"),
         (("--precision", "int8"), "INT8 needs images to calibrate on: --calib DIR"),
         (("--precision", "int8", "--calib", "none"), "none"),
+        (("--precision", "int8", "--calib", ".", "--max-drop", "nan"), "--max-drop nan: points are from 0 to 100"),
+        (("--precision", "int8", "--calib", ".", "--max-drop", "inf"), "--max-drop inf: points are from 0 to 100"),
+        (("--max-drop", "1"), "--max-drop is about INT8"),
+        (("--calib", "."), "--calib is of no use to fp32"),
         (("--precision", "int8", "--calib", ".", "--engine", "tflite"), "no engine 'tflite' to quantise for"),
     ],
 )

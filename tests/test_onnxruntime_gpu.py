@@ -249,8 +249,10 @@ def other_weights(graph: bytes) -> bytes:
     return model.SerializeToString()
 
 
-def folder_of(graph: bytes, gpu: Gpu = ADA, version: str = "1.31.1") -> Path:
-    return onnxruntime_tensorrt.engine_folder(prepare(onnx.load_from_string(graph)), version, gpu)
+def folder_of(graph: bytes, gpu: Gpu = ADA, version: str = "1.31.1", int8: bool = False) -> Path:
+    prepared = prepare(onnx.load_from_string(graph))
+    options = onnxruntime_tensorrt.tensorrt_options(prepared, int8)
+    return onnxruntime_tensorrt.engine_folder(prepared, options, version, gpu)
 
 
 def test_engines_are_kept_apart_by_weights_gpu_and_version(graph, other_weights, tmp_path, monkeypatch) -> None:
@@ -260,8 +262,9 @@ def test_engines_are_kept_apart_by_weights_gpu_and_version(graph, other_weights,
         folder_of(other_weights),
         folder_of(graph, Gpu("NVIDIA L4", "8.9")),
         folder_of(graph, version="1.32.0"),
+        folder_of(graph, int8=True),
     ]
-    assert len(set(folders)) == 4
+    assert len(set(folders)) == 5
     assert all(folder.is_dir() and folder.is_relative_to(tmp_path / "mgn-deploy" / "plans") for folder in folders)
     assert folder_of(graph) == folders[0]
 
@@ -275,11 +278,10 @@ def test_a_place_that_is_not_writable_is_a_sentence(graph, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("int8", "flag"), [(False, "False"), (True, "True")])
 def test_the_engines_profile_is_the_images_and_int8_is_allowed_to_int8_graphs_only(graph, int8, flag) -> None:
-    options = onnxruntime_tensorrt.tensorrt_options(prepare(onnx.load_from_string(graph)), int8, Path("engines"))
+    options = onnxruntime_tensorrt.tensorrt_options(prepare(onnx.load_from_string(graph)), int8)
     shapes = [options[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")]
     assert shapes == ["images:1x96x32x3", "images:8x96x32x3", "images:64x96x32x3"]
     assert options["trt_int8_enable"] == flag
-    assert options["trt_engine_cache_path"] == "engines"
 
 
 # What follows needs a GPU.

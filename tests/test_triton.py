@@ -15,7 +15,7 @@ from mgn_deploy.errors import UserError
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient[grpc] is not installed")
 
 from google.protobuf import text_format  # noqa: E402
-from mgn_deploy.export.triton import write_model_repository  # noqa: E402
+from mgn_deploy.export.triton import check_before_export, write_model_repository  # noqa: E402
 
 
 @pytest.fixture
@@ -47,7 +47,8 @@ def with_plan(bundle: Bundle, tmp_path: Path, content: bytes, plan: EngineEntry)
 
     (tmp_path / plan.file).write_bytes(content)
     file = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-    manifest = bundle.manifest.model_copy(update={"files": {plan.file: file}})
+    proofs = {"tensorrt": bundle.manifest.proofs["onnxruntime"]}
+    manifest = bundle.manifest.model_copy(update={"files": {plan.file: file}, "proofs": proofs})
     return dataclasses.replace(bundle, folder=tmp_path, manifest=manifest)
 
 
@@ -126,3 +127,44 @@ def test_what_triton_cannot_serve_is_refused(bundle: Bundle, tmp_path: Path, opt
     with pytest.raises(UserError, match=sentence):
         write_model_repository(bundle, tmp_path / "models", **options)
     assert not (tmp_path / "models").exists()
+
+
+def test_what_is_not_proven_with_the_engine_that_triton_runs_is_not_served(bundle: Bundle, tmp_path: Path) -> None:
+    plan = entry()
+    with_a_plan = with_plan(bundle, tmp_path, b"plan", plan)
+    failed = bundle.manifest.proofs["onnxruntime"].model_copy(update={"passed": False})
+    for proofs in ({"openvino": bundle.manifest.proofs["openvino"]}, {"onnxruntime": failed}):
+        unproven = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"proofs": proofs}))
+        with pytest.raises(UserError, match="by onnxruntime, which is not proven with it"):
+            write_model_repository(unproven, tmp_path / "models")
+    manifest = with_a_plan.manifest.model_copy(update={"proofs": bundle.manifest.proofs})
+    with pytest.raises(UserError, match=r"run a\.plan of .* by tensorrt, which is not proven"):
+        write_model_repository(dataclasses.replace(with_a_plan, manifest=manifest), tmp_path / "models", plan=plan)
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "heads", "engine", "served"),
+    [
+        ("fp32", "plain", None, True),
+        ("fp16", "plain", "tensorrt-rtx", True),
+        ("int8", "plain", "onnxruntime", True),
+        ("bf16", "plain", "tensorrt", True),
+        ("fp32", "fused", None, False),
+        ("bf16", "plain", None, False),
+        ("int8", "plain", None, False),
+        ("int8", "plain", "openvino", False),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_the_export(tmp_path: Path, precision, heads, engine, served) -> None:
+    if served:
+        check_before_export(precision, heads, engine, tmp_path)
+    else:
+        with pytest.raises(UserError, match="--triton goes with"):
+            check_before_export(precision, heads, engine, tmp_path)
+
+
+def test_a_file_is_no_model_repository(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file: give a folder"):
+        check_before_export("fp32", "plain", None, tmp_path / "file")

@@ -20,7 +20,7 @@ from mgn_deploy.bundle import GRAPH, Bundle
 from mgn_deploy.drawn import draw_people
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.images import read_crop
-from mgn_deploy.tensorrt_door import logger
+from mgn_deploy.tensorrt_door import logger, one_line
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed", exc_type=ImportError)
 
@@ -363,10 +363,51 @@ def test_a_builder_that_is_not_installed_is_named_with_its_extra(graph: onnx.Mod
         build(graph, BuildSettings("tensorrt"))
 
 
-def test_a_cache_that_cannot_be_written_is_named(graph: onnx.ModelProto, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_warned_of_and_the_plan_is_there(
+    graph: onnx.ModelProto, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "mgn-deploy").write_text("in the way")
-    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
-        build(graph)
+    plan = build(graph)
+    assert plan.content
+    assert not plan.cached
+    assert "is not cached" in caplog.text
+    assert "set XDG_CACHE_HOME" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ("[localCheckMacros.cpp::getErrorStr::132] Error Code 2: OutOfMemory (Requested size was 68844892952 bytes.)",
+         "OutOfMemory (Requested size was 68844892952 bytes.)"),
+        ("In node -1 with name: and operator: the weights are short.", "the weights are short"),
+    ],
+)  # fmt: skip
+def test_a_message_of_tensorrt_loses_the_place_in_its_source(said: str, sentence: str) -> None:
+    assert one_line(said) == sentence
+
+
+def test_a_user_without_a_home_folder_gets_the_plan(
+    graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a container's user without an entry in /etc/passwd."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert build(graph).content
+    assert "no home folder to keep a cache in" in caplog.text
+
+
+def test_a_plan_of_another_release_of_this_package_is_not_taken(
+    graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the builder tells TensorRT beyond the settings is code."""
+    assert not build(graph).cached
+    assert build(graph).cached
+    monkeypatch.setattr("mgn_deploy.__version__", "999")
+    assert not build(graph).cached
 
 
 def test_the_command_lines_batch_and_capabilities_are_read() -> None:

@@ -6,6 +6,7 @@ Nothing else in the project knows an engine's name.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -13,13 +14,20 @@ import numpy as np
 
 from mgn_deploy.bundle import Bundle
 from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.machine import place
 
 # What `auto` tries: GPUs, whose order is not measured yet, then the CPU, fastest first with the full model (README, Figures).
 ORDER = ("tensorrt", "tensorrt_rtx", "onnxruntime_tensorrt", "onnxruntime_cuda", "openvino", "onnxruntime", "torch")
 
 
+_log = logging.getLogger("mgn_deploy")
+
+
 class Backend(Protocol):
-    """A bundle opened by one engine. Calls are made from one thread at a time."""
+    """A bundle opened by one engine. Calls are made from one thread at a time.
+
+    An engine that was compiled for its GPU has also a `profile`, the fewest, best and most images a call.
+    """
 
     name: str
     version: str
@@ -63,6 +71,9 @@ def open_backend(bundle: Bundle, name: str = "auto", *, allow_unproven: bool = F
     for candidate in ORDER:
         try:
             return _open(bundle, candidate, allow_unproven)
+        except ProvenElsewhere as error:  # or a GPU would stand idle, and nobody would know why
+            _log.warning(f"{error}; trying the next backend")
+            reasons.append(f"{candidate}: {error}")
         except CannotRun as error:
             reasons.append(f"{candidate}: {error}")
     raise CannotRun(f"no backend can run {bundle.folder}. " + " | ".join(reasons))
@@ -75,7 +86,31 @@ def _open(bundle: Bundle, name: str, allow_unproven: bool) -> Backend:
     reason = module.missing()
     if reason:
         raise CannotRun(f"backend {name} cannot run here: {reason}")
-    return module.open_engine(bundle)
+    engine = module.open_engine(bundle)
+    if not allow_unproven:
+        compare_places(bundle, name, engine)
+    return engine
+
+
+class ProvenElsewhere(CannotRun):
+    """An engine that was compiled here and proven somewhere else: it is another engine."""
+
+
+def compare_places(bundle: Bundle, name: str, engine: Backend) -> None:
+    """With where the engine was proven. Compiled for another GPU or by another release it is refused, else warned of."""
+    proof = bundle.manifest.proofs[name]
+    compiled = hasattr(engine, "profile")
+    here = engine.device if compiled else place(engine.device)
+    same_place = proof.machine.endswith(f", {here})") if compiled else proof.machine == here
+    if same_place and proof.backend_version == engine.version:
+        return
+    there = f"{name} {proof.backend_version} on {proof.machine}"
+    sentence = f"{bundle.folder} was proven with {there} and this is {engine.version} on {here}"
+    if compiled:
+        raise ProvenElsewhere(
+            f"{sentence}: `mgn-deploy prove {bundle.folder}` proves it here, or pass --allow-unproven"
+        )
+    _log.warning(f"{sentence}: `mgn-deploy prove {bundle.folder}` would prove it here")
 
 
 def import_problem(package: str, extra: str) -> str | None:

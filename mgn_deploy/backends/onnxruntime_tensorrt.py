@@ -100,8 +100,9 @@ class OnnxRuntimeTensorRtBackend:
         self.device = gpu.name
         # Float32 is the graph's to say, and this provider has no option for it (onnxruntime#26029). For the whole process.
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-        folder = engine_folder(graph, self.version, gpu)
-        providers = {TENSORRT: tensorrt_options(graph, precision == "int8", folder), CUDA: CUDA_OPTIONS}
+        options = tensorrt_options(graph, precision == "int8")
+        folder = engine_folder(graph, options, self.version, gpu)
+        providers = {TENSORRT: {**options, "trt_engine_cache_path": str(folder)}, CUDA: CUDA_OPTIONS}
         if not any(folder.iterdir()):
             _log.warning(f"building TensorRT engines of {bundle.folder} for {gpu.name}, once: this may take minutes")
         try:
@@ -116,13 +117,12 @@ class OnnxRuntimeTensorRtBackend:
         return np.concatenate(parts) if parts else np.empty((0, self._dim), np.float32)
 
 
-def tensorrt_options(graph: PreparedGraph, int8: bool, folder: Path) -> dict[str, str]:
-    """The provider's options for a graph.
+def tensorrt_options(graph: PreparedGraph, int8: bool) -> dict[str, str]:
+    """The provider's options for a graph, but for the folder of its engines.
 
     Args:
         graph: as TensorRT's parser takes it.
         int8: it has Q/DQ pairs. The flag allows INT8; where, only the pairs say (explicit quantisation).
-        folder: of its engines.
     """
     fewest, best, most = (f"{graph.input_name}:{size}x{graph.height}x{graph.width}x3" for size in DEFAULT_BATCH)
     return {
@@ -133,20 +133,24 @@ def tensorrt_options(graph: PreparedGraph, int8: bool, folder: Path) -> dict[str
         "trt_profile_max_shapes": most,
         "trt_int8_enable": str(int8),  # these are read as True and False, not as 1 and 0
         "trt_engine_cache_enable": "True",
-        "trt_engine_cache_path": str(folder),
     }
 
 
-def engine_folder(graph: PreparedGraph, version: str, gpu: Gpu) -> Path:
-    """A folder of this graph's engines alone: ONNX Runtime finds them by the graph's structure, whatever its weights are
-    (onnxruntime#6455).
+def engine_folder(graph: PreparedGraph, options: dict[str, str], version: str, gpu: Gpu) -> Path:
+    """A folder of the engines of this graph and these options alone: ONNX Runtime finds them by the graph's structure,
+    whatever its weights are (onnxruntime#6455).
 
     Raises:
         UserError: it cannot be made.
     """
     from mgn_deploy.export.plan_cache import cache_key, plan_folder
 
-    facts = {"onnxruntime": version, "gpu": vars(gpu), "tf32": os.environ.get("NVIDIA_TF32_OVERRIDE")}
+    facts = {
+        "onnxruntime": version,
+        "gpu": vars(gpu),
+        "tf32": os.environ.get("NVIDIA_TF32_OVERRIDE"),
+        "options": options,
+    }
     folder = plan_folder() / "onnxruntime" / cache_key(graph.content, facts)
     try:
         folder.mkdir(parents=True, exist_ok=True)

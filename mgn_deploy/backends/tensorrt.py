@@ -53,6 +53,10 @@ class TensorRtBackend:
         plan = plan_for(bundle, flavour, self.version, gpu)
         logger(flavour).messages.clear()
         self._runtime = trt.Runtime(logger(flavour))
+        if any(entry.version_compatible for entry in bundle.manifest.engines):
+            self._runtime.engine_host_code_allowed = (
+                True  # such a plan brings its runtime with it; its hash was compared
+            )
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise UserError(

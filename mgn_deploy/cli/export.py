@@ -14,6 +14,9 @@ from mgn_deploy.errors import GateFailed, UserError
 if TYPE_CHECKING:
     from mgn_deploy.bundle import Bundle, Proof
 
+DEFAULT_MAX_DROP = 0.5
+MOST_GIB = 1024
+
 
 def init(
     out: Path = typer.Option(..., "-o", "--out", help="The weights folder to write."),
@@ -63,20 +66,23 @@ def export(
         None,
         help="openvino, onnxruntime, tensorrt or tensorrt-rtx: the last two also build plans; an int8 graph is placed for one of them.",
     ),
-    batch: str = typer.Option("1,8,64", help="Fewest, best and most images a call of a TensorRT plan."),
+    batch: str | None = typer.Option(
+        None, help="Fewest, best and most images a call of a TensorRT plan, and of Triton; 1,8,64 without it."
+    ),
     compute_capability: str = typer.Option(
         "", help="Of the GPUs to build tensorrt-rtx plans for, as in 8.6,8.9,12.0; no GPU is needed here."
     ),
-    workspace: float | None = typer.Option(
-        None, min=0, help="GiB of GPU memory that a layer may take; all without it."
-    ),
+    workspace: float | None = typer.Option(None, help="GiB of GPU memory that a layer may take; all without it."),
     version_compatible: bool = typer.Option(False, help="A tensorrt plan that later versions run, too."),
     hardware_compatible: bool = typer.Option(False, help="A tensorrt plan for any GPU from Ampere on."),
     cache: bool = typer.Option(True, help="Take plans from the cache and put them there."),
     triton: Path | None = typer.Option(None, help="Also write a model repository for Triton Inference Server."),
-    calib: Path | None = typer.Option(None, help="Folder of images to calibrate int8 on, some 500 of them."),
-    max_drop: float = typer.Option(
-        0.5, min=0, help="Points that int8 may lose: of mAP with --data, else of top-10 agreement."
+    calib: Path | None = typer.Option(
+        None, help="Folder of images like those to come: int8 is calibrated on them, fp16's ranges are looked at."
+    ),
+    calib_count: int = typer.Option(500, min=10, help="Images to take of them, from every camera as many."),
+    max_drop: float | None = typer.Option(
+        None, help="Points that int8 may lose: of mAP with --data, else of top-10 agreement; 0.5 without it."
     ),
     data: str | None = typer.Option(
         None,
@@ -96,21 +102,40 @@ def export(
     from mgn_deploy.bundle import Heads, Precision
     from mgn_deploy.datasets import open_data
     from mgn_deploy.export.exporter import export_bundle
-    from mgn_deploy.export.triton import write_model_repository
-    from mgn_deploy.export.trt_builder import BuildSettings, parse_batch, parse_capabilities
+    from mgn_deploy.export.triton import check_before_export, write_model_repository
+    from mgn_deploy.export.trt_builder import DEFAULT_BATCH, BuildSettings, parse_batch, parse_capabilities
 
     if precision not in get_args(Precision):
         raise UserError(f"--precision {precision}: choose {', '.join(get_args(Precision))}")
     if heads not in get_args(Heads):
         raise UserError(f"--heads {heads}: choose {', '.join(get_args(Heads))}")
-    if triton and heads == "fused":
-        raise UserError("Triton serves whole graphs: --triton goes with --heads plain")
+    if triton:
+        check_before_export(precision, heads, engine, triton)
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise UserError(f"--max-drop {max_drop}: points are from 0 to 100")
+    if workspace is not None and not 0 < workspace <= MOST_GIB:
+        raise UserError(f"--workspace {workspace}: GiB are above 0 and at most {MOST_GIB}")
     flavour = engine.replace("-", "_") if engine in ("tensorrt", "tensorrt-rtx") else None
+    of_plans = {
+        "--batch": batch and not triton,
+        "--compute-capability": compute_capability,
+        "--workspace": workspace,
+        "--version-compatible": version_compatible,
+        "--hardware-compatible": hardware_compatible,
+        "--no-cache": not cache,
+    }
+    if not flavour:
+        _refuse(of_plans, "is about TensorRT plans: it goes with --engine tensorrt or tensorrt-rtx")
+    if precision != "int8":
+        _refuse({"--max-drop": max_drop is not None}, "is about INT8: it goes with --precision int8")
+    if precision in ("fp32", "bf16"):
+        _refuse({"--calib": calib}, f"is of no use to {precision}: it goes with --precision int8 or fp16")
+    sizes = parse_batch(batch) if batch else DEFAULT_BATCH
     build = None
     if flavour:
         build = BuildSettings(
             flavour,  # type: ignore[arg-type]
-            parse_batch(batch),
+            sizes,
             workspace=None if workspace is None else int(workspace * 2**30),
             version_compatible=version_compatible,
             hardware_compatible=hardware_compatible,
@@ -126,18 +151,28 @@ def export(
         use_cache=cache,
         build_progress=phase_lines("building"),
         calib=calib,
+        calib_count=calib_count,
         data=open_data(data, say=say) if data else None,
-        max_drop=max_drop,
+        max_drop=DEFAULT_MAX_DROP if max_drop is None else max_drop,
         flip=flip,
         reference=reference,
         proof_images=proof_images,
         say=say,
     )
-    if triton:
-        plans = [plan for plan in bundle.manifest.engines if plan.flavour == "tensorrt"]
-        write_model_repository(bundle, triton, plan=plans[0] if plans else None, max_batch=parse_batch(batch)[2])
-        say(f"{triton}: a model repository for Triton")
     _tell(bundle, bundle.manifest.proofs, json)
+    if triton:
+        plan = next((plan for plan in bundle.manifest.engines if plan.flavour == "tensorrt"), None)
+        model = write_model_repository(bundle, triton, plan=plan, max_batch=sizes[2], preferred=sizes[1:])
+        say(f"{model}: {plan.file if plan else 'the graph, by ONNX Runtime,'} for Triton")
+        if plan and plan.version_compatible:
+            say("start Triton with --backend-config=tensorrt,version-compatible=true")
+
+
+def _refuse(given: Mapping[str, object], sentence: str) -> None:
+    """Options that would do nothing: the user meant something."""
+    for option, value in given.items():
+        if value:
+            raise UserError(f"{option} {sentence}")
 
 
 def prove(
