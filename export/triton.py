@@ -109,7 +109,8 @@ def check_before_export(precision: str, heads: str, engine: str | None, out: Pat
         raise UserError("Triton serves whole graphs: --triton goes with --heads plain")
     if out.exists() and not out.is_dir():
         raise UserError(f"--triton {out} is a file: give a folder, new or with other models of the repository")
-    for_other = precision == "int8" and not set(ONNXRUNTIMES) & set(ENGINES[engine or "openvino"].backends)
+    placed = ENGINES.get(engine or "openvino")  # another name is refused by the exporter
+    for_other = precision == "int8" and placed is not None and not set(ONNXRUNTIMES) & set(placed.backends)
     if engine != "tensorrt" and (precision == "bf16" or for_other):
         raise UserError(
             f"Triton runs graphs by ONNX Runtime, which a {precision} graph for {engine or 'openvino'} is not for: "

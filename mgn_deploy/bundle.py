@@ -85,7 +85,8 @@ class Proof(_Strict):
 
 
 class BlockError(_Strict):
-    """One block alone in INT8: the mean 1 - cosine that it causes, and the milliseconds an image that it saves."""
+    """One block alone in INT8: the mean 1 - cosine that it causes, and the milliseconds an image that it saves, both by the engine
+    that ran the candidates (`export/precision.py`: for TensorRT's graphs ONNX Runtime on the CPU)."""
 
     block: str
     error: float

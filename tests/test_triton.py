@@ -150,6 +150,7 @@ def test_what_is_not_proven_with_the_engine_that_triton_runs_is_not_served(bundl
         ("fp16", "plain", "tensorrt-rtx", True),
         ("int8", "plain", "onnxruntime", True),
         ("bf16", "plain", "tensorrt", True),
+        ("int8", "plain", "tflite", True),  # the exporter refuses it
         ("fp32", "fused", None, False),
         ("bf16", "plain", None, False),
         ("int8", "plain", None, False),
