@@ -4,8 +4,7 @@
     tests       every test that is marked gpu, and the C example; suite.json has the counts and why tests were skipped
     sanitizer   memcheck and racecheck of the C example, and of the kernel's tests at a few batch sizes
     bench       `bench/kernel.py`, into kernel.json
-    engines     export, prove and bench a ResNet-50 MGN by TensorRT, TensorRT-RTX and ONNX Runtime, whichever run here,
-                into engines.json
+    engines     `bench/gpu_matrix.py`: precisions x engines, proven and in turns with PyTorch, into engines.json
 
 Each stage is a process with a time limit and a log; a stage that fails does not stop the next one. `suite.json` says how
 each ended, after each. Nothing has to be installed: the import name `mgn_deploy` is made of links in a scratch folder.
@@ -27,7 +26,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -42,7 +40,9 @@ PACKAGES = (
 PYTEST = (sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-q", "-p", "no:cacheprovider")
 COUNTS = "counts.json"  # of the tests, in the scratch folder
 RESULTS = ("passed", "failed", "skipped")
-ENGINES = ("tensorrt", "tensorrt_rtx", "onnxruntime_cuda")
+# What `engines` is told of: the options of the same names of `bench/gpu_matrix.py`.
+OF_MATRIX = ("weights", "data", "calib", "precisions", "engines")
+PATHS = OF_MATRIX[:3]
 CANNOT = 2  # exit status of a stage that this machine lacks something for
 
 
@@ -53,11 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stages", default=",".join(MINUTES), help="which, in that order (all)")
     parser.add_argument("--minutes", type=float, help="of each stage, instead of its own limit")
     parser.add_argument("--run-stage", choices=list(STAGES), help=argparse.SUPPRESS)
+    for name in OF_MATRIX:
+        parser.add_argument(f"--{name}", help="of the stage engines, as bench/gpu_matrix.py takes it")
     chosen = parser.parse_args(arguments)
     out = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    matrix = matrix_options(chosen)
     if chosen.run_stage:
-        return STAGES[chosen.run_stage](out, chosen.minutes or MINUTES[chosen.run_stage])
+        return STAGES[chosen.run_stage](out, chosen.minutes or MINUTES[chosen.run_stage], matrix)
     names = chosen.stages.split(",")
     unknown = [name for name in names if name not in STAGES]
     if unknown:
@@ -67,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         environment = prepare(Path(scratch))
         for name in names:
             minutes = chosen.minutes or MINUTES[name]
-            command = [sys.executable, __file__, "--out", str(out), "--run-stage", name, "--minutes", str(minutes)]
+            stage = ["--run-stage", name, "--minutes", str(minutes), *matrix]
+            command = [sys.executable, __file__, "--out", str(out), *stage]
             print(f"== {name} (at most {minutes:g} minutes)", flush=True)
             results[name] = run_limited(command, environment, Path(scratch), out / f"{name}.log", 60 * minutes)
             counts = Path(scratch) / COUNTS
@@ -77,6 +81,15 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{results[name]['state']} after {results[name]['seconds']} s: {results[name]['last']}", flush=True)
     states = {result["state"] for result in results.values()}
     return 0 if states == {"passed"} else 2 if states == {"cannot run here"} else 1
+
+
+def matrix_options(chosen: argparse.Namespace) -> list[str]:
+    """Those that were given; stages run in another folder, so paths are absolute."""
+    found = []
+    for name, value in ((name, getattr(chosen, name)) for name in OF_MATRIX if getattr(chosen, name)):
+        kind, colon, path = value.rpartition(":") if name == "data" else ("", "", value)
+        found += [f"--{name}", f"{kind}{colon}{Path(path).resolve()}" if name in PATHS else value]
+    return found
 
 
 def prepare(scratch: Path) -> dict[str, str]:
@@ -123,7 +136,7 @@ def run_limited(
     }
 
 
-def facts(out: Path, minutes: float) -> int:
+def facts(out: Path, minutes: float, matrix: Sequence[str]) -> int:
     """What is here, into facts.json; a GPU must be, and the packages without which the other stages cannot start."""
     packages = {name: _version(name) for name in PACKAGES}
     tools = {name: shutil.which(name) or _in_cuda(name) for name in ("nvidia-smi", "nvcc", "compute-sanitizer")}
@@ -139,7 +152,7 @@ def facts(out: Path, minutes: float) -> int:
     return _gpu_or_why()
 
 
-def tests(out: Path, minutes: float) -> int:
+def tests(out: Path, minutes: float, matrix: Sequence[str]) -> int:
     """Also without a GPU pytest has to collect them all: a test file that cannot be imported shows."""
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     runs = {
@@ -153,7 +166,7 @@ def tests(out: Path, minutes: float) -> int:
     return _gpu_or_why() or int(runs["marked gpu"]["passed"] == 0)
 
 
-def sanitizer(out: Path, minutes: float) -> int:
+def sanitizer(out: Path, minutes: float, matrix: Sequence[str]) -> int:
     tool, nvcc = (shutil.which(name) or _in_cuda(name) for name in ("compute-sanitizer", "nvcc"))
     if tool is None or nvcc is None:
         print(f"compute-sanitizer is {tool}, nvcc is {nvcc}: both are needed")
@@ -175,42 +188,17 @@ def sanitizer(out: Path, minutes: float) -> int:
     return 1 if worst else 0
 
 
-def bench(out: Path, minutes: float) -> int:
+def bench(out: Path, minutes: float, matrix: Sequence[str]) -> int:
     """Ends by itself: a case takes half a minute at most once its time is up."""
     command = [sys.executable, "-m", "mgn_deploy.bench.kernel", "--out", str(out / "kernel.json")]
     return subprocess.run([*command, "--minutes", str(max(minutes - 1, 0.5))], check=False).returncode
 
 
-def engines(out: Path, minutes: float) -> int:
-    """One bundle for each form of the heads: `export` proves it with every backend that runs here, so nothing is proven twice.
-
-    Its plan is for the first TensorRT that runs here; where both do, the other builds its own, at its usual batches, while it is
-    proven. A missed floor is an exit status like others: what comes after it is run, and `bench` refuses what is unproven.
-    """
-    without = _gpu_or_why() or _no_exporter()
-    if without:
-        return without
-    left_out = {name: why for name in ENGINES if (why := _engine_problem(name))}
-    for name, why in left_out.items():
-        print(f"{name} is left out: {why}")
-    here = [name.replace("_", "-") for name in ENGINES if name not in left_out]
-    if not here:
-        return CANNOT
-    steps: list[dict[str, Any]] = []
-
-    def step(*arguments: str) -> None:
-        steps.append(run_step(*arguments))
-        (out / "engines.json").write_text(json.dumps({"left_out": left_out, "steps": steps}, indent=1) + "\n")
-
-    step("init", "-o", "weights", "--init", "random")
-    plan = ["--engine", here[0], "--batch", "1,32,64"] if here[0].startswith("tensorrt") else []
-    for heads in ("plain", "fused"):
-        step("export", "weights", "-o", heads, "--precision", "fp16", "--heads", heads, *plan, "--json")
-        for backend, (batch, count) in product(here, (("1", "64"), ("64", "256"))):
-            step("bench", "--bundle", heads, "--backend", backend, "--batch", batch, "--count", count, "--json")
-    failed = [" ".join(one["arguments"]) for one in steps if one["exit"]]
-    print(f"{len(failed)} of {len(steps)} steps failed" + "".join(f"; {command}" for command in failed))
-    return 1 if failed else 0
+def engines(out: Path, minutes: float, matrix: Sequence[str]) -> int:
+    """Ends by itself: no row is begun that may not end in time."""
+    command = [sys.executable, "-m", "mgn_deploy.bench.gpu_matrix", "--out", str(out / "engines.json"), *matrix]
+    command += ["--budget", str(max(60 * minutes - 30, 30))]
+    return _gpu_or_why() or subprocess.run(command, check=False).returncode
 
 
 STAGES = {"facts": facts, "tests": tests, "sanitizer": sanitizer, "bench": bench, "engines": engines}
@@ -231,44 +219,6 @@ def run_pytest(*arguments: str) -> dict[str, Any]:
     reasons = [str(skip.text if skip.get("message") == "collection skipped" else skip.get("message")) for skip in skips]
     counts = (len(cases) - failed - len(skips), failed, len(skips))
     return {"exit": 0 if code == 5 else code, **dict(zip(RESULTS, counts, strict=True)), "reasons": Counter(reasons)}
-
-
-def run_step(*arguments: str) -> dict[str, Any]:
-    """A command of mgn-deploy: its exit status, and as `result` what it printed as JSON."""
-    print(f"== mgn-deploy {' '.join(arguments)}", flush=True)
-    started = time.monotonic()
-    command = [sys.executable, "-m", "mgn_deploy", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    print(done.stdout, flush=True)
-    result = json.loads(done.stdout) if done.stdout.startswith("{") else None
-    seconds = round(time.monotonic() - started, 1)
-    return {"arguments": arguments, "exit": done.returncode, "seconds": seconds, "result": result}
-
-
-def _engine_problem(name: str) -> str | None:
-    """Why that backend cannot run here, or None."""
-    from mgn_deploy.export.trt_builder import capabilities
-
-    from mgn_deploy.backends import backend_module
-    from mgn_deploy.gpu import this_gpu
-
-    problem = backend_module(name).missing()
-    if problem or name != "tensorrt_rtx" or this_gpu().compute_capability in capabilities():
-        return problem
-    return f"it builds for compute capability {', '.join(capabilities())}, not for {this_gpu().compute_capability}"
-
-
-def _no_exporter() -> int:
-    """0 where `mgn-deploy export` has what it needs, else a line that says what is missing and the exit status for it."""
-    from mgn_deploy.cli.console import require_training
-    from mgn_deploy.errors import UserError
-
-    try:
-        require_training()
-    except UserError as problem:
-        print(problem)
-        return CANNOT
-    return 0
 
 
 def _version(name: str) -> str | None:

@@ -53,7 +53,7 @@ def main(
     dataset = open_data(data)
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-bench-") as scratch:
         engines = _open_all(weights, dataset, calib, accuracy, max_drop, Path(scratch))
-        table = [_describe(name, embedder) for name, embedder in engines.items()]
+        table = [describe(name, embedder) for name, embedder in engines.items()]
         _add_speed(table, list(engines.values()), dataset, images, rounds)
     config = next(iter(engines.values())).bundle.config
     result = {
@@ -95,7 +95,8 @@ def _open_all(
     return engines
 
 
-def _describe(name: tuple[str, str], embedder: Embedder) -> dict[str, Any]:
+def describe(name: tuple[str, str], embedder: Embedder) -> dict[str, Any]:
+    """Engine and precision, the graph's size, and how far from PyTorch its proof found it."""
     proof = embedder.bundle.manifest.proofs[name[0]]
     row = {
         "engine": name[0],

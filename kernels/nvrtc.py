@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -20,6 +21,8 @@ from mgn_deploy.kernels.plan import (
     AUTO,
     FUSED,
     Device,
+    Params,
+    Plan,
     Pointers,
     Problem,
     fused_launch,
@@ -33,6 +36,7 @@ from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_file, cache_folder
 
 FOLDER = Path(__file__).parent
+KEPT_ARGUMENTS = 8  # of a planned kernel: a pipeline's sets of buffers, and what an allocator gives in turns
 INSTALL = "pip install cuda-core nvidia-cuda-nvrtc"
 
 
@@ -140,6 +144,7 @@ class PlannedKernel:
     """
 
     def __init__(self, problem: Problem, device_id: int = 0) -> None:
+        from cuda.bindings import driver
         from cuda.core import Device as CudaDevice
 
         self.problem = problem
@@ -154,8 +159,10 @@ class PlannedKernel:
             raise UserError("this GPU has no cooperative launch, which the path fused needs: use the path auto")
         major, minor = device.compute_capability
         self.plan = plan_on(problem, Device(properties.multiprocessor_count, 10 * major + minor, resident))
-        self._launches = launches(problem, self.plan)
-        self._kernels = _loaded(tuple(one.kernel for one in self._launches), arch, device_id)
+        own = launches(problem, self.plan)
+        self._kernels = _loaded(tuple(one.kernel for one in own), arch, device_id)  # held: the functions are theirs
+        self._functions = [(one, driver.CUfunction(int(self._kernels[one.kernel].handle))) for one in own]
+        self._arguments = arguments_by_addresses(problem, self.plan)
 
     @property
     def workspace_bytes(self) -> int:
@@ -170,11 +177,8 @@ class PlannedKernel:
         """
         from cuda.bindings import driver
 
-        params = params_of(self.problem, self.plan, pointers)
-        # cuda-core's own launch() takes no structure by value: https://github.com/NVIDIA/cuda-python/issues/2343
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        for one in self._launches:
-            function = driver.CUfunction(int(self._kernels[one.kernel].handle))
+        arguments = self._arguments(bytes(pointers))
+        for one, function in self._functions:
             where = (*one.grid, one.threads, 1, 1, one.shared, driver.CUstream(stream), ctypes.addressof(arguments))
             if one.cooperative:
                 (status,) = driver.cuLaunchCooperativeKernel(function, *where)
@@ -182,6 +186,22 @@ class PlannedKernel:
                 (status,) = driver.cuLaunchKernel(function, *where, 0)
             if status != driver.CUresult.CUDA_SUCCESS:
                 raise UserError(cuda_sentence(status.name) or f"the GPU's driver refused a kernel ({status.name})")
+
+
+def arguments_by_addresses(problem: Problem, plan: Plan) -> Callable[[bytes], ctypes.Array[Any]]:
+    """`bytes(pointers)` -> what the driver takes as the kernels' arguments: an array of one pointer, to their `Params`.
+
+    Making these takes longer than a small problem's kernel, so the last ones are kept. The driver copies them at a launch.
+    """
+
+    @lru_cache(maxsize=KEPT_ARGUMENTS)
+    def arguments(addresses: bytes) -> ctypes.Array[Any]:
+        params = params_of(problem, plan, Pointers.from_buffer_copy(addresses))
+        # Pointers hold on to what they point at, which an array of bare addresses would not. cuda-core's own launch()
+        # takes no structure by value: https://github.com/NVIDIA/cuda-python/issues/2343
+        return (ctypes.POINTER(Params) * 1)(ctypes.pointer(params))
+
+    return arguments
 
 
 @lru_cache(maxsize=256)

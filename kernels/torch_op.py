@@ -55,7 +55,7 @@ def stripe_pool_reduce(
         neck: "relu", "linear" or "relu_norm", what follows weight and bias.
 
     Raises:
-        ValueError: shapes or choices do not fit each other; on CUDA also what `kernels/plan.py` refuses.
+        ValueError: shapes, devices or choices do not fit each other; on CUDA also what `kernels/plan.py` refuses.
     """
     _check(maps, branches, weight, bias, pooling, neck, powers, scale, shift)
     return _forward(maps, branches, weight, bias, pooling, neck, powers, scale, shift)
@@ -94,6 +94,11 @@ def _check(
             raise ValueError(f"stripe_pool_reduce: {name} needs the shape {list(weight.shape[:2])}")
     if pooling == "gem" and (powers is None or powers.shape != weight.shape[:1]):
         raise ValueError(f"stripe_pool_reduce: the pooling gem needs powers of shape [{features}]")
+    # PyTorch looks at one of them to choose the kernel, which would read another's host address as the GPU's.
+    own = {f"map {index}": map_ for index, map_ in enumerate(maps)} | {"weight": weight, "bias": bias}
+    for name, tensor in {**own, "powers": powers, "scale": scale, "shift": shift}.items():
+        if tensor is not None and tensor.device != maps[0].device:
+            raise ValueError(f"stripe_pool_reduce: {name} is on {tensor.device}, needs {maps[0].device} as map 0 is")
 
 
 def _rows(map_: Tensor, stripes: int) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from mgn_deploy.kernels import build, nvrtc
-from mgn_deploy.kernels.plan import Device, launches, make_problem, plan_on
+from mgn_deploy.kernels.plan import MAX_BRANCHES, Device, Pointers, launches, make_problem, params_of, plan_on
 
 FOLDER = Path(build.__file__).parent
 NVCC = build.find_nvcc()
@@ -118,3 +119,26 @@ def test_damaged_machine_code_is_compiled_again(cache):
 def test_architectures_do_not_share_machine_code(cache):
     kernels = ("epilogue_kernel<Half>",)
     assert nvrtc.compile_kernels(kernels, "sm_80").cubin != nvrtc.compile_kernels(kernels, "sm_120").cubin
+
+
+def pointers_at(*addresses):
+    """Maps, then weight, bias, scale, shift, power, workspace, output; None: not given."""
+    return Pointers((ctypes.c_void_p * MAX_BRANCHES)(*addresses[:MAX_BRANCHES]), *addresses[MAX_BRANCHES:])
+
+
+@pytest.mark.parametrize("n", [2, 64])
+def test_kernels_are_told_the_same_again_without_working_it_out_again_and_anew_where_an_address_differs(n):
+    problem = make_problem("float16", "nhwc", n, 2048, 256, (1, 2, 3), ((12, 4), (24, 8), (24, 8)))
+    plan = plan_on(problem, Device(132, 90, 2))
+    told = nvrtc.arguments_by_addresses(problem, plan)
+    addresses = [256, 512, 768, None, 1024, 1280, None, None, None, 1536, 1792]
+    sets = [addresses] + [
+        [4096 if index == place else old for index, old in enumerate(addresses)]
+        for place in range(len(addresses))
+        if place != 3  # of a fourth map, which this problem has not
+    ]
+    for changed in sets:
+        pointers = pointers_at(*changed)
+        arguments = told(bytes(pointers))
+        assert bytes(arguments[0].contents) == bytes(params_of(problem, plan, pointers))
+        assert told(bytes(pointers_at(*changed))) is arguments

@@ -10,8 +10,8 @@ import pytest
 import torch
 from mgn_deploy.kernels import torch_op
 from mgn_deploy.kernels.host import HostKernel, build_host
-from mgn_deploy.kernels.plan import BARRIER_BYTES, NECKS, POOLINGS, features_of, make_problem
-from mgn_deploy.kernels.reference import stripe_pool_reduce
+from mgn_deploy.kernels.plan import BARRIER_BYTES, FUSED, NECKS, POOLINGS, features_of, make_problem
+from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
 from torch.library import opcheck
 
 torch.set_num_threads(1)
@@ -223,6 +223,24 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         op({**arguments(), **change})
 
 
+@pytest.mark.parametrize("name", ["map 1", "weight", "bias", "powers", "scale", "shift"])
+def test_a_tensor_on_another_device_is_named(name):
+    """Its address would be another memory's: the GPU would stop with an illegal one, for the rest of the process."""
+    given = arguments("gem", "relu_norm")
+    if name == "map 1":
+        given["maps"][1] = given["maps"][1].to("meta")
+    else:
+        given[name] = given[name].to("meta")
+    with pytest.raises(ValueError, match=rf"{name} is on meta, needs cpu as map 0 is"):
+        op(given)
+
+
+def test_a_given_tensor_that_the_choices_do_not_use_is_on_the_maps_device_too():
+    given = {**arguments(), "scale": torch.zeros(8, 16, device="meta")}
+    with pytest.raises(ValueError, match="scale is on meta"):
+        op(given)
+
+
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     if shutil.which("g++") is None:
@@ -278,3 +296,49 @@ def test_cuda_passes_pytorchs_own_checks_of_an_operator():
     opcheck(
         torch.ops.mgn_deploy.stripe_pool_reduce.default, tuple(requiring_gradients(arguments(device="cuda")).values())
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("output", ["features", "mirror_embeddings"])
+@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_cuda_graph_of_the_fused_path_gives_the_same_bits_again_and_again(dtype, n, output):
+    """In one workspace that nobody clears: the kernel has to leave its barrier as it found it, and trust nothing else there."""
+    from cuda.core import Device
+    from mgn_deploy.kernels.nvrtc import PlannedKernel
+
+    given = arguments(dtype=dtype, n=n, channels=264, reduced=48, device="cuda")
+    shape, inputs = torch_op.arrange(given["maps"], BRANCHES, given["weight"], given["bias"], None, None, None)
+    kernel = PlannedKernel(make_problem(*shape, output=output, path="fused"), given["weight"].device.index)
+    assert kernel.plan.path == FUSED
+    workspace = torch.zeros(kernel.workspace_bytes, dtype=torch.uint8, device="cuda")
+    expected = definition(given) if output == "features" else embed(definition(given), True)
+    result = torch.full(
+        expected.shape, torch.nan, dtype=dtype if output == "features" else torch.float32, device="cuda"
+    )
+    pointers = torch_op.pointers_to(inputs, workspace, result)
+    torch.cuda.synchronize()  # what is above is on PyTorch's stream
+
+    stream = Device(given["weight"].device.index).create_stream()
+    kernel.launch(pointers, int(stream.handle))
+    stream.sync()
+    first = result.clone()
+    torch.cuda.synchronize()
+    builder = stream.create_graph_builder()
+    builder.begin_building()
+    kernel.launch(pointers, int(builder.stream.handle))
+    graph = builder.end_building().complete()
+
+    again = []
+    with torch.cuda.stream(torch.cuda.ExternalStream(int(stream.handle))):
+        for _ in range(100):
+            workspace[BARRIER_BYTES:].fill_(255)
+            result.fill_(torch.nan)
+            graph.launch(stream)
+            again.append(result.clone())
+    stream.sync()
+    rounding = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}[result.dtype]
+    error = np.linalg.norm(first.double().cpu().numpy() - expected) / np.linalg.norm(expected)
+    assert error < 1e-5 + rounding
+    assert [number for number, one in enumerate(again) if not torch.equal(one, first)] == []
