@@ -293,11 +293,13 @@ inline unsigned atomicAdd(unsigned* at, unsigned x) {
     *at += x;
     return before;
 }
-inline float __shfl_xor_sync(unsigned mask, float x, int apart) {
+inline unsigned __shfl_xor_sync(unsigned mask, unsigned x, int apart) {
     if (mask != 0xffffffffu) shim::fail("a shuffle of part of a warp");
-    const uint32_t word = __float_as_uint(x);
     const int lane = threadIdx.x % 32;
-    return __uint_as_float(shim::exchange(&word, 1)[lane ^ apart][0]);
+    return shim::exchange(&x, 1)[lane ^ apart][0];
+}
+inline float __shfl_xor_sync(unsigned mask, float x, int apart) {
+    return __uint_as_float(__shfl_xor_sync(mask, __float_as_uint(x), apart));
 }
 
 // ---- The CUDA runtime that the launch code calls: a device of two multiprocessors.
@@ -351,7 +353,17 @@ inline Bfloat round_to(float x, Bfloat) {
     const unsigned cut = bits & 0xffff, up = cut > 0x8000 || (cut == 0x8000 && bits >> 16 & 1);
     return {uint16_t((bits >> 16) + up)};
 }
-inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
+inline float max_nan(float a, float b) {  // the larger of zeros is +0
+    if (a != a || b != b) return NAN;
+    return a > b || (a == b && !std::signbit(a)) ? a : b;
+}
+template <class T>
+inline unsigned max_nan(unsigned a, unsigned b, T type) {
+    const auto larger = [&](unsigned a, unsigned b) {
+        return round_to(max_nan(to_float(T{uint16_t(a)}), to_float(T{uint16_t(b)})), type).bits;
+    };
+    return larger(a & 0xffff, b & 0xffff) | unsigned(larger(a >> 16, b >> 16)) << 16;
+}
 
 inline uint4 load16(const void* from) {
     if (reinterpret_cast<size_t>(from) % 16) shim::fail("a load of 16 bytes off its alignment");
@@ -361,6 +373,7 @@ inline uint4 load16(const void* from) {
 }
 inline uint4 load_input16(const void* from) { return load16(from); }
 inline uint4 load_written16(const void* from) { return load16(from); }
+inline void prefetch_l2(const void*) {}
 
 template <class T>
 inline void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], T) {

@@ -18,22 +18,32 @@
 // is one range of pixels, so H and W matter nowhere below but as the product.
 //
 // The three steps are three launches (TILES, ROWS) or the three phases of one cooperative launch (FUSED): at a batch
-// of one or two the launches would cost more than the work. Nothing is summed by atomics: every sum has a fixed
-// order, the results of a plan are the same bits on every run. The only atomic counts arrivals at FUSED's barrier.
+// of one or two the launches would cost more than the work, by estimate. AUTO takes FUSED up to 8 images; where another
+// path overtakes it is not measured. Nothing is summed by atomics: every sum has a fixed order, the results of a plan
+// are the same bits on every run. The only atomic counts arrivals at FUSED's barrier.
 //
-// Sizes, and why:
-//   pool, NHWC   64 channels x 32 pixels in flight a block of 256 threads. A thread takes an octet, 8 channels: the
+// Sizes, and why (times on a device are estimates; SASS, registers and a CPU's simulation are what was looked at):
+//   pool, NHWC   64 channels x 32 pixels a step of a block of 256 threads. A thread takes an octet, 8 channels: the
 //                 granularity that C has, and 16 bytes of a 16-bit map. 8 octets side by side are a whole 128-byte
 //                 line of 16-bit values; wider tiles would leave a batch of one with too few blocks (96 of them at
-//                 2048 channels and 3 branches).
+//                 2048 channels and 3 branches). A thread loads up to 64 bytes before it uses any: 4 steps, 128 pixels
+//                 a block, of a 16-bit map, as long as the run has them (64 in the paper's branch 3, 96 in branch 2).
 //   pool, NCHW   8 threads a channel, 32 channels a block: a run of the paper's 24x8 map, 64 values, is 8 loads of 16
-//                 bytes. The 8 threads also hold the (up to) 8 stripes, one each.
-//   rows         a warp a row of the weights, all (<= 8) images at once: the weights are read once, and at such
-//                 batches they are most of the bytes. As in the pool, each thread has 4 loads of 16 bytes under way.
+//                 bytes of a 16-bit map, one a thread (two of float32). The 8 threads also hold the (up to) 8 stripes,
+//                 one each.
+//   rows         a warp a row of the weights, all (<= 8) images at once: the weights are read once, and to 4 images
+//                 they are most of the bytes (in 16 bits 8.4 MB; an image's maps are 1.77 MB). A thread has up to 4
+//                 loads of 16 bytes of weights under way, then an octet of every image, from L2.
 //   tiles        64 images x 64 outputs x 64 channels (16 with plain multiply-adds) a step. 64 images are a batch of
-//                 32 with its mirrors. Small tiles and the split over channels keep every SM busy at such batches:
-//                 the paper's MGN has 32 tiles of 64 outputs, an H100 132 SMs. A warp has 32 x 32 of a tile, 32
-//                 accumulators a thread.
+//                 32 with its mirrors. Small tiles and split-K (`splits` parts of the sum over channels, a block each,
+//                 added by the epilogue) keep every SM busy at such batches: the paper's MGN has 32 tiles of 64
+//                 outputs, an H100 132 SMs. A warp has 32 x 32 of a tile, 32 accumulators a thread. Float32's plain
+//                 multiply-adds are a phase of their own after the pool: by structure it cannot come to 85% of the
+//                 copy bandwidth, however fast the pool is.
+//   epilogue     a block a row of the output, 8 columns a thread: the paper's 2048 numbers stay in registers for the
+//                 norm. What counts is how often it waits for L2: an image's and its mirror's partial sums of 4 splits,
+//                 64 loads, go out together. Loads of 4 bytes side by side are whole lines as those of 16 would be, and
+//                 bias and output need no alignment.
 
 #include "stripe_pool_reduce.h"
 
@@ -44,10 +54,11 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kTileChannels[2] = {32, 64};  // of the pool, NCHW and NHWC
 constexpr int kMaxRegions = 1 + MGN_SPR_MAX_STRIPES;
 constexpr int kMaxRuns = 2 * MGN_SPR_MAX_STRIPES - 1;  // 2N different borders at most
-constexpr int kMaxRows = 8;                            // images that the small-batch reduction takes
+constexpr int kMaxImages = 8;                          // that the small-batch reduction takes
 constexpr int kTile = 64;
 constexpr int kMmaThreads = 128, kMmaDepth = 64, kMmaStride = kMmaDepth + 8;  // + 8: fragments from 32 different banks
 constexpr int kFmaDepth = 16, kFmaStride = kTile + 4;
+constexpr int kColumns = 8;  // of an output's row, in a thread's registers
 constexpr float kGemEpsilon = 1e-6f;  // mgn_deploy/config.py
 constexpr float kNormEpsilon = 1e-12f;
 
@@ -120,9 +131,39 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 #endif
 }
 
+// The same of both numbers of two words. From 8.0 the larger of zeros is +0 and a NaN comes out with all bits but the
+// sign set, here as above; before, the second of equals is taken, and a NaN as it is.
+__device__ __forceinline__ unsigned max_nan(unsigned a, unsigned b, Half) {
+    unsigned y;
+#if __CUDA_ARCH__ >= 800
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+#else
+    unsigned nan;
+    asm("set.gt.u32.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));  // masks
+    asm("set.nan.u32.f16x2 %0, %1, %1;" : "=r"(nan) : "r"(a));
+    y = (a & (y | nan)) | (b & ~(y | nan));
+#endif
+    return y;
+}
+
+__device__ __forceinline__ unsigned max_nan(unsigned a, unsigned b, Bfloat) {
+#if __CUDA_ARCH__ >= 800
+    unsigned y;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+#else
+    const float low = max_nan(__uint_as_float(a << 16), __uint_as_float(b << 16));
+    const float high = max_nan(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u));
+    return __float_as_uint(low) >> 16 | __float_as_uint(high);
+#endif
+}
+
 // 16 bytes of what no kernel writes (ld.global.nc), and of what an earlier phase wrote (ld.global).
 __device__ __forceinline__ uint4 load_input16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
 __device__ __forceinline__ uint4 load_written16(const void* from) { return *static_cast<const uint4*>(from); }
+
+// A line of 128 bytes to L2.
+__device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // d += a * b for tiles of 16x16 and 16x8: thread t of a warp has rows t / 4 and t / 4 + 8 of a and d, and column
 // t / 4 of b.
@@ -169,6 +210,9 @@ __device__ __forceinline__ void unpack(unsigned word, float* x, Bfloat) {
     x[1] = __uint_as_float(word & 0xffff0000u);
 }
 
+__device__ __forceinline__ unsigned minus_infinities(Half) { return 0xfc00fc00u; }
+__device__ __forceinline__ unsigned minus_infinities(Bfloat) { return 0xff80ff80u; }
+
 // The numbers in 16 bytes: 4 or 8.
 __device__ __forceinline__ void unpack(const uint4& raw, float* x, float) {
     x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
@@ -204,40 +248,81 @@ struct Octet {
     }
 };
 
-// A pooling: where an accumulator starts, a pixel added to it, two of them joined, and what is stored, in which type.
+// A pooling: where an accumulator starts, a pixel added to it, two of them joined, and what is stored, in which type. A
+// Sum accumulates kNumbers numbers: two where they are maxima of 16-bit numbers, which need no wider type.
 template <class T, int POOLING>
 struct Pool;
 
 template <class T>
 struct Pool<T, MGN_SPR_MAX> {
     using Stored = T;  // a maximum is one of the map's numbers
+    using Sum = unsigned;
+    static constexpr int kNumbers = 2;  // never converted, and half the instructions, shuffles and shared memory
+    static __device__ __forceinline__ unsigned start() { return minus_infinities(T{}); }
+    static __device__ __forceinline__ unsigned join(unsigned a, unsigned b) { return max_nan(a, b, T{}); }
+    static __device__ __forceinline__ unsigned stored(unsigned sum, int, float) { return sum; }
+};
+
+struct FloatPool {
+    using Stored = float;
+    using Sum = float;
+    static constexpr int kNumbers = 1;
+    static __device__ __forceinline__ float start() { return 0.0f; }
+    static __device__ __forceinline__ float join(float a, float b) { return a + b; }
+};
+
+template <>
+struct Pool<float, MGN_SPR_MAX> : FloatPool {
     static __device__ __forceinline__ float start() { return __uint_as_float(0xff800000u); }  // -inf
     static __device__ __forceinline__ float add(float sum, float x, float) { return max_nan(sum, x); }
     static __device__ __forceinline__ float join(float a, float b) { return max_nan(a, b); }
-    static __device__ __forceinline__ T stored(float sum, int, float) { return round_to(sum, T{}); }
+    static __device__ __forceinline__ float stored(float sum, int, float) { return sum; }
 };
 
 template <class T>
-struct Pool<T, MGN_SPR_AVG> {
-    using Stored = float;
-    static __device__ __forceinline__ float start() { return 0.0f; }
+struct Pool<T, MGN_SPR_AVG> : FloatPool {
     static __device__ __forceinline__ float add(float sum, float x, float) { return sum + x; }
-    static __device__ __forceinline__ float join(float a, float b) { return a + b; }
     static __device__ __forceinline__ float stored(float sum, int pixels, float) { return sum / pixels; }
 };
 
 template <class T>
-struct Pool<T, MGN_SPR_GEM> {
-    using Stored = float;
-    static __device__ __forceinline__ float start() { return 0.0f; }
+struct Pool<T, MGN_SPR_GEM> : FloatPool {
     static __device__ __forceinline__ float add(float sum, float x, float power) {
         return sum + powf(max_nan(x, kGemEpsilon), power);
     }
-    static __device__ __forceinline__ float join(float a, float b) { return a + b; }
     static __device__ __forceinline__ float stored(float sum, int pixels, float power) {
         return powf(sum / pixels, 1.0f / power);
     }
 };
+
+// 8 channels of a pixel to the sums of each.
+template <class P, class T>
+__device__ __forceinline__ void add_pixel(typename P::Sum (&sum)[8 / P::kNumbers], const Octet<T>& octet, float power) {
+    if constexpr (P::kNumbers == 2) {
+        const uint4 x = octet.raw[0];
+        sum[0] = P::join(sum[0], x.x), sum[1] = P::join(sum[1], x.y);
+        sum[2] = P::join(sum[2], x.z), sum[3] = P::join(sum[3], x.w);
+    } else {
+        float x[8];
+        octet.numbers(x);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[j] = P::add(sum[j], x[j], power);
+    }
+}
+
+// 16 bytes of one channel's pixels to its sum; of a Sum of two, each takes every other pixel.
+template <class P, class T>
+__device__ __forceinline__ typename P::Sum add_pixels(typename P::Sum sum, const uint4& x, float power) {
+    if constexpr (P::kNumbers == 2) {
+        return P::join(P::join(sum, P::join(x.x, x.y)), P::join(x.z, x.w));
+    } else {
+        float numbers[16 / sizeof(T)];
+        unpack(x, numbers, T{});
+#pragma unroll
+        for (float number : numbers) sum = P::add(sum, number, power);
+        return sum;
+    }
+}
 
 // Loads of 16 bytes that a thread of the pool has under way. A generalised mean waits for its powers, not for memory,
 // and each one unrolled takes registers.
@@ -247,65 +332,66 @@ constexpr int kLoadsAhead = POOLING == MGN_SPR_GEM ? 1 : 4;
 // ---- Pool: one block, one image, one branch, one tile of channels; all regions of it.
 
 template <class T, int POOLING>
-__device__ __forceinline__ void pool_nhwc(const Params& p, int item, float* shared) {
+__device__ __forceinline__ void pool_nhwc(const Params& p, int item, void* memory) {
     using P = Pool<T, POOLING>;
+    using Sum = typename P::Sum;
     constexpr int kTileC = kTileChannels[MGN_SPR_NHWC], kPixels = kThreads / (kTileC / 8);
+    constexpr int kSums = 8 / P::kNumbers, kTileSums = kTileC / P::kNumbers;
     constexpr int kAhead = (kLoadsAhead<POOLING> + Octet<T>::kLoads - 1) / Octet<T>::kLoads;
     const int tile = item % p.channel_tiles, image = item / p.channel_tiles / p.branches;
     const Branch& branch = p.branch[item / p.channel_tiles % p.branches];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int octet = lane % 8;              // of the tile: neighbouring threads read neighbouring octets
-    const int pixel = warp * 4 + lane / 8;   // of kPixels that the block reads at a time
+    const int octet = lane % 8;                // of the tile: neighbouring threads read neighbouring octets
+    const int pixel = warp * 4 + lane / 8;     // of kPixels that the block reads at a time
+    Sum* shared = static_cast<Sum*>(memory);   // [runs][warps][tile]
     const int channel = tile * kTileC + octet * 8;
     const T* map =
         static_cast<const T*>(branch.map) + static_cast<long long>(image) * branch.pixels * p.channels + channel;
+    const long long step = static_cast<long long>(kPixels) * p.channels;
 
     for (int run = 0; run < branch.runs; ++run) {
         const float power = POOLING == MGN_SPR_GEM ? p.power[branch.first_feature + run] : 0.0f;
-        float sum[8];
+        Sum sum[kSums];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sum[j] = P::start();
+        for (int j = 0; j < kSums; ++j) sum[j] = P::start();
         const int end = channel < p.channels ? branch.run_end[run] : 0;
+#pragma unroll 1
         for (int first = branch.run_begin[run] + pixel; first < end; first += kAhead * kPixels) {
             Octet<T> ahead[kAhead];  // loads first, so that all of them are under way together
+            const T* from = map + static_cast<long long>(first) * p.channels;
 #pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                const int at = first + i * kPixels;
-                if (at < end) ahead[i].load_input(map + static_cast<long long>(at) * p.channels);
+            for (int i = 0; i < kAhead; ++i, from += step) {
+                if (first + i * kPixels < end) ahead[i].load_input(from);
             }
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-                if (first + i * kPixels < end) {
-                    float x[8];
-                    ahead[i].numbers(x);
-#pragma unroll
-                    for (int j = 0; j < 8; ++j) sum[j] = P::add(sum[j], x[j], power);
-                }
+                if (first + i * kPixels < end) add_pixel<P>(sum, ahead[i], power);
             }
         }
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {  // the warp's four pixels
+        for (int j = 0; j < kSums; ++j) {  // the warp's four pixels
             sum[j] = P::join(sum[j], __shfl_xor_sync(0xffffffffu, sum[j], 8));
             sum[j] = P::join(sum[j], __shfl_xor_sync(0xffffffffu, sum[j], 16));
         }
         if (lane < 8) {
-            float* mine = shared + (run * kWarps + warp) * kTileC + octet * 8;
+            Sum* mine = shared + (run * kWarps + warp) * kTileSums + octet * kSums;
 #pragma unroll
-            for (int j = 0; j < 8; ++j) mine[j] = sum[j];
+            for (int j = 0; j < kSums; ++j) mine[j] = sum[j];
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < branch.regions * kTileC; i += kThreads) {
-        const int region = i / kTileC, c = i % kTileC, feature = branch.first_feature + region;
-        float sum = P::start();
+    for (int i = threadIdx.x; i < branch.regions * kTileSums; i += kThreads) {
+        const int region = i / kTileSums, s = i % kTileSums, feature = branch.first_feature + region;
+        Sum sum = P::start();
         for (int run = branch.region_begin[region]; run < branch.region_end[region]; ++run) {
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w) sum = P::join(sum, shared[(run * kWarps + w) * kTileC + c]);
+            for (int w = 0; w < kWarps; ++w) sum = P::join(sum, shared[(run * kWarps + w) * kTileSums + s]);
         }
-        if (tile * kTileC + c < p.channels) {
+        const int c = tile * kTileC + s * P::kNumbers;
+        if (c < p.channels) {
             const float power = POOLING == MGN_SPR_GEM ? p.power[feature] : 0.0f;
             const long long row = static_cast<long long>(feature) * p.batch + image;
-            static_cast<typename P::Stored*>(p.pooled)[row * p.channels + tile * kTileC + c] =
+            static_cast<Sum*>(p.pooled)[(row * p.channels + c) / P::kNumbers] =
                 P::stored(sum, branch.region_pixels[region], power);
         }
     }
@@ -314,15 +400,23 @@ __device__ __forceinline__ void pool_nhwc(const Params& p, int item, float* shar
 
 // The share of one of 8 neighbouring threads in `length` numbers from `from`, which may begin and end off 16 bytes.
 template <class T, int POOLING>
-__device__ __forceinline__ float sum_range(const T* from, int length, int lane, float power) {
+__device__ __forceinline__ typename Pool<T, POOLING>::Sum sum_range(const T* from, int length, int lane, float power) {
     using P = Pool<T, POOLING>;
     constexpr int kVector = 16 / sizeof(T), kAhead = kLoadsAhead<POOLING>;
     const int off = static_cast<int>(reinterpret_cast<size_t>(from) / sizeof(T) % kVector);
     const int head = min(length, (kVector - off) % kVector);
     const int vectors = (length - head) / kVector, tail = head + vectors * kVector;
-    float sum = P::start();
-    if (lane < head) sum = P::add(sum, to_float(from[lane]), power);
-    if (tail + lane < length) sum = P::add(sum, to_float(from[tail + lane]), power);
+    auto sum = P::start();
+    const auto add_one = [&](T x) {
+        if constexpr (P::kNumbers == 2) {
+            sum = P::join(sum, x.bits * 0x10001u);
+        } else {
+            sum = P::add(sum, to_float(x), power);
+        }
+    };
+    if (lane < head) add_one(from[lane]);
+    if (tail + lane < length) add_one(from[tail + lane]);
+#pragma unroll 1
     for (int first = lane; first < vectors; first += kAhead * 8) {
         uint4 ahead[kAhead];
 #pragma unroll
@@ -331,12 +425,7 @@ __device__ __forceinline__ float sum_range(const T* from, int length, int lane, 
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            if (first + i * 8 < vectors) {
-                float x[kVector];
-                unpack(ahead[i], x, T{});
-#pragma unroll
-                for (int j = 0; j < kVector; ++j) sum = P::add(sum, x[j], power);
-            }
+            if (first + i * 8 < vectors) sum = add_pixels<P, T>(sum, ahead[i], power);
         }
     }
     return sum;
@@ -354,31 +443,33 @@ __device__ __forceinline__ void pool_nchw(const Params& p, int item) {
     const int mine = 1 + lane;  // the stripe that this thread keeps; all of them keep the whole map
     const int begin = mine < branch.regions ? branch.region_begin[mine] : 0;
     const int end = mine < branch.regions ? branch.region_end[mine] : 0;
-    float whole = P::start(), stripe = P::start();
+    auto whole = P::start(), stripe = P::start();
     for (int run = 0; run < branch.runs; ++run) {
         const float power = POOLING == MGN_SPR_GEM ? p.power[branch.first_feature + run] : 0.0f;
         const int length = inside ? branch.run_end[run] - branch.run_begin[run] : 0;
-        float sum = sum_range<T, POOLING>(plane + branch.run_begin[run], length, lane, power);
+        auto sum = sum_range<T, POOLING>(plane + branch.run_begin[run], length, lane, power);
 #pragma unroll
         for (int apart = 4; apart; apart /= 2) sum = P::join(sum, __shfl_xor_sync(0xffffffffu, sum, apart));
         if (run < branch.region_end[0]) whole = P::join(whole, sum);
         if (begin <= run && run < end) stripe = P::join(stripe, sum);
     }
-    auto* pooled = static_cast<typename P::Stored*>(p.pooled);
-    if (inside && lane == 0) {
-        const float power = POOLING == MGN_SPR_GEM ? p.power[branch.first_feature] : 0.0f;
-        const long long row = static_cast<long long>(branch.first_feature) * p.batch + image;
-        pooled[row * p.channels + channel] = P::stored(whole, branch.region_pixels[0], power);
-    }
-    if (inside && mine < branch.regions) {
-        const float power = POOLING == MGN_SPR_GEM ? p.power[branch.first_feature + mine] : 0.0f;
-        const long long row = static_cast<long long>(branch.first_feature + mine) * p.batch + image;
-        pooled[row * p.channels + channel] = P::stored(stripe, branch.region_pixels[mine], power);
-    }
+    const auto store = [&](typename P::Sum sum, int region) {
+        const int feature = branch.first_feature + region;
+        const long long at = (static_cast<long long>(feature) * p.batch + image) * p.channels + channel;
+        auto* pooled = static_cast<typename P::Stored*>(p.pooled);
+        if constexpr (P::kNumbers == 2) {
+            pooled[at] = T{static_cast<unsigned short>(P::join(sum, sum >> 16))};
+        } else {
+            const float power = POOLING == MGN_SPR_GEM ? p.power[feature] : 0.0f;
+            pooled[at] = P::stored(sum, branch.region_pixels[region], power);
+        }
+    };
+    if (inside && lane == 0) store(whole, 0);
+    if (inside && mine < branch.regions) store(stripe, mine);
 }
 
 template <class T, int LAYOUT, int POOLING>
-__device__ __forceinline__ void pool_item(const Params& p, int item, float* shared) {
+__device__ __forceinline__ void pool_item(const Params& p, int item, void* shared) {
     if constexpr (LAYOUT == MGN_SPR_NHWC) {
         pool_nhwc<T, POOLING>(p, item, shared);
     } else {
@@ -389,7 +480,7 @@ __device__ __forceinline__ void pool_item(const Params& p, int item, float* shar
 template <class T, int LAYOUT, int POOLING>
 __global__ void __launch_bounds__(kThreads) pool_kernel(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(shared);
-    pool_item<T, LAYOUT, POOLING>(p, blockIdx.x, reinterpret_cast<float*>(shared));
+    pool_item<T, LAYOUT, POOLING>(p, blockIdx.x, shared);
 }
 
 // ---- Reduce, few images: one warp, one output (a feature's r) of every image.
@@ -402,7 +493,7 @@ __device__ __forceinline__ void reduce_row(const Params& p, int output) {
     const T* weight = static_cast<const T*>(p.weight) + static_cast<long long>(output) * p.channels;
     const int feature = output / p.reduced;
     const P* pooled = static_cast<const P*>(p.pooled) + static_cast<long long>(feature) * p.batch * p.channels;
-    float sum[kMaxRows] = {};
+    float sum[kMaxImages] = {};
 #pragma unroll 1
     for (int first = lane * 8; first < p.channels; first += kAhead * 256) {
         Octet<T> ahead[kAhead];
@@ -413,27 +504,30 @@ __device__ __forceinline__ void reduce_row(const Params& p, int output) {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             if (first + i * 256 >= p.channels) break;
+            Octet<P> octet[kMaxImages];
+#pragma unroll
+            for (int image = 0; image < kMaxImages; ++image) {
+                if (image < p.batch) octet[image].load_written(pooled + image * p.channels + first + i * 256);
+            }
             float w[8];
             ahead[i].numbers(w);
 #pragma unroll
-            for (int row = 0; row < kMaxRows; ++row) {
-                if (row < p.batch) {
-                    Octet<P> octet;
-                    octet.load_written(pooled + row * p.channels + first + i * 256);
+            for (int image = 0; image < kMaxImages; ++image) {
+                if (image < p.batch) {
                     float x[8];
-                    octet.numbers(x);
+                    octet[image].numbers(x);
 #pragma unroll
-                    for (int j = 0; j < 8; ++j) sum[row] = fmaf(x[j], w[j], sum[row]);
+                    for (int j = 0; j < 8; ++j) sum[image] = fmaf(x[j], w[j], sum[image]);
                 }
             }
         }
     }
 #pragma unroll
-    for (int row = 0; row < kMaxRows; ++row) {
-        if (row < p.batch) {
+    for (int image = 0; image < kMaxImages; ++image) {
+        if (image < p.batch) {
 #pragma unroll
-            for (int apart = 16; apart; apart /= 2) sum[row] += __shfl_xor_sync(0xffffffffu, sum[row], apart);
-            if (lane == 0) p.partial[static_cast<long long>(row) * dim + output] = sum[row];
+            for (int apart = 16; apart; apart /= 2) sum[image] += __shfl_xor_sync(0xffffffffu, sum[image], apart);
+            if (lane == 0) p.partial[static_cast<long long>(image) * dim + output] = sum[image];
         }
     }
 }
@@ -592,50 +686,103 @@ __global__ void __launch_bounds__(kThreads) fma_kernel(const __grid_constant__ P
 
 // ---- Epilogue: one block, one row of the output.
 
-__device__ __forceinline__ float reduced_value(const Params& p, int image, int column) {
-    const int dim = p.features * p.reduced;
-    float value = 0.0f;
-    for (int split = 0; split < p.splits; ++split) {
-        value += p.partial[(static_cast<long long>(split) * p.batch + image) * dim + column];
+// A thread's columns first, first + 256, ... of an image's reduced row, 0 beyond its end; where `mirror` is another
+// image, of the average of both. AHEAD splits are under way together, as a fixed array: with an exit from the loop over
+// splits the compiler would wait for each before it loads the next.
+template <int AHEAD>
+__device__ __forceinline__ void reduced_values(const Params& p, int image, int mirror, int first,
+                                               float (&value)[kColumns]) {
+    const int dim = p.features * p.reduced, images = mirror == image ? 1 : 2;
+    float bias[kColumns] = {}, scale[kColumns] = {}, shift[kColumns] = {}, sum[2][kColumns] = {};
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        const int column = first + c * kThreads;
+        if (column < dim) bias[c] = p.bias[column];
+        if (column < dim && p.neck == MGN_SPR_RELU_NORM) scale[c] = p.scale[column], shift[c] = p.shift[column];
     }
-    value += p.bias[column];
-    if (p.neck != MGN_SPR_LINEAR) value = max_nan(value, 0.0f);
-    if (p.neck == MGN_SPR_RELU_NORM) value = fmaf(value, p.scale[column], p.shift[column]);
-    return value;
-}
-
-template <class T>
-__device__ __forceinline__ void finish_row(const Params& p, int row, float* shared) {
-    const int dim = p.features * p.reduced;
-    const long long at = static_cast<long long>(row) * dim;
-    if (p.output_kind == MGN_SPR_FEATURES) {
-        T* features = static_cast<T*>(p.output) + at;
-        for (int i = threadIdx.x; i < dim; i += kThreads) features[i] = round_to(reduced_value(p, row, i), T{});
-        return;
-    }
-    float* embedding = static_cast<float*>(p.output) + at;
-    float squares = 0.0f;
-    for (int i = threadIdx.x; i < dim; i += kThreads) {
-        float value = reduced_value(p, row, i);
-        if (p.output_kind == MGN_SPR_MIRROR_EMBEDDINGS) value = 0.5f * (value + reduced_value(p, row + p.batch / 2, i));
-        embedding[i] = value;  // each thread reads back its own
-        squares = fmaf(value, value, squares);
+#pragma unroll 1
+    for (int split = 0; split < p.splits; split += AHEAD) {
+        float ahead[AHEAD][2][kColumns] = {};
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const long long row = static_cast<long long>(split + i) * p.batch + (k ? mirror : image);
+                const float* partial = p.partial + row * dim + first;
+#pragma unroll
+                for (int c = 0; c < kColumns; ++c) {
+                    const bool there = split + i < p.splits && k < images && first + c * kThreads < dim;
+                    if (there) ahead[i][k][c] = partial[c * kThreads];
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+#pragma unroll
+            for (int k = 0; k < 2; ++k)
+#pragma unroll
+                for (int c = 0; c < kColumns; ++c) sum[k][c] += ahead[i][k][c];
     }
 #pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            sum[k][c] += bias[c];
+            if (p.neck != MGN_SPR_LINEAR) sum[k][c] = max_nan(sum[k][c], 0.0f);
+            if (p.neck == MGN_SPR_RELU_NORM) sum[k][c] = fmaf(sum[k][c], scale[c], shift[c]);
+        }
+        value[c] = images == 1 ? sum[0][c] : 0.5f * (sum[0][c] + sum[1][c]);
+    }
+}
+
+template <class T, int AHEAD>
+__device__ __forceinline__ void finish_row(const Params& p, int row, float* shared) {
+    constexpr int kStep = kColumns * kThreads;
+    const int dim = p.features * p.reduced, mine = threadIdx.x;
+    const int mirror = p.output_kind == MGN_SPR_MIRROR_EMBEDDINGS ? row + p.batch / 2 : row;
+    T* features = static_cast<T*>(p.output) + static_cast<long long>(row) * dim;
+    float* embedding = static_cast<float*>(p.output) + static_cast<long long>(row) * dim;
+    float value[kColumns] = {}, squares = 0.0f;
+#pragma unroll 1
+    for (int first = mine; first < dim; first += kStep) {
+        reduced_values<AHEAD>(p, row, mirror, first, value);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) squares = fmaf(value[c], value[c], squares);  // 0 beyond the row
+        if (p.output_kind == MGN_SPR_FEATURES) {
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+                if (first + c * kThreads < dim) features[first + c * kThreads] = round_to(value[c], T{});
+            }
+        } else if (first + kStep < dim) {  // wider than the registers: this thread reads it back below
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) embedding[first + c * kThreads] = value[c];
+        }
+    }
+    if (p.output_kind == MGN_SPR_FEATURES) return;
+#pragma unroll
     for (int apart = 16; apart; apart /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, apart);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = squares;
+    if (mine % 32 == 0) shared[mine / 32] = squares;
     __syncthreads();
     float total = 0.0f;
     for (int warp = 0; warp < kWarps; ++warp) total += shared[warp];
-    const float norm = max_nan(sqrtf(total), kNormEpsilon);
-    for (int i = threadIdx.x; i < dim; i += kThreads) embedding[i] = embedding[i] / norm;
+    const float inverse = 1.0f / max_nan(sqrtf(total), kNormEpsilon);  // one division, not one a number
+    int first = mine;
+#pragma unroll 1
+    for (; first + kStep < dim; first += kStep) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) embedding[first + c * kThreads] *= inverse;
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        if (first + c * kThreads < dim) embedding[first + c * kThreads] = value[c] * inverse;
+    }
     __syncthreads();  // FUSED comes again with the same shared memory
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) epilogue_kernel(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(shared);
-    finish_row<T>(p, blockIdx.x, reinterpret_cast<float*>(shared));
+    finish_row<T, 4>(p, blockIdx.x, reinterpret_cast<float*>(shared));
 }
 
 // ---- All three in one launch. The grid is on the device as a whole (a cooperative launch), so that blocks may wait.
@@ -657,20 +804,24 @@ __device__ __forceinline__ void wait_for_all_blocks(unsigned* barrier) {
 template <class T, int LAYOUT, int POOLING>
 __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(shared);
-    float* floats = reinterpret_cast<float*>(shared);
+    const int first_output = blockIdx.x * kWarps + threadIdx.x / 32, outputs = p.features * p.reduced;
+    if (first_output < outputs) {  // the weights that this warp needs first come to L2 while it pools
+        const T* weight = static_cast<const T*>(p.weight) + static_cast<long long>(first_output) * p.channels;
+        constexpr int kLine = 128 / sizeof(T);
+        for (int c = threadIdx.x % 32 * kLine; c < p.channels; c += 32 * kLine) prefetch_l2(weight + c);
+    }
     // Not unrolled, here and below: three phases in one kernel have few registers to give.
 #pragma unroll 1
-    for (int item = blockIdx.x; item < p.pool_items; item += gridDim.x) pool_item<T, LAYOUT, POOLING>(p, item, floats);
+    for (int item = blockIdx.x; item < p.pool_items; item += gridDim.x) pool_item<T, LAYOUT, POOLING>(p, item, shared);
     wait_for_all_blocks(p.barrier);
-    const int warps = gridDim.x * kWarps;
 #pragma unroll 1
-    for (int output = blockIdx.x * kWarps + threadIdx.x / 32; output < p.features * p.reduced; output += warps) {
+    for (int output = first_output; output < outputs; output += gridDim.x * kWarps) {
         reduce_row<T, typename Pool<T, POOLING>::Stored>(p, output);
     }
     wait_for_all_blocks(p.barrier);
     const int rows = p.output_kind == MGN_SPR_MIRROR_EMBEDDINGS ? p.batch / 2 : p.batch;
 #pragma unroll 1
-    for (int row = blockIdx.x; row < rows; row += gridDim.x) finish_row<T>(p, row, floats);
+    for (int row = blockIdx.x; row < rows; row += gridDim.x) finish_row<T, 1>(p, row, reinterpret_cast<float*>(shared));
 }
 
 }  // namespace
@@ -686,7 +837,7 @@ namespace {
 // Bytes of shared memory.
 constexpr int kMmaShared = 2 * kTile * kMmaStride * 2;
 constexpr int kFmaShared = 2 * kFmaDepth * kFmaStride * 4;
-constexpr int kRunShared = kWarps * kTileChannels[MGN_SPR_NHWC] * 4;  // of a run, NHWC
+constexpr int kRunShared = kWarps * kTileChannels[MGN_SPR_NHWC] * 4;  // of a run, NHWC; maxima of 16 bits fill half
 
 int features_of(int stripes) { return stripes == 1 ? 1 : 1 + stripes; }
 
@@ -706,7 +857,7 @@ int check(const mgn_spr_problem& problem) {
     if (problem.output == MGN_SPR_MIRROR_EMBEDDINGS && problem.batch % 2) return MGN_SPR_BAD_BATCH;
     if (problem.path < MGN_SPR_AUTO || problem.path > MGN_SPR_TILES) return MGN_SPR_BAD_PATH;
     const bool few = problem.path == MGN_SPR_FUSED || problem.path == MGN_SPR_ROWS;
-    if (few && problem.batch > kMaxRows) return MGN_SPR_BAD_PATH;
+    if (few && problem.batch > kMaxImages) return MGN_SPR_BAD_PATH;
     if (problem.channels < 8 || problem.channels % 8) return MGN_SPR_BAD_CHANNELS;
     if (problem.reduced < 16 || problem.reduced % 16) return MGN_SPR_BAD_REDUCED;
     if (problem.branches < 1 || problem.branches > MGN_SPR_MAX_BRANCHES) return MGN_SPR_BAD_BRANCHES;
@@ -839,7 +990,7 @@ void plan_on(const mgn_spr_problem& problem, const Device& device, mgn_spr_plan*
     *plan = {};
     plan->path = problem.path;
     if (problem.path == MGN_SPR_AUTO) {
-        plan->path = problem.batch > kMaxRows ? MGN_SPR_TILES : device.resident_blocks ? MGN_SPR_FUSED : MGN_SPR_ROWS;
+        plan->path = problem.batch > kMaxImages ? MGN_SPR_TILES : device.resident_blocks ? MGN_SPR_FUSED : MGN_SPR_ROWS;
     }
     const bool exact = problem.pooling == MGN_SPR_MAX;
     plan->tensor_cores = plan->path == MGN_SPR_TILES && exact && problem.dtype != MGN_SPR_FLOAT32 &&

@@ -3,7 +3,8 @@
  *   1. fill an mgn_spr_problem (what to compute: types, sizes, choices)
  *   2. mgn_spr_plan_for(&problem, &plan)        once for a problem and the current device; sizes the workspace
  *   3. allocate plan.workspace_bytes on the device and set its first MGN_SPR_BARRIER_BYTES to zero, once
- *   4. mgn_spr_launch(&problem, &plan, &pointers, stream)   as often as wanted; allocates nothing, can be captured
+ *   4. mgn_spr_launch(&problem, &plan, &pointers, stream)   as often as wanted; allocates nothing, can be captured in a
+ *      CUDA graph after one plain launch: CUDA loads a kernel when it is first launched, which a capture may refuse
  *
  * A workspace serves one stream at a time. Functions return MGN_SPR_OK, one of the codes below, or MGN_SPR_CUDA_ERROR
  * + a cudaError_t; mgn_spr_error() makes a sentence of it.
@@ -33,7 +34,8 @@ enum mgn_spr_output {
     MGN_SPR_MIRROR_EMBEDDINGS = 2 /* [batch / 2, F * R] float32 unit rows: image n's mirror is row n + batch / 2 */
 };
 
-/* How: AUTO takes FUSED up to a batch of 8 (ROWS where the device has no cooperative launch) and TILES above. */
+/* How: AUTO takes FUSED up to a batch of 8 (ROWS where the device has no cooperative launch) and TILES above. No
+ * measurement has set that border. */
 enum mgn_spr_path {
     MGN_SPR_AUTO = 0,
     MGN_SPR_FUSED = 1, /* one cooperative launch; batch <= 8 */

@@ -128,6 +128,18 @@ def test_embeddings_are_unit_rows_of_each_image_with_its_own_mirror(kernel, path
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("output", ["features", "embeddings", "mirror_embeddings"])
+@pytest.mark.parametrize("reduced", [688, 1392])
+def test_rows_wider_than_a_blocks_registers(kernel, reduced, output):
+    """2064 and 4176 columns, of which a block of the epilogue holds 2048: the others are read back."""
+    case = random_case((2,), ((3, 2),), n=2, channels=8, reduced=reduced)
+    found = kernel.run(**case, output=output, path="fused")
+    expected = stripe_pool_reduce(**case)
+    if output != "features":
+        expected = embed(expected, flip=output == "mirror_embeddings")
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pooling", ["max", "gem"])
@@ -178,6 +190,17 @@ def test_the_sum_over_channels_is_split_only_where_blocks_are_few(library):
     few = HostKernel(library, multiprocessors=1)
     check_features(few, case, "float32", path="tiles")
     assert [launch[2] for launch in few.take_launches()] == [1, 2, 1]
+
+
+def test_more_parts_than_the_epilogue_loads_at_once(library):
+    """Five, and four are under way together; mirrors are read alongside."""
+    case = random_case((1,), ((2, 2),), n=10, channels=1600)
+    many = HostKernel(library, multiprocessors=132)
+    many.take_launches()
+    check_features(many, case, "float32", path="tiles")
+    assert many.take_launches()[1][2] == 5
+    found = many.run(**case, path="tiles", output="mirror_embeddings")
+    np.testing.assert_allclose(found, embed(stripe_pool_reduce(**case), flip=True), rtol=0, atol=2e-6)
 
 
 def test_bfloat16_without_its_tensor_cores(library):
