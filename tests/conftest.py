@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # Where tests run side by side, each process has a core: two engines with a thread a core each get in each other's way.
+    CORES = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {CORES[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(CORES)]})
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: before PyTorch is loaded
-# Where tests run side by side, each has a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from mgn_deploy.bundle import Bundle
@@ -25,7 +31,29 @@ SMALL = ModelConfig(backbone="resnet18", base_width=16, reduced_width=16, height
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trace() -> Iterator[Callable[..., Any]]:
+    """`build_graph`, which takes seconds, but once for the same model: what it makes depends on nothing else
+    (`test_graph.py`). The exporter uses it, too."""
+    import onnx
+    from mgn_deploy.export.graph import build_graph
+
+    traced: dict[bytes, bytes] = {}
+
+    def trace(model: Any, flip: bool = True) -> onnx.ModelProto:
+        digest = hashlib.sha256(repr((model.config, flip)).encode())
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        key = digest.digest()
+        if key not in traced:
+            traced[key] = build_graph(model, flip).SerializeToString()
+        return onnx.load_from_string(traced[key])
+
+    with patch("mgn_deploy.export.exporter.build_graph", trace):
+        yield trace
+
+
+@pytest.fixture(scope="session")
+def weights(trace: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights folder of a very small MGN whose batch norms are those of a trained one: not all zero and one."""
     import torch
     from mgn_deploy.train.weights import new_model, save_weights

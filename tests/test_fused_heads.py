@@ -99,9 +99,9 @@ def test_cutting_changes_no_kind_of_heads(changes, flip, pixels) -> None:
     np.testing.assert_allclose(heads(run(trunk, pixels)), run(graph, pixels)[0], atol=2e-6)
 
 
-def test_half_precision_maps_stay_half_and_the_weights_are_rounded_alike(weights, pixels) -> None:
+def test_half_precision_maps_stay_half_and_the_weights_are_rounded_alike(weights, trace, pixels) -> None:
     model = load_weights(weights)
-    graph, _ = to_half(build_graph(model), "fp16", {})
+    graph, _ = to_half(trace(model), "fp16", {})
     trunk, heads = cut_heads(graph, model.config, True)
     assert {output.type.tensor_type.elem_type for output in trunk.graph.output} == {TensorProto.FLOAT16}
     np.testing.assert_array_equal(heads.weight, heads.weight.astype(np.float16))
@@ -110,9 +110,9 @@ def test_half_precision_maps_stay_half_and_the_weights_are_rounded_alike(weights
     np.testing.assert_allclose(heads(maps), run(graph, pixels)[0], atol=5e-4)
 
 
-def test_bfloat16_weights_are_rounded_alike(weights) -> None:
+def test_bfloat16_weights_are_rounded_alike(weights, trace) -> None:
     model = load_weights(weights)
-    trunk, heads = cut_heads(to_half(build_graph(model), "bf16", {})[0], model.config, True)
+    trunk, heads = cut_heads(to_half(trace(model), "bf16", {})[0], model.config, True)
     assert {output.type.tensor_type.elem_type for output in trunk.graph.output} == {TensorProto.BFLOAT16}
     assert not (heads.weight.view(np.uint32) & 0xFFFF).any()
     assert heads.weight.any()

@@ -10,7 +10,6 @@ import onnx
 import pytest
 from in_process import mgn_deploy
 from mgn_deploy.export.calibration_images import read_calibration_images
-from mgn_deploy.export.graph import build_graph
 from mgn_deploy.export.int8 import agreement_drop, build_int8
 from mgn_deploy.export.precision import GraphInMemory
 from mgn_deploy.export.proof import run_in_batches
@@ -43,9 +42,9 @@ def open_graph(bundle_folder):
 # The budget
 
 
-def test_the_method_with_the_least_error_is_taken_and_a_kept_budget_needs_no_sweep(weights, pixels, open_graph):
-    graph = build_graph(load_weights(weights))
-    plain = build_graph(load_weights(weights), flip=False)
+def test_the_method_with_the_least_error_is_taken_and_a_kept_budget_needs_no_sweep(weights, trace, pixels, open_graph):
+    graph = trace(load_weights(weights))
+    plain = trace(load_weights(weights), flip=False)
     drop = agreement_drop(pixels, run_in_batches(open_graph(graph), pixels))
     made = build_int8(graph, plain, pixels, OPENVINO, open_graph, drop, max_drop=100)
     assert set(made.errors) == {"max", "percentile", "mse", "entropy"}
@@ -55,14 +54,14 @@ def test_the_method_with_the_least_error_is_taken_and_a_kept_budget_needs_no_swe
     assert made.drop == pytest.approx(drop(open_graph(made.graph)), abs=2)
 
 
-def test_the_block_that_int8_breaks_is_found_and_left_in_float(weights, pixels, open_graph):
+def test_the_block_that_int8_breaks_is_found_and_left_in_float(weights, trace, pixels, open_graph):
     """One channel of a block is a thousand times the others, so that one scale for the tensor rounds the others away."""
     model = load_weights(weights)
     block = model.trunk[4][1]
     for parameter in (block.bn1.weight, block.bn1.bias):
         parameter.data[0] *= 1000
     block.conv2.weight.data[:, 0] /= 1000
-    graph, plain = build_graph(model), build_graph(model, flip=False)
+    graph, plain = trace(model), trace(model, flip=False)
     reference = run_in_batches(open_graph(graph), pixels)
     drop = agreement_drop(pixels, reference)
     said = []
@@ -79,8 +78,8 @@ def test_the_block_that_int8_breaks_is_found_and_left_in_float(weights, pixels, 
         assert any(f"{row.block} alone in INT8: 1 - cosine {row.error:.1e}, saves" in sentence for sentence in said)
 
 
-def test_a_budget_that_cannot_be_kept_is_one_sentence(weights, pixels, open_graph):
-    graph, plain = build_graph(load_weights(weights)), build_graph(load_weights(weights), flip=False)
+def test_a_budget_that_cannot_be_kept_is_one_sentence(weights, trace, pixels, open_graph):
+    graph, plain = trace(load_weights(weights)), trace(load_weights(weights), flip=False)
     with pytest.raises(UserError, match=r"no INT8 graph loses at most 0\.5 points"):
         build_int8(graph, plain, pixels, OPENVINO, open_graph, lambda engine: 1.0, max_drop=0.5)
 
@@ -138,10 +137,10 @@ def test_images_of_one_colour_are_left_out_however_many_they_are(crops, tmp_path
     assert "30 calibration images of one colour are left out" in images.warnings
 
 
-def test_activations_that_are_not_finite_are_one_sentence(weights, pixels, open_graph):
+def test_activations_that_are_not_finite_are_one_sentence(weights, trace, pixels, open_graph):
     model = load_weights(weights)
     model.trunk[4][1].bn1.weight.data[0] = 3e38
-    plain = build_graph(model, flip=False)
+    plain = trace(model, flip=False)
     with pytest.raises(UserError, match="is not finite on these images"):
         build_int8(plain, plain, pixels, OPENVINO, open_graph, lambda engine: 0.0, max_drop=0.5)
 

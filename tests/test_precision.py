@@ -30,8 +30,8 @@ def pixels(crops) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def graph(weights) -> onnx.ModelProto:
-    return build_graph(load_weights(weights))
+def graph(weights, trace) -> onnx.ModelProto:
+    return trace(load_weights(weights))
 
 
 @pytest.fixture(scope="module")
