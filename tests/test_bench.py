@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 
 import mgn_deploy.bench.throughput as throughput
 import pytest
+import typer
 from in_process import mgn_deploy
-from mgn_deploy.bench.precision import REFERENCE, ROWS
+from mgn_deploy.bench.precision import REFERENCE, ROWS, main
 from mgn_deploy.export.exporter import export_bundle
 
 from mgn_deploy.drawn import draw_market1501
@@ -102,18 +101,15 @@ def test_the_table_names_model_engine_and_machine(bundle_folder, crops):
 
 
 @pytest.mark.slow
-def test_precisions_of_every_cpu_engine_stand_beside_pytorch(weights, crops, tmp_path):
+def test_precisions_of_every_cpu_engine_stand_beside_pytorch(weights, crops, tmp_path, capsys):
     draw_market1501(tmp_path / "people", train_identities=1, test_identities=6)
     data = ("--data", f"market1501:{tmp_path / 'people'}", "--calib", crops, "--max-drop", "100")
     small = ("--images", "8", "--rounds", "1")
-    done = subprocess.run(
-        [sys.executable, "-m", "mgn_deploy.bench.precision", "--weights", weights, *data, *small, "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
+    command = typer.Typer()
+    command.command()(main)
+    arguments = ["--weights", weights, *data, *small, "--json"]
+    command(list(map(str, arguments)), standalone_mode=False)
+    rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["engine"], row["precision"]) for row in rows] == [REFERENCE, *ROWS]
     assert all(0 < row["mAP"] <= 100 and row["mean cosine"] > 0.98 for row in rows)
     assert all(row["img/s b1"] > 0 and row["x torch b8"] > 0 for row in rows)

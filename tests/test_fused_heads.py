@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from in_process import mgn_deploy
 from mgn_deploy.export.exporter import export_bundle
 from mgn_deploy.export.fused import check_heads, cut_heads
 from mgn_deploy.export.graph import build_graph
@@ -189,8 +190,8 @@ def test_a_batch_that_the_kernel_does_not_take_is_one_sentence(weights, tmp_path
         (("--heads", "fused", "--triton", "triton"), "--triton goes with --heads plain"),
     ],
 )
-def test_the_command_line_refuses_what_does_not_go(run_cli, weights, tmp_path, arguments, sentence) -> None:
-    result = run_cli("export", weights, "-o", tmp_path / "b", *arguments, cwd=tmp_path)
+def test_the_command_line_refuses_what_does_not_go(weights, tmp_path, arguments, sentence) -> None:
+    result = mgn_deploy("export", weights, "-o", tmp_path / "b", *arguments)
     assert result.returncode == 2
     assert sentence in result.stderr
 

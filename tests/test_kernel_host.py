@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -156,17 +157,23 @@ def test_the_order_that_warps_and_blocks_run_in_changes_no_bit(kernel, pooling, 
 
 @pytest.mark.slow
 def test_every_barriers_absence_would_be_noticed(tmp_path):
-    """Each is taken out in turn: what the simulation cannot see, the tests of orders above would not prove."""
-    source = SOURCE.read_text()
-    barriers = list(re.finditer(r"__syncthreads\(\);|    wait_for_all_blocks\(p.barrier\);", source))
-    assert len(barriers) == 12
-    for number, barrier in enumerate(barriers):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        broken = folder / SOURCE.name
-        broken.write_text(source[: barrier.start()] + ";" + source[barrier.end() :])
-        kernel = HostKernel(build_host(folder, COMPILER, source=broken))
-        assert results_differ(kernel), f"without {barrier[0]} in line {source[: barrier.start()].count(chr(10)) + 1}"
+    """Each is skipped in turn: what the simulation cannot see, the tests of orders above would not prove."""
+    source, numbers = SOURCE.read_text(), count()
+    barrier = r"__syncthreads\(\);|    wait_for_all_blocks\(p.barrier\);"
+    broken = tmp_path / SOURCE.name
+    broken.write_text(
+        'extern "C" { int without = -1; }\n'
+        + re.sub(barrier, lambda found: f"if (without != {next(numbers)}) {found[0]}", source)
+    )
+    barriers = next(numbers)
+    assert barriers == 12
+    kernel = HostKernel(build_host(tmp_path, COMPILER, source=broken))
+    without = ctypes.c_int.in_dll(kernel.library, "without")
+    assert not results_differ(kernel)
+    for number in range(barriers):
+        without.value = number
+        line = broken.read_text().partition(f"(without != {number})")[0].count("\n")
+        assert results_differ(kernel), f"without the barrier in line {line} of {SOURCE.name}"
 
 
 def results_differ(kernel) -> bool:
@@ -395,6 +402,7 @@ def test_pointers_off_their_alignment_are_refused(kernel):
 
 SANITIZED = """
 import sys
+from itertools import count
 from pathlib import Path
 import numpy as np
 from mgn_deploy.kernels.host import HostKernel
