@@ -25,6 +25,8 @@ from mgn_deploy.gpu import Gpu, gpu_problem, this_gpu
 from mgn_deploy.tensorrt_door import import_problem_of, import_tensorrt, logger, title
 from mgn_deploy.tensorrt_plans import DEFAULT_BATCH
 
+MOST_IMAGES = 4096  # a call: beyond, activations take more memory than GPUs have
+
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -80,7 +82,7 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     """ "1,32,64" -> (1, 32, 64).
 
     Raises:
-        UserError: not three whole numbers, 1 <= fewest <= best <= most.
+        UserError: not three whole numbers, 1 <= fewest <= best <= most <= 4096.
     """
     try:
         fewest, best, most = (int(part) for part in text.split(","))
@@ -161,8 +163,10 @@ def _check(settings: BuildSettings) -> None:
 
 
 def _check_batch(batch: tuple[int, int, int]) -> None:
-    if not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise UserError(f"batch {batch[0]},{batch[1]},{batch[2]}: it must be 1 <= fewest <= best <= most images")
+    if not 1 <= batch[0] <= batch[1] <= batch[2] <= MOST_IMAGES:
+        raise UserError(
+            f"batch {batch[0]},{batch[1]},{batch[2]}: it must be 1 <= fewest <= best <= most <= {MOST_IMAGES} images"
+        )
 
 
 def capabilities() -> list[str]:

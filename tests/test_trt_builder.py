@@ -415,7 +415,7 @@ def test_the_command_lines_batch_and_capabilities_are_read() -> None:
     assert parse_capabilities("8.6, 8.9,12.0,8.6") == ("8.6", "8.9", "12.0")
 
 
-@pytest.mark.parametrize("text", ["", "1,2", "1,2,x", "2,1,4", "1,2,3,4"])
+@pytest.mark.parametrize("text", ["", "1,2", "1,2,x", "2,1,4", "1,2,3,4", "1,8,4097"])
 def test_a_batch_that_is_no_profile_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="fewest"):
         parse_batch(text)
