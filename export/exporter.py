@@ -112,6 +112,11 @@ def export_bundle(
     if heads == "fused":
         check_heads(config, flip, build.batch[2] if build else 1)
     pixels = proof_pixels(proof_images, config.height, config.width)
+    images = None
+    if calib is not None and precision in ("int8", "fp16"):
+        images = read_calibration_images(calib, config.height, config.width, pixels.crops, count=calib_count)
+        for warning in images.warnings:
+            say(warning)
     with atomic_folder(Path(out), names=FILES) as folder:
         say(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")
         graph = build_graph(model, flip)
@@ -124,15 +129,14 @@ def export_bundle(
             source_weights_sha256=weights_hash(weights),
             tools=_tool_versions(),
         )
-        images = None
-        if calib is not None and precision in ("int8", "fp16"):
-            images = read_calibration_images(calib, config.height, config.width, pixels.crops, count=calib_count)
-            for warning in images.warnings:
-                say(warning)
         if precision == "int8":
             assert images is not None
             plain = build_graph(model, flip=False) if flip else graph
             looked_at = images.crops[:BUDGET_IMAGES] if pixels.drawn else pixels.crops
+            if data is None:
+                say(
+                    f"INT8's budget is about the neighbours of {len(looked_at)} images: --data holds it on labelled people"
+                )
             graph, quantisation = to_int8(
                 graph, plain, manifest, engine or "openvino", images, looked_at, data, max_drop, say
             )
