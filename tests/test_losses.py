@@ -174,3 +174,11 @@ def test_weights_and_label_smoothing_are_the_recipes():
     )
     assert parts["softmax"] == pytest.approx(smooth, abs=1e-5)
     assert loss.item() == pytest.approx(2 * smooth + 0.5 * parts["triplet"].item(), abs=1e-5)
+
+
+def test_the_margin_of_the_triplet_loss_is_the_recipes():
+    output, identities = output_of_ones(), torch.tensor([0, 0, 2, 2])
+    features = [feature.detach().double().numpy() for feature in output.globals]
+    _, parts = mgn_loss(output, identities, Loss(margin=3.5))
+    expected = np.mean([plain_triplet(feature, identities.tolist(), 3.5) for feature in features])
+    assert parts["triplet"] == pytest.approx(expected, abs=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from mgn_deploy.train.recipe import Recipe, load_recipe
+from mgn_deploy.train.recipe import Recipe, Schedule, load_recipe
 from mgn_deploy.train.schedule import rate_factor
 
 from mgn_deploy.errors import UserError
@@ -110,3 +110,9 @@ def test_unknown_recipes_are_named_with_the_known(tmp_path):
         load_recipe("papre")
     with pytest.raises(UserError, match="no such recipe file"):
         load_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("kind", ["steps", "cosine"])
+def test_warm_up_is_a_line_from_a_hundredth(kind):
+    schedule = Schedule(kind=kind, warm_up=0.2)
+    assert [rate_factor(schedule, done) for done in (0, 0.05, 0.1, 0.15)] == pytest.approx([0.01, 0.25, 0.5, 0.75])

@@ -25,10 +25,11 @@ def test_an_epoch_is_p_x_k_batches_that_visit_every_identity(identities, p):
 
 def test_an_identity_with_fewer_images_gives_all_of_them_and_some_again():
     classes = np.array([0, 0, 0, 0, 1, 1, 2])
-    batch = IdentitySampler(classes, 3, 4).epoch(0)[0]
-    for identity, members in ((0, {0, 1, 2, 3}), (1, {4, 5}), (2, {6})):
-        own = [index for index in batch if classes[index] == identity]
-        assert (len(own), set(own)) == (4, members)
+    sampler = IdentitySampler(classes, 3, 4)
+    for batch in [sampler.epoch(number)[0] for number in range(50)]:
+        for identity, members in ((0, {0, 1, 2, 3}), (1, {4, 5}), (2, {6})):
+            own = [index for index in batch if classes[index] == identity]
+            assert (len(own), set(own)) == (4, members)
 
 
 @pytest.mark.parametrize(("identities", "p", "ranks"), [(12, 3, 2), (13, 3, 2), (7, 4, 3), (5, 16, 2)])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,12 @@ import torch
 from in_process import mgn_deploy
 from mgn_deploy.train.data import TrainingSet
 from mgn_deploy.train.evaluate import evaluate_model
-from mgn_deploy.train.recipe import Augment, load_recipe
+from mgn_deploy.train.log import RunLog
+from mgn_deploy.train.losses import mgn_loss
+from mgn_deploy.train.model import Embedding
+from mgn_deploy.train.recipe import Augment, Recipe, load_recipe
+from mgn_deploy.train.sampler import IdentitySampler
+from mgn_deploy.train.schedule import rate_factor
 from mgn_deploy.train.trainer import BEST, WEIGHTS, Step, train
 from mgn_deploy.train.weights import load_weights, new_model
 from PIL import Image
@@ -146,9 +153,10 @@ def test_accumulation_steps_once_for_several_batches(people, tmp_path):
 
 def test_the_time_limit_ends_the_training(people, tmp_path):
     start = time.monotonic()
-    steps = run(people, tmp_path, "schedule.epochs=100000", "schedule.max_seconds=1", "loop.evaluate_every=100000")
+    steps = run(people, tmp_path, "schedule.epochs=100000", "schedule.max_seconds=3", "loop.evaluate_every=100000")
     assert 1 <= len(steps) < 10**4
     assert time.monotonic() - start < 20
+    assert float(rows(tmp_path)[-1]["lr"]) < 0.9 * 2e-3, "the schedule is squeezed into the limit"
     assert load_weights(tmp_path / WEIGHTS).config.num_classes == 5
 
 
@@ -242,13 +250,14 @@ def test_a_damaged_state_is_named(people, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_trains_one_model_on_two_processes(people, tmp_path):
-    arguments = command(people, tmp_path / "run", "schedule.epochs=2", "batch.identities=2")[1:]
+    settings = (*LOOP, "batch.identities=3")
+    arguments = command(people, tmp_path / "run", *settings)[1:]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "run" / WEIGHTS)], "rank 0 alone prints"
     assert [row["epoch"] for row in rows(tmp_path / "run")] == ["1", "2"]
-    load_weights(tmp_path / "run" / WEIGHTS)
+    assert_trained_alike(tmp_path / "run", plain_loop(people, load_recipe("small", [*TINY, *settings]), ranks=2))
 
 
 def test_the_command_prints_the_weights_folder(people, tmp_path):
@@ -297,3 +306,142 @@ def test_evaluating_is_embedding_and_ranking(people, weights, bundle_folder):
         [image.camera for image in people.gallery],
     )
     assert metrics.to_dict() == pytest.approx(expected.to_dict(), abs=1e-6)
+
+
+# Against a plain loop
+
+
+def plain_loop(people: Dataset, recipe: Recipe, ranks: int = 1) -> dict[str, torch.Tensor]:
+    """The parameters after SGD with the mean of the ranks' and of the accumulated batches' gradients."""
+    model = new_model(recipe.model.config(5)).train()
+    normalise = Embedding(new_model(recipe.model.config(5)), flip=False).normalise
+    data, batch, optim = TrainingSet(people.train, HEIGHT, WIDTH, model.config.mean), recipe.batch, recipe.optim
+    sgd = torch.optim.SGD(model.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay)
+    samplers = [
+        IdentitySampler(data.classes, batch.identities, batch.images, rank=r, ranks=ranks) for r in range(ranks)
+    ]
+    for epoch in range(recipe.schedule.epochs):
+        loaded = [
+            list(data.batches(sampler.epoch(epoch), recipe.augment, (0, epoch, rank)))
+            for rank, sampler in enumerate(samplers)
+        ]
+        for number, step in enumerate(zip(*loaded, strict=True), start=1):
+            for crops, classes in step:
+                loss, _ = mgn_loss(model(normalise(crops)), classes, recipe.loss)
+                (loss / ranks / batch.accumulate).backward()
+            if number % batch.accumulate == 0 or number == len(loaded[0]):
+                share = (epoch + (number - 1) / len(loaded[0])) / recipe.schedule.epochs
+                sgd.param_groups[0]["lr"] = optim.lr * rate_factor(recipe.schedule, share)
+                sgd.step()
+                sgd.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+LOOP = (
+    "optim.name=sgd",
+    "optim.lr=1e-4",  # so small that rounding decides no hinge
+    "optim.weight_decay=0.1",
+    "schedule.epochs=2",
+    "batch.images=3",
+    "augment.erase=0.5",
+    "augment.pad=4",
+)
+
+
+def assert_trained_alike(out: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Apart by no more than a hundredth of how far training moved."""
+    found, start = tensors(out), new_model(load_weights(out / WEIGHTS).config).state_dict()
+    for name, parameter in expected.items():
+        assert (found[name] - parameter).norm() <= 0.01 * (parameter - start[name]).norm() + 1e-6, name
+
+
+def test_training_is_a_plain_loop(people, tmp_path):
+    settings = [*TINY, *LOOP, "batch.accumulate=2"]  # of 3 batches: the second step is of one
+    run(people, tmp_path, *settings)
+    assert_trained_alike(tmp_path, plain_loop(people, load_recipe("small", settings)))
+
+
+def test_batches_of_an_epoch_are_augmented_differently(people):
+    training = TrainingSet(people.train, HEIGHT, WIDTH, (0.5, 0.5, 0.5))
+    (first, _), (second, _) = training.batches([np.array([0, 3])] * 2, Augment(erase=1, pad=5), (0, 0))
+    assert not torch.equal(first, second)
+
+
+def test_erased_pixels_are_the_networks_mean(people):
+    training = TrainingSet(people.train, HEIGHT, WIDTH, (0.485, 0.456, 0.406))
+    ((plain, _),) = training.batches([np.array([0, 3])], Augment(flip=0), (0, 0))
+    ((erased, _),) = training.batches([np.array([0, 3])], Augment(flip=0, erase=1), (0, 0))
+    assert {tuple(pixel) for pixel in erased[(erased != plain).any(-1)].tolist()} == {(124, 116, 104)}
+
+
+def stop_in_step(number: int, people: Dataset, out: Path, *settings: str) -> None:
+    """A run that gets Ctrl-C in its step `number`, counted from 1."""
+    steps: list[Step] = []
+
+    def count(step: Step) -> None:
+        steps.append(step)
+        if len(steps) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(people, load_recipe("small", [*TINY, *settings]), out, device="cpu", on_step=count)
+
+
+def test_a_run_stopped_within_an_accumulation_and_an_epoch_ends_with_the_same_bits(people, tmp_path):
+    settings = ("schedule.epochs=1", "batch.accumulate=2")
+    run(people, tmp_path / "whole", *settings)
+    stop_in_step(1, people, tmp_path / "stopped", *settings)
+    run(people, tmp_path / "stopped", *settings)
+    assert same(tensors(tmp_path / "whole"), tensors(tmp_path / "stopped"))
+    keys = ("epoch", "lr", "loss", "softmax", "triplet", "mAP")
+    whole, stopped = ([[row[key] for key in keys] for row in rows(tmp_path / out)] for out in ("whole", "stopped"))
+    assert whole == stopped
+
+
+def test_a_run_goes_on_only_with_its_own_images(people, tmp_path):
+    run(people, tmp_path, "schedule.epochs=1")
+    with pytest.raises(UserError, match="holds a run with another recipe or other data"):
+        run(dataclasses.replace(people, train=people.train[1:]), tmp_path, "schedule.epochs=1")
+
+
+def test_the_time_limit_counts_what_earlier_starts_took(people, tmp_path):
+    settings = ("schedule.epochs=3", "schedule.max_seconds=1000")
+    stop_in_step(1, people, tmp_path, *settings)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    state["position"]["seconds"] = 1000.0
+    torch.save(state, tmp_path / "last.pt")
+    assert run(people, tmp_path, *settings) == []
+
+
+def test_half_precision_scales_losses_and_not_steps(people, tmp_path):
+    settings = ("schedule.epochs=4", "optim.name=sgd", "optim.lr=1e-4", "optim.momentum=0.0", "loop.amp=fp16")
+    run(people, tmp_path, *settings)
+    start = new_model(load_weights(tmp_path / WEIGHTS).config).state_dict()["trunk.0.weight"]
+    moved = (tensors(tmp_path)["trunk.0.weight"] - start).norm().item()
+    assert 1e-3 < moved < 0.1, "0.013 in float32"
+    scaler = torch.load(tmp_path / "last.pt", weights_only=True)["scaler"]
+    assert 1 < scaler["scale"] < 2**16, "the first steps overflow"
+
+
+def test_rows_of_epochs_that_are_run_again_are_dropped(tmp_path):
+    log = RunLog(tmp_path, 0)
+    for epoch in (1, 2):
+        log.write({"epoch": epoch, "loss": 1 / epoch})
+    log.close()
+    RunLog(tmp_path, 1).close()
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
+
+
+def test_ranks_agree_on_the_value_of_the_first():
+    code = (
+        "from mgn_deploy.train.distributed import Group\nwith Group('cpu') as group: print(group.agree(5 + group.rank))"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {**ONE_THREAD, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], env={**place, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    assert [process.communicate(timeout=60)[0] for process in ranks] == ["5.0\n", "5.0\n"]

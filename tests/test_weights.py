@@ -14,7 +14,15 @@ import torch
 import torchvision
 from bomb import Bomb
 from in_process import mgn_deploy
-from mgn_deploy.train.weights import CONFIG, TENSORS, load_weights, new_model, save_weights, weights_hash
+from mgn_deploy.train.weights import (
+    CONFIG,
+    TENSORS,
+    fine_tuned_model,
+    load_weights,
+    new_model,
+    save_weights,
+    weights_hash,
+)
 from safetensors.torch import load_file, save_file
 
 from mgn_deploy.config import ModelConfig
@@ -355,3 +363,11 @@ def test_init_refuses_what_it_cannot_make_in_a_sentence(tmp_path, option, value,
     assert done.returncode == 2
     assert word in done.stderr
     assert not (tmp_path / "w").exists()
+
+
+def test_fine_tuning_on_other_people_starts_from_every_tensor_but_new_classifiers(weights):
+    model, before = fine_tuned_model(weights, 7, 192, 64), load_weights(weights).state_dict()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert after.keys() - before.keys() == {f"classifiers.{number}.weight" for number in range(8)}
+    assert (model.config.num_classes, model.config.height, model.config.width) == (7, 192, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +38,11 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     at: Position,
 ) -> None:
-    """Write `last.pt`, whole or not at all."""
+    """Write `last.pt`, whole or not at all.
+
+    Raises:
+        UserError: the place is not writable or the disk is full.
+    """
     state = {
         "recipe": recipe,
         "model": model.state_dict(),
@@ -45,8 +50,10 @@ def save_checkpoint(
         "scaler": scaler.state_dict(),
         "position": asdict(at),
     }
+    content = io.BytesIO()
+    torch.save(state, content)  # into memory: of a full disk it would raise something that is no OSError
     with atomic_file(folder / LAST) as file:
-        torch.save(state, file)
+        file.write(content.getbuffer())
 
 
 def load_checkpoint(
