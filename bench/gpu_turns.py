@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from mgn_deploy.bench.kernel_run import sentence
 from mgn_deploy.train.model import MGN, Embedding, fold_batch_norms
-from mgn_deploy.train.weights import load_weights, new_model, save_weights
+from mgn_deploy.train.weights import load_weights, new_model, part_branches, save_weights
 from torch import Tensor
 
 from mgn_deploy.backends import Backend
@@ -38,16 +38,9 @@ METHOD = {
 
 
 def random_weights(folder: Path, config: ModelConfig) -> Path:
-    """A weights folder of an MGN whose branches differ as training makes them.
-
-    In an untrained one they are copies of one another, which an engine may compute once.
-    """
+    """A weights folder of an untrained MGN whose branches differ, as `mgn-deploy init --init random` writes it."""
     model = new_model(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.branches.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.1 * noise * (1 if parameter.ndim == 1 else parameter.std()))
+    part_branches(model)
     save_weights(model, folder)
     return folder
 

@@ -371,3 +371,14 @@ def test_fine_tuning_on_other_people_starts_from_every_tensor_but_new_classifier
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert after.keys() - before.keys() == {f"classifiers.{number}.weight" for number in range(8)}
     assert (model.config.num_classes, model.config.height, model.config.width) == (7, 192, 64)
+
+
+def test_random_weights_have_no_branch_that_is_a_copy_of_another(tmp_path):
+    """An engine would compute such branches once, and its speed would be nobody's."""
+    done = mgn_deploy("init", "-o", tmp_path / "w", "--init", "random", "--backbone", "resnet18", "--size", "96x32")
+    assert done.returncode == 0, done.stderr
+    branches = [branch.state_dict() for branch in load_weights(tmp_path / "w").branches]
+    for name in ("layer3.1.conv1.weight", "layer4.0.conv1.weight", "layer4.1.bn2.weight"):
+        first, second, third = (branch[name] for branch in branches)
+        assert not torch.equal(first, second), name
+        assert not torch.equal(second, third), name

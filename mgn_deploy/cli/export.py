@@ -24,7 +24,9 @@ def init(
     size: str = typer.Option("384x128", help="Input HEIGHTxWIDTH in pixels."),
     branches: str = typer.Option("1,2,3", help="Stripes of each branch; 1 is the global branch."),
     start: str = typer.Option(
-        "imagenet", "--init", help="imagenet (downloaded by torchvision), random, or the file of a ResNet's state dict."
+        "imagenet",
+        "--init",
+        help="imagenet (downloaded by torchvision), random (no branch a copy of another), or the file of a ResNet's state dict.",
     ),
     seed: int = typer.Option(0, help="Of the random weights."),
 ) -> None:
@@ -48,9 +50,12 @@ def init(
         raise UserError(f"--size {size} --branches {branches}: sizes are like 384x128, branches like 1,2,3") from None
 
     require_training()
-    from mgn_deploy.train.weights import new_model, save_weights
+    from mgn_deploy.train.weights import new_model, part_branches, save_weights
 
-    save_weights(new_model(config, None if start == "random" else start, seed), out)
+    model = new_model(config, None if start == "random" else start, seed)
+    if start == "random":
+        part_branches(model, seed)
+    save_weights(model, out)
     say(
         f"{out}: {backbone} MGN {config.branches} at {height}x{width}, {'random' if start == 'random' else start} weights, not trained"
     )
