@@ -17,7 +17,7 @@ from mgn_deploy.bench.gpu_turns import METHOD, Rivals, random_weights
 from mgn_deploy.bench.kernel_clock import machine
 from mgn_deploy.bench.kernel_run import sentence
 from mgn_deploy.bench.precision import describe
-from mgn_deploy.export.exporter import export_bundle
+from mgn_deploy.export.exporter import MAX_DROP, export_bundle
 from mgn_deploy.export.prove import proof_pixels
 from mgn_deploy.export.trt_graph import prepare
 from mgn_deploy.train.weights import load_weights, weights_hash
@@ -112,7 +112,7 @@ class Matrix:
 
     def _export(self, precision: str, heads: str, placement: str | None) -> Bundle:
         """Proven with every backend that runs here. Float plans are built while they are proven, and cached."""
-        most = 100.0 if self._chosen.weights is None else 0.5
+        most = 100.0 if self._chosen.weights is None else MAX_DROP
         return export_bundle(
             self._weights,
             self._scratch / f"{precision}-{heads}-{placement}",

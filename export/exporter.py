@@ -42,6 +42,7 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.images import PREPROCESSING
 
+MAX_DROP = 0.5  # points
 BUDGET_IMAGES = 128  # of the calibration images, where there are no real ones to prove on
 FILES = (MANIFEST, MANIFEST_HASH, GRAPH, HEADS, REFERENCE, "*.plan", "*.layers.json")
 
@@ -60,7 +61,7 @@ def export_bundle(
     calib: str | os.PathLike[str] | None = None,
     calib_count: int = COUNT,
     data: Dataset | None = None,
-    max_drop: float = 0.5,
+    max_drop: float = MAX_DROP,
     flip: bool = True,
     reference: bool = True,
     proof_images: str | os.PathLike[str] | None = None,
@@ -105,6 +106,8 @@ def export_bundle(
     if engine in ("tensorrt", "tensorrt-rtx"):
         build = build or BuildSettings(engine.replace("-", "_"))  # type: ignore[arg-type]
         check_build(build, compute_capabilities)
+    else:
+        build = None  # the other engines have no plans
     weights = Path(weights)
     say(f"reading {weights}")
     model = load_weights(weights)

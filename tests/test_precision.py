@@ -82,6 +82,14 @@ def test_ranges_are_those_of_the_activations(graph, ranges, pixels):
     assert ranges[names[0]].histogram.sum() == 2 * pixels.size  # with the mirrors
 
 
+def test_an_activation_that_is_nan_has_no_bound(graph, pixels):
+    broken = onnx.ModelProto()
+    broken.CopyFrom(graph)
+    weight = next(tensor for tensor in broken.graph.initializer if len(tensor.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(np.full(weight.dims, np.nan, np.float32), weight.name))
+    assert any(one.largest == np.inf for one in measure_ranges(broken, pixels[:2]).values())
+
+
 # Half precision
 
 

@@ -99,7 +99,7 @@ def part_branches(model: MGN, seed: int = 0) -> None:
     """Move each branch's parameters by a tenth of their spread, as training would make them differ.
 
     In an untrained model the branches are copies of one another, which an engine may compute once: of a ResNet-50 MGN's 103
-    convolutions OpenVINO 2026.4 then runs 62. Speeds of such weights are nobody's.
+    convolutions OpenVINO 2026.4 then runs 62 (README, Figures). Speeds of such weights are nobody's.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

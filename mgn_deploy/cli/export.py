@@ -14,7 +14,6 @@ from mgn_deploy.errors import GateFailed, UserError
 if TYPE_CHECKING:
     from mgn_deploy.bundle import Bundle, Proof
 
-DEFAULT_MAX_DROP = 0.5
 MOST_GIB = 1024
 
 
@@ -106,7 +105,7 @@ def export(
     require_training()
     from mgn_deploy.bundle import Heads, Precision
     from mgn_deploy.datasets import open_data
-    from mgn_deploy.export.exporter import export_bundle
+    from mgn_deploy.export.exporter import MAX_DROP, export_bundle
     from mgn_deploy.export.triton import check_before_export, write_model_repository
     from mgn_deploy.export.trt_builder import DEFAULT_BATCH, BuildSettings, parse_batch, parse_capabilities
 
@@ -121,15 +120,15 @@ def export(
     if workspace is not None and not 0 < workspace <= MOST_GIB:
         raise UserError(f"--workspace {workspace}: GiB are above 0 and at most {MOST_GIB}")
     flavour = engine.replace("-", "_") if engine in ("tensorrt", "tensorrt-rtx") else None
-    of_plans = {
-        "--batch": batch and not triton,
-        "--compute-capability": compute_capability,
-        "--workspace": workspace,
-        "--version-compatible": version_compatible,
-        "--hardware-compatible": hardware_compatible,
-        "--no-cache": not cache,
-    }
     if not flavour:
+        of_plans = {
+            "--batch": batch and not triton,
+            "--compute-capability": compute_capability,
+            "--workspace": workspace,
+            "--version-compatible": version_compatible,
+            "--hardware-compatible": hardware_compatible,
+            "--no-cache": not cache,
+        }
         _refuse(of_plans, "is about TensorRT plans: it goes with --engine tensorrt or tensorrt-rtx")
     if precision != "int8":
         _refuse({"--max-drop": max_drop is not None}, "is about INT8: it goes with --precision int8")
@@ -158,7 +157,7 @@ def export(
         calib=calib,
         calib_count=calib_count,
         data=open_data(data, say=say) if data else None,
-        max_drop=DEFAULT_MAX_DROP if max_drop is None else max_drop,
+        max_drop=MAX_DROP if max_drop is None else max_drop,
         flip=flip,
         reference=reference,
         proof_images=proof_images,
