@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgn_deploy.cli.console import print_json, print_table, require_training, say
+from mgn_deploy.cli.console import print_json, print_table, say
 from mgn_deploy.errors import UserError
 from mgn_deploy.machine import cpu_name, usable_cpus
+from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
     import onnx
+
     from mgn_deploy.train.model import MGN
 
 DRAWN_IMAGES = 8  # for the ranges, which say what float16 cannot hold
@@ -60,8 +62,8 @@ def run(weights: Path, capabilities: str, batch: str) -> dict[str, Any]:
         UserError: no weights, or settings that it cannot build for.
     """
     require_training()
-    from mgn_deploy.export import layer_table
-    from mgn_deploy.export.trt_builder import BuildSettings, build_plans, parse_batch, parse_capabilities
+    from mgn_deploy.backends.tensorrt.builder import BuildSettings, build_plans, parse_batch, parse_capabilities
+    from mgn_deploy.bench import layer_table
     from mgn_deploy.train.weights import load_weights
 
     settings, wanted = BuildSettings("tensorrt_rtx", parse_batch(batch)), parse_capabilities(capabilities)
@@ -103,16 +105,16 @@ def moved_bytes(layers: Sequence[dict[str, Any]]) -> int:
 def _graphs(model: MGN) -> Iterator[tuple[str, onnx.ModelProto]]:
     """By name: each precision's, and INT8 as full TensorRT gets it, for comparison."""
     import numpy as np
-    from mgn_deploy.export.calibration import thresholds
-    from mgn_deploy.export.graph import build_graph
-    from mgn_deploy.export.half import to_half
-    from mgn_deploy.export.precision import ENGINES
-    from mgn_deploy.export.quantise import quantise
-    from mgn_deploy.export.ranges import measure_ranges
     from PIL import Image
 
-    from mgn_deploy.drawn import draw_people
-    from mgn_deploy.images import read_crop
+    from mgn_deploy.datasets.drawn import draw_people
+    from mgn_deploy.export.graph.trace import build_graph
+    from mgn_deploy.export.precision.convert import ENGINES
+    from mgn_deploy.export.precision.half import to_half
+    from mgn_deploy.export.precision.quantise import quantise
+    from mgn_deploy.export.precision.ranges import measure_ranges
+    from mgn_deploy.export.precision.thresholds import thresholds
+    from mgn_deploy.images.decode import read_crop
 
     _tell_branches_apart(model)
     graph = build_graph(model)

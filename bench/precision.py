@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import typer
 
-from mgn_deploy.backends import Backend
-from mgn_deploy.bundle import GRAPH
+from mgn_deploy.backends.base import Backend
+from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.cli.console import print_json, print_table, say
 from mgn_deploy.datasets import Dataset, open_data
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
-from mgn_deploy.images import read_crop
+from mgn_deploy.images.decode import read_crop
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 
 # Engine and precision, each a bundle of its own; PyTorch eager, the reference, comes first.

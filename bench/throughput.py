@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from mgn_deploy.backends import Backend
-from mgn_deploy.drawn import draw_market1501
+from mgn_deploy.backends.base import Backend
+from mgn_deploy.datasets.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder, run_batches
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.gallery import embed_folder
-from mgn_deploy.images import read_crop
-from mgn_deploy.listing import list_images
+from mgn_deploy.gallery.embed import embed_folder
+from mgn_deploy.images.decode import read_crop
+from mgn_deploy.images.listing import list_images
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 
 BARE, EMBED, REFERENCE = "bare engine", "embed (files to store)", "PyTorch eager"

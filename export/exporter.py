@@ -11,25 +11,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx
-from mgn_deploy.export.calibration_images import COUNT, read_calibration_images
-from mgn_deploy.export.fused import check_heads, cut_heads
-from mgn_deploy.export.graph import build_graph
-from mgn_deploy.export.half import float32_nodes
-from mgn_deploy.export.layer_table import summary
-from mgn_deploy.export.precision import ENGINES, to_half_precision, to_int8
-from mgn_deploy.export.prove import proof_pixels, prove_backends
-from mgn_deploy.export.trt_build import Progress
-from mgn_deploy.export.trt_builder import BuildSettings, Plan, build_plans, check_build
-from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 import mgn_deploy
-from mgn_deploy.bundle import (
+from mgn_deploy.backends.heads.cut import check_heads, cut_heads
+from mgn_deploy.backends.tensorrt.builder import BuildSettings, Plan, build_plans, check_build
+from mgn_deploy.backends.tensorrt.network import Progress
+from mgn_deploy.bench.layer_table import summary
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.engine_entry import EngineEntry
+from mgn_deploy.bundle.manifest import (
     GRAPH,
     HEADS,
     MANIFEST,
     MANIFEST_HASH,
     REFERENCE,
-    Bundle,
     FileEntry,
     Heads,
     Manifest,
@@ -37,10 +32,15 @@ from mgn_deploy.bundle import (
     write_manifest,
 )
 from mgn_deploy.datasets import Dataset
-from mgn_deploy.engine_entry import EngineEntry
 from mgn_deploy.errors import UserError
+from mgn_deploy.export.graph.trace import build_graph
+from mgn_deploy.export.precision.calibration_images import COUNT, read_calibration_images
+from mgn_deploy.export.precision.convert import ENGINES, to_half_precision, to_int8
+from mgn_deploy.export.precision.half import float32_nodes
+from mgn_deploy.export.proof.prove import proof_pixels, prove_backends
 from mgn_deploy.files import atomic_folder, sha256_file
-from mgn_deploy.images import PREPROCESSING
+from mgn_deploy.images.decode import PREPROCESSING
+from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 MAX_DROP = 0.5  # points
 BUDGET_IMAGES = 128  # of the calibration images, where there are no real ones to prove on

@@ -17,16 +17,17 @@ from string import Template
 
 import onnx
 import onnx.inliner
-from mgn_deploy.export.precision import ENGINES
 
-from mgn_deploy.bundle import GRAPH, Bundle
-from mgn_deploy.engine_entry import EngineEntry
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.engine_entry import EngineEntry
+from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.errors import UserError
+from mgn_deploy.export.precision.convert import ENGINES
 from mgn_deploy.files import atomic_folder
 
 MODEL_NAME = "mgn"
 # Backends of ours that run graphs as Triton's onnxruntime backend does.
-ONNXRUNTIMES = ("onnxruntime", "onnxruntime_cuda", "onnxruntime_tensorrt")
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime_cuda")
 # How long Triton lets a request wait for others to fill its batch.
 QUEUE_DELAY_MICROSECONDS = 1000
 

@@ -15,11 +15,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgn_deploy.kernels.plan import LAYOUTS, POOLINGS
 from rich.console import Console
 from rich.table import Table
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.kernels.plan import LAYOUTS, POOLINGS
 
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 SOURCE = Path(__file__).parent / "stripe_pool_reduce.cu"

@@ -17,6 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mgn_deploy.cuda.errors import cuda_sentence
+from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.files import atomic_file, cache_folder
 from mgn_deploy.kernels.plan import (
     AUTO,
     FUSED,
@@ -30,10 +33,6 @@ from mgn_deploy.kernels.plan import (
     params_of,
     plan_on,
 )
-
-from mgn_deploy.cuda_errors import cuda_sentence
-from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.files import atomic_file, cache_folder
 
 FOLDER = Path(__file__).parent
 KEPT_ARGUMENTS = 8  # of a planned kernel: a pipeline's sets of buffers, and what an allocator gives in turns

@@ -14,6 +14,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.kernels.nvrtc import compile_kernels
 from mgn_deploy.kernels.plan import (
     DTYPES,
@@ -31,8 +32,6 @@ from mgn_deploy.kernels.plan import (
     params_of,
     plan_on,
 )
-
-from mgn_deploy.errors import CannotRun, UserError
 
 TYPESTRS = {"float32": ("<f4",), "float16": ("<f2",), "bfloat16": ("<u2", "<V2")}  # NumPy has no bfloat16: its bits
 

@@ -13,6 +13,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mgn_deploy.config import GEM_EPSILON, Neck, Pooling, stripe_rows
 from mgn_deploy.kernels.nvrtc import PlannedKernel
 from mgn_deploy.kernels.plan import (
     BARRIER_BYTES,
@@ -25,10 +29,6 @@ from mgn_deploy.kernels.plan import (
     features_of,
     make_problem,
 )
-from torch import Tensor
-from torch.nn import functional
-
-from mgn_deploy.config import GEM_EPSILON, Neck, Pooling, stripe_rows
 
 
 @torch.library.custom_op("mgn_deploy::stripe_pool_reduce", mutates_args=(), device_types="cpu")

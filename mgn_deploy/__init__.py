@@ -14,20 +14,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mgn_deploy.bundle import Bundle as Bundle
+    from mgn_deploy.bundle.bundle import Bundle as Bundle
     from mgn_deploy.embedder import Embedder as Embedder
     from mgn_deploy.errors import GateFailed as GateFailed
     from mgn_deploy.errors import UnreadableImage as UnreadableImage
     from mgn_deploy.errors import UserError as UserError
-    from mgn_deploy.store import Store as Store
+    from mgn_deploy.gallery.store import Store as Store
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Bundle": "mgn_deploy.bundle",
+    "Bundle": "mgn_deploy.bundle.bundle",
     "Embedder": "mgn_deploy.embedder",
     "GateFailed": "mgn_deploy.errors",
-    "Store": "mgn_deploy.store",
+    "Store": "mgn_deploy.gallery.store",
     "UnreadableImage": "mgn_deploy.errors",
     "UserError": "mgn_deploy.errors",
 }

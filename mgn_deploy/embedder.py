@@ -8,24 +8,20 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from PIL import Image
 
-from mgn_deploy.backends import Backend, open_backend
-from mgn_deploy.bundle import Bundle
+from mgn_deploy.backends.base import Backend
+from mgn_deploy.backends.registry import open_backend
+from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
-from mgn_deploy.images import read_crop
+from mgn_deploy.images.decode import read_crop
+from mgn_deploy.images.prefetch import batched, in_order
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 Progress = Callable[[int, int], None]
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Embedder:
@@ -115,26 +111,3 @@ def run_batches(backend: Backend, batches: Iterable[np.ndarray]) -> Iterator[np.
     """Embeddings of each batch, in order. A backend with a `stream` (TensorRT's) asks for batches ahead of its results."""
     stream = getattr(backend, "stream", None)
     yield from stream(batches) if stream else map(backend, batches)
-
-
-def in_order(function: Callable[[T], R], items: Sequence[T], ahead: int = 64) -> Iterator[R]:
-    """`map` on a few threads, at most `ahead` results waiting: decoding overlaps inference, in bounded memory."""
-    workers = min(8, (os.cpu_count() or 1) + 1)
-    remaining = iter(items)
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        waiting = deque[Future[R]](pool.submit(function, item) for item in islice(remaining, ahead))
-        try:
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter (itertools.batched of Python 3.12)."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

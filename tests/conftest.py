@@ -20,9 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: before PyTorch is loaded
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
-from mgn_deploy.bundle import Bundle
+from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.drawn import draw_crop
+from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 
 # Of 16 channels and not 8: OpenVINO's INT8 kernels give other sums from run to run where channels are no multiple of 16
@@ -35,7 +35,8 @@ def trace() -> Iterator[Callable[..., Any]]:
     """`build_graph`, which takes seconds, but once for the same model: what it makes depends on nothing else
     (`test_graph.py`). The exporter uses it, too."""
     import onnx
-    from mgn_deploy.export.graph import build_graph
+
+    from mgn_deploy.export.graph.trace import build_graph
 
     traced: dict[bytes, bytes] = {}
 
@@ -56,8 +57,9 @@ def trace() -> Iterator[Callable[..., Any]]:
 def weights(trace: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights folder of a very small MGN whose batch norms are those of a trained one: not all zero and one."""
     import torch
-    from mgn_deploy.train.weights import new_model, save_weights
     from torch import nn
+
+    from mgn_deploy.train.weights import new_model, save_weights
 
     model = new_model(SMALL, seed=1)
     generator = torch.Generator().manual_seed(2)

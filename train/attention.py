@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from mgn_deploy.train.model import MGN, Embedding
 from torch.nn import functional as F
+
+from mgn_deploy.train.model import MGN, Embedding
 
 
 def attention_maps(model: MGN, crops: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from mgn_deploy.train.recipe import Augment
 
 # Random erasing as published (Zhong et al. 2017): share of the area and aspect ratio of the rectangle.

@@ -7,14 +7,14 @@ from functools import partial
 
 import numpy as np
 import torch
-from mgn_deploy.train.augment import augment
-from mgn_deploy.train.recipe import Augment
 from torch import Tensor
 
 from mgn_deploy.datasets import LabelledImage
-from mgn_deploy.embedder import in_order
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.images import read_crop
+from mgn_deploy.images.decode import read_crop
+from mgn_deploy.images.prefetch import in_order
+from mgn_deploy.train.augment import augment
+from mgn_deploy.train.recipe import Augment
 
 BATCHES_AHEAD = 6
 

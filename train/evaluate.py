@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from mgn_deploy.train.model import MGN, Embedding
 
 from mgn_deploy.datasets import Dataset, LabelledImage
-from mgn_deploy.embedder import batched, in_order
-from mgn_deploy.images import read_crop
-from mgn_deploy.ranking import RankingMetrics
-from mgn_deploy.validate import rank_gallery
+from mgn_deploy.images.decode import read_crop
+from mgn_deploy.images.prefetch import batched, in_order
+from mgn_deploy.retrieval.ranking import RankingMetrics
+from mgn_deploy.retrieval.validate import rank_gallery
+from mgn_deploy.train.model import MGN, Embedding
 
 
 def evaluate_model(model: MGN, data: Dataset, *, flip: bool = True, batch_size: int = 64) -> RankingMetrics:

@@ -7,10 +7,11 @@ Never both on one feature.
 from __future__ import annotations
 
 import torch
-from mgn_deploy.train.model import MGNOutput
-from mgn_deploy.train.recipe import Loss
 from torch import Tensor
 from torch.nn import functional as F
+
+from mgn_deploy.train.model import MGNOutput
+from mgn_deploy.train.recipe import Loss
 
 MARGIN = 1.2
 PAPER = Loss()

@@ -17,11 +17,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from mgn_deploy.train.resnet import IBN, build_resnet, feature_channels, remove_stride
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
 from mgn_deploy.config import GEM_EPSILON, ModelConfig, Neck, stripe_rows
+from mgn_deploy.train.resnet import IBN, build_resnet, feature_channels, remove_stride
 
 GEM_POWER = 3.0  # Radenovic et al. 2019, section 3.2: where training starts, and what a fixed GeM uses
 

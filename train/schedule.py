@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from mgn_deploy.train.recipe import Optim, Schedule
 from torch import nn
+
+from mgn_deploy.train.recipe import Optim, Schedule
 
 
 def make_optimizer(model: nn.Module, options: Optim) -> torch.optim.Optimizer:

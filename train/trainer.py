@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mgn_deploy.datasets import Dataset
+from mgn_deploy.errors import UserError
 from mgn_deploy.train.checkpoint import load_checkpoint, save_checkpoint
 from mgn_deploy.train.data import TrainingSet
 from mgn_deploy.train.distributed import Group
@@ -28,11 +33,6 @@ from mgn_deploy.train.recipe import Recipe
 from mgn_deploy.train.sampler import IdentitySampler
 from mgn_deploy.train.schedule import make_optimizer, rate_factor
 from mgn_deploy.train.weights import fine_tuned_model, new_model, save_weights
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from mgn_deploy.datasets import Dataset
-from mgn_deploy.errors import UserError
 
 WEIGHTS, BEST = "weights", "best"
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

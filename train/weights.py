@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mgn_deploy.train.model import MGN, resnet_of
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -18,6 +17,7 @@ from torch import nn
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder, sha256_file
+from mgn_deploy.train.model import MGN, resnet_of
 
 CONFIG = "config.json"
 TENSORS = "mgn.safetensors"

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from mgn_deploy.backends import Backend, import_problem
-from mgn_deploy.bundle import GRAPH, Bundle
-from mgn_deploy.fused_heads import FusedHeads
+from mgn_deploy.backends.base import Backend
+from mgn_deploy.backends.heads.fused import FusedHeads
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.manifest import GRAPH
+from mgn_deploy.packages import import_problem
 
 
 def missing() -> str | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mgn_deploy.backends import Backend
-from mgn_deploy.backends.tensorrt import TensorRtBackend, missing_parts
-from mgn_deploy.bundle import Bundle
+from mgn_deploy.backends.base import Backend
+from mgn_deploy.backends.tensorrt.runner import TensorRtBackend, missing_parts
+from mgn_deploy.bundle.bundle import Bundle
 
 
 def missing() -> str | None:

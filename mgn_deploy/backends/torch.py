@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from mgn_deploy.backends import Backend, import_problem
-from mgn_deploy.bundle import REFERENCE, Bundle
+from mgn_deploy.backends.base import Backend
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.manifest import REFERENCE
 from mgn_deploy.errors import CannotRun
+from mgn_deploy.packages import import_problem
 
 
 def missing() -> str | None:

@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from mgn_deploy.errors import UserError
-
-BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime-tensorrt, onnxruntime-cuda, openvino, onnxruntime or torch."
+BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, openvino, onnxruntime or torch."
 LOG_SECONDS = 10  # between lines of progress where stderr is no terminal
 
 
@@ -106,14 +104,3 @@ def phase_lines(label: str) -> Callable[[str, int, int], None]:
 
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
-
-
-def require_training() -> None:
-    """Raise UserError unless what `train/` and `export/` import is installed."""
-    from mgn_deploy.backends import import_problem
-    from mgn_deploy.doctor import TRAINING_PACKAGES
-
-    for package in TRAINING_PACKAGES:
-        problem = import_problem(package, "train")
-        if problem:
-            raise UserError(f"this command needs PyTorch and the exporter's packages: {problem}")

@@ -1,13 +1,26 @@
-"""`mgn-deploy demo`."""
+"""`mgn-deploy demo`: the whole way on drawn people: draw, train, export, prove, embed, validate, and a page to look at."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import percent, print_json, print_table, require_training, say
-from mgn_deploy.errors import GateFailed
+from mgn_deploy.cli.console import percent, print_json, print_table, say
+from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.packages import require_training
+
+if TYPE_CHECKING:
+    from mgn_deploy.retrieval.ranking import RankingMetrics
+    from mgn_deploy.retrieval.validate import Validation
+
+MARKER = "made-by-mgn-deploy-demo"
 
 
 def demo(
@@ -23,8 +36,7 @@ def demo(
 ) -> None:
     """Draw people, train a small MGN on them, export, prove, embed, validate: the whole way in under five minutes."""
     require_training()
-    from mgn_deploy.demo import run_demo
-    from mgn_deploy.validate import KEYS
+    from mgn_deploy.retrieval.validate import KEYS
 
     made = run_demo(out, train_seconds=seconds, seed=seed, say=say)
     reference = made.validation.reference
@@ -63,3 +75,121 @@ def demo(
         raise GateFailed(
             f"the engine's rank-1 or mAP differs by {100 * made.validation.worst():.2f} points from PyTorch's"
         )
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What was made, and the figures. `chance` is rank-1 of guessing an identity."""
+
+    people: Path
+    weights: Path
+    bundle: Path
+    query_store: Path
+    gallery_store: Path
+    page: Path
+    chance: float
+    untrained: RankingMetrics
+    validation: Validation
+    seconds: float
+
+
+def run_demo(
+    out: str | os.PathLike[str],
+    *,
+    train_seconds: float = 150,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Demo:
+    """Make everything below `out`; an earlier demo there is replaced.
+
+    Args:
+        out: a new or empty folder, or one of an earlier demo.
+        train_seconds: training ends after the recipe's 24 epochs or this time, whichever comes first.
+        seed: of the drawings, the first weights and the batches.
+        say: called with a sentence for each step.
+
+    Raises:
+        UserError: `out` holds something else, or PyTorch or an engine is not installed.
+    """
+    # Imported here: `--help` shall not wait for them.
+    from mgn_deploy.datasets.drawn import draw_market1501
+    from mgn_deploy.datasets.market1501 import open_market1501
+    from mgn_deploy.embedder import Embedder
+    from mgn_deploy.export.exporter import export_bundle
+    from mgn_deploy.gallery.embed import embed_folder
+    from mgn_deploy.gallery.store import Store
+    from mgn_deploy.report.rank_page import write_rank_page
+    from mgn_deploy.retrieval.search import Queries, search
+    from mgn_deploy.retrieval.validate import validate
+    from mgn_deploy.train.evaluate import evaluate_model
+    from mgn_deploy.train.recipe import load_recipe
+    from mgn_deploy.train.trainer import WEIGHTS, Step, train
+    from mgn_deploy.train.weights import new_model
+
+    start = time.monotonic()
+    out = _fresh_folder(Path(out))
+    people, weights, bundle = out / "people", out / "run" / WEIGHTS, out / "bundle"
+
+    say("1/6 drawing people: 4 cameras, their own light and background, poses, occlusion, junk and distractors")
+    drawn = draw_market1501(people, seed=seed)
+    say(
+        f"    {drawn.train} training images of {drawn.train_identities} people; {drawn.query} queries and {drawn.gallery} gallery "
+        f"images of {drawn.test_identities} others, {drawn.junk} junk and {drawn.distractors} distractors among them"
+    )
+    data = open_market1501(people)
+
+    recipe = load_recipe("small", [f"loop.seed={seed}", f"schedule.max_seconds={train_seconds}"])
+    config = recipe.model.config(drawn.train_identities)
+    say(f"2/6 training a small MGN (ResNet-18 of half width, {config.height}x{config.width}) from random weights")
+    untrained = evaluate_model(new_model(config, seed=seed), data)
+
+    def report(step: Step) -> None:
+        if step.batch == step.batches:
+            say(
+                f"    epoch {step.epoch:2d}/{step.epochs}  loss {step.loss:6.3f}  (softmax {step.softmax:.3f}, "
+                f"triplet {step.triplet:.3f})  {step.images_per_second:.0f} images/s, {step.seconds_left:.0f} s left"
+            )
+
+    train(data, recipe, out / "run", on_step=report, say=lambda sentence: say("    " + sentence))
+
+    say("3/6 exporting to ONNX, and proving every engine that is installed against PyTorch")
+    export_bundle(weights, bundle, proof_images=people / "query", say=lambda sentence: say("    " + sentence))
+
+    say("4/6 embedding query and gallery from their files")
+    embedder = Embedder.open(bundle)
+    for subset, store in (("query", "store-query"), ("bounding_box_test", "store-gallery")):
+        made = embed_folder(people / subset, out / store, embedder)
+        say(f"    {made.embedded} images of {subset} with {embedder.backend.name}")
+
+    say("5/6 validating by the Market-1501 protocol, the engine beside PyTorch")
+    validation = validate(data, embedder, Embedder.open_reference(bundle))
+
+    say("6/6 writing the page of rank lists")
+    lists = search(Queries.of_store(Store.open(out / "store-query")), Store.open(out / "store-gallery"))
+    facts = {"Bundle": embedder.bundle.id[:12], "Backend": embedder.backend.name, "Gallery": f"{drawn.gallery} images"}
+    write_rank_page(out / "ranks.html", lists, title="Drawn people", facts=facts)
+    return Demo(
+        people,
+        weights,
+        bundle,
+        out / "store-query",
+        out / "store-gallery",
+        out / "ranks.html",
+        1 / drawn.test_identities,
+        untrained,
+        validation,
+        time.monotonic() - start,
+    )
+
+
+def _fresh_folder(out: Path) -> Path:
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
+        raise UserError(f"{out} exists and is no earlier demo's: choose another place with -o")
+    try:
+        if out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+        (out / MARKER).touch()
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+    return out

@@ -1,16 +1,25 @@
-"""`mgn-deploy doctor`."""
+"""`mgn-deploy doctor`: what this machine can run, and what to install for the rest."""
 
 from __future__ import annotations
 
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
 import typer
 
+import mgn_deploy
 from mgn_deploy.cli.console import print_json, print_table
+from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
+from mgn_deploy.packages import TRAINING_PACKAGES, import_problem
 
 
 def doctor(json: bool = typer.Option(False, "--json", help="Print as JSON.")) -> None:
     """Show what this machine can run, why the rest cannot, and what to install."""
-    from mgn_deploy.doctor import examine, machine_facts
-
     facts, findings = machine_facts(), examine()
     if json:
         print_json({"machine": facts, "parts": [vars(finding) for finding in findings]})
@@ -23,3 +32,58 @@ def doctor(json: bool = typer.Option(False, "--json", help="Print as JSON.")) ->
         ["part", "version", "here"],
         [[one.part, one.version, one.problem or "yes"] for one in findings],
     )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`problem` says why a part is not available and what to install; None where it is."""
+
+    part: str
+    version: str
+    problem: str | None
+
+
+def examine() -> list[Finding]:
+    """Every backend in the order of `auto`, then the commands that need PyTorch and the exporter. Imports them all."""
+    from mgn_deploy.backends.registry import ORDER, backend_module
+
+    findings = [Finding(f"backend {name}", _version(name), backend_module(name).missing()) for name in ORDER]
+    problems = [problem for package in TRAINING_PACKAGES if (problem := import_problem(package, "train"))]
+    findings.append(Finding("init, import, train, export, demo", _version("torch"), problems[0] if problems else None))
+    return findings
+
+
+def machine_facts() -> dict[str, Any]:
+    """The machine as far as it bears on inference."""
+    return {
+        "mgn-deploy": mgn_deploy.__version__,
+        "Python": platform.python_version(),
+        "system": platform.platform(),
+        "CPU": cpu_name(),
+        "CPUs": usable_cpus(),
+        "CPU features": cpu_features(),
+        "GPUs": nvidia_gpus(),
+    }
+
+
+def nvidia_gpus() -> list[str]:
+    """Name, compute capability, memory and driver of each NVIDIA GPU, as nvidia-smi tells; empty without one."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"nvidia-smi did not answer: {error}", file=sys.stderr)
+        return []
+    return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
+
+
+def _version(backend: str) -> str:
+    package = "onnxruntime" if backend.startswith("onnxruntime") else backend
+    for name in (package, f"{package}-gpu", f"{package.replace('_', '-')}-cu13"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""

@@ -31,7 +31,7 @@ def embed(
 ) -> None:
     """Embed every image below a folder into a store; run again, it goes on where it stopped."""
     from mgn_deploy.embedder import Embedder
-    from mgn_deploy.gallery import embed_folder
+    from mgn_deploy.gallery.embed import embed_folder
 
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, get_args
 
 import typer
 
-from mgn_deploy.cli.console import phase_lines, print_json, print_table, require_training, say
+from mgn_deploy.cli.console import phase_lines, print_json, print_table, say
 from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
-    from mgn_deploy.bundle import Bundle, Proof
+    from mgn_deploy.bundle.bundle import Bundle
+    from mgn_deploy.bundle.manifest import Proof
 
 MOST_GIB = 1024
 
@@ -103,11 +105,12 @@ def export(
 ) -> None:
     """Export weights to a bundle (one ONNX graph) and prove every engine that is installed here against PyTorch."""
     require_training()
-    from mgn_deploy.bundle import Heads, Precision
+    from mgn_deploy.backends.tensorrt.builder import BuildSettings, parse_batch, parse_capabilities
+    from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH
+    from mgn_deploy.bundle.manifest import Heads, Precision
     from mgn_deploy.datasets import open_data
     from mgn_deploy.export.exporter import MAX_DROP, export_bundle
     from mgn_deploy.export.triton import check_before_export, write_model_repository
-    from mgn_deploy.export.trt_builder import DEFAULT_BATCH, BuildSettings, parse_batch, parse_capabilities
 
     if precision not in get_args(Precision):
         raise UserError(f"--precision {precision}: choose {', '.join(get_args(Precision))}")
@@ -189,9 +192,9 @@ def prove(
 ) -> None:
     """Prove a bundle with every engine that is installed here, and write the proofs into it."""
     require_training()
-    from mgn_deploy.bundle import Bundle
+    from mgn_deploy.bundle.bundle import Bundle
     from mgn_deploy.datasets import open_data
-    from mgn_deploy.export.prove import prove_again
+    from mgn_deploy.export.proof.prove import prove_again
 
     labelled = open_data(data, say=say) if data else None
     made = prove_again(bundle, proof_images=proof_images, data=labelled, say=say)

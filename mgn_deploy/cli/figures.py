@@ -6,8 +6,9 @@ from pathlib import Path
 
 import typer
 
-from mgn_deploy.cli.console import BACKENDS, require_training
+from mgn_deploy.cli.console import BACKENDS
 from mgn_deploy.errors import UserError
+from mgn_deploy.packages import require_training
 
 app = typer.Typer(help="Draw training curves, attention maps or rank lists as PNG.", no_args_is_help=True)
 
@@ -18,7 +19,7 @@ def curves(
     out: Path = typer.Option(Path("curves.png"), "-o", "--out", help="The PNG to write."),
 ) -> None:
     """Losses, learning rate, rank-1 and mAP by epoch."""
-    from mgn_deploy.figures import draw_curves
+    from mgn_deploy.report.figures import draw_curves
 
     draw_curves(run, out)
     print(out)
@@ -36,8 +37,8 @@ def attention(
     import numpy as np
 
     from mgn_deploy.errors import UnreadableImage
-    from mgn_deploy.figures import draw_attention
-    from mgn_deploy.images import read_crop
+    from mgn_deploy.images.decode import read_crop
+    from mgn_deploy.report.figures import draw_attention
     from mgn_deploy.train.attention import attention_maps
     from mgn_deploy.train.weights import load_weights
 
@@ -64,9 +65,9 @@ def ranks(
 ) -> None:
     """Queries beside their nearest (the paper's Figure 4)."""
     from mgn_deploy.cli.search import open_queries
-    from mgn_deploy.figures import draw_rank_lists
-    from mgn_deploy.search import search
-    from mgn_deploy.store import Store
+    from mgn_deploy.gallery.store import Store
+    from mgn_deploy.report.figures import draw_rank_lists
+    from mgn_deploy.retrieval.search import search
 
     images = Store.open(gallery)
     draw_rank_lists(search(open_queries(query, bundle, backend), images, k)[:limit], out)
@@ -74,7 +75,7 @@ def ranks(
 
 
 def _files(given: list[Path]) -> list[Path]:
-    from mgn_deploy.listing import list_images
+    from mgn_deploy.images.listing import list_images
 
     files = []
     for path in given:

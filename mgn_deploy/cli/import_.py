@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import print_json, require_training, say
+from mgn_deploy.cli.console import print_json, say
 from mgn_deploy.errors import UserError
+from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
     from mgn_deploy.train.importers.importing import Report

@@ -32,9 +32,9 @@ def validate(
     """Rank-1/5/10, mAP and mINP by the Market-1501 protocol, beside the PyTorch reference's."""
     from mgn_deploy.datasets import open_data
     from mgn_deploy.embedder import Embedder
-    from mgn_deploy.multi_query import needed_subsets
-    from mgn_deploy.validate import KEYS
-    from mgn_deploy.validate import validate as run
+    from mgn_deploy.retrieval.multi_query import needed_subsets
+    from mgn_deploy.retrieval.validate import KEYS
+    from mgn_deploy.retrieval.validate import validate as run
 
     images = open_data(data, needed_subsets(multi_query), say=say)
     for note in images.notes:

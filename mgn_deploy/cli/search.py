@@ -12,8 +12,8 @@ from mgn_deploy.cli.console import BACKENDS, print_json, print_table, progress, 
 from mgn_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from mgn_deploy.rank_page import RankList
-    from mgn_deploy.search import Queries
+    from mgn_deploy.retrieval.rank_list import RankList
+    from mgn_deploy.retrieval.search import Queries
 
 SHOWN_QUERIES = 20
 
@@ -30,9 +30,9 @@ def distmat(
     metric: MetricName = typer.Option(MetricName.cosine, help="cosine is 1 - similarity."),
 ) -> None:
     """Write the distance matrix of two stores, in their rows' order."""
-    from mgn_deploy.distance import write_distance_matrix
-    from mgn_deploy.search import check_same_bundle
-    from mgn_deploy.store import Store
+    from mgn_deploy.gallery.store import Store
+    from mgn_deploy.retrieval.distance import write_distance_matrix
+    from mgn_deploy.retrieval.search import check_same_bundle
 
     queries, images = Store.open(query), Store.open(gallery)
     check_same_bundle(queries.manifest.bundle_id, images)
@@ -52,9 +52,9 @@ def search(
     json: bool = typer.Option(False, "--json", help="Print the rank lists as JSON."),
 ) -> None:
     """Show the nearest gallery images of each query."""
-    from mgn_deploy.rank_page import write_rank_page
-    from mgn_deploy.search import search as run_search
-    from mgn_deploy.store import Store
+    from mgn_deploy.gallery.store import Store
+    from mgn_deploy.report.rank_page import write_rank_page
+    from mgn_deploy.retrieval.search import search as run_search
 
     images = Store.open(gallery)
     lists = run_search(open_queries(query, bundle, backend, allow_unproven), images, k)
@@ -74,8 +74,8 @@ def search(
 
 def open_queries(query: Path, bundle: Path | None, backend: str, allow_unproven: bool = False) -> Queries:
     """Of a store, or of images that the bundle embeds."""
-    from mgn_deploy.search import Queries
-    from mgn_deploy.store import MANIFEST, Store
+    from mgn_deploy.gallery.store import MANIFEST, Store
+    from mgn_deploy.retrieval.search import Queries
 
     if (query / MANIFEST).is_file():
         return Queries.of_store(Store.open(query))

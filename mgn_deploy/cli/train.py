@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import progress, require_training, say
+from mgn_deploy.cli.console import progress, say
+from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
     from mgn_deploy.train.trainer import Step

@@ -21,12 +21,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from mgn_deploy.backends import import_problem
 from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Say, Subset
 from mgn_deploy.datasets.market1501 import is_market1501, open_market1501
 from mgn_deploy.datasets.place import find_root, list_folder
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder
+from mgn_deploy.packages import import_problem
 
 Crops = Literal["labeled", "detected"]
 

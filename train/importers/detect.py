@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from mgn_deploy.train.importers import fastreid, levyfan, seathiefwang
-from mgn_deploy.train.importers.source import Source
 from torch import Tensor
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.train.importers import fastreid, levyfan, seathiefwang
+from mgn_deploy.train.importers.source import Source
 
 NAMES = ("auto", "fastreid", "seathiefwang", "levyfan", "gnayuohz", "layumi-style")
 

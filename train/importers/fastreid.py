@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mgn_deploy.train.importers.source import REDUCTIONS, Source, network_table
 from torch import Tensor
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.train.importers.source import REDUCTIONS, Source, network_table
 
 HEADS = ("b1", "b2", "b21", "b22", "b3", "b31", "b32", "b33")  # in the order of our features
 

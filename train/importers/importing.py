@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import sha256_file
 from mgn_deploy.train.importers.detect import detect
 from mgn_deploy.train.importers.reading import read_checkpoint
 from mgn_deploy.train.importers.settings import Assumption, settings
 from mgn_deploy.train.importers.source import Source
 from mgn_deploy.train.model import GEM_POWER, MGN
 from mgn_deploy.train.weights import save_weights
-from torch import Tensor
-
-from mgn_deploy.config import ModelConfig
-from mgn_deploy.errors import UserError
-from mgn_deploy.files import sha256_file
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mgn_deploy.train.importers.seathiefwang import DROPPED, REDUCTION_TABLE
-from mgn_deploy.train.importers.source import REDUCTIONS, Source, network_table
 from torch import Tensor
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.train.importers.seathiefwang import DROPPED, REDUCTION_TABLE
+from mgn_deploy.train.importers.source import REDUCTIONS, Source, network_table
 
 SOURCE = Source(
     name="levyfan",

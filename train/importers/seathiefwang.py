@@ -5,8 +5,9 @@ Input: RGB, bicubic 384x128, ImageNet's mean and deviation; features of image an
 
 from __future__ import annotations
 
-from mgn_deploy.train.importers.source import REDUCTIONS, Source, network_table
 from torch import Tensor
+
+from mgn_deploy.train.importers.source import REDUCTIONS, Source, network_table
 
 # reduction_0 to 2 are the branches' global ones; here in the order of our features.
 NUMBERS = (0, 1, 3, 4, 2, 5, 6, 7)

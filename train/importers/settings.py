@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mgn_deploy.train.importers.source import Source
-from mgn_deploy.train.model import GEM_POWER
 from pydantic import ValidationError
 from torch import Tensor
 
 from mgn_deploy.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from mgn_deploy.errors import UserError
+from mgn_deploy.train.importers.source import Source
+from mgn_deploy.train.model import GEM_POWER
 
 # Blocks of layer1 to layer4, and whether a block has three convolutions.
 BACKBONES = {

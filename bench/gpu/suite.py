@@ -1,0 +1,249 @@
+"""Everything that needs an NVIDIA GPU, in one command: `python bench/gpu/suite.py --out FOLDER`, from a source tree.
+
+    facts       GPU, driver, tools and Python packages
+    tests       every test that is marked gpu, and the C example; suite.json has the counts and why tests were skipped
+    sanitizer   memcheck and racecheck of the C example, and of the kernel's tests at a few batch sizes
+    bench       `bench/kernel/`, into kernel.json
+    engines     `bench/gpu/matrix.py`: precisions x engines, proven and in turns with PyTorch, into engines.json
+
+Each stage is a process with a time limit and a log; a stage that fails does not stop the next one. `suite.json` says how
+each ended, after each. Nothing has to be installed: the import name `mgn_deploy` is made of links in a scratch folder.
+Needed are PyTorch with CUDA, torchvision, cuda-core, NVRTC, pydantic, typer, rich, pyarrow, onnx, onnxscript, onnxruntime,
+pytest, pytest-timeout, hypothesis, safetensors and tensorboard (`facts` names what is missing); what PYTHONPATH has stays on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[2]
+MINUTES = {"facts": 1.0, "tests": 4.0, "sanitizer": 4.0, "bench": 9.0, "engines": 9.0}
+PACKAGES = (
+    *("torch", "torchvision", "triton", "numpy", "PIL", "pyarrow", "pydantic", "rich", "typer", "safetensors"),
+    *("cuda.core", "cuda.bindings", "onnx", "onnxscript", "onnxruntime", "pytest", "pytest_timeout", "hypothesis"),
+    *("tensorboard", "tensorrt", "tensorrt_rtx", "pycuda"),
+)
+PYTEST = (sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-q", "-p", "no:cacheprovider")
+COUNTS = "counts.json"  # of the tests, in the scratch folder
+RESULTS = ("passed", "failed", "skipped")
+# What `engines` is told of: the options of the same names of `bench/gpu/matrix.py`.
+OF_MATRIX = ("weights", "data", "calib", "precisions", "engines")
+PATHS = OF_MATRIX[:3]
+CANNOT = 2  # exit status of a stage that this machine lacks something for
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 where every chosen stage passed, 2 where none could run here, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    parser.add_argument("--stages", default=",".join(MINUTES), help="which, in that order (all)")
+    parser.add_argument("--minutes", type=float, help="of each stage, instead of its own limit")
+    parser.add_argument("--run-stage", choices=list(STAGES), help=argparse.SUPPRESS)
+    for name in OF_MATRIX:
+        parser.add_argument(f"--{name}", help="of the stage engines, as bench/gpu/matrix.py takes it")
+    chosen = parser.parse_args(arguments)
+    out = chosen.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    matrix = matrix_options(chosen)
+    if chosen.run_stage:
+        return STAGES[chosen.run_stage](out, chosen.minutes or MINUTES[chosen.run_stage], matrix)
+    names = chosen.stages.split(",")
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        parser.error(f"no stage {', '.join(unknown)}: choose from {', '.join(STAGES)}")
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="mgn-gpu-suite-") as scratch:
+        environment = prepare(Path(scratch))
+        for name in names:
+            minutes = chosen.minutes or MINUTES[name]
+            stage = ["--run-stage", name, "--minutes", str(minutes), *matrix]
+            command = [sys.executable, __file__, "--out", str(out), *stage]
+            print(f"== {name} (at most {minutes:g} minutes)", flush=True)
+            results[name] = run_limited(command, environment, Path(scratch), out / f"{name}.log", 60 * minutes)
+            counts = Path(scratch) / COUNTS
+            if name == "tests" and counts.is_file():
+                results[name]["tests"] = json.loads(counts.read_text())
+            (out / "suite.json").write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{results[name]['state']} after {results[name]['seconds']} s: {results[name]['last']}", flush=True)
+    states = {result["state"] for result in results.values()}
+    return 0 if states == {"passed"} else 2 if states == {"cannot run here"} else 1
+
+
+def matrix_options(chosen: argparse.Namespace) -> list[str]:
+    """Those that were given; stages run in another folder, so paths are absolute."""
+    found = []
+    for name, value in ((name, getattr(chosen, name)) for name in OF_MATRIX if getattr(chosen, name)):
+        kind, colon, path = value.rpartition(":") if name == "data" else ("", "", value)
+        found += [f"--{name}", f"{kind}{colon}{Path(path).resolve()}" if name in PATHS else value]
+    return found
+
+
+def prepare(scratch: Path) -> dict[str, str]:
+    """The environment for the stages: `mgn_deploy` importable as if it were installed, caches in `scratch`."""
+    package = scratch / "site" / "mgn_deploy"
+    package.mkdir(parents=True)
+    for entry in (ROOT / "mgn_deploy").iterdir():
+        if entry.name != "__pycache__":
+            (package / entry.name).symlink_to(entry)
+    for name in ("train", "export", "kernels", "bench"):
+        (package / name).symlink_to(ROOT / name)
+    path = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "XDG_CACHE_HOME": str(scratch / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+    }
+
+
+def run_limited(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path, seconds: float
+) -> dict[str, Any]:
+    """Run with output into `log`; past the limit the command and all that it started are ended."""
+    started = time.monotonic()
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    states = {0: "passed", CANNOT: "cannot run here", None: "out of time"}
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return {
+        "state": states.get(code, "failed"),
+        "exit": code,
+        "seconds": round(time.monotonic() - started, 1),
+        "last": lines[-1].strip() if lines else "",
+    }
+
+
+def facts(out: Path, minutes: float, matrix: Sequence[str]) -> int:
+    """What is here, into facts.json; a GPU must be, and the packages without which the other stages cannot start."""
+    packages = {name: _version(name) for name in PACKAGES}
+    tools = {name: shutil.which(name) or _in_cuda(name) for name in ("nvidia-smi", "nvcc", "compute-sanitizer")}
+    for tool, arguments in (("nvidia-smi", []), ("nvcc", ["--version"])):
+        if tools[tool]:
+            subprocess.run([str(tools[tool]), *arguments], timeout=30, check=False)
+    found = {"python": sys.version, "packages": packages, "tools": tools, "cpus": os.cpu_count()}
+    (out / "facts.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    if packages["pydantic"] is None or packages["torch"] is None:
+        print("torch and pydantic must be importable: put a folder that has them on PYTHONPATH")
+        return CANNOT
+    return _gpu_or_why()
+
+
+def tests(out: Path, minutes: float, matrix: Sequence[str]) -> int:
+    """Also without a GPU pytest has to collect them all: a test file that cannot be imported shows."""
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    runs = {
+        "marked gpu": run_pytest(*map(str, files), "-m", "gpu", "--continue-on-collection-errors"),
+        "example and NVRTC": run_pytest(str(ROOT / "tests/test_kernel_build.py"), "-k", "example or nvrtc"),
+    }
+    Path(COUNTS).write_text(json.dumps(runs))
+    print("; ".join(f"{name}: " + ", ".join(f"{run[key]} {key}" for key in RESULTS) for name, run in runs.items()))
+    if any(run["exit"] for run in runs.values()):
+        return 1
+    return _gpu_or_why() or int(runs["marked gpu"]["passed"] == 0)
+
+
+def sanitizer(out: Path, minutes: float, matrix: Sequence[str]) -> int:
+    tool, nvcc = (shutil.which(name) or _in_cuda(name) for name in ("compute-sanitizer", "nvcc"))
+    if tool is None or nvcc is None:
+        print(f"compute-sanitizer is {tool}, nvcc is {nvcc}: both are needed")
+        return CANNOT
+    without = _gpu_or_why()
+    if without:
+        return without
+    example = Path.cwd() / "example"
+    sources = [str(ROOT / "kernels" / name) for name in ("example.cu", "stripe_pool_reduce.cu")]
+    subprocess.run([nvcc, "-std=c++17", "-arch=native", "-lineinfo", "-o", str(example), *sources], check=True)
+    few = [*PYTEST, str(ROOT / "tests/test_torch_op.py"), "-m", "gpu"]
+    few += ["-k", "definition and max-True and (-2] or -9])"]
+    worst = 0
+    for check in ("memcheck", "racecheck"):
+        for what in ([str(example)], few):
+            print(f"== {check} of {' '.join(what)}", flush=True)
+            command = [tool, "--tool", check, "--error-exitcode", "9", *what]
+            worst = max(worst, abs(subprocess.run(command, check=False).returncode))
+    return 1 if worst else 0
+
+
+def bench(out: Path, minutes: float, matrix: Sequence[str]) -> int:
+    """Ends by itself: a case takes half a minute at most once its time is up."""
+    command = [sys.executable, "-m", "mgn_deploy.bench.kernel", "--out", str(out / "kernel.json")]
+    return subprocess.run([*command, "--minutes", str(max(minutes - 1, 0.5))], check=False).returncode
+
+
+def engines(out: Path, minutes: float, matrix: Sequence[str]) -> int:
+    """Ends by itself: no row is begun that may not end in time."""
+    command = [sys.executable, "-m", "mgn_deploy.bench.gpu.matrix", "--out", str(out / "engines.json"), *matrix]
+    command += ["--budget", str(max(60 * minutes - 30, 30))]
+    return _gpu_or_why() or subprocess.run(command, check=False).returncode
+
+
+STAGES = {"facts": facts, "tests": tests, "sanitizer": sanitizer, "bench": bench, "engines": engines}
+
+
+def run_pytest(*arguments: str) -> dict[str, Any]:
+    """How many tests passed, failed and were skipped, and how many for which reason; `exit` is 0 also where there was no test.
+
+    Where pytest itself broke down there are no counts but an exit status.
+    """
+    report = Path("tests.xml")
+    report.unlink(missing_ok=True)
+    code = subprocess.run([*PYTEST, f"--junitxml={report.resolve()}", *arguments], check=False).returncode
+    cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
+    skips = [skip for case in cases if (skip := case.find("skipped")) is not None]
+    failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
+    # A file that is skipped as a whole has its reason in the text.
+    reasons = [str(skip.text if skip.get("message") == "collection skipped" else skip.get("message")) for skip in skips]
+    counts = (len(cases) - failed - len(skips), failed, len(skips))
+    return {"exit": 0 if code == 5 else code, **dict(zip(RESULTS, counts, strict=True)), "reasons": Counter(reasons)}
+
+
+def _version(name: str) -> str | None:
+    """Its version, "yes" where it tells none, or None."""
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        print(f"{name}: {error}")
+        return None
+    return str(getattr(module, "__version__", "yes"))
+
+
+def _in_cuda(name: str) -> str | None:
+    return shutil.which(name, path=Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
+
+
+def _gpu_or_why() -> int:
+    """0 where there is a GPU, else a line that says why not and the exit status for it."""
+    from mgn_deploy.cuda.device import gpu_problem
+
+    problem = gpu_problem()
+    if problem:
+        print(problem)
+    return CANNOT if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Who runs in `bench.kernel`: the fused kernel, and the same heads by PyTorch in several ways.
+
+A contender is made for one case and its inputs, and then run again and again over the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mgn_deploy.bench.kernel.cases import Case, Inputs, finish, tolerance
+from mgn_deploy.config import stripe_rows
+from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS, PATHS, make_problem
+
+NAMES = {
+    "kernel": "stripe_pool_reduce.cu, the path that its plan takes, launched by itself",
+    "kernel_graph": "the same in a CUDA graph, as in the pipeline: the headline",
+    "kernel_fused": "stripe_pool_reduce.cu told to take the path fused",
+    "kernel_rows": "stripe_pool_reduce.cu told to take the path rows",
+    "kernel_tiles": "stripe_pool_reduce.cu told to take the path tiles",
+    "torch_op": "torch.ops.mgn_deploy.stripe_pool_reduce, mirror average and L2 norm by PyTorch",
+    "eager": "the heads of train/model.py by PyTorch eager (cuDNN's or cuBLAS's 1x1 convolutions), batch norms folded",
+    "eager_graph": "the same in a CUDA graph",
+    "compiled": "the same by torch.compile, static shapes",
+    "compiled_graph": "the same by torch.compile in a CUDA graph",
+    "lean_graph": "PyTorch eager reading each map once and reducing in one batched product, in a CUDA graph",
+    "lean_compiled_graph": "the same by torch.compile in a CUDA graph",
+    "tensorrt": "a TensorRT or TensorRT-RTX engine of the heads alone, not in a CUDA graph; NHWC maps through a Transpose; "
+    "weights, bias and products are of the maps' type, where exports go on in float32 after the maxima: a faster rival, as "
+    "there is less to move and to compute, than the engine that ships",
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`run` starts it on the current stream and returns where the result will be; `poison` spoils what it has to write.
+    `facts` go into the results. `roundings` is how often it may round to the maps' type: PyTorch and TensorRT the product,
+    the sum with the bias and the sum with the mirror."""
+
+    run: Callable[[], Tensor]
+    poison: Callable[[], object] = lambda: None
+    facts: dict[str, Any] | None = None
+    roundings: int = 3
+
+
+class Heads(nn.Module):
+    """As the branches of `train.model.MGN` have them: each region pooled by itself, a 1x1 convolution for each."""
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        super().__init__()
+        self.case = case
+        self.weights = inputs.weight[:, :, :, None, None].unbind()
+        self.biases = inputs.bias.to(inputs.weight.dtype).unbind()
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        reduced: list[Tensor] = []
+        for map_, stripes in zip(maps, self.case.branches, strict=True):
+            regions = [map_]
+            if stripes > 1:
+                regions += [map_[:, :, first:last] for first, last in stripe_rows(map_.shape[2], stripes)]
+            for region in regions:
+                vector, feature = region.amax((2, 3), keepdim=True), len(reduced)
+                product = nn.functional.conv2d(vector, self.weights[feature], self.biases[feature])
+                reduced.append(product.relu().flatten(1))
+        return finish(torch.cat(reduced, dim=1), self.case.output)
+
+
+class LeanHeads(nn.Module):
+    """Each map read once, as the whole map's maxima are those of its stripes, and all reductions in one product. Heights
+    must be multiples of the stripes."""
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        super().__init__()
+        self.case = case
+        self.weight, self.bias = inputs.weight.transpose(1, 2), inputs.bias.to(inputs.weight.dtype).unsqueeze(1)
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        pooled: list[Tensor] = []
+        for map_, stripes in zip(maps, self.case.branches, strict=True):
+            maxima = map_.unflatten(2, (stripes, -1)).amax((3, 4))  # [rows, C, stripes]
+            pooled += [maxima.amax(2), *maxima.unbind(2)] if stripes > 1 else [maxima.squeeze(2)]
+        reduced = torch.baddbmm(self.bias, torch.stack(pooled), self.weight).relu()
+        return finish(reduced.transpose(0, 1).flatten(1), self.case.output)
+
+
+def torch_op(case: Case, inputs: Inputs) -> Contender:
+    from mgn_deploy.kernels.torch_op import stripe_pool_reduce
+
+    branches = list(case.branches)
+    return Contender(
+        lambda: finish(stripe_pool_reduce(inputs.maps, branches, inputs.weight, inputs.bias), case.output),
+        roundings=1 if case.output == "features" else 2,  # the sum with the mirror is PyTorch's
+    )
+
+
+class Kernel:
+    """The kernel as an engine's tail would call it: nothing is allocated, copied or checked at a launch.
+
+    Raises:
+        UserError: NVRTC is not installed, or the device has not that path.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs, path: str = "auto") -> None:
+        from mgn_deploy.kernels.nvrtc import PlannedKernel
+        from mgn_deploy.kernels.torch_op import arrange, pointers_to
+
+        shape, self._arranged = arrange(inputs.maps, case.branches, inputs.weight, inputs.bias, None, None, None)
+        self._device = inputs.weight.device
+        self._planned = PlannedKernel(make_problem(*shape, output=case.output, path=path), self._device.index or 0)
+        self._workspace = torch.zeros(self._planned.workspace_bytes, dtype=torch.uint8, device=self._device)
+        dtype = inputs.weight.dtype if case.output == "features" else torch.float32
+        self._result = torch.empty(case.images, case.features * case.reduced, dtype=dtype, device=self._device)
+        self._pointers = pointers_to(self._arranged, self._workspace, self._result)
+
+    def run(self) -> Tensor:
+        self._planned.launch(self._pointers, torch.cuda.current_stream(self._device).cuda_stream)
+        return self._result
+
+    def poison(self) -> None:
+        self._result.fill_(torch.nan)
+        self._workspace[BARRIER_BYTES:].fill_(255)
+
+    def contender(self) -> Contender:
+        plan = self._planned.plan
+        facts = {"path": PATHS[plan.path], "splits": plan.splits, "tensor_cores": bool(plan.tensor_cores)}
+        return Contender(self.run, self.poison, facts, roundings=1)
+
+
+def module(heads: Callable[..., Tensor], inputs: Inputs) -> Contender:
+    return Contender(lambda: heads(*inputs.maps))
+
+
+def graphed(contender: Contender) -> Contender:
+    """Its work captured in a CUDA graph; the result is where the capture put it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            contender.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = contender.run()
+
+    def run() -> Tensor:
+        graph.replay()
+        return result
+
+    def poison() -> None:
+        contender.poison()
+        result.fill_(torch.nan)
+
+    return Contender(run, poison, contender.facts, contender.roundings)
+
+
+def makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:
+    """How to make each contender of a case on a GPU; making one may fail."""
+    torch.compiler.reset()  # else the ninth shape would be refused
+    heads, lean = Heads(case, inputs), LeanHeads(case, inputs)
+    # For this very shape: code for any batch is slower.
+    compiled, lean_compiled = (torch.compile(one, fullgraph=True, dynamic=False) for one in (heads, lean))
+    ways: dict[str, Callable[[], Contender]] = {
+        "kernel": lambda: Kernel(case, inputs).contender(),
+        "kernel_graph": lambda: graphed(Kernel(case, inputs).contender()),
+        "torch_op": lambda: torch_op(case, inputs),
+        "eager": lambda: module(heads, inputs),
+        "eager_graph": lambda: graphed(module(heads, inputs)),
+        "compiled": lambda: module(compiled, inputs),
+        "compiled_graph": lambda: graphed(module(compiled, inputs)),
+        "lean_graph": lambda: graphed(module(lean, inputs)),
+        "lean_compiled_graph": lambda: graphed(module(lean_compiled, inputs)),
+    }
+    if case.rows <= MAX_ROWS:
+        ways["kernel_fused"] = lambda: Kernel(case, inputs, "fused").contender()
+        ways["kernel_rows"] = lambda: Kernel(case, inputs, "rows").contender()
+        ways["kernel_tiles"] = lambda: Kernel(case, inputs, "tiles").contender()
+    return ways
+
+
+def check(contender: Contender, expected: Tensor, case: Case) -> dict[str, Any]:
+    """Two runs into spoilt memory: `error` of the first against float64, whether both have the same bits, and in `wrong`
+    why the contender may not be timed."""
+    results = []
+    for _ in range(2):
+        contender.poison()
+        results.append(contender.run().clone())
+    first, second = results
+    if first.shape != expected.shape:
+        return {"wrong": f"the result is {list(first.shape)}, not {list(expected.shape)}"}
+    if not bool(first.isfinite().all()):
+        return {"wrong": "not every number of the result was written, or some are not finite"}
+    error = float((first.double() - expected).norm() / expected.norm())
+    found: dict[str, Any] = {"error": error, "bit_equal": bool(torch.equal(first, second))}
+    most = tolerance(case, contender.roundings)
+    if not error <= most:
+        found["wrong"] = f"the error {error:.2g} is above {most:.2g}"
+    return found

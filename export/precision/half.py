@@ -1,0 +1,152 @@
+"""Float32 graph -> float16 or bfloat16 graph, with casts in the graph: TensorRT 11 knows no precision flag.
+
+In half precision: the convolutions with their ReLUs, additions and pools, and so the maps. In float32: the pixels'
+normalisation, instance norms, Q/DQ pairs, the heads from the pooled vectors on, the mirror average and the L2 norm, every node
+whose values would overflow, and all maps where one of them would: the fused heads take maps of one type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx.shape_inference
+from onnx import TensorProto, helper, numpy_helper
+
+from mgn_deploy.export.graph import heads
+from mgn_deploy.export.graph.rewrite import map_names, trunk_nodes, with_nodes
+from mgn_deploy.export.precision.ranges import TensorRange
+
+LARGEST_FLOAT16 = 65504.0
+# Other images may reach further than those that were looked at.
+MARGIN = 4.0
+LIMIT = LARGEST_FLOAT16 / MARGIN
+# INT8 scales are too small for float16: a weight's is its largest magnitude by 127.
+FLOAT32_OPERATORS = ("InstanceNormalization", "QuantizeLinear", "DequantizeLinear")
+# Convolutions and pools take bfloat16 from this operator set on.
+BFLOAT16_OPSET = 22
+TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
+
+def to_half(
+    graph: onnx.ModelProto, precision: str, ranges: Mapping[str, TensorRange]
+) -> tuple[onnx.ModelProto, list[str]]:
+    """A copy of the graph in half precision, and the names of the nodes that stay in float32 because they would overflow.
+
+    Args:
+        graph: float32, as `build_graph` or `quantise` makes it.
+        precision: "fp16" or "bf16"; bfloat16 reaches as far as float32 and overflows nowhere.
+        ranges: of the graph's activations on real images (`measure_ranges`).
+    """
+    overflowing = [] if precision == "bf16" else overflowing_nodes(graph, ranges)
+    half_maps = precision == "bf16" or not _too_large(ranges) & {*map_names(graph)}
+    rewriter = _Rewriter(graph, TYPES[precision])
+    zone = {node.name for node in trunk_nodes(graph)}
+    for node in graph.graph.node:
+        if node.op_type == heads.NAME:
+            rewriter.add(node, TYPES[precision] if half_maps else TensorProto.FLOAT, only=map_names(graph))
+        elif node.name in zone:
+            float32 = node.name in overflowing or node.op_type in FLOAT32_OPERATORS
+            rewriter.add(node, TensorProto.FLOAT if float32 else TYPES[precision])
+        else:
+            rewriter.nodes.append(node)
+    result = rewriter.result()
+    if half_maps:
+        _sum_in_float32(result.functions[0])
+    if precision == "bf16":
+        for imported in [*result.opset_import, *result.functions[0].opset_import]:
+            imported.version = BFLOAT16_OPSET if imported.domain == "" else imported.version
+    onnx.checker.check_model(result, full_check=True)
+    return result, overflowing
+
+
+def overflowing_nodes(graph: onnx.ModelProto, ranges: Mapping[str, TensorRange]) -> list[str]:
+    """Nodes that read or write what float16 cannot hold with a margin."""
+    too_large = _too_large(ranges)
+    for tensor in graph.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and np.abs(numpy_helper.to_array(tensor)).max(initial=0) > LIMIT:
+            too_large.add(tensor.name)
+    return [node.name for node in trunk_nodes(graph) if too_large & {*node.input, *node.output}]
+
+
+def float32_nodes(graph: onnx.ModelProto) -> list[str]:
+    """Names of the nodes that a graph by `to_half` has in float32 because they would overflow; none of a graph without half precision."""
+    known = onnx.shape_inference.infer_shapes(graph).graph.value_info
+    types = {value.name: value.type.tensor_type.elem_type for value in known}
+    either = [node for node in trunk_nodes(graph) if node.op_type not in (*FLOAT32_OPERATORS, "Cast")]
+    kept = [node.name for node in either if types[node.output[0]] == TensorProto.FLOAT]
+    return kept if len(kept) < len(either) else []
+
+
+def _too_large(ranges: Mapping[str, TensorRange]) -> set[str]:
+    return {name for name, one in ranges.items() if one.largest > LIMIT}
+
+
+def _sum_in_float32(function: onnx.FunctionProto) -> None:
+    """Cast inside the heads: the pooled vectors where pooling is the maximum, which half precision does exactly; else the maps."""
+    maxima = any(node.op_type == "ReduceMax" for node in function.node)
+    narrow = ["pooled"] if maxima else [name for name in function.input if name.startswith("map_")]
+    nodes = []
+    for name in narrow if not maxima else []:
+        nodes.append(_cast(name, f"{name}_float"))
+    for node in function.node:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        if maxima and list(node.output) == narrow:
+            copy.output[0] = "pooled_half"
+            nodes += [copy, _cast("pooled_half", "pooled")]
+            continue
+        if not maxima:
+            copy.input[:] = [f"{name}_float" if name in narrow else name for name in node.input]
+        nodes.append(copy)
+    del function.node[:]
+    function.node.extend(nodes)
+
+
+def _cast(name: str, output: str) -> onnx.NodeProto:
+    return helper.make_node("Cast", [name], [output], name=f"heads/cast_{output}", to=TensorProto.FLOAT)
+
+
+class _Rewriter:
+    """Collects nodes whose float inputs are cast to a wanted type; each tensor is cast once, constants are converted."""
+
+    def __init__(self, graph: onnx.ModelProto, half: int) -> None:
+        self._graph, self._half = graph, half
+        self._constants = {tensor.name: tensor for tensor in graph.graph.initializer}
+        self._types = {
+            name: TensorProto.FLOAT for name, tensor in self._constants.items() if tensor.data_type == TensorProto.FLOAT
+        }
+        self.nodes: list[onnx.NodeProto] = []
+
+    def add(self, node: onnx.NodeProto, wanted: int, only: list[str] | None = None) -> None:
+        """Append the node with its float inputs (or `only` some of them) in the wanted type; its outputs are of that type."""
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        for index, name in enumerate(node.input):
+            integer = name in self._constants and name not in self._types
+            if name and not integer and (only is None or name in only):
+                copy.input[index] = self._in_type(name, wanted)
+        if only is None:
+            self._types.update(dict.fromkeys(node.output, wanted))
+        self.nodes.append(copy)
+
+    def _in_type(self, name: str, wanted: int) -> str:
+        if self._types.get(name, TensorProto.FLOAT) == wanted:
+            return name
+        other = f"{name}/{TensorProto.DataType.Name(wanted).lower()}"
+        if other not in self._types:
+            self._types[other] = wanted
+            if name in self._constants:
+                self._constants[other] = _constant(numpy_helper.to_array(self._constants[name]), other, wanted)
+            else:
+                self.nodes.append(helper.make_node("Cast", [name], [other], name=f"cast/{other}", to=wanted))
+        return other
+
+    def result(self) -> onnx.ModelProto:
+        return with_nodes(self._graph, self.nodes, self._constants.values())
+
+
+def _constant(values: np.ndarray, name: str, data_type: int) -> TensorProto:
+    kind = helper.tensor_dtype_to_np_dtype(data_type)  # ml_dtypes' for bfloat16
+    return numpy_helper.from_array(values.astype(kind), name)

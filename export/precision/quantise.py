@@ -1,0 +1,208 @@
+"""Float32 graph -> INT8 graph by explicit QuantizeLinear / DequantizeLinear pairs around the convolutions.
+
+Four placements, because the engines' integer kernels differ:
+
+    TENSORRT      int8 activations, zero point 0 (its parser takes no other); of a residual addition only the skip side is
+                  quantised, so that the convolution on the other side takes the addition into its own kernel
+    TENSORRT_RTX  int8 activations, zero point 0, and float16 between the pairs, also through the additions. A convolution with
+                  a scale for each channel would write float32 and take nothing into its kernel, so a weight has one scale: the
+                  convolutions that an addition reads round by it, the others by channel, with a Mul and the bias after them
+    OPENVINO      TENSORRT's with uint8 activations: with int8 ones its embeddings were off on a CPU without VNNI (2026.4,
+                  mean cosine with ONNX Runtime's of the same graph 0.993 to 0.997, with uint8 ones 0.9999)
+    ONNXRUNTIME   uint8 activations, int8 weights of 7 bits (its AVX2 kernel adds two products in 16 bits), int32 biases,
+                  both sides of an addition quantised
+
+Weights are int8, symmetric, rounded by output channel except as said. The heads, the mirror average and the L2 norm stay in
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from mgn_deploy.export.graph.rewrite import group_of, trunk_nodes, with_nodes
+from mgn_deploy.export.precision.half import LIMIT, to_half
+from mgn_deploy.export.precision.ranges import TensorRange
+
+
+@dataclass(frozen=True)
+class Placement:
+    unsigned: bool  # uint8 activations
+    weight_levels: int  # the integer that a channel's largest weight maps to
+    sides: int  # of a residual addition that are quantised: the skip side first
+    integer_bias: bool = False
+    one_scale: bool = False  # a weight, and the channels' shares of it after the convolution
+    half: bool = False  # float16 where there is no int8
+
+
+TENSORRT = Placement(unsigned=False, weight_levels=127, sides=1)
+TENSORRT_RTX = Placement(unsigned=False, weight_levels=127, sides=0, one_scale=True, half=True)
+OPENVINO = Placement(unsigned=True, weight_levels=127, sides=1)
+ONNXRUNTIME = Placement(unsigned=True, weight_levels=63, sides=2, integer_bias=True)
+
+
+def conv_groups(graph: onnx.ModelProto) -> list[str]:
+    """The units that are quantised or left in float as one: the stem's convolution and each residual block, in order."""
+    return list(dict.fromkeys(group_of(node.input[1]) for node in trunk_nodes(graph) if node.op_type == "Conv"))
+
+
+def quantise(
+    graph: onnx.ModelProto,
+    ranges: Mapping[str, TensorRange],
+    thresholds: Mapping[str, float],
+    placement: Placement,
+    in_float: Collection[str] = (),
+) -> onnx.ModelProto:
+    """A copy of the graph with Q/DQ pairs.
+
+    Args:
+        graph: float32, as `build_graph` makes it.
+        ranges: of its activations.
+        thresholds: the magnitude of each activation that maps to the largest integer.
+        placement: which engine's.
+        in_float: names of groups (`conv_groups`) that are not quantised.
+    """
+    writer = _Writer(graph, ranges, thresholds, placement)
+    producers = {output: node for node in graph.graph.node for output in node.output}
+    zone = {node.name for node in trunk_nodes(graph)}
+    added = {name for node in trunk_nodes(graph) if node.op_type == "Add" for name in node.input}
+    for node in graph.graph.node:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        if node.name in zone and node.op_type == "Conv" and group_of(node.input[1]) not in in_float:
+            writer.convolution(copy, node.output[0] in added)
+            continue
+        if node.name in zone and node.op_type == "Add" and _block(node, producers) not in in_float:
+            skip = _skip_side(node, producers)
+            for side in sorted((skip, 1 - skip)[: placement.sides]):
+                copy.input[side] = writer.activation(node.input[side])
+        writer.nodes.append(copy)
+    result = writer.result()
+    if placement.half:
+        result, _ = to_half(result, "fp16", writer.ranges)
+    onnx.checker.check_model(result, full_check=True)
+    return result
+
+
+def _skip_side(addition: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> int:
+    """Which input of a residual addition is the shortcut: the one that is no convolution's output, or the downsample's."""
+    for side, name in enumerate(addition.input):
+        producer = producers[name]
+        if producer.op_type != "Conv" or "downsample" in producer.input[1]:
+            return side
+    raise ValueError(f"{addition.name} adds two convolutions' outputs: no residual addition of a ResNet")
+
+
+def _block(addition: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> str:
+    return group_of(producers[addition.input[1 - _skip_side(addition, producers)]].input[1])
+
+
+class _Writer:
+    """Collects nodes, constants and the new tensors' ranges; each activation is quantised once, whoever reads it."""
+
+    def __init__(
+        self,
+        graph: onnx.ModelProto,
+        ranges: Mapping[str, TensorRange],
+        thresholds: Mapping[str, float],
+        placement: Placement,
+    ) -> None:
+        self._graph, self._thresholds, self._placement = graph, thresholds, placement
+        self.ranges = dict(ranges)
+        self._constants = {tensor.name: tensor for tensor in graph.graph.initializer}
+        self._quantised: dict[str, str] = {}
+        self.nodes: list[onnx.NodeProto] = []
+
+    def activation(self, name: str) -> str:
+        """The activation rounded to 8 bits, as float32 again."""
+        if name not in self._quantised:
+            scale, zero = self._activation_scale(name)
+            inputs = [self._constant(f"{name}/scale", scale), self._constant(f"{name}/zero", zero)]
+            self.nodes.append(
+                helper.make_node("QuantizeLinear", [name, *inputs], [f"{name}/q"], name=f"quantise/{name}")
+            )
+            self.nodes.append(
+                helper.make_node("DequantizeLinear", [f"{name}/q", *inputs], [f"{name}/dq"], name=f"dequantise/{name}")
+            )
+            self.ranges[f"{name}/dq"] = self.ranges[name]
+            self._quantised[name] = f"{name}/dq"
+        return self._quantised[name]
+
+    def convolution(self, node: onnx.NodeProto, added: bool) -> None:
+        """Append the convolution with its activation and weight quantised; `added`: a residual addition reads it."""
+        activation, weight = node.input[0], node.input[1]
+        node.input[0] = self.activation(activation)
+        values = numpy_helper.to_array(self._constants[weight])
+        levels = self._placement.weight_levels
+        largest = np.abs(values).reshape(len(values), -1).max(axis=1).clip(1e-12)
+        if self._placement.one_scale and added:
+            largest[:] = largest.max()
+        scale = (largest / levels).astype(np.float32)
+        integers = np.round(values / scale.reshape(-1, 1, 1, 1)).clip(-levels, levels).astype(np.int8)
+        by_shares = self._placement.one_scale and not added
+        shared = self._within_half(scale.max(), integers, activation) if by_shares else scale.max()
+        node.input[1] = self._dequantised(weight, integers, shared if self._placement.one_scale else scale)
+        self.ranges[node.input[1]] = TensorRange(float(np.abs(values).max()))
+        if self._placement.integer_bias and len(node.input) > 2:
+            bias = numpy_helper.to_array(self._constants[node.input[2]])
+            steps = (scale * self._activation_scale(activation)[0]).astype(np.float32)
+            limit = np.iinfo(np.int32).max
+            rounded = np.round(bias.astype(np.float64) / steps).clip(-limit, limit).astype(np.int32)
+            node.input[2] = self._dequantised(node.input[2], rounded, steps)
+        self.nodes.append(node)
+        if by_shares:
+            self._append_shares(node, scale / shared)
+
+    def _within_half(self, scale: float, integers: np.ndarray, activation: str) -> np.ndarray:
+        """The scale, or as much less as it takes for float16 to hold the convolution's sums; the shares make up for it.
+
+        The output's range is no bound of them: a sum is the output without its bias divided by its channel's share, which may be
+        tiny. But the activation is cut off at its threshold, on any image.
+        """
+        largest = np.abs(integers).reshape(len(integers), -1).sum(axis=1).max() * scale * self._thresholds[activation]
+        return np.array(scale / max(1.0, largest / LIMIT), np.float32)
+
+    def _append_shares(self, node: onnx.NodeProto, shares: np.ndarray) -> None:
+        """What a scale for each channel would have done: its share of the one scale by a Mul, and the bias after that."""
+        bias = (
+            numpy_helper.to_array(self._constants[node.input.pop()]) if len(node.input) > 2 else np.zeros_like(shares)
+        )
+        output = node.output[0]
+        raw, scaled = f"{output}/raw", f"{output}/scaled"
+        node.output[0] = raw
+        self.ranges[scaled] = TensorRange(self.ranges[output].largest + float(np.abs(bias).max()))
+        for operator, source, values, target in (("Mul", raw, shares, scaled), ("Add", scaled, bias, output)):
+            constant = self._constant(f"{source}/{operator}", values.reshape(1, -1, 1, 1))
+            self.nodes.append(helper.make_node(operator, [source, constant], [target], name=f"{node.name}/{operator}"))
+
+    def _activation_scale(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        threshold = self._thresholds[name]
+        if not self._placement.unsigned:
+            return np.array(threshold / 127, np.float32), np.array(0, np.int8)
+        if self.ranges[name].negative:
+            return np.array(threshold / 127, np.float32), np.array(128, np.uint8)
+        return np.array(threshold / 255, np.float32), np.array(0, np.uint8)
+
+    def _dequantised(self, name: str, integers: np.ndarray, scale: np.ndarray) -> str:
+        """A constant of integers with one scale, or one a channel of axis 0, as float32."""
+        inputs = [
+            self._constant(f"{name}/q", integers),
+            self._constant(f"{name}/scale", scale),
+            self._constant(f"{name}/zero", np.zeros(scale.shape, integers.dtype)),
+        ]
+        self.nodes.append(
+            helper.make_node("DequantizeLinear", inputs, [f"{name}/dq"], name=f"dequantise/{name}", axis=0)
+        )
+        return f"{name}/dq"
+
+    def _constant(self, name: str, values: np.ndarray) -> str:
+        self._constants[name] = numpy_helper.from_array(values, name)
+        return name
+
+    def result(self) -> onnx.ModelProto:
+        return with_nodes(self._graph, self.nodes, self._constants.values())

@@ -1,0 +1,86 @@
+"""What the tensors of a float32 graph hold on real images: their largest magnitudes, and histograms of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx.inliner
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.export.graph.rewrite import tensor_names_between
+
+BINS = 2048
+BATCH = 8
+
+
+@dataclass
+class TensorRange:
+    """`largest` magnitude, whether any value is negative, and a histogram of magnitudes over 0..`largest`, float64 `[2048]`.
+
+    The histogram counts only what is not zero: zeros, of which ReLU leaves many, are exact at any scale.
+    """
+
+    largest: float = 0.0
+    negative: bool = False
+    histogram: np.ndarray | None = None
+
+
+def measure_ranges(
+    graph: onnx.ModelProto,
+    crops: np.ndarray,
+    *,
+    histograms: bool = False,
+) -> dict[str, TensorRange]:
+    """Run the graph by ONNX Runtime and look at every activation between the pixels and the maps.
+
+    Args:
+        graph: float32, as `build_graph` makes it.
+        crops: uint8 `[n, height, width, 3]`.
+        histograms: also count magnitudes, in a second pass.
+
+    Returns:
+        By tensor name.
+
+    Raises:
+        UserError: with `histograms`, activations that are not finite.
+    """
+    names = tensor_names_between(graph)
+    ranges = {name: TensorRange() for name in names}
+    for values in _run(graph, names, crops):
+        for name, value in zip(names, values, strict=True):
+            one = ranges[name]
+            largest = float(np.abs(value).max())
+            one.largest = max(one.largest, float("inf") if np.isnan(largest) else largest)
+            if histograms and not np.isfinite(largest):
+                raise UserError(f"{name} of the graph is not finite on these images: train the weights anew")
+            one.negative = one.negative or bool(value.min() < 0)
+    if not histograms:
+        return ranges
+    for one in ranges.values():
+        one.histogram = np.zeros(BINS)
+    for values in _run(graph, names, crops):
+        for name, value in zip(names, values, strict=True):
+            one = ranges[name]
+            if one.largest > 0:
+                magnitudes = np.abs(value[value != 0])
+                one.histogram += np.histogram(magnitudes, BINS, (0, one.largest))[0]
+    return ranges
+
+
+def _run(graph: onnx.ModelProto, names: Sequence[str], crops: np.ndarray) -> Iterator[list[np.ndarray]]:
+    import onnxruntime
+
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(graph)
+    exposed = onnx.inliner.inline_local_functions(exposed)
+    del exposed.graph.output[:]
+    exposed.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for at in range(0, len(crops), BATCH):
+        batch = np.ascontiguousarray(crops[at : at + BATCH])
+        yield session.run(list(names), {"images": batch})

@@ -1,0 +1,140 @@
+"""Every backend that runs here, proven on one bundle: at export, and again where the bundle has been copied to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mgn_deploy.backends.registry import ORDER, backend_module
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.manifest import Proof, Quantisation, write_manifest
+from mgn_deploy.datasets import Dataset
+from mgn_deploy.datasets.drawn import draw_people
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import UserError
+from mgn_deploy.export.precision.convert import ENGINES
+from mgn_deploy.export.proof.agreement import run_in_batches
+from mgn_deploy.export.proof.proof import add_ranking, proof_crops, prove, with_ranking
+from mgn_deploy.images.decode import read_crop
+from mgn_deploy.retrieval.validate import validate
+
+DRAWN_IMAGES = 96
+
+
+class ProofPixels(NamedTuple):
+    """Crops to prove on, uint8 `[n, height, width, 3]`, what the proof calls them, and whether they were drawn."""
+
+    crops: np.ndarray
+    source: str
+    drawn: bool
+
+
+def prove_again(
+    folder: str | os.PathLike[str],
+    *,
+    proof_images: str | os.PathLike[str] | None = None,
+    data: Dataset | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> dict[str, Proof]:
+    """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
+
+    Proofs of backends that do not run here stay in the bundle as they are; those made here are returned. Without `data` they keep
+    the ranking that was measured before, and what it misses.
+
+    Args:
+        folder: a bundle with its reference weights.
+        proof_images: folder of images to prove on; without it, on drawn people.
+        data: labelled queries and gallery: each proof also has their rank-1 and mAP.
+        say: called with each step's sentence.
+
+    Raises:
+        CannotRun: PyTorch is not installed, or the bundle was exported with --no-reference.
+        UserError: no bundle, no images, or no engine to prove.
+    """
+    bundle = Bundle.open(folder)
+    pixels = proof_pixels(proof_images, bundle.config.height, bundle.config.width)
+    made = prove_backends(bundle, pixels, data, say)
+    for name, proof in made.items():
+        before = bundle.manifest.proofs.get(name)
+        if before and before.ranking and not proof.ranking:
+            say(f"{name}: the ranking of {before.ranking.data} stays as it was measured; --data measures it anew")
+            allowed = allowed_map(bundle.manifest.quantisation)
+            made[name] = with_ranking(proof, before.ranking, bundle.manifest.precision, allowed)
+    proofs = {**bundle.manifest.proofs, **made}
+    write_manifest(bundle.folder, bundle.manifest.model_copy(update={"proofs": proofs}))
+    return made
+
+
+def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int) -> ProofPixels:
+    """Of a folder, or of drawn people.
+
+    Raises:
+        UserError: no such folder, or too few readable images.
+    """
+    if folder is not None:
+        return ProofPixels(proof_crops(Path(folder), height, width), Path(os.path.abspath(folder)).name, False)
+    from PIL import Image
+
+    people = [read_crop(Image.fromarray(pixels), height, width) for pixels in draw_people(DRAWN_IMAGES)]
+    return ProofPixels(np.stack(people), "drawn people", True)
+
+
+def prove_backends(
+    bundle: Bundle, pixels: ProofPixels, data: Dataset | None, say: Callable[[str], None]
+) -> dict[str, Proof]:
+    """A proof for each backend that runs here; the reference is PyTorch with the source weights, batch norms not folded."""
+    manifest, quantisation = bundle.manifest, bundle.manifest.quantisation
+    say(f"embedding {len(pixels.crops)} images of {pixels.source} with the PyTorch reference")
+    reference_backend = backend_module("torch").open_engine(bundle)
+    reference = run_in_batches(reference_backend, pixels.crops)
+    if not np.isfinite(reference).all():
+        raise UserError("PyTorch's own embeddings with these weights are not finite: train them anew")
+    ranked = None
+    if data:
+        say(f"ranking {len(data.query)} queries in {len(data.gallery)} gallery images with the PyTorch reference")
+        ranked = validate(data, Embedder(bundle, reference_backend), None).measured
+    proofs: dict[str, Proof] = {}
+    failed: list[str] = []
+    for name in ORDER:
+        module = backend_module(name)
+        reason = module.missing()
+        if reason:
+            say(f"no proof for {name}: {reason}")
+            continue
+        if quantisation is not None and name not in ENGINES[quantisation.engine].backends:
+            continue  # the graph is not for it
+        if name == "torch" and manifest.precision != "fp32":
+            continue  # it runs the float32 weights, which are not what this bundle is
+        say(f"proving {name} on them")
+        try:
+            backend = reference_backend if name == "torch" else module.open_engine(bundle)
+            proof = prove(
+                backend,
+                pixels.crops,
+                reference,
+                manifest.precision,
+                image_source=pixels.source,
+                drawn=pixels.drawn,
+            )
+            if data and ranked:
+                measured = ranked if name == "torch" else validate(data, Embedder(bundle, backend), None).measured
+                proof = add_ranking(proof, measured, ranked, data, manifest.precision, allowed_map(quantisation))
+        except UserError as error:  # as where a GPU's memory is full: the other backends' proofs are worth having
+            say(f"no proof for {name}: {error}")
+            failed.append(f"{name}: {error}")
+            continue
+        proofs[name] = proof
+    if not set(proofs) - {"torch"} and failed:
+        raise UserError(f"no engine that is installed here runs {bundle.folder}. " + " | ".join(failed))
+    if not set(proofs) - {"torch"}:
+        raise UserError("no engine is installed to prove the graph with: pip install 'mgn-deploy[cpu]'")
+    return proofs
+
+
+def allowed_map(quantisation: Quantisation | None) -> float:
+    """mAP, as a fraction, that the user gave INT8 to lose; a budget of top-10 agreement says nothing about it."""
+    return quantisation.max_drop / 100 if quantisation and quantisation.drop_of == "mAP" else 0.0

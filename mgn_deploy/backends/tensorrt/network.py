@@ -1,0 +1,140 @@
+"""TensorRT's parser and builder, with errors as sentences, and a build that can be watched and stopped."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from mgn_deploy.backends.tensorrt.graph import PreparedGraph
+from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, one_line, title
+from mgn_deploy.bundle.engine_entry import Flavour
+from mgn_deploy.errors import UserError
+
+# (phase, step, steps)
+Progress = Callable[[str, int, int], None]
+
+_one_at_a_time = threading.Lock()
+# Parts of builds that were stopped. TensorRT-RTX 1.7.1 once crashed after one: what its threads may still use is not freed.
+_stopped_builds: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Network:
+    """A parsed network with what must live as long: the weights are the parser's."""
+
+    builder: Any
+    definition: Any
+    parser: Any
+
+
+@contextmanager
+def quiet(flavour: Flavour) -> Iterator[None]:
+    """One build at a time: TensorRT has one logger a process, and this build's messages must be its own."""
+    with _one_at_a_time:
+        logger(flavour).messages.clear()
+        yield
+
+
+def parsed_network(flavour: Flavour, prepared: PreparedGraph) -> Network:
+    """The strongly typed network of a graph.
+
+    Raises:
+        UserError: the parser refuses it; the sentence names the node, its operator and the reason.
+    """
+    trt = import_tensorrt(flavour)
+    builder = trt.Builder(logger(flavour))
+    # TensorRT 11 knows no other kind, and may drop the flag.
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    definition = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(definition, logger(flavour))
+    parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)  # the plugin of old is in no portable plan
+    if not parser.parse(prepared.content):
+        raise UserError(f"{title(flavour)} refuses the graph: {_parser_error(parser)}")
+    _write_maps_channels_last(trt, definition)
+    return Network(builder, definition, parser)
+
+
+def _write_maps_channels_last(trt: Any, definition: Any) -> None:
+    """Outputs of four dimensions are maps for the fused heads, whose kernel takes them all in one layout: the convolutions' own.
+
+    In TensorRT the channels-last format of 16-bit types is HWC8 (8 channels at a time), that of float32 HWC.
+    """
+    outputs = [definition.get_output(index) for index in range(definition.num_outputs)]
+    for output in (one for one in outputs if len(one.shape) == 4):
+        last = trt.TensorFormat.HWC if output.dtype == trt.DataType.FLOAT else trt.TensorFormat.HWC8
+        output.allowed_formats = 1 << int(last)
+
+
+def _parser_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return "its parser gave no reason"
+    error = parser.get_error(0)
+    reason = one_line(error.desc())
+    if reason in ("", "false"):  # as the parser says of operators that it knows and does not do
+        reason = error.code().name.replace("_", " ").lower()
+    if not error.node_operator():
+        return reason
+    return f"node {error.node_name()!r} ({error.node_operator()}): {reason}"
+
+
+def build_network(flavour: Flavour, network: Network, config: Any, progress: Progress | None) -> bytes:
+    """The serialized plan. The build runs in a thread, so that Ctrl-C reaches this one and stops it.
+
+    Raises:
+        UserError: TensorRT cannot build it.
+    """
+    monitor = _monitor(flavour, progress)
+    config.progress_monitor = monitor
+    with ThreadPoolExecutor(1, thread_name_prefix="tensorrt") as pool:
+        building = pool.submit(network.builder.build_serialized_network, network.definition, config)
+        try:
+            plan = building.result()
+        except BaseException:
+            monitor.stopped.set()
+            _stopped_builds.append((network, config, monitor))
+            raise  # when the pool has waited for the build to end
+    if monitor.raised is not None:
+        _stopped_builds.append((network, config, monitor))
+        raise monitor.raised
+    if plan is None:
+        raise UserError(f"{title(flavour)} cannot build the graph: {logger(flavour).messages.first_error()}")
+    return bytes(memoryview(plan))
+
+
+def _monitor(flavour: Flavour, progress: Progress | None) -> Any:
+    trt = import_tensorrt(flavour)
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
+        """Reports, and says stop at the next step. Nothing may be raised through TensorRT: it is kept in `raised`."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.stopped = threading.Event()
+            self.raised: BaseException | None = None
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+            self._report(phase_name, 0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._report(phase_name, step + 1)
+            return not self.stopped.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._report(phase_name, self._steps[phase_name])
+
+        def _report(self, phase: str, step: int) -> None:
+            if progress is None or self.stopped.is_set():
+                return
+            try:
+                progress(phase, step, self._steps[phase])
+            except BaseException as error:
+                self.raised = error
+                self.stopped.set()
+
+    return Monitor()

@@ -1,0 +1,88 @@
+"""The one place that knows that TensorRT comes as two packages with one API: `tensorrt` and `tensorrt_rtx`."""
+
+from __future__ import annotations
+
+import re
+import threading
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from mgn_deploy.bundle.engine_entry import TITLES, Flavour
+from mgn_deploy.packages import import_problem
+
+# Of a library that looks for a GPU also where it needs none.
+_HARMLESS = ("cudaError 35", "CUDA driver version is insufficient", "Unable to determine GPU memory usage")
+
+
+def import_tensorrt(flavour: Flavour) -> Any:
+    """The package of that name.
+
+    Raises:
+        ImportError, OSError: it is not installed, or its libraries cannot be loaded.
+    """
+    return import_module(flavour)
+
+
+def import_problem_of(flavour: Flavour) -> str | None:
+    """Why the package cannot be imported and what to install, or None."""
+    return import_problem(flavour, flavour.replace("_", "-"))
+
+
+def title(flavour: Flavour) -> str:
+    """As in "TensorRT-RTX 1.7.1.116"."""
+    return f"{TITLES[flavour]} {import_tensorrt(flavour).__version__}"
+
+
+class Messages:
+    """What TensorRT said since the last `clear`: its errors, and the layer table that a build ends with.
+
+    TensorRT logs from threads of its own, and keeps the first logger of the process whatever it is given later.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._errors: list[str] = []
+        self.layers: str | None = None
+
+    def clear(self) -> None:
+        with self._lock:
+            self._errors, self.layers = [], None
+
+    def error(self, text: str) -> None:
+        if not any(part in text for part in _HARMLESS):
+            with self._lock:
+                self._errors = [*self._errors[-9:], text]
+
+    def first_error(self) -> str:
+        """The first error in one line, or that there was none."""
+        with self._lock:
+            return one_line(self._errors[0]) if self._errors else "it gave no reason"
+
+
+def one_line(text: str) -> str:
+    """A message of TensorRT in one line, without the place in its source and the category that it wraps some in."""
+    line = " ".join(text.split()).removeprefix("In node -1 with name: and operator: ")
+    wrapped = re.search(r"Error Code \d+: [\w /]+\((.*?)\.? In \S+ at \S+\)", line)
+    asserted = re.search(r'&& "(.*)"$', line)
+    placed = re.match(r"\[\S+::\d+\] Error Code \d+: (.*)$", line)
+    return (wrapped or asserted or placed or [line, line])[1].rstrip(". ")
+
+
+@cache
+def logger(flavour: Flavour) -> Any:
+    """The process's logger of that package; its `messages` are a `Messages`."""
+    trt = import_tensorrt(flavour)
+
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages = Messages()
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.messages.error(text)
+            elif text.startswith("Layers:\n"):
+                self.messages.layers = text
+
+    return Logger()

@@ -1,0 +1,238 @@
+"""Batches through a TensorRT engine: copies beside computing, one CUDA graph a batch size. All CUDA goes by `cuda-core`.
+
+    upload    pinned -> GPU     batch 3 |         batch 4 |
+    compute                     batch 2     | batch 3     |
+    download  GPU -> pinned      | batch 1  |  | batch 2  |
+
+Two sets of buffers take turns, so that while one batch is computed the next is on its way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from mgn_deploy.backends.heads.cuda import CudaHeads, MapType, map_type
+from mgn_deploy.backends.heads.fused import FusedHeads
+from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, title
+from mgn_deploy.bundle.engine_entry import Flavour
+from mgn_deploy.cuda.buffers import array_of, part, pieces
+from mgn_deploy.cuda.errors import cuda_errors, cuda_sentence
+from mgn_deploy.errors import UserError
+
+SLOTS = 2
+
+
+class CudaPipeline:
+    """One thread's streams, buffers, execution contexts and CUDA graphs.
+
+    A CUDA graph holds on to what its context was set to, so each batch size has a context of its own. They run one after
+    the other and share their working memory.
+
+    Args:
+        engine: with input uint8 `images` `[n, height, width, 3]` and output float32 `embeddings` `[n, dim]`, or, with fused
+            heads, the maps.
+        flavour: of the engine.
+        dim: of an embedding.
+        heads: what follows an engine that ends with the maps.
+    """
+
+    def __init__(self, engine: Any, flavour: Flavour, dim: int, heads: FusedHeads | None = None) -> None:
+        from cuda.core import Device
+
+        device = Device(0)
+        device.set_current()
+        self._engine, self._flavour, self._dim = engine, flavour, dim
+        self._fewest, _, most = (int(shape[0]) for shape in engine.get_tensor_profile_shape("images", 0))
+        self._most = most
+        self._image = tuple(engine.get_tensor_shape("images"))[1:]
+        self._upload, self._compute, self._download = (device.create_stream() for _ in range(3))
+        # Not in a comprehension: cuda-core loses an error that comes while one is left with buffers in it.
+        self._slots: list[_Slot] = []
+        for _ in range(SLOTS):
+            self._slots.append(_Slot(device, self._compute, self._most, self._image, dim))
+        self._memory = device.allocate(max(1, engine.device_memory_size_v2), stream=self._compute)
+        self._heads = None
+        if heads:
+            self._heads = CudaHeads(heads, engine_maps(engine, flavour), self._most, device, self._compute)
+        self._contexts: dict[int, Any] = {}
+        self._graphs: dict[tuple[int, int], Any] = {}
+        self._running = False
+
+    def run(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """uint8 `[n, height, width, 3]` of any n -> float32 `[n, dim]`, new arrays, in order.
+
+        Raises:
+            UserError: the GPU failed.
+            RuntimeError: an earlier iterator of this thread is not used up.
+        """
+        if self._running:
+            raise RuntimeError("use up the iterator of the earlier batches first: they share this thread's buffers")
+        self._running = True
+        try:
+            yield from self._run(batches)
+        finally:
+            self._running = False
+            with cuda_errors():  # where the caller stopped early, copies may be on their way to and from the buffers
+                for stream in (self._upload, self._compute, self._download):
+                    stream.sync()
+
+    def _run(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        free, busy = deque(self._slots), deque[tuple[_Slot, int]]()
+        # Rows of the batches that are on their way: their parts, and how many pieces are not back yet.
+        results: deque[tuple[list[np.ndarray], int]] = deque()
+        for batch in batches:
+            parts = pieces(batch, self._most)
+            results.append(([np.empty((0, self._dim), np.float32)] if not parts else [], len(parts)))
+            for piece in parts:
+                if not free:
+                    yield from self._collect(free, busy, results)
+                slot = free.popleft()
+                with cuda_errors():
+                    self._submit(slot, piece)
+                busy.append((slot, len(piece)))
+            if not busy:
+                yield from _finished(results)
+        while busy:
+            yield from self._collect(free, busy, results)
+        yield from _finished(results)
+
+    def _collect(
+        self,
+        free: deque[_Slot],
+        busy: deque[tuple[_Slot, int]],
+        results: deque[tuple[list[np.ndarray], int]],
+    ) -> Iterator[np.ndarray]:
+        """Wait for the oldest piece; give out the batches that are whole with it."""
+        slot, rows = busy.popleft()
+        with cuda_errors():
+            slot.downloaded.sync()
+        at = next(index for index, (_, missing) in enumerate(results) if missing)
+        parts, missing = results[at]
+        results[at] = ([*parts, slot.embeddings[:rows].copy()], missing - 1)
+        free.append(slot)
+        yield from _finished(results)
+
+    def _submit(self, slot: _Slot, images: np.ndarray) -> None:
+        rows = max(len(images), self._fewest)
+        slot.images[: len(images)] = images
+        slot.images[len(images) : rows] = images[-1]  # where the profile takes no fewer
+        bytes_in, bytes_out = rows * int(np.prod(self._image)), rows * self._dim * 4
+        part(slot.device_images, bytes_in).copy_from(part(slot.pinned_images, bytes_in), stream=self._upload)
+        self._upload.record(slot.uploaded)
+        self._compute.wait(slot.uploaded)
+        self._launch(slot, rows)
+        self._compute.record(slot.computed)
+        self._download.wait(slot.computed)
+        part(slot.device_embeddings, bytes_out).copy_to(part(slot.pinned_embeddings, bytes_out), stream=self._download)
+        self._download.record(slot.downloaded)
+
+    def _launch(self, slot: _Slot, rows: int) -> None:
+        key = (self._slots.index(slot), rows)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.launch(self._compute)
+            return
+        context = self._contexts.get(rows) or self._new_context(rows)
+        context.set_tensor_address("images", int(slot.device_images.handle))
+        if self._heads:
+            self._heads.prepare(rows)
+            for name, address in zip(map_names(self._engine), self._heads.map_addresses, strict=True):
+                context.set_tensor_address(name, address)
+        else:
+            context.set_tensor_address("embeddings", int(slot.device_embeddings.handle))
+        # This run gives the batch's result, and settles what may not happen while a graph is recorded.
+        self._enqueue(context, self._compute, slot, rows)
+        self._compute.sync()
+        builder = self._compute.create_graph_builder()
+        capturable = getattr(context, "is_stream_capturable", None)  # only TensorRT-RTX asks
+        if capturable is None or capturable(int(builder.stream.handle)):
+            builder.begin_building()
+            try:
+                self._enqueue(context, builder.stream, slot, rows)
+                self._graphs[key] = builder.end_building().complete()
+            finally:
+                del builder  # ends the capture also after an error: the stream could not even be waited for
+
+    def _new_context(self, rows: int) -> Any:
+        context = execution_context(self._flavour, self._engine)
+        if context is None:
+            raise UserError(
+                f"{title(self._flavour)} cannot set up the engine: {logger(self._flavour).messages.first_error()}; "
+                "where the GPU's memory is full, end what else runs on it"
+            )
+        context.set_device_memory(int(self._memory.handle), self._memory.size)
+        context.set_input_shape("images", (rows, *self._image))
+        self._contexts[rows] = context
+        return context
+
+    def _enqueue(self, context: Any, stream: Any, slot: _Slot, rows: int) -> None:
+        messages = logger(self._flavour).messages
+        messages.clear()
+        if not context.execute_async_v3(int(stream.handle)):
+            reason = messages.first_error()
+            raise UserError(cuda_sentence(reason) or f"{title(self._flavour)} cannot run the engine: {reason}")
+        if self._heads:
+            self._heads.launch(rows, int(slot.device_embeddings.handle), stream)
+
+
+def map_names(engine: Any) -> list[str]:
+    """Of an engine that ends with the maps: its outputs `map_0`, `map_1`, ... in the order of the branches, which need not be
+    the engine's own (https://github.com/pytorch/TensorRT/pull/1646).
+    """
+    names = (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
+    return sorted(name for name in names if name != "images")
+
+
+def engine_maps(engine: Any, flavour: Flavour) -> MapType:
+    """How it writes its maps. Channels are a multiple of 8, so that 8 channels at a time is channels-last without gaps."""
+    trt = import_tensorrt(flavour)
+    layouts = {trt.TensorFormat.LINEAR: "nchw", trt.TensorFormat.HWC8: "nhwc", trt.TensorFormat.HWC: "nhwc"}
+    dtypes = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
+    names = map_names(engine)
+    return map_type(
+        [dtypes.get(engine.get_tensor_dtype(name), "another type") for name in names],
+        [layouts.get(engine.get_tensor_format(name), "another layout") for name in names],
+        [tuple(engine.get_tensor_shape(name)) for name in names],
+    )
+
+
+def execution_context(flavour: Flavour, engine: Any) -> Any:
+    """A context without working memory of its own. TensorRT-RTX compiles a shape's kernels before their first run with it,
+    not beside: a CUDA graph would hold the stand-ins for good.
+    """
+    trt = import_tensorrt(flavour)
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if flavour == "tensorrt":
+        return engine.create_execution_context(strategy)
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(strategy)
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    return engine.create_execution_context(config)
+
+
+class _Slot:
+    """Buffers for one batch on its way, on both sides, and the events that order its three steps."""
+
+    def __init__(self, device: Any, stream: Any, most: int, image: tuple[int, ...], dim: int) -> None:
+        from cuda.core import LegacyPinnedMemoryResource
+
+        bytes_in, bytes_out = most * int(np.prod(image)), most * dim * 4
+        pinned = LegacyPinnedMemoryResource()
+        self.pinned_images = pinned.allocate(bytes_in)
+        self.pinned_embeddings = pinned.allocate(bytes_out)
+        self.device_images = device.allocate(bytes_in, stream=stream)
+        self.device_embeddings = device.allocate(bytes_out, stream=stream)
+        stream.sync()  # allocation is ordered on that stream, and others use the memory too
+        self.images = array_of(self.pinned_images, np.uint8, (most, *image))
+        self.embeddings = array_of(self.pinned_embeddings, np.float32, (most, dim))
+        self.uploaded, self.computed, self.downloaded = (device.create_event() for _ in range(3))
+
+
+def _finished(results: deque[tuple[list[np.ndarray], int]]) -> Iterator[np.ndarray]:
+    while results and not results[0][1]:
+        parts, _ = results.popleft()
+        yield parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,0 +1,98 @@
+"""The bundle: one folder that is all an edge box needs to run one model, with the proof that it is still that model.
+
+    BUNDLE/manifest.json            what the model is, its input, precision, the hash of every file, the proofs
+    BUNDLE/manifest.sha256          the manifest's own hash, as `sha256sum -c manifest.sha256` checks it
+    BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows; with fused heads -> the maps
+    BUNDLE/heads.npz                with fused heads: their numbers (`fused_heads.py`)
+    BUNDLE/NAME.plan, NAME.layers.json    TensorRT plans and their layer tables, where they were built
+    BUNDLE/reference.safetensors    the PyTorch weights (left out by --no-reference): torch backend, `validate`
+
+A file's bytes are compared with the manifest before any parser sees them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mgn_deploy.bundle.manifest import MANIFEST, MANIFEST_HASH, Manifest, hash_line, parse_manifest
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.errors import CannotRun, UserError
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `manifest` was checked against its hash; `read` checks each file."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Bundle:
+        """Read and check the manifest.
+
+        Raises:
+            UserError: no bundle there, a changed or unreadable manifest, or a schema later than this version reads.
+        """
+        folder = Path(folder)
+        try:
+            os.scandir(folder).close()
+        except OSError as error:
+            raise UserError(
+                f"{folder} is not a bundle ({error.strerror}): `mgn-deploy export WEIGHTS -o BUNDLE` makes one"
+            ) from None
+        try:
+            content = (folder / MANIFEST).read_bytes()
+            expected = (folder / MANIFEST_HASH).read_bytes()
+        except OSError as error:
+            raise UserError(f"{folder} is not a bundle: {Path(error.filename).name}: {error.strerror}") from None
+        if expected != hash_line(content):
+            raise UserError(
+                f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy or export the bundle anew"
+            )
+        return cls(folder, parse_manifest(content, folder / MANIFEST))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one of the bundle's files, after comparing them with the manifest.
+
+        Raises:
+            UserError: the bundle has no such file, or its content is not the manifest's.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise UserError(f"{self.folder} was exported without {name}")
+        try:
+            content = (self.folder / name).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.folder / name}: {error.strerror}; copy or export the bundle anew") from None
+        if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise UserError(
+                f"{self.folder / name} is not what was exported (its SHA-256 differs): copy or export the bundle anew"
+            )
+        return content
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.manifest.model
+
+    @cached_property
+    def id(self) -> str:
+        return self.manifest.id
+
+    def require_proof(self, backend: str) -> None:
+        """Raise CannotRun unless this backend's embeddings were proven equal to the reference's at export."""
+        proof = self.manifest.proofs.get(backend)
+        if proof is None:
+            proven = [name for name, other in self.manifest.proofs.items() if other.passed]
+            raise CannotRun(
+                f"{self.folder} has no proof for {backend} (proven: {', '.join(proven) or 'none'}): export it where {backend} "
+                "is installed, choose a proven --backend, or pass --allow-unproven"
+            )
+        if not proof.passed:
+            raise CannotRun(
+                f"{self.folder} is not proven for {backend} ({'; '.join(proof.misses)}): choose another --backend or "
+                "pass --allow-unproven"
+            )

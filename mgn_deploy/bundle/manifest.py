@@ -1,0 +1,170 @@
+"""The bundle's manifest: what the model is, the hash of every file, and the proofs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mgn_deploy.bundle.engine_entry import EngineEntry
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import atomic_file
+
+SCHEMA_VERSION = 1
+
+
+MANIFEST = "manifest.json"
+
+
+MANIFEST_HASH = "manifest.sha256"
+
+
+GRAPH = "graph.onnx"
+
+
+HEADS = "heads.npz"
+
+
+REFERENCE = "reference.safetensors"
+
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+Heads = Literal["plain", "fused"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class Ranking(_Strict):
+    """A backend's ranking of labelled people beside the reference's. Fractions, 0 to 1."""
+
+    data: str
+    queries: int
+    gallery: int
+    rank1: float
+    mAP: float
+    reference_rank1: float
+    reference_mAP: float
+
+
+class Proof(_Strict):
+    """How far one backend's embeddings of this bundle are from the PyTorch reference's, on the same pixels.
+
+    `top10_agreement` is the mean share of each image's ten nearest neighbours that the reference names too.
+    `other_images_cosine` is the reference's mean cosine between different images: the nearer to 1, the less a cosine
+    near 1 says. `batch_drift` is the largest change of a coordinate with the size of the batch, the place in it and the neighbours.
+    """
+
+    images: int
+    image_source: str
+    drawn: bool
+    worst_cosine: float
+    mean_cosine: float
+    max_abs_error: float
+    top10_agreement: float
+    other_images_cosine: float
+    batch_drift: float
+    ranking: Ranking | None = None
+    passed: bool
+    misses: list[str]
+    backend_version: str
+    machine: str
+    date: str
+
+
+class BlockError(_Strict):
+    """One block alone in INT8: the mean 1 - cosine that it causes, and the milliseconds an image that it saves, both by the engine
+    that ran the candidates (`export/precision.py`: for TensorRT's graphs ONNX Runtime on the CPU)."""
+
+    block: str
+    error: float
+    milliseconds: float
+
+
+class Quantisation(_Strict):
+    """How an INT8 graph was made.
+
+    `errors` is the mean 1 - cosine on held-out calibration images by method; `drop` the points of `drop_of` that INT8 loses;
+    `sweep` and `in_float` are filled where INT8 everywhere lost more than `max_drop`.
+    """
+
+    engine: str
+    method: str
+    errors: dict[str, float]
+    images: int
+    image_source: str
+    images_sha256: str
+    max_drop: float
+    drop: float
+    drop_of: str
+    sweep: list[BlockError] = []
+    in_float: list[str] = []
+
+
+class Manifest(_Strict):
+    schema_version: Literal[1] = 1
+    model: ModelConfig
+    flip: bool
+    precision: Precision
+    heads: Heads = "plain"
+    preprocessing: str
+    files: dict[str, FileEntry]
+    source_weights_sha256: str
+    tools: dict[str, str]
+    quantisation: Quantisation | None = None
+    engines: list[EngineEntry] = []  # built TensorRT plans
+    float32_nodes: list[str] = []  # of a graph with half precision: what would have overflowed
+    proofs: dict[str, Proof] = {}
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of what determines the embeddings: the same with and without reference weights, whatever was proven."""
+        content = self.model_dump(
+            mode="json", include={"model", "flip", "precision", "preprocessing", "source_weights_sha256"}
+        )
+        content |= {
+            name: self.files[file].sha256 for name, file in (("graph", GRAPH), ("heads", HEADS)) if file in self.files
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest and, last, its hash."""
+    content = manifest.model_dump_json(indent=2).encode() + b"\n"
+    with atomic_file(folder / MANIFEST) as file:
+        file.write(content)
+    with atomic_file(folder / MANIFEST_HASH) as file:
+        file.write(hash_line(content))
+
+
+def hash_line(manifest: bytes) -> bytes:
+    """As sha256sum writes it."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def parse_manifest(content: bytes, path: Path) -> Manifest:
+    try:
+        version = json.loads(content)["schema_version"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is not a manifest of mgn-deploy") from None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema {version!r} and this mgn-deploy reads schema {SCHEMA_VERSION}: upgrade mgn-deploy or export anew"
+        )
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

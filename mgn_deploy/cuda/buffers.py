@@ -1,0 +1,26 @@
+"""Host and device buffers."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+
+def pieces(batch: np.ndarray, most: int) -> list[np.ndarray]:
+    """A batch cut into pieces of at most `most` rows; an empty batch has none."""
+    return [batch[at : at + most] for at in range(0, len(batch), most)]
+
+
+def array_of(buffer: Any, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+    """The host memory of a pinned buffer, which must outlive the array."""
+    memory = (ctypes.c_uint8 * buffer.size).from_address(int(buffer.handle))
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def part(buffer: Any, size: int) -> Any:
+    """The first bytes of a buffer, as a buffer."""
+    from cuda.core import Buffer
+
+    return Buffer.from_handle(int(buffer.handle), size, owner=buffer)

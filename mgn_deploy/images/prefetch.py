@@ -1,0 +1,38 @@
+"""Images decoded on threads ahead of the engine."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+R = TypeVar("R")
+
+
+def in_order(function: Callable[[T], R], items: Sequence[T], ahead: int = 64) -> Iterator[R]:
+    """`map` on a few threads, at most `ahead` results waiting: decoding overlaps inference, in bounded memory."""
+    workers = min(8, (os.cpu_count() or 1) + 1)
+    remaining = iter(items)
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        waiting = deque[Future[R]](pool.submit(function, item) for item in islice(remaining, ahead))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter (itertools.batched of Python 3.12)."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

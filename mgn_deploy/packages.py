@@ -1,0 +1,32 @@
+"""Which optional packages are installed, and what to install for those that are not."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from mgn_deploy.errors import UserError
+
+
+def import_problem(package: str, extra: str) -> str | None:
+    """Import a package; None, or the sentence that says why it cannot be and what to install."""
+    try:
+        import_module(package)
+    except ImportError as error:
+        if getattr(error, "name", None) in (package, package.partition(".")[0]):
+            return f"{package} is not installed (pip install 'mgn-deploy[{extra}]')"
+        return f"{package} is installed and cannot be imported ({error})"
+    except (OSError, RuntimeError) as error:  # broken shared libraries
+        return f"{package} is installed and cannot be loaded ({error})"
+    return None
+
+
+# What init, import, train, export and demo need besides a backend: the extra `train`.
+TRAINING_PACKAGES = ("torch", "torchvision", "safetensors", "onnx", "onnxscript", "tensorboard")
+
+
+def require_training() -> None:
+    """Raise UserError unless what `train/` and `export/` import is installed."""
+    for package in TRAINING_PACKAGES:
+        problem = import_problem(package, "train")
+        if problem:
+            raise UserError(f"this command needs PyTorch and the exporter's packages: {problem}")

@@ -1,0 +1,147 @@
+"""Figures as PNG files: training curves, attention maps (the paper's Figure 5), rank lists (Figure 4)."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
+from mgn_deploy.files import atomic_file
+from mgn_deploy.images.decode import load_rgb
+from mgn_deploy.packages import import_problem
+from mgn_deploy.retrieval.rank_list import RankedImage, RankList, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 120
+FRAMES = {"same": "#1a8f3c", "other": "#d02b2b", "unknown": "#8a8a8a"}
+
+
+def draw_curves(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Losses, learning rate and, where it was evaluated, rank-1 and mAP of a training run, by epoch.
+
+    Raises:
+        UserError: `run` holds no `epochs.csv` of a training run, or one without a finished epoch.
+    """
+    table = Path(run) / "epochs.csv"
+    if not table.is_file():
+        raise UserError(f"{run} is no training run: it has no {table.name}, as `mgn-deploy train -o {run}` writes it")
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise UserError(f"{table} has no finished epoch yet: draw it later")
+
+    def column(name: str) -> tuple[list[int], list[float]]:
+        there = [row for row in rows if row.get(name)]
+        return [int(row["epoch"]) for row in there], [float(row[name]) for row in there]
+
+    figure = _new_figure(12, 3.6)
+    losses, rate, accuracy = figure.subplots(1, 3)
+    for name in ("loss", "softmax", "triplet"):
+        losses.plot(*column(name), label=name)
+    losses.set(title="loss, mean of the epoch", xlabel="epoch", ylim=(0, None))
+    losses.legend()
+    rate.plot(*column("lr"))
+    rate.set(title="learning rate", xlabel="epoch", yscale="log")
+    for name in ("rank-1", "mAP"):
+        epochs, values = column(name)
+        accuracy.plot(epochs, [100 * value for value in values], marker="o", label=name)
+    accuracy.set(title="held-out people, %", xlabel="epoch", ylim=(0, 100))
+    accuracy.legend()
+    for axes in (losses, rate, accuracy):
+        axes.grid(alpha=0.3)
+    _save(figure, out)
+
+
+def draw_attention(
+    crops: np.ndarray, maps: np.ndarray, names: Sequence[str], columns: Sequence[str], out: str | os.PathLike[str]
+) -> None:
+    """One row an image: the crop, then each branch's map over it.
+
+    Args:
+        crops: uint8 RGB `[n, height, width, 3]`.
+        maps: 0 to 1, `[n, branches, height, width]`.
+        names: of the images.
+        columns: of the branches.
+        out: the PNG.
+    """
+    count, branches = maps.shape[:2]
+    height, width = crops.shape[1:3]
+    side = 2.6
+    figure = _new_figure((branches + 1) * side * width / height + 0.6, count * side + 0.4)
+    grid = figure.subplots(count, branches + 1, squeeze=False)
+    for row, (crop, name) in enumerate(zip(crops, names, strict=True)):
+        _picture(grid[row][0], crop, _short(name))
+        for column in range(branches):
+            axes = grid[row][column + 1]
+            _picture(axes, crop, columns[column] if row == 0 else "")
+            axes.imshow(maps[row, column], cmap="jet", alpha=0.5, vmin=0, vmax=1)
+    _save(figure, out)
+
+
+def draw_rank_lists(lists: Sequence[RankList], out: str | os.PathLike[str]) -> None:
+    """One row a query: the query, then its results with rank and similarity; green frames are right, red are wrong.
+
+    Raises:
+        UserError: no list.
+    """
+    if not lists:
+        raise UserError("no query to draw")
+    longest = max(len(ranked.results) for ranked in lists)
+    figure = _new_figure(1.05 * (longest + 1), 2.5 * len(lists))
+    grid = figure.subplots(len(lists), longest + 1, squeeze=False)
+    for axes_row, ranked in zip(grid, lists, strict=True):
+        _ranked(axes_row[0], ranked.query, "query", "black")
+        for rank, (axes, result) in enumerate(zip(axes_row[1:], ranked.results, strict=False), start=1):
+            similarity = "" if result.similarity is None else f"  {result.similarity:.2f}"
+            _ranked(axes, result, f"{rank}{similarity}", FRAMES[verdict(ranked.query, result)])
+        for axes in axes_row[1 + len(ranked.results) :]:
+            axes.set_axis_off()
+    _save(figure, out)
+
+
+def _ranked(axes: Axes, image: RankedImage, title: str, colour: str) -> None:
+    try:
+        pixels = np.asarray(load_rgb(image.path).resize((64, 128)))
+    except UnreadableImage:
+        pixels = np.full((128, 64, 3), 220, np.uint8)
+        title += "\n(file gone)"
+    _picture(axes, pixels, title)
+    axes.set_axis_on()
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=3)
+
+
+def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
+    axes.imshow(pixels)
+    axes.set_title(title, fontsize=7, parse_math=False)
+    axes.set_axis_off()
+
+
+def _short(name: str, length: int = 16) -> str:
+    """A name that can be drawn: bytes that are no UTF-8 and line breaks spelled out, cut if long."""
+    name = name.encode("utf-8", "backslashreplace").decode()
+    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return name if len(name) <= length else name[: length - 3] + "..."
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    problem = import_problem("matplotlib", "figures")
+    if problem:
+        raise CannotRun(f"figures are drawn by matplotlib: {problem}")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, out: str | os.PathLike[str]) -> None:
+    with atomic_file(Path(out)) as file:
+        figure.savefig(file, format="png", dpi=DPI)

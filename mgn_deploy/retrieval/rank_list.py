@@ -1,0 +1,40 @@
+"""The gallery images that were ranked for a query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RankedImage:
+    """One crop as the page shows it.
+
+    Attributes:
+        path: the image file; one that is gone or unreadable is shown as a placeholder.
+        name: what to call it; any text, also a file name that is not valid UTF-8 (`os.fsdecode`).
+        similarity: cosine similarity to the query, None for the query itself or where there is none.
+        identity: the person's number, 0 for a distractor, -1 for junk, None if unknown.
+        camera: the camera's number, None if unknown.
+    """
+
+    path: Path
+    name: str
+    similarity: float | None
+    identity: int | None
+    camera: int | None
+
+
+@dataclass(frozen=True)
+class RankList:
+    """A query and what the gallery answered, the most similar first."""
+
+    query: RankedImage
+    results: list[RankedImage]
+
+
+def verdict(query: RankedImage, result: RankedImage) -> str:
+    """A result's frame: same, other, or unknown where either identity names nobody."""
+    if query.identity is None or query.identity <= 0 or result.identity is None:
+        return "unknown"
+    return "same" if query.identity == result.identity else "other"

@@ -1,0 +1,127 @@
+"""Queries against a gallery store: who is nearest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mgn_deploy.datasets.market1501 import DISTRACTOR, JUNK, parse_name
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.store import UNKNOWN, Store
+from mgn_deploy.images.listing import list_images
+from mgn_deploy.retrieval.distance import top_k
+from mgn_deploy.retrieval.rank_list import RankedImage, RankList
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Images to look for: their unit embeddings `[n, dim]` and, one each, file, name, identity and camera."""
+
+    bundle_id: str
+    embeddings: np.ndarray
+    paths: list[Path]
+    names: list[str]
+    identities: np.ndarray
+    cameras: np.ndarray
+
+    @classmethod
+    def of_store(cls, store: Store) -> Queries:
+        return cls(
+            store.manifest.bundle_id,
+            store.embeddings(),
+            [store.path(row) for row in store.rows],
+            [row.name for row in store.rows],
+            store.identities(),
+            store.cameras(),
+        )
+
+    @classmethod
+    def of_images(cls, source: str | os.PathLike[str], embedder: Embedder, *, batch_size: int = 8) -> Queries:
+        """Embed one image, or every image below a folder.
+
+        Raises:
+            UserError: an image cannot be read; the folder is missing or holds none.
+        """
+        source = Path(source)
+        files = [(file.path, file.name) for file in list_images(source)] if source.is_dir() else [(source, source.name)]
+        labels = [parse_name(path.name) for path, _ in files]
+        return cls(
+            embedder.bundle.id,
+            embedder.embed([path for path, _ in files], batch_size=batch_size),
+            [path for path, _ in files],
+            [name for _, name in files],
+            np.array([label.identity if label else UNKNOWN for label in labels]),
+            np.array([label.camera if label else UNKNOWN for label in labels]),
+        )
+
+
+def search(queries: Queries, gallery: Store, k: int = 10) -> list[RankList]:
+    """The k nearest gallery images of each query, best first.
+
+    Left out, as in the Market-1501 protocol: junk (identity -1), and images of the query's identity by the query's camera
+    where the names tell both. The query's own file is left out too.
+
+    Raises:
+        UserError: the two were embedded by different bundles, or one of them is empty.
+    """
+    check_same_bundle(queries.bundle_id, gallery)
+    if not len(gallery) or not len(queries.embeddings):
+        raise UserError(f"{gallery.folder if not len(gallery) else 'the query side'} holds no embedded image")
+    identities, cameras = gallery.identities(), gallery.cameras()
+    paths = [gallery.path(row) for row in gallery.rows]
+    excluded = _exclusion(queries, identities, cameras, paths)
+    indices, similarities = top_k(queries.embeddings, gallery.embeddings(), k, excluded=excluded)
+    lists = []
+    for query, (row_indices, row_similarities) in enumerate(zip(indices, similarities, strict=True)):
+        results = [
+            _ranked(paths[index], gallery.rows[index].name, float(similarity), identities[index], cameras[index])
+            for index, similarity in zip(row_indices, row_similarities, strict=True)
+            if index >= 0
+        ]
+        asked = _ranked(
+            queries.paths[query], queries.names[query], None, queries.identities[query], queries.cameras[query]
+        )
+        lists.append(RankList(asked, results))
+    return lists
+
+
+def check_same_bundle(bundle_id: str, gallery: Store) -> None:
+    """Raise UserError where embeddings of two bundles would be compared."""
+    if bundle_id != gallery.manifest.bundle_id:
+        raise UserError(
+            f"{gallery.folder} was embedded by bundle {gallery.manifest.bundle_id[:12]} and the queries by {bundle_id[:12]}: "
+            "their embeddings cannot be compared; embed both with one bundle"
+        )
+
+
+def _exclusion(
+    queries: Queries, identities: np.ndarray, cameras: np.ndarray, paths: list[Path]
+) -> Callable[[slice], np.ndarray]:
+    places: dict[str, list[int]] = {}
+    for index, path in enumerate(paths):
+        places.setdefault(os.path.abspath(path), []).append(index)
+
+    def excluded(rows: slice) -> np.ndarray:
+        identity, camera = queries.identities[rows, None], queries.cameras[rows, None]
+        mask = (identity == identities) & (camera == cameras) & (identity != UNKNOWN) & (identity != DISTRACTOR)
+        mask |= identities == JUNK
+        for row, path in enumerate(queries.paths[rows]):
+            mask[row, places.get(os.path.abspath(path), [])] = True
+        return mask
+
+    return excluded
+
+
+def _ranked(path: Path, name: str, similarity: float | None, identity: int, camera: int) -> RankedImage:
+    return RankedImage(
+        path,
+        name,
+        similarity,
+        None if identity == UNKNOWN else int(identity),
+        None if camera == UNKNOWN else int(camera),
+    )

@@ -1,0 +1,104 @@
+"""Accuracy by the Market-1501 protocol, a backend's beside the PyTorch reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mgn_deploy.datasets import Dataset, LabelledImage
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
+from mgn_deploy.retrieval.ranking import RankingMetrics, evaluate_embeddings
+
+# Called with the step's name, images done, images to do.
+StepProgress = Callable[[str, int, int], None]
+
+KEYS = ("rank-1", "rank-5", "rank-10", "mAP", "mINP")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """`measured` of a backend, and of the reference where that was asked for. Fractions, 0 to 1."""
+
+    backend: str
+    measured: RankingMetrics
+    reference: RankingMetrics | None
+
+    def differences(self) -> dict[str, float]:
+        """Backend minus reference of every metric, as fractions; empty without a reference."""
+        if self.reference is None:
+            return {}
+        measured, reference = self.measured.to_dict(), self.reference.to_dict()
+        return {key: measured[key] - reference[key] for key in KEYS}
+
+    def worst(self) -> float:
+        """The largest absolute difference of rank-1 or mAP, as a fraction."""
+        differences = self.differences()
+        return max(abs(differences[key]) for key in ("rank-1", "mAP")) if differences else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "backend": self.backend,
+            "measured": self.measured.to_dict(),
+            "reference": self.reference.to_dict() if self.reference else None,
+            "difference": self.differences() or None,
+        }
+
+
+def validate(
+    data: Dataset,
+    embedder: Embedder,
+    reference: Embedder | None,
+    *,
+    multi_query: str | None = None,
+    batch_size: int = 8,
+    progress: StepProgress | None = None,
+) -> Validation:
+    """Embed query and gallery with both, and rank.
+
+    Args:
+        multi_query: avg or max, to pool each query with `data.multi_query`'s images of its person and camera.
+
+    Raises:
+        UserError: an image cannot be read, no query has a right answer, or nothing to pool.
+    """
+    needed_subsets(multi_query)  # refuses what is no pooling before hours of embedding
+    measured = _measure(data, embedder, multi_query, batch_size, embedder.backend.name, progress)
+    expected = _measure(data, reference, multi_query, batch_size, "PyTorch reference", progress) if reference else None
+    return Validation(embedder.backend.name, measured, expected)
+
+
+def _measure(
+    data: Dataset,
+    embedder: Embedder,
+    multi_query: str | None,
+    batch_size: int,
+    label: str,
+    progress: StepProgress | None,
+) -> RankingMetrics:
+    views, members = views_of_queries(data) if multi_query else ([], [])
+
+    def embed(images: list[LabelledImage], before: int) -> Any:
+        total = len(data.query) + len(views) + len(data.gallery)
+        update = (lambda done, _: progress(label, before + done, total)) if progress else None
+        return embedder.embed([image.path for image in images], batch_size=batch_size, progress=update)
+
+    queries = embed(data.query, 0)
+    if multi_query:
+        queries = pool_queries(queries, embed(views, len(data.query)), members, multi_query)
+    return rank_gallery(data, queries, embed(data.gallery, len(data.query) + len(views)))
+
+
+def rank_gallery(data: Dataset, query: np.ndarray, gallery: np.ndarray) -> RankingMetrics:
+    """Score the embeddings `[q, d]` and `[g, d]` of `data.query` and `data.gallery`."""
+    return evaluate_embeddings(
+        query,
+        gallery,
+        [image.identity for image in data.query],
+        [image.camera for image in data.query],
+        [image.identity for image in data.gallery],
+        [image.camera for image in data.gallery],
+    )

@@ -1,0 +1,292 @@
+"""The engines: they agree, `auto` takes the fastest that may run, and a missing one is a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mgn_deploy.backends.registry import ProvenElsewhere, backend_module, compare_places, open_backend
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.manifest import write_manifest
+from mgn_deploy.errors import UserError
+from mgn_deploy.machine import place
+from mgn_deploy.packages import import_problem
+
+HERE = ("openvino", "onnxruntime", "torch")  # what the tests' environment has, in the order of `auto`
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (9, 96, 32, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def opened(bundle_folder):
+    import torch
+
+    torch.set_num_threads(1)
+    return {name: open_backend(Bundle.open(bundle_folder), name) for name in HERE}
+
+
+def marked(bundle_folder: Path, place: Path, **passed: bool) -> Bundle:
+    """A copy of the bundle that has a proof of these backends only, passed or not."""
+    shutil.copytree(bundle_folder, place)
+    bundle = Bundle.open(place)
+    proofs = {
+        name: bundle.manifest.proofs[name].model_copy(
+            update={"passed": fine, "misses": [] if fine else ["worst cosine 0.5"]}
+        )
+        for name, fine in passed.items()
+    }
+    write_manifest(place, bundle.manifest.model_copy(update={"proofs": proofs}))
+    return Bundle.open(place)
+
+
+def without(*packages: str, program: str, arguments: tuple[object, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process where these packages cannot be imported."""
+    hide = f"import sys\nfor name in {packages!r}: sys.modules[name] = None\n"
+    return subprocess.run(
+        [sys.executable, "-c", hide + program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+
+
+CLI = "from mgn_deploy.__main__ import main\nmain()\n"
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("batch", [1, 8, 9])
+def test_backends_agree(opened, pixels, name, batch):
+    expected = opened["torch"](pixels)[:batch]
+    found = opened[name](pixels[:batch])
+    assert found.dtype == np.float32
+    assert found.shape == (batch, 128)
+    assert np.abs(found - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_result_is_not_overwritten_by_the_next_call(opened, pixels, name):
+    first = opened[name](pixels[:3])
+    kept = first.copy()
+    opened[name](pixels[3:6])
+    assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_the_input_is_left_as_it_was(opened, pixels, name):
+    before = pixels.copy()
+    opened[name](pixels)
+    assert np.array_equal(pixels, before)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_backend_names_itself_its_version_and_its_device(opened, name):
+    assert (opened[name].name, opened[name].version) == (name, __import__(name).__version__)
+    assert opened[name].device
+
+
+def test_onnxruntime_is_the_cpus_whatever_build_is_installed(opened):
+    assert opened["onnxruntime"].device == "CPU"
+    assert opened["onnxruntime"]._session.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_openvino_computes_in_float32(opened):
+    """Left alone it runs float32 graphs in bfloat16 on CPUs that have it."""
+    assert opened["openvino"]._compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+
+
+def test_auto_is_the_first_of_the_order(bundle_folder):
+    assert open_backend(Bundle.open(bundle_folder)).name == HERE[0]
+
+
+def test_auto_passes_over_what_is_not_proven(bundle_folder, tmp_path):
+    bundle = marked(bundle_folder, tmp_path / "b", openvino=False, onnxruntime=True, torch=True)
+    assert open_backend(bundle).name == "onnxruntime"
+    assert open_backend(bundle, allow_unproven=True).name == "openvino"
+
+
+@pytest.mark.parametrize("change", [{"backend_version": "1999.1"}, {"machine": "another CPU (x86_64, CPU)"}])
+def test_an_engine_that_was_proven_elsewhere_is_warned_of(bundle_folder, tmp_path, caplog, change):
+    bundle = Bundle.open(bundle_folder)
+    open_backend(bundle, "onnxruntime")
+    assert not caplog.text
+    proofs = {"onnxruntime": bundle.manifest.proofs["onnxruntime"].model_copy(update=change)}
+    moved = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"proofs": proofs}))
+    assert open_backend(moved, "onnxruntime").name == "onnxruntime"
+    assert f"was proven with onnxruntime {proofs['onnxruntime'].backend_version}" in caplog.text
+    assert "`mgn-deploy prove" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "same"),
+    [("10.9", "NVIDIA A10", True), ("10.8", "NVIDIA A10", False), ("10.9", "NVIDIA A100", False)],
+)
+def test_an_engine_compiled_for_another_gpu_or_release_than_the_proven_one_is_refused(
+    bundle_folder, version, device, same
+):
+    bundle = Bundle.open(bundle_folder)
+    proof = bundle.manifest.proofs["onnxruntime"].model_copy(
+        update={"backend_version": "10.9", "machine": place("NVIDIA A10")}
+    )
+    proven = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"proofs": {"tensorrt": proof}}))
+    engine = SimpleNamespace(name="tensorrt", version=version, device=device, profile=(1, 8, 64))
+    if same:
+        compare_places(proven, "tensorrt", engine)
+    else:
+        with pytest.raises(ProvenElsewhere, match=rf"this is {version} on {device}: `mgn-deploy prove"):
+            compare_places(proven, "tensorrt", engine)
+
+
+def test_auto_passes_over_what_was_never_tried(bundle_folder, tmp_path):
+    assert open_backend(marked(bundle_folder, tmp_path / "b", onnxruntime=True)).name == "onnxruntime"
+
+
+def test_where_nothing_is_proven_every_backends_reason_is_told(bundle_folder, tmp_path):
+    bundle = marked(bundle_folder, tmp_path / "b", openvino=False)
+    with pytest.raises(
+        UserError,
+        match=r"no backend can run .*openvino: .*worst cosine 0\.5.*onnxruntime: .* no proof.*torch: .* no",
+    ):
+        open_backend(bundle)
+
+
+@pytest.mark.parametrize("passed", [{"onnxruntime": False}, {"openvino": True}])
+def test_a_named_backend_without_proof_is_refused_unless_allowed(bundle_folder, tmp_path, passed):
+    bundle = marked(bundle_folder, tmp_path / "b", **passed)
+    with pytest.raises(UserError, match=r"(is not proven|no proof) for onnxruntime.*--allow-unproven"):
+        open_backend(bundle, "onnxruntime")
+    assert open_backend(bundle, "onnxruntime", allow_unproven=True).name == "onnxruntime"
+
+
+def test_an_unknown_backend_is_a_sentence_with_the_known(bundle_folder):
+    with pytest.raises(
+        UserError,
+        match="no backend 'tensorflow': choose auto, tensorrt, tensorrt_rtx, onnxruntime_cuda, openvino, "
+        "onnxruntime, torch",
+    ):
+        open_backend(Bundle.open(bundle_folder), "tensorflow")
+
+
+def test_the_torch_backend_of_a_bundle_without_weights_is_a_sentence(bundle_folder, tmp_path):
+    shutil.copytree(bundle_folder, tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name == "graph.onnx"}
+    write_manifest(tmp_path / "b", bundle.manifest.model_copy(update={"files": files}))
+    with pytest.raises(UserError, match="--no-reference"):
+        open_backend(Bundle.open(tmp_path / "b"), "torch")
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_changed_file_reaches_no_engine(bundle_folder, tmp_path, name):
+    shutil.copytree(bundle_folder, tmp_path / "b")
+    path = tmp_path / "b" / ("reference.safetensors" if name == "torch" else "graph.onnx")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path.name} is not what was exported"):
+        open_backend(Bundle.open(tmp_path / "b"), name)
+
+
+# Missing packages, in processes that cannot import them
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_missing_engine_is_a_sentence_that_says_what_to_install(bundle_folder, crops, tmp_path, name):
+    arguments = ("embed", crops, "-o", tmp_path / "store", "--bundle", bundle_folder, "--backend", name)
+    done = without(name, program=CLI, arguments=arguments)
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"mgn-deploy: backend {name} cannot run here: {name} is not installed "
+        "(pip install 'mgn-deploy[cpu]')\n"
+    )
+
+
+def test_auto_goes_on_to_the_next_engine_where_one_is_missing(bundle_folder):
+    program = (
+        "from mgn_deploy.backends.registry import open_backend\nfrom mgn_deploy.bundle.bundle import Bundle\n"
+        "print(open_backend(Bundle.open(sys.argv[1])).name)\n"
+    )
+    done = without("openvino", "torch", program=program, arguments=(bundle_folder,))
+    assert (done.stdout, done.returncode) == ("onnxruntime\n", 0), done.stderr
+
+
+def test_an_edge_box_without_pytorch_embeds(bundle_folder, crops, tmp_path):
+    arguments = ("embed", crops, "-o", tmp_path / "store", "--bundle", bundle_folder, "--json")
+    done = without("torch", "torchvision", "safetensors", "onnxscript", program=CLI, arguments=arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["embedded"] == 40
+
+
+def test_help_needs_no_engine():
+    done = without(
+        "torch",
+        "torchvision",
+        "openvino",
+        "onnxruntime",
+        "onnx",
+        "safetensors",
+        program=CLI,
+        arguments=("embed", "--help"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--bundle" in done.stdout
+
+
+def test_doctor_tells_what_is_missing_and_what_is_not():
+    done = without("torch", "openvino", program=CLI, arguments=("doctor", "--json"))
+    assert done.returncode == 0, done.stderr
+    problems = {part["part"]: part["problem"] for part in json.loads(done.stdout)["parts"]}
+    for name in ("tensorrt", "tensorrt_rtx", "onnxruntime_cuda"):
+        assert (problems.pop(f"backend {name}") is None) == (backend_module(name).missing() is None)
+    assert problems == {
+        "backend openvino": "openvino is not installed (pip install 'mgn-deploy[cpu]')",
+        "backend onnxruntime": None,
+        "backend torch": "torch is not installed (pip install 'mgn-deploy[train]')",
+        "init, import, train, export, demo": "torch is not installed (pip install 'mgn-deploy[train]')",
+    }
+
+
+def test_export_without_pytorch_is_a_sentence(weights, tmp_path):
+    done = without("torch", program=CLI, arguments=("export", weights, "-o", tmp_path / "b"))
+    assert done.returncode == 2
+    assert "torch is not installed (pip install 'mgn-deploy[train]')" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_package_that_breaks_while_it_loads_is_told_apart_from_a_missing_one(tmp_path, monkeypatch):
+    (tmp_path / "brokenpackage.py").write_text("raise OSError('libfoo.so.1: cannot open shared object file')")
+    (tmp_path / "halfpackage.py").write_text("import notthere_at_all")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_problem("brokenpackage", "cpu") == (
+        "brokenpackage is installed and cannot be loaded (libfoo.so.1: cannot open shared object file)"
+    )
+    assert import_problem("halfpackage", "cpu") == (
+        "halfpackage is installed and cannot be imported (No module named 'notthere_at_all')"
+    )
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_what_is_installed_is_not_missing(name):
+    assert backend_module(name).missing() is None
+
+
+def test_importing_the_package_imports_neither_torch_nor_an_engine():
+    program = (
+        "import sys, mgn_deploy, mgn_deploy.backends, mgn_deploy.embedder, mgn_deploy.cli.app\n"
+        "print(sorted({'torch', 'torchvision', 'onnx', 'onnxruntime', 'openvino'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

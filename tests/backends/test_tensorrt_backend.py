@@ -1,0 +1,316 @@
+"""The TensorRT backends: which plan runs, what is said where none does, and, with a GPU, what runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from mgn_deploy.backends import tensorrt_rtx
+from mgn_deploy.backends.tensorrt import runner as tensorrt
+from mgn_deploy.backends.tensorrt.package import import_problem_of
+from mgn_deploy.backends.tensorrt.plans import fitting_entry, plan_for
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.engine_entry import EngineEntry
+from mgn_deploy.bundle.manifest import FileEntry
+from mgn_deploy.cuda import errors as cuda_errors_module
+from mgn_deploy.cuda.buffers import pieces
+from mgn_deploy.cuda.device import Gpu, gpu_problem, this_gpu
+from mgn_deploy.cuda.errors import cuda_errors, cuda_sentence
+from mgn_deploy.datasets.drawn import draw_people
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.images.decode import read_crop
+
+ADA = Gpu("NVIDIA GeForce RTX 4090", "8.9")
+
+needs_no_gpu = pytest.mark.skipif(gpu_problem() is None, reason="this machine has a GPU")
+needs_builder = pytest.mark.skipif(bool(import_problem_of("tensorrt_rtx")), reason="tensorrt-rtx-cu13 is not installed")
+
+
+def rtx(**changes) -> EngineEntry:
+    facts = {"file": "a.plan", "flavour": "tensorrt_rtx", "version": "1.7.1", "compute_capability": "8.9"}
+    return EngineEntry(**{**facts, "batch": (1, 2, 4), **changes})
+
+
+def trt(**changes) -> EngineEntry:
+    return rtx(**{"flavour": "tensorrt", "version": "10.9.0", "gpu": ADA.name, **changes})
+
+
+def with_plan(bundle_folder: Path, folder: Path, plan: EngineEntry, content: bytes = b"a plan") -> Bundle:
+    """The bundle with a plan beside its graph."""
+    bundle = Bundle.open(bundle_folder)
+    for name in bundle.manifest.files:
+        (folder / name).symlink_to(bundle_folder / name)
+    (folder / plan.file).write_bytes(content)
+    file = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    files = {**bundle.manifest.files, plan.file: file}
+    manifest = bundle.manifest.model_copy(update={"files": files, "engines": [plan]})
+    return dataclasses.replace(bundle, folder=folder, manifest=manifest)
+
+
+@needs_no_gpu
+def test_without_a_gpu_one_sentence_says_so() -> None:
+    if import_problem_of("tensorrt_rtx"):
+        pytest.skip("tensorrt-rtx-cu13 is not installed")
+    reason = tensorrt_rtx.missing()
+    assert reason in (
+        "no NVIDIA driver or GPU was found (libcuda.so.1 cannot be loaded)",
+        "the NVIDIA driver sees no GPU",
+    ) or reason.startswith("the NVIDIA driver does not start")
+    with pytest.raises(CannotRun, match="NVIDIA driver"):
+        this_gpu()
+
+
+@pytest.mark.parametrize("module", [tensorrt, tensorrt_rtx])
+def test_a_package_that_is_not_installed_is_named_with_its_extra(module) -> None:
+    flavour = module.__name__.rpartition(".")[2]
+    try:
+        __import__(flavour)
+    except ImportError:
+        assert f"mgn-deploy[{flavour.replace('_', '-')}]" in module.missing()
+    else:
+        pytest.skip(f"{flavour} is installed here")
+
+
+@pytest.mark.parametrize(
+    ("entry", "flavour", "version", "gpu"),
+    [
+        (rtx(), "tensorrt_rtx", "1.7.1", ADA),
+        (rtx(compute_capability=None), "tensorrt_rtx", "1.7.1", Gpu("NVIDIA GeForce RTX 5090", "12.0")),
+        (rtx(compute_capability=None), "tensorrt_rtx", "1.7.1", Gpu("NVIDIA A100", "8.0")),
+        (trt(), "tensorrt", "10.9.0", ADA),
+        (trt(hardware_compatible=True), "tensorrt", "10.9.0", Gpu("NVIDIA GeForce RTX 5090", "12.0")),
+        (trt(version_compatible=True), "tensorrt", "10.13.2", ADA),
+        (trt(version_compatible=True), "tensorrt", "11.0.0", ADA),
+    ],
+)
+def test_a_plan_fits_what_it_was_built_for(entry, flavour, version, gpu) -> None:
+    assert entry.misfit(flavour, version, gpu.name, gpu.compute_capability) is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "version", "gpu", "reason"),
+    [
+        (rtx(), "1.8.0", ADA, "built by TensorRT-RTX 1.7.1 and 1.8.0 is installed"),
+        (rtx(), "1.7.1", Gpu("RTX 3090", "8.6"), "needs compute capability 8.9 and RTX 3090 has 8.6"),
+        (
+            rtx(compute_capability=None),
+            "1.7.1",
+            Gpu("T4", "7.5"),
+            "needs compute capability 8.0 or later and T4 has 7.5",
+        ),
+        (trt(), "10.9.0", Gpu("NVIDIA L4", "8.9"), "built for NVIDIA GeForce RTX 4090 and this is NVIDIA L4"),
+        (trt(version_compatible=True), "10.8.0", ADA, "built by TensorRT 10.9.0 and 10.8.0 is installed"),
+        (trt(hardware_compatible=True), "10.9.0", Gpu("T4", "7.5"), "8.0 or later"),
+    ],
+)
+def test_a_plan_for_something_else_says_what_it_is_for(entry, version, gpu, reason) -> None:
+    assert reason in entry.misfit(entry.flavour, version, gpu.name, gpu.compute_capability)
+
+
+def test_a_plan_of_the_other_package_does_not_fit() -> None:
+    assert "is for TensorRT-RTX" in rtx().misfit("tensorrt", "1.7.1", ADA.name, "8.9")
+
+
+def test_a_plan_for_this_very_gpu_goes_before_one_for_many() -> None:
+    many, own = rtx(file="many.plan", compute_capability=None), rtx(file="own.plan")
+    assert fitting_entry([many, own], "tensorrt_rtx", "1.7.1", ADA) == own
+    assert fitting_entry([many], "tensorrt_rtx", "1.7.1", ADA) == many
+    assert fitting_entry([own], "tensorrt_rtx", "1.7.2", ADA) is None
+
+
+@pytest.mark.parametrize("file", ["../a.plan", "a.onnx", "", "a/b.plan", ".plan"])
+def test_a_manifest_names_no_plan_outside_the_bundle(file: str) -> None:
+    with pytest.raises(ValidationError):
+        rtx(file=file)
+
+
+def test_the_bundles_plan_is_read_where_it_fits(bundle_folder: Path, tmp_path: Path) -> None:
+    bundle = with_plan(bundle_folder, tmp_path, trt())
+    assert plan_for(bundle, "tensorrt", "10.9.0", ADA) == b"a plan"
+
+
+def test_a_plan_with_a_flipped_byte_reaches_no_runtime(bundle_folder: Path, tmp_path: Path) -> None:
+    bundle = with_plan(bundle_folder, tmp_path, trt())
+    (tmp_path / "a.plan").write_bytes(b"a plaN")
+    with pytest.raises(UserError, match=r"a\.plan is not what was exported \(its SHA-256 differs\)"):
+        plan_for(bundle, "tensorrt", "10.9.0", ADA)
+
+
+@needs_builder
+def test_a_plan_of_another_version_is_built_anew_with_its_profile_and_kept(
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import tensorrt_rtx as package
+
+    from mgn_deploy.backends.tensorrt.cache import plan_folder
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = with_plan(bundle_folder, tmp_path, rtx(version="1.0.0"))
+    built = plan_for(bundle, "tensorrt_rtx", package.__version__, ADA)
+    assert built != b"a plan"
+    assert f"no plan for {ADA.name}: building one" in caplog.text
+    assert len(list(plan_folder().glob("*.plan"))) == 1
+    assert plan_for(bundle, "tensorrt_rtx", package.__version__, ADA) == built
+
+
+def test_where_nothing_can_be_built_the_sentence_says_what_the_plan_is_for_and_what_to_do(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    if not import_problem_of("tensorrt"):
+        pytest.skip("tensorrt is installed here")
+    bundle = with_plan(bundle_folder, tmp_path, trt())
+    with pytest.raises(CannotRun) as caught:
+        plan_for(bundle, "tensorrt", "10.9.0", Gpu("NVIDIA L4", "8.9"))
+    sentence = str(caught.value)
+    assert "a.plan was built for NVIDIA GeForce RTX 4090 and this is NVIDIA L4" in sentence
+    assert "none can be built from its graph (tensorrt is not installed" in sentence
+    assert "--engine tensorrt, or choose another --backend" in sentence
+
+
+@pytest.mark.parametrize(
+    ("message", "advice"),
+    [
+        ("CUDA_ERROR_OUT_OF_MEMORY: the API call failed", "smaller batch"),
+        ("CUDA_ERROR_ILLEGAL_ADDRESS: while executing", "cannot use it any more: run the same command again"),
+        ("CUDA_ERROR_INVALID_VALUE: one argument", "refused a call"),
+        ("cudaError 700: an illegal memory access was encountered", "cannot use it any more"),
+        ("cudaError 2: out of memory", "smaller batch"),
+        ("cudaError 214: uncorrectable ECC error", "cannot use it any more"),
+    ],
+)
+def test_a_cuda_error_becomes_what_the_user_can_do(message: str, advice: str) -> None:
+    sentence = cuda_sentence(message)
+    assert message.partition(":")[0] in sentence
+    assert advice in sentence
+
+
+def test_after_a_sticky_error_the_gpu_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_errors_module, "_lost", [])
+    with pytest.raises(UserError, match="CUDA_ERROR_LAUNCH_FAILED"), cuda_errors():
+        raise RuntimeError("CUDA_ERROR_LAUNCH_FAILED: an exception occurred on the device")
+    tried = []
+    with pytest.raises(UserError, match="CUDA_ERROR_LAUNCH_FAILED"), cuda_errors():
+        tried.append(True)
+    assert not tried
+
+
+def test_an_error_that_passes_does_not_stop_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_errors_module, "_lost", [])
+    with pytest.raises(UserError, match="smaller batch"), cuda_errors():
+        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: no memory")
+    with pytest.raises(ValueError, match="not CUDA's"), cuda_errors():
+        raise ValueError("not CUDA's")
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(0, []), (1, [1]), (4, [4]), (9, [4, 4, 1])])
+def test_a_batch_above_the_profile_is_cut(rows: int, sizes: list[int]) -> None:
+    batch = np.arange(rows)
+    parts = pieces(batch, 4)
+    assert [len(part) for part in parts] == sizes
+    assert [value for part in parts for value in part] == list(batch)
+
+
+# What follows needs a GPU.
+
+
+@pytest.fixture(scope="module")
+def crops() -> np.ndarray:
+    return np.stack([read_crop(Image.fromarray(pixels), 96, 32) for pixels in draw_people(70)])
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
+def engine(request: pytest.FixtureRequest, bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A backend on a plan that was built for this GPU from the small bundle's graph, for 1 to 64 images a call."""
+    module = {"tensorrt": tensorrt, "tensorrt_rtx": tensorrt_rtx}[request.param]
+    reason = module.missing()
+    if reason:
+        pytest.skip(reason)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return module.open_engine(Bundle.open(bundle_folder))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1, 7, 8, 64, 70])
+def test_embeddings_are_the_references_at_any_batch_size(engine, embedder: Embedder, crops, size: int) -> None:
+    expected = embedder.backend(crops[:size])
+    found = engine(crops[:size])
+    assert (found.dtype, found.shape) == (np.float32, expected.shape)
+    assert (found * expected).sum(axis=1).min() > 0.9999
+
+
+@pytest.mark.gpu
+def test_an_image_has_one_embedding_whatever_its_neighbours_and_place(engine, crops) -> None:
+    alone = engine(crops[:1])
+    for size, place in ((7, 0), (7, 6), (64, 31), (64, 63)):
+        batch = crops[1 : size + 1].copy()
+        batch[place] = crops[0]
+        assert np.abs(engine(batch)[place] - alone[0]).max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_batches_come_back_in_order_while_two_are_on_their_way(engine, crops) -> None:
+    sizes = [8, 8, 1, 0, 70, 8, 3]
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]) % 5
+    batches = [
+        np.take(crops, range(start, start + size), axis=0, mode="wrap")
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    for batch, found in zip(batches, engine.stream(iter(batches)), strict=True):
+        np.testing.assert_allclose(found, engine_alone(engine, batch), atol=1e-5)
+
+
+def engine_alone(engine, batch: np.ndarray) -> np.ndarray:
+    """In a thread of its own: the stream's buffers belong to this one."""
+    results: list[np.ndarray] = []
+    thread = threading.Thread(target=lambda: results.append(engine(batch)))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+@pytest.mark.gpu
+def test_results_stay_when_the_next_batch_comes(engine, crops) -> None:
+    first = engine(crops[:4])
+    kept = first.copy()
+    engine(crops[4:8])
+    engine(crops[8:12])
+    np.testing.assert_array_equal(first, kept)
+
+
+@pytest.mark.gpu
+def test_a_stream_that_is_left_early_does_not_spoil_the_next(engine, crops) -> None:
+    expected = engine(crops[:8])
+    next(engine.stream([crops[8:16], crops[16:24], crops[24:32]]))
+    np.testing.assert_array_equal(engine(crops[:8]), expected)
+
+
+@pytest.mark.gpu
+def test_threads_share_one_engine(engine, crops) -> None:
+    expected = engine(crops[:8])
+    results: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: results.extend(engine(crops[:8]) for _ in range(5))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 15
+    for found in results:
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_plan_that_tensorrt_does_not_open_is_one_sentence(engine, bundle_folder: Path, tmp_path: Path) -> None:
+    module = {"tensorrt": tensorrt, "tensorrt_rtx": tensorrt_rtx}[engine.name]
+    plan = rtx(flavour=engine.name, version=engine.version, compute_capability=this_gpu().compute_capability)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    with pytest.raises(UserError, match="does not open the plan"):
+        module.open_engine(with_plan(bundle_folder, folder, plan, b"no plan at all"))

@@ -1,0 +1,469 @@
+"""The store's files: what is committed is read back whole, and what is damaged, foreign or in use is said so."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hostile import permissions_apply
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import atomic_folder
+from mgn_deploy.gallery import store as store_module
+from mgn_deploy.gallery.store import UNKNOWN, Row, Store, StoreManifest, StoreWriter
+
+MANIFEST = StoreManifest(
+    bundle_id="ab" * 32,
+    backend="onnxruntime",
+    preprocessing="pillow-bicubic-1",
+    dim=4,
+    dtype="float32",
+    source="file:///images",
+)
+
+
+def ok(name: str, **changes: object) -> Row:
+    return Row(
+        **{
+            "name": name,
+            "size": 10,
+            "mtime_ns": 20,
+            "error": None,
+            "identity": None,
+            "camera": None,
+            **changes,
+        }
+    )
+
+
+def bad(name: str, error: str = "the file is empty") -> Row:
+    return ok(name, error=error)
+
+
+def write(folder, *shards: list[Row], manifest: StoreManifest = MANIFEST) -> np.ndarray:
+    """Commit each list of rows as a shard of random embeddings; all embeddings in order."""
+    parts = [np.empty((0, 4), np.float32)]
+    with StoreWriter(folder, manifest) as writer:
+        for number, rows in enumerate(shards):
+            parts.append(np.random.default_rng(number).standard_normal((len(rows), 4), np.float32))
+            parts[-1][[row.error is not None for row in rows]] = np.nan
+            writer.commit(rows, parts[-1])
+    return np.concatenate(parts)
+
+
+def refusal(action, *arguments, **options) -> str:
+    with pytest.raises(UserError) as refused:
+        action(*arguments, **options)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def enter(folder, manifest: StoreManifest = MANIFEST) -> None:
+    with StoreWriter(folder, manifest):
+        pass
+
+
+def names_in(folder) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+# What is committed is read back
+
+
+def test_rows_and_embeddings_come_back_in_order(tmp_path):
+    written = write(
+        tmp_path / "s",
+        [ok("b.jpg", identity=7, camera=2), ok("a.jpg")],
+        [ok("c.jpg", size=None, mtime_ns=None)],
+    )
+    store = Store.open(tmp_path / "s")
+    assert [row.name for row in store.rows] == ["b.jpg", "a.jpg", "c.jpg"]
+    assert store.rows[0] == ok("b.jpg", identity=7, camera=2)
+    assert np.array_equal(store.embeddings(), written)
+    assert store.identities().tolist() == [7, UNKNOWN, UNKNOWN]
+    assert store.cameras().tolist() == [2, UNKNOWN, UNKNOWN]
+
+
+def test_failures_are_kept_apart(tmp_path):
+    written = write(tmp_path / "s", [ok("a.jpg"), bad("b.jpg"), ok("c.jpg")])
+    store = Store.open(tmp_path / "s")
+    assert [row.name for row in store.rows] == ["a.jpg", "c.jpg"]
+    assert store.failures == [bad("b.jpg")]
+    assert np.array_equal(store.embeddings(), written[[0, 2]])
+
+
+def test_later_row_of_a_name_counts(tmp_path):
+    written = write(
+        tmp_path / "s",
+        [ok("a.jpg"), ok("b.jpg")],
+        [ok("a.jpg", size=11)],
+        [bad("b.jpg")],
+        [bad("c.jpg")],
+        [ok("c.jpg")],
+    )
+    store = Store.open(tmp_path / "s")
+    assert [(row.name, row.size) for row in store.rows] == [("a.jpg", 11), ("c.jpg", 10)]
+    assert np.array_equal(store.embeddings(), written[[2, 5]])
+    assert [row.name for row in store.failures] == ["b.jpg"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b.jpg",
+        "a\nb.jpg",
+        "a'\"\\b.jpg",
+        "é漢.jpg",
+        "\udcff\udcfe.jpg",
+        "\\xff.jpg",
+        "sub/a\udce9.jpg",
+        "n" * 251,
+    ],
+)
+def test_name_comes_back_and_leads_to_the_file(tmp_path, name):
+    write(tmp_path / "s", [ok(name)])
+    store = Store.open(tmp_path / "s")
+    assert store.rows[0].name == name
+    assert os.fsencode(store.path(store.rows[0])) == b"/images/" + os.fsencode(name)
+
+
+def test_two_names_that_print_alike_stay_two(tmp_path):
+    write(tmp_path / "s", [ok("\udcff.jpg"), ok("\\xff.jpg")])
+    assert [row.name for row in Store.open(tmp_path / "s").rows] == ["\udcff.jpg", "\\xff.jpg"]
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "key=value", "s3:bucket", "per%20cent", "with space", "_hidden", b"\xff\xfe"]
+)
+def test_store_can_have_any_folder_name(tmp_path, name):
+    folder = tmp_path / os.fsdecode(name) / "shards"
+    written = write(folder, [ok("a.jpg")])
+    assert np.array_equal(Store.open(folder).embeddings(), written)
+    enter(folder)
+
+
+def test_float16_store_holds_float16(tmp_path):
+    manifest = MANIFEST.model_copy(update={"dtype": "float16"})
+    written = write(tmp_path / "s", [ok("a.jpg")], [ok("b.jpg")], manifest=manifest)
+    embeddings = Store.open(tmp_path / "s").embeddings()
+    assert embeddings.dtype == np.float16
+    assert np.array_equal(embeddings, written.astype(np.float16))
+
+
+def test_files_are_readable_by_other_tools(tmp_path):
+    written = write(tmp_path / "s", [ok("a\udcff.jpg"), bad("b.jpg")])
+    assert np.array_equal(np.load(tmp_path / "s/shard-00000.npy"), written, equal_nan=True)
+    rows = pq.read_table(tmp_path / "s/shard-00000.parquet").to_pylist()
+    assert [(row["path"], row["path_bytes"], row["status"], row["error"]) for row in rows] == [
+        ("a\\xff.jpg", b"a\xff.jpg", "ok", None),
+        ("b.jpg", None, "failed", "the file is empty"),
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_reading_starts_no_thread(tmp_path):
+    """Arrow's threads outlive a read; one of 25 commands that read a store was aborted by them as it ended."""
+    write(tmp_path / "s", [ok("a.jpg")])
+    script = (
+        "import os, sys; from mgn_deploy.gallery.store import Store\n"
+        "before = os.listdir('/proc/self/task'); Store.open(sys.argv[1])\n"
+        "print(set(os.listdir('/proc/self/task')) - set(before))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script, tmp_path / "s"], text=True) == "set()\n"
+
+
+def test_empty_store_is_a_store(tmp_path):
+    enter(tmp_path / "s")
+    store = Store.open(tmp_path / "s")
+    assert len(store) == 0
+    assert store.embeddings().shape == (0, 4)
+
+
+# A killed run
+
+
+def test_strays_of_a_killed_run_go_and_count_for_nothing(tmp_path):
+    written = write(tmp_path / "s", [ok("a.jpg")])
+    (tmp_path / "s/shard-00001.npy").write_bytes(b"half")
+    (tmp_path / "s/.mgn-abc.tmp").write_bytes(b"half")
+    assert np.array_equal(Store.open(tmp_path / "s").embeddings(), written)
+    enter(tmp_path / "s")
+    assert names_in(tmp_path / "s") == [".lock", "manifest.json", "shard-00000.npy", "shard-00000.parquet"]
+
+
+def test_folder_of_a_run_killed_before_its_manifest_is_taken_over(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/.lock").touch()
+    (tmp_path / "s/.mgn-abc.tmp").write_bytes(b'{"schema_')
+    written = write(tmp_path / "s", [ok("a.jpg")])
+    assert np.array_equal(Store.open(tmp_path / "s").embeddings(), written)
+
+
+def test_interrupt_right_after_the_commit_loses_nothing(tmp_path, monkeypatch):
+    """Ctrl-C between the rename of a shard's Parquet and the end of `commit` must not take its .npy away."""
+    import mgn_deploy.files as files
+
+    def interrupted(path):
+        sync(path)
+        if (tmp_path / "s/shard-00000.parquet").exists():
+            raise KeyboardInterrupt
+
+    sync = files.sync_folder
+    monkeypatch.setattr(files, "sync_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "s", [ok("a.jpg")])
+    monkeypatch.undo()
+    assert [row.name for row in Store.open(tmp_path / "s").rows] == ["a.jpg"]
+
+
+# Damage
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+@pytest.mark.parametrize("share", [0, 0.2, 0.5, 0.99])
+def test_truncated_shard_is_named(tmp_path, kind, share):
+    write(tmp_path / "s", [ok("a.jpg"), ok("b.jpg")], [ok("c.jpg")])
+    path = tmp_path / f"s/shard-00000.{kind}"
+    os.truncate(path, int(path.stat().st_size * share))
+    for action in (Store.open, enter):
+        sentence = refusal(action, tmp_path / "s")
+        assert "shard-00000.npy or its Parquet is damaged" in sentence
+        assert "delete both and embed again" in sentence
+
+
+def test_missing_npy_is_named(tmp_path):
+    write(tmp_path / "s", [ok("a.jpg")])
+    (tmp_path / "s/shard-00000.npy").unlink()
+    assert "shard-00000.npy or its Parquet is damaged" in refusal(Store.open, tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((3, 4), np.float32), np.zeros((2, 5), np.float32), np.zeros((2, 4), np.float64)]
+)
+def test_npy_that_does_not_fit_its_rows_is_named(tmp_path, array):
+    write(tmp_path / "s", [ok("a.jpg"), ok("b.jpg")])
+    np.save(tmp_path / "s/shard-00000.npy", array)
+    assert f"is {array.dtype} {list(array.shape)} and its Parquet has 2 rows of 4 float32" in refusal(
+        Store.open, tmp_path / "s"
+    )
+
+
+def test_pickle_in_an_npy_is_never_loaded(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    write(tmp_path / "s", [ok("a.jpg")])
+    np.save(tmp_path / "s/shard-00000.npy", np.array([Evil()], object), allow_pickle=True)
+    assert "damaged" in refusal(Store.open, tmp_path / "s")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_parquet_of_something_else_is_named(tmp_path):
+    import pyarrow as pa
+
+    write(tmp_path / "s", [ok("a.jpg")])
+    pq.write_table(pa.table({"fish": [1]}), tmp_path / "s/shard-00000.parquet")
+    assert "shard-00000.npy or its Parquet is damaged" in refusal(Store.open, tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"null",
+        b"7",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"schema": 1}',
+        b'{"schema_version": 1}',
+    ],
+)
+def test_broken_manifest_is_named(tmp_path, content):
+    write(tmp_path / "s", [ok("a.jpg")])
+    (tmp_path / "s/manifest.json").write_bytes(content)
+    for action in (Store.open, enter):
+        assert "manifest.json is not" in refusal(action, tmp_path / "s")
+
+
+def test_later_schema_asks_for_an_upgrade(tmp_path):
+    write(tmp_path / "s", [ok("a.jpg")])
+    content = json.loads((tmp_path / "s/manifest.json").read_text())
+    (tmp_path / "s/manifest.json").write_text(json.dumps({**content, "schema_version": 2, "new_field": True}))
+    for action in (Store.open, enter):
+        assert "store schema 2 and this mgn-deploy reads 1: upgrade mgn-deploy" in refusal(action, tmp_path / "s")
+
+
+# Things in a store's place
+
+
+def test_missing_store_says_how_to_make_one(tmp_path):
+    assert "is not an embedding store (no manifest.json): `mgn-deploy embed DIR -o" in refusal(
+        Store.open, tmp_path / "s"
+    )
+
+
+def test_file_in_a_stores_place(tmp_path):
+    (tmp_path / "s").write_text("letter")
+    assert "is not an embedding store" in refusal(Store.open, tmp_path / "s")
+    assert "exists and is not an embedding store: choose another place" in refusal(enter, tmp_path / "s")
+    assert "Not a directory" in refusal(enter, tmp_path / "s/below")
+    assert (tmp_path / "s").read_text() == "letter"
+
+
+def test_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "letter.txt").touch()
+    assert "exists and is not an embedding store" in refusal(enter, tmp_path)
+    assert names_in(tmp_path) == ["letter.txt"]
+
+
+def test_folder_with_another_programs_manifest_is_left_alone(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"schema_version": 1, "model": {}}')
+    (tmp_path / "shard-7.npy").touch()
+    assert "is not an embedding store's" in refusal(enter, tmp_path)
+    assert names_in(tmp_path) == ["manifest.json", "shard-7.npy"]
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+def test_too_long_store_path(tmp_path, length):
+    assert "File name too long" in refusal(enter, tmp_path / ("n" * length))
+    assert "File name too long" in refusal(Store.open, tmp_path / ("n" * length))
+
+
+def test_store_through_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    write(tmp_path / "link", [ok("a.jpg")])
+    assert len(Store.open(tmp_path / "real")) == 1
+
+
+@pytest.mark.parametrize("mode", [0, 0o500])
+def test_place_that_may_not_be_written(tmp_path, mode):
+    (tmp_path / "place").mkdir(mode=mode)
+    try:
+        with permissions_apply():
+            for folder in (tmp_path / "place", tmp_path / "place/s"):
+                assert "cannot be written: Permission denied" in refusal(enter, folder)
+    finally:
+        (tmp_path / "place").chmod(0o700)
+    assert names_in(tmp_path / "place") == []
+
+
+@pytest.mark.parametrize("closed", ["manifest.json", "shard-00000.parquet", "shard-00000.npy", "."])
+def test_store_that_may_not_be_read_is_not_called_damaged(tmp_path, closed):
+    write(tmp_path / "s", [ok("a.jpg")])
+    (tmp_path / "s" / closed).chmod(0)
+    try:
+        with permissions_apply():
+            sentence = refusal(Store.open, tmp_path / "s")
+    finally:
+        (tmp_path / "s" / closed).chmod(0o700)
+    assert "cannot be read: Permission denied" in sentence
+    assert "delete" not in sentence
+
+
+# One writer of one kind
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bundle_id": "cd" * 32},
+        {"backend": "openvino"},
+        {"dtype": "float16"},
+        {"source": "file:///other"},
+        {"preprocessing": "new"},
+        {"dim": 5},
+    ],
+)
+def test_store_made_otherwise_is_refused(tmp_path, change):
+    write(tmp_path / "s", [ok("a.jpg")])
+    before = (tmp_path / "s/manifest.json").read_bytes()
+    sentence = refusal(enter, tmp_path / "s", MANIFEST.model_copy(update=change))
+    assert f"was made with {next(iter(change))} " in sentence
+    assert "choose a new store" in sentence
+    assert (tmp_path / "s/manifest.json").read_bytes() == before
+    enter(tmp_path / "s")  # the lock is free again
+
+
+def test_second_process_is_refused_while_the_first_writes(tmp_path):
+    script = (
+        "import sys; from mgn_deploy.gallery.store import StoreManifest, StoreWriter\n"
+        "with StoreWriter(sys.argv[1], StoreManifest.model_validate_json(sys.argv[2])):\n"
+        "    print('in', flush=True)\n"
+        "    sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "s", MANIFEST.model_dump_json()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as first:
+        assert first.stdout.readline() == b"in\n"
+        assert "another process is writing to" in refusal(enter, tmp_path / "s")
+        assert len(Store.open(tmp_path / "s")) == 0  # reading is allowed
+        first.kill()
+    enter(tmp_path / "s")  # a killed process leaves no lock
+
+
+def test_manifest_is_judged_under_the_lock(tmp_path, monkeypatch):
+    """A run that finds no manifest and then waits for the scheduler must not replace the one that another run wrote."""
+    real = store_module.fcntl.flock
+
+    def other_run_was_faster(descriptor, operation):
+        monkeypatch.undo()
+        write(tmp_path / "s", [ok("a.jpg")], manifest=MANIFEST.model_copy(update={"backend": "openvino"}))
+        real(descriptor, operation)
+
+    monkeypatch.setattr(store_module.fcntl, "flock", other_run_was_faster)
+    assert "was made with backend 'openvino'" in refusal(enter, tmp_path / "s")
+    assert Store.open(tmp_path / "s").manifest.backend == "openvino"
+
+
+# Folders that are replaced whole
+
+
+def replace_folder(path, content: str) -> None:
+    with atomic_folder(path, names=["marker"]) as new:
+        (new / "marker").write_text(content)
+
+
+def test_replacing_through_a_link_keeps_the_link(tmp_path):
+    replace_folder(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    replace_folder(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/marker").read_text() == "new"
+    assert names_in(tmp_path) == ["link", "real"]
+
+
+def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
+    replace_folder(tmp_path / "out", "old")
+    rename = os.replace
+
+    def failing(source, target):
+        if Path(target).name == "out" and Path(source).suffix == ".tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    assert "cannot be written: Input/output error" in refusal(replace_folder, tmp_path / "out", "new")
+    assert (tmp_path / "out/marker").read_text() == "old"
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_folder_of_others_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/letter.txt").touch()
+    (tmp_path / "file").touch()
+    for name in ("out", "file"):
+        assert "exists and holds what this command did not write" in refusal(replace_folder, tmp_path / name, "new")
+    assert names_in(tmp_path / "out") == ["letter.txt"]

@@ -1,0 +1,119 @@
+"""Figures: what is drawn, looked at pixel by pixel, and sentences for what cannot be drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from in_process import mgn_deploy
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from mgn_deploy.gallery.embed import embed_folder
+from mgn_deploy.images.decode import read_crop
+from mgn_deploy.report.figures import FRAMES, draw_attention, draw_rank_lists
+from mgn_deploy.retrieval.rank_list import RankedImage, RankList
+from mgn_deploy.train.attention import attention_maps
+from mgn_deploy.train.model import Embedding
+from mgn_deploy.train.weights import load_weights
+
+
+def share(png: Path, colour: str) -> float:
+    """Of the figure's pixels, how many have the colour."""
+    pixels = np.asarray(Image.open(png).convert("RGB")).astype(int)
+    wanted = np.round(255 * np.array(to_rgb(colour)))
+    return float((np.abs(pixels - wanted) <= 3).all(axis=2).mean())
+
+
+@pytest.fixture
+def files(crops) -> list[Path]:
+    return sorted(path for path in crops.rglob("*.jpg"))
+
+
+def test_an_attention_map_is_strongest_where_the_branch_s_last_map_is(weights, files):
+    model = load_weights(weights)
+    crops = np.stack([read_crop(file, 96, 32) for file in files[:3]])
+    maps = attention_maps(model, crops)
+    assert (maps.shape, maps.dtype) == ((3, 3, 96, 32), np.float32)
+    assert maps.min(axis=(2, 3)) == pytest.approx(0)
+    assert maps.max(axis=(2, 3)) == pytest.approx(1)
+    with torch.inference_mode():
+        features = model.feature_maps(Embedding(model, flip=False).normalise(torch.from_numpy(crops)))
+    for branch, feature_map in enumerate(features):
+        strength = feature_map.square().sum(1).sqrt().numpy()
+        height, width = strength.shape[1:]
+        for image in range(3):
+            row, column = np.unravel_index(strength[image].argmax(), strength[image].shape)
+            cell = maps[image, branch].reshape(height, 96 // height, width, 32 // width)[row, :, column]
+            assert cell.max() == pytest.approx(1, abs=0.02)
+
+
+def test_attention_draws_a_row_an_image(weights, files, tmp_path):
+    out = tmp_path / "attention.png"
+    done = mgn_deploy("figures", "attention", weights, *files[:2], "-o", out)
+    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    two = Image.open(out).size
+    assert mgn_deploy("figures", "attention", weights, files[0].parent, "-o", out, "--limit", 4).returncode == 0
+    assert Image.open(out).size[0] == two[0]
+    assert Image.open(out).size[1] > 1.7 * two[1]
+
+
+def test_the_map_is_drawn_over_the_crop(tmp_path):
+    crops = np.full((1, 96, 32, 3), 255, np.uint8)
+    maps = np.zeros((1, 1, 96, 32), np.float32)
+    maps[0, 0, 48:] = 1
+    draw_attention(crops, maps, ["bytes\udcff\n.jpg"], ["global"], tmp_path / "a.png")
+    # Half of jet's ends over white: #000080 and #800000.
+    assert share(tmp_path / "a.png", "#8080c0") == pytest.approx(share(tmp_path / "a.png", "#c08080"), rel=0.1)
+    assert share(tmp_path / "a.png", "#8080c0") > 0.1
+
+
+def ranked(path: Path, identity: int | None) -> RankedImage:
+    return RankedImage(path, path.name, 0.5, identity, 1)
+
+
+@pytest.mark.parametrize(("identity", "drawn"), [(7, "same"), (8, "other"), (0, "other"), (None, "unknown")], ids=str)
+def test_frames_tell_right_from_wrong(files, tmp_path, identity, drawn):
+    out = tmp_path / "ranks.png"
+    draw_rank_lists([RankList(ranked(files[0], 7), [ranked(files[1], identity)] * 2)], out)
+    for frame, colour in FRAMES.items():
+        assert (share(out, colour) > 0.01) == (frame == drawn), frame
+
+
+def test_a_file_that_is_gone_is_drawn_as_such(tmp_path, files):
+    draw_rank_lists([RankList(ranked(files[0], 7), [ranked(tmp_path / "gone.jpg", 7)])], tmp_path / "r.png")
+    assert share(tmp_path / "r.png", "#dcdcdc") > 0.05
+
+
+def test_ranks_of_a_store_and_of_an_image(embedder, crops, files, bundle_folder, tmp_path):
+    embed_folder(crops, tmp_path / "s", embedder)
+    for query in ((tmp_path / "s",), (files[0], "--bundle", bundle_folder, "--backend", "onnxruntime")):
+        done = mgn_deploy("figures", "ranks", query[0], tmp_path / "s", "-o", tmp_path / "r.png", "-k", 3, *query[1:])
+        assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'r.png'}\n"), done.stderr
+        assert Image.open(tmp_path / "r.png").size[0] > 300
+    done = mgn_deploy("figures", "ranks", files[0], tmp_path / "s", "-o", tmp_path / "r.png")
+    assert done.returncode == 2
+    assert "give --bundle" in done.stderr
+
+
+def test_curves_are_drawn_also_before_the_first_evaluation(tmp_path):
+    header = "epoch,seconds,lr,loss,softmax,triplet,images_per_second,rank-1,mAP\n"
+    (tmp_path / "epochs.csv").write_text(header)
+    done = mgn_deploy("figures", "curves", tmp_path, "-o", tmp_path / "c.png")
+    assert done.returncode == 2
+    assert "no finished epoch" in done.stderr
+    assert not (tmp_path / "c.png").exists()
+    (tmp_path / "epochs.csv").write_text(header + "1,5.0,0.01,8,6,2,60,,\n2,9.0,0.01,7,5,2,60,0.5,0.4\n")
+    assert mgn_deploy("figures", "curves", tmp_path, "-o", tmp_path / "c.png").returncode == 0
+    assert share(tmp_path / "c.png", "C0") > 0.001
+
+
+@pytest.mark.parametrize("arguments", [("curves", "none"), ("attention", "none", "x.jpg"), ("ranks", "none", "none")])
+def test_what_is_not_there_is_one_sentence(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = mgn_deploy("figures", *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

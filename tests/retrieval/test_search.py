@@ -1,0 +1,234 @@
+"""Who is nearest, and who is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from in_process import mgn_deploy
+
+from mgn_deploy.datasets.drawn import draw_crop
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.embed import embed_folder
+from mgn_deploy.gallery.store import Row, Store, StoreManifest, StoreWriter
+from mgn_deploy.retrieval.rank_list import RankList
+from mgn_deploy.retrieval.search import Queries, search
+
+
+@pytest.fixture(scope="module")
+def crop_store(crops, embedder, tmp_path_factory) -> Store:
+    folder = tmp_path_factory.mktemp("store") / "crops"
+    embed_folder(crops, folder, embedder)
+    return Store.open(folder)
+
+
+def write_store(
+    folder: Path,
+    rows: list[tuple[str, int | None, int | None]],
+    embeddings: np.ndarray,
+    bundle_id: str = "b" * 64,
+) -> Store:
+    """A store of images that need not exist: (name, identity, camera) and unit embeddings."""
+    manifest = StoreManifest(
+        bundle_id=bundle_id,
+        backend="onnxruntime",
+        preprocessing="p",
+        dim=embeddings.shape[1],
+        dtype="float32",
+        source=(folder.parent / "images").as_uri(),
+    )
+    with StoreWriter(folder, manifest) as writer:
+        writer.commit([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
+    return Store.open(folder)
+
+
+def queries_for(
+    embedding: list[float], path: Path, identity: int = -2, camera: int = -2, bundle_id: str = "b" * 64
+) -> Queries:
+    return Queries(
+        bundle_id,
+        np.array([embedding], np.float32),
+        [path],
+        [path.name],
+        np.array([identity]),
+        np.array([camera]),
+    )
+
+
+def names(ranked: RankList) -> list[str]:
+    return [result.name for result in ranked.results]
+
+
+EAST, NORTH_EAST, NORTH, WEST = np.array([[1, 0], [0.6, 0.8], [0, 1], [-1, 0]], np.float32)
+
+
+def test_results_are_the_nearest_first(tmp_path):
+    store = write_store(
+        tmp_path / "s",
+        [("w", None, None), ("n", None, None), ("ne", None, None)],
+        np.stack([WEST, NORTH, NORTH_EAST]),
+    )
+    (ranked,) = search(queries_for([1, 0], Path("/q.jpg")), store)
+    assert names(ranked) == ["ne", "n", "w"]
+    assert [result.similarity for result in ranked.results] == pytest.approx([0.6, 0, -1])
+    assert (ranked.query.name, ranked.query.similarity, ranked.query.identity, ranked.query.camera) == (
+        "q.jpg",
+        None,
+        None,
+        None,
+    )
+
+
+def test_k_limits_the_results(tmp_path):
+    store = write_store(
+        tmp_path / "s",
+        [("w", None, None), ("n", None, None), ("ne", None, None)],
+        np.stack([WEST, NORTH, NORTH_EAST]),
+    )
+    assert names(search(queries_for([1, 0], Path("/q.jpg")), store, 1)[0]) == ["ne"]
+    assert len(search(queries_for([1, 0], Path("/q.jpg")), store, 50)[0].results) == 3
+
+
+@pytest.mark.parametrize(
+    ("identity", "camera", "kept"),
+    [
+        (7, 1, True),  # the query's identity, another camera
+        (7, 2, False),  # the query's identity and camera
+        (8, 2, True),  # another identity, the query's camera
+        (-1, 1, False),  # junk
+        (0, 2, True),  # a distractor in the query's camera
+        (None, None, True),  # a name that tells nothing
+    ],
+)
+def test_what_is_left_out_is_what_the_protocol_leaves_out(tmp_path, identity, camera, kept):
+    store = write_store(tmp_path / "s", [("it", identity, camera), ("other", 9, 9)], np.stack([EAST, NORTH]))
+    (ranked,) = search(queries_for([1, 0], Path("/q.jpg"), identity=7, camera=2), store)
+    assert names(ranked) == (["it", "other"] if kept else ["other"])
+
+
+def test_names_that_tell_nothing_leave_nobody_out(tmp_path):
+    store = write_store(tmp_path / "s", [("it", None, None), ("other", 9, 9)], np.stack([EAST, NORTH]))
+    assert names(search(queries_for([1, 0], Path("/q.jpg")), store)[0]) == ["it", "other"]
+
+
+def test_the_querys_own_file_is_left_out_and_a_file_of_the_same_name_elsewhere_is_not(tmp_path):
+    store = write_store(tmp_path / "s", [("a.jpg", None, None), ("sub/a.jpg", None, None)], np.stack([EAST, NORTH]))
+    (ranked,) = search(queries_for([1, 0], tmp_path / "images" / "a.jpg"), store)
+    assert names(ranked) == ["sub/a.jpg"]
+
+
+def test_a_query_whose_whole_gallery_is_left_out_has_an_empty_list(tmp_path):
+    store = write_store(tmp_path / "s", [("junk", -1, 1)], np.stack([EAST]))
+    assert search(queries_for([1, 0], Path("/q.jpg")), store)[0].results == []
+
+
+def test_the_queries_of_another_bundle_are_refused(tmp_path):
+    store = write_store(tmp_path / "s", [("a", None, None)], np.stack([EAST]))
+    with pytest.raises(UserError, match=r"was embedded by bundle bbbbbbbbbbbb and the queries by cccccccccccc"):
+        search(queries_for([1, 0], Path("/q.jpg"), bundle_id="c" * 64), store)
+
+
+def test_a_store_against_itself_finds_by_identity_and_never_itself(crop_store):
+    lists = search(Queries.of_store(crop_store), crop_store, 5)
+    assert len(lists) == 40
+    for ranked in lists:
+        assert len(ranked.results) == 5
+        for result in ranked.results:
+            assert result.name != ranked.query.name
+            assert (result.identity, result.camera) != (ranked.query.identity, ranked.query.camera)
+        similarities = [result.similarity for result in ranked.results]
+        assert similarities == sorted(similarities, reverse=True)
+
+
+def test_an_image_query_is_the_same_image_as_a_store_query(crop_store, crops, embedder):
+    row = 7
+    (ranked,) = search(Queries.of_images(crop_store.path(crop_store.rows[row]), embedder), crop_store)
+    expected = search(Queries.of_store(crop_store), crop_store)[row]
+    assert names(ranked) == names(expected)
+    assert [one.similarity for one in ranked.results] == pytest.approx(
+        [one.similarity for one in expected.results], abs=1e-5
+    )
+    assert (ranked.query.identity, ranked.query.camera) == (expected.query.identity, expected.query.camera)
+
+
+def test_a_folder_of_images_is_all_below_it(crop_store, crops, embedder):
+    queries = Queries.of_images(crops / "camera 2", embedder)
+    assert len(queries.names) == 20
+    assert set(queries.cameras) == {2}
+    np.testing.assert_allclose(queries.embeddings, crop_store.embeddings()[crop_store.cameras() == 2], atol=1e-5)
+
+
+def test_a_relative_path_is_the_same_file(crop_store, crops, embedder, monkeypatch):
+    monkeypatch.chdir(crops)
+    name = crop_store.rows[0].name
+    (ranked,) = search(Queries.of_images(name, embedder), crop_store, 40)
+    assert name not in names(ranked)
+
+
+@pytest.fixture
+def found(crop_store, bundle_folder):
+    def run(query: object, *options: object) -> list[dict]:
+        done = mgn_deploy("search", query, crop_store.folder, "--json", *options)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+def test_the_command_prints_rank_lists_as_json(found, crop_store):
+    printed = found(crop_store.folder, "-k", 3)
+    assert len(printed) == 40
+    assert [result["rank"] for result in printed[0]["results"]] == [1, 2, 3]
+    expected = search(Queries.of_store(crop_store), crop_store, 3)
+    assert [[result["name"] for result in one["results"]] for one in printed] == [names(one) for one in expected]
+
+
+def test_the_command_embeds_an_image_with_the_bundle_and_writes_the_page(
+    found, crop_store, crops, bundle_folder, tmp_path
+):
+    query = tmp_path / "who is it?.jpg"
+    draw_crop(4, 3, 5).save(query)
+    (printed,) = found(query, "--bundle", bundle_folder, "--backend", "onnxruntime", "--html", tmp_path / "page.html")
+    assert (printed["query"], printed["identity"], len(printed["results"])) == (query.name, None, 10)
+    assert "who is it?.jpg" in (tmp_path / "page.html").read_text()
+
+
+def test_an_image_without_a_bundle_is_a_sentence(crop_store, crops):
+    done = mgn_deploy("search", next(crops.rglob("*.jpg")), crop_store.folder)
+    assert done.returncode == 2
+    assert "give --bundle to search for an image" in done.stderr
+
+
+def test_an_image_that_cannot_be_read_is_a_sentence(crop_store, bundle_folder, tmp_path):
+    (tmp_path / "q.jpg").write_bytes(b"nothing")
+    done = mgn_deploy("search", tmp_path / "q.jpg", crop_store.folder, "--bundle", bundle_folder)
+    assert done.returncode == 2
+    assert "q.jpg' cannot be embedded: not an image" in done.stderr
+
+
+def test_a_store_of_failed_images_only_is_refused(crop_store, embedder, tmp_path):
+    empty = tmp_path / "s"
+    manifest = crop_store.manifest
+    with StoreWriter(empty, manifest) as writer:
+        writer.commit([Row("a.jpg", 1, 1, "broken", None, None)], np.full((1, manifest.dim), np.nan, np.float32))
+    with pytest.raises(UserError, match="holds no embedded image"):
+        search(Queries.of_store(crop_store), Store.open(empty))
+
+
+def test_a_moved_gallery_is_still_searched(crop_store, crops, embedder, tmp_path):
+    shutil.copytree(crops, tmp_path / "crops")
+    embed_folder(tmp_path / "crops", tmp_path / "store", embedder)
+    os.rename(tmp_path / "crops", tmp_path / "elsewhere")
+    assert len(search(Queries.of_store(Store.open(tmp_path / "store")), crop_store)) == 40
+
+
+def test_the_embedder_of_another_bundle_is_refused(crop_store, crops, embedder, tmp_path):
+    other = write_store(tmp_path / "s", [("a", None, None)], np.eye(1, embedder.dim, dtype=np.float32))
+    with pytest.raises(UserError, match="embed both with one bundle"):
+        search(Queries.of_images(next(crops.rglob("*.jpg")), embedder), other)
+    assert isinstance(embedder, Embedder)

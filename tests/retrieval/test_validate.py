@@ -1,0 +1,190 @@
+"""`validate`: the same figures as by hand, the reference beside them, and a gate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from in_process import mgn_deploy
+from onnx import numpy_helper
+
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.manifest import FileEntry, write_manifest
+from mgn_deploy.datasets import open_data
+from mgn_deploy.datasets.drawn import draw_market1501
+from mgn_deploy.datasets.market1501 import open_market1501
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import UserError
+from mgn_deploy.images.decode import read_crop
+from mgn_deploy.retrieval.ranking import RankingMetrics
+from mgn_deploy.retrieval.validate import KEYS, Validation, validate
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn") / "people"
+    draw_market1501(folder, train_identities=1, test_identities=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wrong_bundle(bundle_folder, tmp_path_factory):
+    """The bundle with noise on its heads, which changes rankings; proven by nobody."""
+    place = tmp_path_factory.mktemp("wrong") / "b"
+    shutil.copytree(bundle_folder, place)
+    graph = onnx.load(place / "graph.onnx")
+    (tensor,) = [one for one in graph.graph.initializer if one.name == "heads.weight"]
+    values = numpy_helper.to_array(tensor)
+    noise = 2 * values.std() * np.random.default_rng(0).normal(size=values.shape)
+    tensor.CopyFrom(numpy_helper.from_array((values + noise).astype(np.float32), tensor.name))
+    content = graph.SerializeToString()
+    (place / "graph.onnx").write_bytes(content)
+    manifest = Bundle.open(bundle_folder).manifest
+    files = {
+        **manifest.files,
+        "graph.onnx": FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content)),
+    }
+    write_manifest(place, manifest.model_copy(update={"files": files, "proofs": {}}))
+    return place
+
+
+def by_hand(embedder: Embedder, root) -> dict[str, float]:
+    """Embed, sort and score one query after the other."""
+    data = open_market1501(root, subsets=("query", "gallery"))
+
+    def embed(images) -> np.ndarray:
+        rows = [embedder.backend(np.array(read_crop(one.path, 96, 32)[None])) for one in images]
+        return np.concatenate(rows).astype(np.float64)
+
+    queries, gallery = embed(data.query), embed(data.gallery)
+    first, precisions, penalties = [], [], []
+    for query, embedding in zip(data.query, queries, strict=True):
+        candidates = [
+            (1 - embedding @ other, image)
+            for other, image in zip(gallery, data.gallery, strict=True)
+            if image.identity != -1 and not (image.identity == query.identity and image.camera == query.camera)
+        ]
+        ranked = [image.identity == query.identity for _, image in sorted(candidates, key=lambda pair: pair[0])]
+        right = [rank for rank, hit in enumerate(ranked, start=1) if hit]
+        first.append(right[0])
+        precisions.append(np.mean([(index + 1) / rank for index, rank in enumerate(right)]))
+        penalties.append(len(right) / right[-1])
+    return {
+        **{f"rank-{k}": float(np.mean([rank <= k for rank in first])) for k in (1, 5, 10)},
+        "mAP": float(np.mean(precisions)),
+        "mINP": float(np.mean(penalties)),
+    }
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_the_figures_are_those_of_a_computation_by_hand(root, bundle_folder, backend):
+    embedder = Embedder.open(bundle_folder, backend)
+    result = validate(open_data(f"market1501:{root}"), embedder, None)
+    expected = by_hand(embedder, root)
+    assert {key: result.measured.to_dict()[key] for key in KEYS} == pytest.approx(expected, abs=1e-9)
+    assert 0 < expected["mAP"] < 1
+    assert result.reference is None
+    assert result.differences() == {}
+    assert result.worst() == 0
+
+
+def test_an_engine_and_its_reference_differ_by_nothing(root, bundle_folder):
+    result = validate(
+        open_data(f"market1501:{root}"), Embedder.open(bundle_folder), Embedder.open(bundle_folder, "torch")
+    )
+    assert result.backend == "openvino"
+    assert result.differences() == pytest.approx(dict.fromkeys(KEYS, 0), abs=1e-6)
+
+
+def test_the_worst_difference_is_of_rank_1_or_map_in_either_direction():
+    def metrics(rank_1: float, mean: float, minp: float) -> RankingMetrics:
+        return RankingMetrics({1: rank_1, 5: 1.0, 10: 1.0}, mean, minp, 10, 0)
+
+    assert Validation("x", metrics(0.5, 0.4, 0.9), metrics(0.5, 0.6, 0.1)).worst() == pytest.approx(0.2)
+    assert Validation("x", metrics(0.8, 0.6, 0.1), metrics(0.5, 0.6, 0.1)).worst() == pytest.approx(0.3)
+
+
+def test_progress_counts_queries_and_gallery_of_each_step(root, bundle_folder):
+    data, seen = open_data(f"market1501:{root}"), []
+    embedder = Embedder.open(bundle_folder, "onnxruntime")
+    validate(data, embedder, embedder, batch_size=16, progress=lambda *step: seen.append(step))
+    total = len(data.query) + len(data.gallery)
+    for label in ("onnxruntime", "PyTorch reference"):
+        steps = [done for name, done, whole in seen if name == label]
+        assert steps == sorted(steps)
+        assert steps[-1] == total
+        assert {whole for _, _, whole in seen} == {total}
+
+
+def test_the_command_prints_json_and_passes(root, bundle_folder):
+    done = mgn_deploy("validate", "--data", f"market1501:{root}", "--bundle", bundle_folder, "--json")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["passed"] is True
+    assert printed["backend"] == "openvino"
+    assert set(KEYS) <= set(printed["measured"]) == set(printed["reference"])
+    assert printed["difference"] == pytest.approx(dict.fromkeys(KEYS, 0), abs=1e-6)
+
+
+def test_the_command_without_reference_judges_nothing(root, bundle_folder):
+    done = mgn_deploy(
+        "validate",
+        "--data",
+        f"market1501:{root}",
+        "--bundle",
+        bundle_folder,
+        "--no-reference",
+        "--tolerance",
+        0,
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert (printed["reference"], printed["difference"], printed["passed"]) == (None, None, None)
+
+
+def test_a_difference_past_the_tolerance_exits_1(root, wrong_bundle):
+    arguments = (
+        "validate",
+        "--data",
+        f"market1501:{root}",
+        "--bundle",
+        wrong_bundle,
+        "--backend",
+        "onnxruntime",
+        "--allow-unproven",
+        "--json",
+    )
+    done = mgn_deploy(*arguments, "--tolerance", 0)
+    assert done.returncode == 1
+    printed = json.loads(done.stdout)
+    assert printed["passed"] is False
+    worst = max(abs(printed["difference"][key]) for key in ("rank-1", "mAP"))
+    assert worst > 0
+    assert f"differs by {100 * worst:.2f} points from the reference, more than 0" in done.stderr
+    assert mgn_deploy(*arguments, "--tolerance", 100).returncode == 0
+
+
+def test_an_unproven_engine_is_not_validated_by_accident(root, wrong_bundle):
+    done = mgn_deploy("validate", "--data", f"market1501:{root}", "--bundle", wrong_bundle, "--backend", "onnxruntime")
+    assert done.returncode == 2
+    assert "--allow-unproven" in done.stderr
+
+
+def test_a_table_for_people_tells_percent_and_the_difference(root, bundle_folder):
+    done = mgn_deploy("validate", "--data", f"market1501:{root}", "--bundle", bundle_folder)
+    assert done.returncode == 0, done.stderr
+    for word in ("rank-1", "mAP", "mINP", "openvino", "PyTorch", "difference", "+0.00", "percent"):
+        assert word in done.stdout
+
+
+def test_an_unreadable_image_is_named(root, bundle_folder, tmp_path):
+    shutil.copytree(root, tmp_path / "people")
+    broken = sorted((tmp_path / "people" / "query").iterdir())[2]
+    broken.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{broken.name}' cannot be embedded: the file is empty"):
+        validate(open_data(f"market1501:{tmp_path / 'people'}"), Embedder.open(bundle_folder, "onnxruntime"), None)

@@ -1,0 +1,447 @@
+"""The loop: it learns, one seed gives one model, and a run that was killed ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from in_process import mgn_deploy
+from PIL import Image
+from safetensors.torch import load_file
+
+from mgn_deploy.datasets import Dataset, LabelledImage
+from mgn_deploy.datasets.drawn import draw_market1501
+from mgn_deploy.datasets.market1501 import open_market1501
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import UserError
+from mgn_deploy.images.decode import read_crop
+from mgn_deploy.retrieval.ranking import evaluate_embeddings
+from mgn_deploy.train.data import TrainingSet
+from mgn_deploy.train.evaluate import evaluate_model
+from mgn_deploy.train.log import RunLog
+from mgn_deploy.train.losses import mgn_loss
+from mgn_deploy.train.model import Embedding
+from mgn_deploy.train.recipe import Augment, Recipe, load_recipe
+from mgn_deploy.train.sampler import IdentitySampler
+from mgn_deploy.train.schedule import rate_factor
+from mgn_deploy.train.trainer import BEST, WEIGHTS, Step, train
+from mgn_deploy.train.weights import load_weights, new_model
+
+torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
+
+HEIGHT, WIDTH = 96, 32
+TINY = ("model.base_width=8", "model.reduced_width=8", "batch.identities=2", "batch.images=2", "schedule.warm_up=0.0")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory) -> Dataset:
+    root = tmp_path_factory.mktemp("drawn") / "people"
+    draw_market1501(root, train_identities=5, test_identities=3)
+    return open_market1501(root)
+
+
+def run(people: Dataset, out: Path, *settings: str) -> list[Step]:
+    steps: list[Step] = []
+    train(people, load_recipe("small", [*TINY, *settings]), out, device="cpu", on_step=steps.append)
+    return steps
+
+
+def tensors(out: Path, which: str = WEIGHTS) -> dict[str, torch.Tensor]:
+    return load_file(out / which / "mgn.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with open(out / "epochs.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# The images
+
+
+def test_classes_number_the_identities_in_order(people):
+    training = TrainingSet(people.train, HEIGHT, WIDTH, (0.5, 0.5, 0.5))
+    identities = sorted({image.identity for image in people.train})
+    assert training.num_classes == len(identities) == 5
+    assert [identities[number] for number in training.classes] == [image.identity for image in people.train]
+
+
+def test_batches_hold_the_chosen_images_and_are_a_function_of_their_number(people):
+    training = TrainingSet(people.train, HEIGHT, WIDTH, (0.5, 0.5, 0.5))
+    chosen = [np.array([0, 3]), np.array([2, 7]), np.array([1, 4])]
+    plain = list(training.batches(chosen, Augment(flip=0), (0, 0)))
+    for indices, (crops, classes) in zip(chosen, plain, strict=True):
+        assert (crops.dtype, tuple(crops.shape)) == (torch.uint8, (2, HEIGHT, WIDTH, 3))
+        assert classes.tolist() == training.classes[indices].tolist()
+        assert np.array_equal(crops[0].numpy(), read_crop(people.train[indices[0]].path, HEIGHT, WIDTH))
+    strong = Augment(erase=1, pad=5)
+    whole = list(training.batches(chosen, strong, (0, 0)))
+    resumed = list(training.batches(chosen, strong, (0, 0), first=1))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[1:], resumed, strict=True))
+    other = list(training.batches(chosen, strong, (0, 1)))
+    assert not torch.equal(whole[0][0], other[0][0])
+
+
+def test_one_identity_cannot_be_trained_on(people, tmp_path):
+    alone = [image for image in people.train if image.identity == people.train[0].identity]
+    with pytest.raises(UserError, match="at least two identities; these have 1"):
+        run(Dataset("folder", people.root, alone, [], []), tmp_path)
+
+
+def test_a_broken_training_image_is_named(people, tmp_path):
+    (tmp_path / "0009_c1s1_000001_00.jpg").write_bytes(b"no image")
+    broken = [LabelledImage(tmp_path / "0009_c1s1_000001_00.jpg", 9, 1)]
+    with pytest.raises(UserError, match=r"0009_c1s1_000001_00\.jpg' cannot be trained on: not an image"):
+        run(Dataset("folder", people.root, people.train + broken, [], []), tmp_path / "run", "schedule.epochs=1")
+
+
+# The loop
+
+
+def test_the_loss_falls_and_one_seed_gives_one_model(people, tmp_path):
+    settings = ("schedule.epochs=15", "batch.identities=5", "batch.images=4", "loop.evaluate_every=15")
+    steps = run(people, tmp_path / "a", *settings)
+    assert len(steps) == 15
+    losses = [step.loss for step in steps]
+    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5]), losses
+    run(people, tmp_path / "b", *settings)
+    assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    run(people, tmp_path / "c", *settings, "loop.seed=1")
+    assert not same(tensors(tmp_path / "a"), tensors(tmp_path / "c"))
+
+
+def test_every_epoch_has_its_row_and_its_evaluation(people, tmp_path):
+    steps = run(people, tmp_path, "schedule.epochs=5", "loop.evaluate_every=2")
+    assert [(step.epoch, step.batch, step.batches) for step in steps] == [
+        (epoch, batch, 3) for epoch in range(1, 6) for batch in (1, 2, 3)
+    ]
+    table = rows(tmp_path)
+    assert [row["epoch"] for row in table] == ["1", "2", "3", "4", "5"]
+    assert [bool(row["mAP"]) for row in table] == [False, True, False, True, True]  # the last one always
+    for number, row in enumerate(table):
+        own = [step.loss for step in steps[3 * number : 3 * number + 3]]
+        assert float(row["loss"]) == pytest.approx(np.mean(own))
+        assert float(row["loss"]) == pytest.approx(float(row["softmax"]) + float(row["triplet"]), rel=1e-5)
+    metrics = evaluate_model(load_weights(tmp_path / WEIGHTS), people)
+    assert float(table[-1]["mAP"]) == pytest.approx(metrics.mAP, abs=1e-6)
+    best = max(float(row["mAP"]) for row in table if row["mAP"])
+    assert evaluate_model(load_weights(tmp_path / BEST), people).mAP == pytest.approx(best, abs=1e-6)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_accumulation_steps_once_for_several_batches(people, tmp_path):
+    run(people, tmp_path / "once", "schedule.epochs=1", "batch.accumulate=3", "optim.name=sgd", "optim.lr=1e-3")
+    run(people, tmp_path / "thrice", "schedule.epochs=1", "optim.name=sgd", "optim.lr=1e-3")
+    before = new_model(load_recipe("small", TINY).model.config(5), None, 0).state_dict()
+    name = "trunk.0.weight"
+    one, three = ((tensors(tmp_path / out)[name] - before[name]).norm().item() for out in ("once", "thrice"))
+    assert 0 < one < 0.7 * three  # a mean of three gradients against their sum
+
+
+def test_the_time_limit_ends_the_training(people, tmp_path):
+    start = time.monotonic()
+    steps = run(people, tmp_path, "schedule.epochs=100000", "schedule.max_seconds=3", "loop.evaluate_every=100000")
+    assert 1 <= len(steps) < 10**4
+    assert time.monotonic() - start < 20
+    assert float(rows(tmp_path)[-1]["lr"]) < 0.9 * 2e-3, "the schedule is squeezed into the limit"
+    assert load_weights(tmp_path / WEIGHTS).config.num_classes == 5
+
+
+def test_a_loss_that_is_not_finite_names_the_step(people, tmp_path):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) in epoch \d+, batch \d: lower optim.lr \(1e\+30\)"):
+        run(people, tmp_path, "optim.lr=1e30", "schedule.epochs=50")
+
+
+@pytest.mark.parametrize("setting", ["loop.amp=bf16", "loss.soft_margin=true", "loss.label_smoothing=0.1"])
+def test_options_train(people, tmp_path, setting):
+    plain = run(people, tmp_path / "plain", "schedule.epochs=1")
+    steps = run(people, tmp_path / "option", "schedule.epochs=1", setting)
+    assert np.isfinite([step.loss for step in steps]).all()
+    assert steps[0].loss != plain[0].loss
+    assert steps[0].loss == pytest.approx(plain[0].loss, rel=0.5)
+
+
+def test_a_run_goes_on_from_the_weights_of_another(people, tmp_path):
+    run(people, tmp_path / "first", "schedule.epochs=2")
+    init = f"model.init={tmp_path / 'first' / WEIGHTS}"
+    run(people, tmp_path / "still", "schedule.epochs=1", "optim.lr=1e-30", "optim.weight_decay=0.0", init)
+    before, after = tensors(tmp_path / "first"), tensors(tmp_path / "still")
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(".weight"))
+    larger = run(people, tmp_path / "larger", "schedule.epochs=1", init, "model.height=192", "model.width=64")
+    assert load_weights(tmp_path / "larger" / WEIGHTS).config.height == 192
+    assert np.isfinite([step.loss for step in larger]).all()
+    fewer = Dataset("folder", people.root, [image for image in people.train if image.identity <= 3], [], [])
+    run(fewer, tmp_path / "fewer", "schedule.epochs=1", init)
+    assert load_weights(tmp_path / "fewer" / WEIGHTS).config.num_classes == 3
+
+
+# Going on
+
+
+def command(people: Dataset, out: Path, *settings: str) -> list[str]:
+    arguments = [sys.executable, "-m", "mgn_deploy", "train", "--data", f"market1501:{people.root}", "-o", str(out)]
+    overrides = [word for setting in (*TINY, *settings) for word in ("--set", setting)]
+    return [*arguments, "--recipe", "small", "--device", "cpu", *overrides]
+
+
+STOPPED = ("schedule.epochs=12", "augment.erase=0.5", "augment.pad=4", "optim.name=adam", "loop.evaluate_every=5")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def whole(people, tmp_path_factory) -> Path:
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run(command(people, out, *STOPPED), capture_output=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr.decode()
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(people, whole, tmp_path, how):
+    out = tmp_path / "run"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command(people, out, *STOPPED), stderr=pipe, stdout=pipe, env=ONE_THREAD) as process:
+        deadline = time.monotonic() + 60
+        while not (out / "epochs.csv").is_file() or len(rows(out)) < 3:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(how)
+        process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    assert not (out / WEIGHTS).exists()
+    again = subprocess.run(command(people, out, *STOPPED), capture_output=True, env=ONE_THREAD)
+    assert again.returncode == 0, again.stderr.decode()
+    assert "goes on after epoch" in again.stderr.decode()
+    assert same(tensors(whole), tensors(out))
+    assert same(tensors(whole, BEST), tensors(out, BEST))
+    keys = ("epoch", "lr", "loss", "softmax", "triplet", "rank-1", "mAP")
+    assert [[row[key] for key in keys] for row in rows(out)] == [[row[key] for key in keys] for row in rows(whole)]
+
+
+def test_a_run_goes_on_only_with_its_own_recipe(people, tmp_path):
+    run(people, tmp_path, "schedule.epochs=1")
+    with pytest.raises(UserError, match="holds a run with another recipe or other data"):
+        run(people, tmp_path, "schedule.epochs=2")
+
+
+def test_a_damaged_state_is_named(people, tmp_path):
+    run(people, tmp_path, "schedule.epochs=1")
+    state = tmp_path / "last.pt"
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"last\.pt is damaged .*delete it to start the run anew"):
+        run(people, tmp_path, "schedule.epochs=1")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_model_on_two_processes(people, tmp_path):
+    settings = (*LOOP, "batch.identities=3")
+    arguments = command(people, tmp_path / "run", *settings)[1:]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "run" / WEIGHTS)], "rank 0 alone prints"
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["1", "2"]
+    assert_trained_alike(tmp_path / "run", plain_loop(people, load_recipe("small", [*TINY, *settings]), ranks=2))
+
+
+def test_the_command_prints_the_weights_folder(people, tmp_path):
+    overrides = [word for setting in (*TINY, "schedule.epochs=1") for word in ("--set", setting)]
+    data = f"market1501:{people.root}"
+    done = mgn_deploy("train", "--data", data, "-o", tmp_path / "run", "--recipe", "small", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'run' / WEIGHTS}\n"
+    assert "epoch   1/1  loss" in done.stderr
+    assert "the published market1501 has 12,936 images of 751 identities" in done.stderr
+    assert "rank-1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--recipe", "papre"), "no recipe 'papre'"),
+        (("--set", "optim.lrr=1"), "did you mean 'optim.lr'"),
+        (("--device", "tpu"), "--device tpu: choose auto, cpu or cuda"),
+        (("--set", "model.init=missing.pth"), "missing.pth"),
+        (("--set", "model.backbone=vgg16"), "vgg16"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(people, tmp_path, arguments, sentence):
+    data = f"market1501:{people.root}"
+    done = mgn_deploy("train", "--data", data, "-o", tmp_path / "run", *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+# Accuracy from PyTorch
+
+
+def test_evaluating_is_embedding_and_ranking(people, weights, bundle_folder):
+    model = load_weights(weights).train()
+    metrics = evaluate_model(model, people, batch_size=5)
+    assert model.training
+    embedder = Embedder.open(bundle_folder, "torch")
+    expected = evaluate_embeddings(
+        embedder.embed([np.asarray(Image.open(image.path)) for image in people.query]),
+        embedder.embed([np.asarray(Image.open(image.path)) for image in people.gallery]),
+        [image.identity for image in people.query],
+        [image.camera for image in people.query],
+        [image.identity for image in people.gallery],
+        [image.camera for image in people.gallery],
+    )
+    assert metrics.to_dict() == pytest.approx(expected.to_dict(), abs=1e-6)
+
+
+# Against a plain loop
+
+
+def plain_loop(people: Dataset, recipe: Recipe, ranks: int = 1) -> dict[str, torch.Tensor]:
+    """The parameters after SGD with the mean of the ranks' and of the accumulated batches' gradients."""
+    model = new_model(recipe.model.config(5)).train()
+    normalise = Embedding(new_model(recipe.model.config(5)), flip=False).normalise
+    data, batch, optim = TrainingSet(people.train, HEIGHT, WIDTH, model.config.mean), recipe.batch, recipe.optim
+    sgd = torch.optim.SGD(model.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay)
+    samplers = [
+        IdentitySampler(data.classes, batch.identities, batch.images, rank=r, ranks=ranks) for r in range(ranks)
+    ]
+    for epoch in range(recipe.schedule.epochs):
+        loaded = [
+            list(data.batches(sampler.epoch(epoch), recipe.augment, (0, epoch, rank)))
+            for rank, sampler in enumerate(samplers)
+        ]
+        for number, step in enumerate(zip(*loaded, strict=True), start=1):
+            for crops, classes in step:
+                loss, _ = mgn_loss(model(normalise(crops)), classes, recipe.loss)
+                (loss / ranks / batch.accumulate).backward()
+            if number % batch.accumulate == 0 or number == len(loaded[0]):
+                share = (epoch + (number - 1) / len(loaded[0])) / recipe.schedule.epochs
+                sgd.param_groups[0]["lr"] = optim.lr * rate_factor(recipe.schedule, share)
+                sgd.step()
+                sgd.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+LOOP = (
+    "optim.name=sgd",
+    "optim.lr=1e-4",  # so small that rounding decides no hinge
+    "optim.weight_decay=0.1",
+    "schedule.epochs=2",
+    "batch.images=3",
+    "augment.erase=0.5",
+    "augment.pad=4",
+)
+
+
+def assert_trained_alike(out: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Apart by no more than a hundredth of how far training moved."""
+    found, start = tensors(out), new_model(load_weights(out / WEIGHTS).config).state_dict()
+    for name, parameter in expected.items():
+        assert (found[name] - parameter).norm() <= 0.01 * (parameter - start[name]).norm() + 1e-6, name
+
+
+def test_training_is_a_plain_loop(people, tmp_path):
+    settings = [*TINY, *LOOP, "batch.accumulate=2"]  # of 3 batches: the second step is of one
+    run(people, tmp_path, *settings)
+    assert_trained_alike(tmp_path, plain_loop(people, load_recipe("small", settings)))
+
+
+def test_batches_of_an_epoch_are_augmented_differently(people):
+    training = TrainingSet(people.train, HEIGHT, WIDTH, (0.5, 0.5, 0.5))
+    (first, _), (second, _) = training.batches([np.array([0, 3])] * 2, Augment(erase=1, pad=5), (0, 0))
+    assert not torch.equal(first, second)
+
+
+def test_erased_pixels_are_the_networks_mean(people):
+    training = TrainingSet(people.train, HEIGHT, WIDTH, (0.485, 0.456, 0.406))
+    ((plain, _),) = training.batches([np.array([0, 3])], Augment(flip=0), (0, 0))
+    ((erased, _),) = training.batches([np.array([0, 3])], Augment(flip=0, erase=1), (0, 0))
+    assert {tuple(pixel) for pixel in erased[(erased != plain).any(-1)].tolist()} == {(124, 116, 104)}
+
+
+def stop_in_step(number: int, people: Dataset, out: Path, *settings: str) -> None:
+    """A run that gets Ctrl-C in its step `number`, counted from 1."""
+    steps: list[Step] = []
+
+    def count(step: Step) -> None:
+        steps.append(step)
+        if len(steps) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(people, load_recipe("small", [*TINY, *settings]), out, device="cpu", on_step=count)
+
+
+def test_a_run_stopped_within_an_accumulation_and_an_epoch_ends_with_the_same_bits(people, tmp_path):
+    settings = ("schedule.epochs=1", "batch.accumulate=2")
+    run(people, tmp_path / "whole", *settings)
+    stop_in_step(1, people, tmp_path / "stopped", *settings)
+    run(people, tmp_path / "stopped", *settings)
+    assert same(tensors(tmp_path / "whole"), tensors(tmp_path / "stopped"))
+    keys = ("epoch", "lr", "loss", "softmax", "triplet", "mAP")
+    whole, stopped = ([[row[key] for key in keys] for row in rows(tmp_path / out)] for out in ("whole", "stopped"))
+    assert whole == stopped
+
+
+def test_a_run_goes_on_only_with_its_own_images(people, tmp_path):
+    run(people, tmp_path, "schedule.epochs=1")
+    with pytest.raises(UserError, match="holds a run with another recipe or other data"):
+        run(dataclasses.replace(people, train=people.train[1:]), tmp_path, "schedule.epochs=1")
+
+
+def test_the_time_limit_counts_what_earlier_starts_took(people, tmp_path):
+    settings = ("schedule.epochs=3", "schedule.max_seconds=1000")
+    stop_in_step(1, people, tmp_path, *settings)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    state["position"]["seconds"] = 1000.0
+    torch.save(state, tmp_path / "last.pt")
+    assert run(people, tmp_path, *settings) == []
+
+
+def test_half_precision_scales_losses_and_not_steps(people, tmp_path):
+    settings = ("schedule.epochs=4", "optim.name=sgd", "optim.lr=1e-4", "optim.momentum=0.0", "loop.amp=fp16")
+    run(people, tmp_path, *settings)
+    start = new_model(load_weights(tmp_path / WEIGHTS).config).state_dict()["trunk.0.weight"]
+    moved = (tensors(tmp_path)["trunk.0.weight"] - start).norm().item()
+    assert 1e-3 < moved < 0.1, "0.013 in float32"
+    scaler = torch.load(tmp_path / "last.pt", weights_only=True)["scaler"]
+    assert 1 < scaler["scale"] < 2**16, "the first steps overflow"
+
+
+def test_rows_of_epochs_that_are_run_again_are_dropped(tmp_path):
+    log = RunLog(tmp_path, 0)
+    for epoch in (1, 2):
+        log.write({"epoch": epoch, "loss": 1 / epoch})
+    log.close()
+    RunLog(tmp_path, 1).close()
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
+
+
+def test_ranks_agree_on_the_value_of_the_first():
+    code = (
+        "from mgn_deploy.train.distributed import Group\nwith Group('cpu') as group: print(group.agree(5 + group.rank))"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {**ONE_THREAD, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], env={**place, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    assert [process.communicate(timeout=60)[0] for process in ranks] == ["5.0\n", "5.0\n"]
