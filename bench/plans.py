@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgn_deploy.cli.console import print_json, print_table, say
+from mgn_deploy.cli.console import print_json, print_table, show_log
 from mgn_deploy.errors import UserError
 from mgn_deploy.machine import cpu_name, usable_cpus
 from mgn_deploy.packages import require_training
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compute-capability", default="8.6,8.9,12.0", help="as 8.6,8.9,12.0, which is the default")
     parser.add_argument("--batch", default="1,32,64", help="fewest, best and most images a call (1,32,64)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    show_log()
     chosen = parser.parse_args(arguments)
     try:
         result = run(chosen.weights, chosen.compute_capability, chosen.batch)
@@ -85,7 +87,7 @@ def run(weights: Path, capabilities: str, batch: str) -> dict[str, Any]:
             }
             rows.append(row)
             version = plan.version
-            say(f"{name}: {plan.file_name} in {plan.seconds:.1f} s")
+            _log.info(f"{name}: {plan.file_name} in {plan.seconds:.1f} s")
     config = model.config
     return {
         "model": f"{config.backbone} MGN {config.height}x{config.width}, base width {config.base_width}",
@@ -135,7 +137,7 @@ def _tell_branches_apart(model: MGN) -> None:
     firsts = [next(branch.parameters()) for branch in model.branches]
     if len(firsts) == 1 or not torch.equal(firsts[0], firsts[1]):
         return
-    say(
+    _log.info(
         "these weights are untrained, the branches copies of one another: some noise makes them different, as training does"
     )
     generator = torch.Generator().manual_seed(0)
@@ -161,3 +163,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+_log = logging.getLogger("mgn_deploy")

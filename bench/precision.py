@@ -5,6 +5,7 @@ Speeds are taken in turns, one round over all engines after the other, and are m
 
 from __future__ import annotations
 
+import logging
 import statistics
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import typer
 
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.bundle.manifest import GRAPH
-from mgn_deploy.cli.console import print_json, print_table, say
+from mgn_deploy.cli.console import print_json, print_table, show_log
 from mgn_deploy.datasets import Dataset, open_data
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
@@ -50,6 +51,7 @@ def main(
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Measure every precision and engine of one model."""
+    show_log()
     dataset = open_data(data)
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-bench-") as scratch:
         engines = _open_all(weights, dataset, calib, accuracy, max_drop, Path(scratch))
@@ -77,7 +79,7 @@ def _open_all(
 
     engines: dict[tuple[str, str], Embedder] = {}
     for engine, precision in ROWS:
-        say(f"== {engine} {precision}")
+        _log.info(f"== {engine} {precision}")
         bundle = export_bundle(
             weights,
             scratch / f"{engine}-{precision}",
@@ -87,7 +89,6 @@ def _open_all(
             data=dataset if accuracy else None,
             max_drop=max_drop,
             proof_images=dataset.root / "query",
-            say=say,
         )
         if REFERENCE not in engines:
             engines[REFERENCE] = Embedder.open_reference(bundle)
@@ -125,7 +126,7 @@ def _add_speed(
                 rate = images / _seconds(embedder.backend, crops, batch)
                 if turn:
                     rates.setdefault((index, batch), []).append(rate)
-        say(f"round {turn}/{rounds}{'' if turn else ' (not counted)'}")
+        _log.info(f"round {turn}/{rounds}{'' if turn else ' (not counted)'}")
     for index, row in enumerate(table):
         for batch in BATCHES:
             row[f"img/s b{batch}"] = statistics.median(rates[index, batch])
@@ -152,3 +153,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+
+_log = logging.getLogger("mgn_deploy")

@@ -5,6 +5,7 @@ Turns, because a shared machine's speed drifts: each ratio is of neighbours in t
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -26,6 +27,8 @@ from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
+
+_log = logging.getLogger("mgn_deploy")
 
 BARE, EMBED, REFERENCE = "bare engine", "embed (files to store)", "PyTorch eager"
 
@@ -79,7 +82,6 @@ def measure(
     count: int = 64,
     runs: int = 5,
     reference: bool = True,
-    say: Callable[[str], None] = lambda sentence: None,
 ) -> Throughput:
     """Measure a bundle on `count` image files (drawn people without a folder), `runs` times each, in turns.
 
@@ -104,7 +106,7 @@ def measure(
                 rate = len(crops) / (time.perf_counter() - start)
                 if turn:
                     series[name].rates.append(rate)
-            say(
+            _log.info(
                 f"turn {turn}/{runs}"
                 + (": " + ", ".join(f"{n} {s.rates[-1]:.1f}" for n, s in series.items()) if turn else " (not counted)")
             )

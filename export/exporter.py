@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import onnx
 import mgn_deploy
 from mgn_deploy.backends.heads.cut import check_heads, cut_heads
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, Plan, build_plans, check_build
-from mgn_deploy.backends.tensorrt.network import Progress
 from mgn_deploy.bench.layer_table import summary
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.engine_entry import EngineEntry
@@ -40,7 +40,10 @@ from mgn_deploy.export.precision.half import float32_nodes
 from mgn_deploy.export.proof.prove import proof_pixels, prove_backends
 from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.images.decode import PREPROCESSING
+from mgn_deploy.progress import Progress
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
+
+_log = logging.getLogger("mgn_deploy")
 
 MAX_DROP = 0.5  # points
 BUDGET_IMAGES = 128  # of the calibration images, where there are no real ones to prove on
@@ -65,7 +68,6 @@ def export_bundle(
     flip: bool = True,
     reference: bool = True,
     proof_images: str | os.PathLike[str] | None = None,
-    say: Callable[[str], None] = lambda sentence: None,
 ) -> Bundle:
     """Export a weights folder to a bundle and prove it with every backend that runs here.
 
@@ -91,7 +93,6 @@ def export_bundle(
         flip: average the features of image and mirror in the graph (section 4.1).
         reference: put the PyTorch weights into the bundle, for the torch backend and `validate`.
         proof_images: folder of images to prove on; without it, on drawn people.
-        say: called with each step's sentence.
 
     Raises:
         CannotRun: INT8 without the engine that calibrates it.
@@ -109,7 +110,7 @@ def export_bundle(
     else:
         build = None  # the other engines have no plans
     weights = Path(weights)
-    say(f"reading {weights}")
+    _log.info(f"reading {weights}")
     model = load_weights(weights)
     config = model.config
     if heads == "fused":
@@ -119,9 +120,9 @@ def export_bundle(
     if calib is not None and precision in ("int8", "fp16"):
         images = read_calibration_images(calib, config.height, config.width, pixels.crops, count=calib_count)
         for warning in images.warnings:
-            say(warning)
+            _log.info(warning)
     with atomic_folder(Path(out), names=FILES) as folder:
-        say(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")
+        _log.info(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")
         graph = build_graph(model, flip)
         manifest = Manifest(
             model=config,
@@ -137,18 +138,18 @@ def export_bundle(
             plain = build_graph(model, flip=False) if flip else graph
             looked_at = images.crops[:BUDGET_IMAGES] if pixels.drawn else pixels.crops
             if data is None:
-                say(
+                _log.info(
                     f"INT8's budget is about the neighbours of {len(looked_at)} images: --data holds it on labelled people"
                 )
             graph, quantisation = to_int8(
-                graph, plain, manifest, engine or "openvino", images, looked_at, data, max_drop, say
+                graph, plain, manifest, engine or "openvino", images, looked_at, data, max_drop
             )
             manifest = manifest.model_copy(update={"quantisation": quantisation})
         elif precision != "fp32":
-            graph = to_half_precision(graph, precision, pixels.crops if images is None else images.crops, say)
+            graph = to_half_precision(graph, precision, pixels.crops if images is None else images.crops)
         kept = float32_nodes(graph)
         if kept:
-            say(f"{len(kept)} operators stay in float32, they would overflow: {', '.join(kept)}")
+            _log.info(f"{len(kept)} operators stay in float32, they would overflow: {', '.join(kept)}")
             manifest = manifest.model_copy(update={"float32_nodes": kept})
         files: dict[str, FileEntry] = {}
         if heads == "fused":
@@ -159,14 +160,16 @@ def export_bundle(
         shutil.copyfile(weights / TENSORS, folder / REFERENCE)
         files[REFERENCE] = FileEntry(sha256=sha256_file(folder / REFERENCE), size=(folder / REFERENCE).stat().st_size)
         if build:
-            say(f"building {engine} plans of the {precision} graph for {', '.join(compute_capabilities) or 'this GPU'}")
+            _log.info(
+                f"building {engine} plans of the {precision} graph for {', '.join(compute_capabilities) or 'this GPU'}"
+            )
             plans = build_plans(graph, build, compute_capabilities, use_cache=use_cache, progress=build_progress)
             manifest = manifest.model_copy(
-                update={"engines": [_write_plan(plan, graph, folder, files, say) for plan in plans]}
+                update={"engines": [_write_plan(plan, graph, folder, files) for plan in plans]}
             )
         manifest = manifest.model_copy(update={"files": files})
         write_manifest(folder, manifest)
-        proofs = prove_backends(Bundle(folder, manifest), pixels, data, say)
+        proofs = prove_backends(Bundle(folder, manifest), pixels, data)
         if not reference:
             (folder / REFERENCE).unlink()
             del files[REFERENCE]
@@ -180,15 +183,13 @@ def _write_file(folder: Path, name: str, content: bytes, files: dict[str, FileEn
     files[name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
 
 
-def _write_plan(
-    plan: Plan, graph: onnx.ModelProto, folder: Path, files: dict[str, FileEntry], say: Callable[[str], None]
-) -> EngineEntry:
+def _write_plan(plan: Plan, graph: onnx.ModelProto, folder: Path, files: dict[str, FileEntry]) -> EngineEntry:
     """Puts a plan and its layer table into the bundle and into `files`."""
     table = plan.file_name.removesuffix(".plan") + ".layers.json"
     _write_file(folder, plan.file_name, plan.content, files)
     _write_file(folder, table, json.dumps(plan.layers, indent=1).encode(), files)
     facts = summary(plan.layers, graph)
-    say(
+    _log.info(
         f"{plan.file_name}: {len(plan.content) / 1e6:.1f} MB, {'from the cache' if plan.cached else f'{plan.seconds:.1f} s'}, "
         + ", ".join(f"{name} {value}" for name, value in facts.items())
     )

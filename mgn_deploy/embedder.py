@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -19,9 +19,9 @@ from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.prefetch import batched, in_order
+from mgn_deploy.progress import Progress
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
-Progress = Callable[[int, int], None]
 
 
 class Embedder:
@@ -66,7 +66,7 @@ class Embedder:
         Args:
             images: paths, PIL images or uint8 RGB arrays `[h, w, 3]` of any size; or one array `[n, h, w, 3]`.
             batch_size: images an engine call.
-            progress: called with (done, total) after each batch.
+            progress: called after each batch.
 
         Raises:
             UserError: an image cannot be read (the message names it), an array is not uint8 RGB, batch_size is below 1.
@@ -82,7 +82,7 @@ class Embedder:
             embeddings[done : done + len(rows)] = rows
             done += len(rows)
             if progress:
-                progress(done, len(sources))
+                progress("embedding", done, len(sources))
         return embeddings
 
     def _read(self, source: ImageLike) -> np.ndarray:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -104,6 +106,33 @@ def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     place / f"{identity:04d}_c{camera}s1_{frame:06d}_00.jpg", quality=90
                 )
     return folder
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """The sentences that the library says meanwhile, INFO and above."""
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    said: list[str] = []
+    logger, handler = logging.getLogger("mgn_deploy"), Keeper()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The sentences that the library says in a test."""
+    with logged() as sentences:
+        yield sentences
 
 
 @pytest.fixture

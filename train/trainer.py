@@ -8,6 +8,7 @@ All randomness is a function of (seed, epoch, batch), so a run that is killed an
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -34,6 +35,8 @@ from mgn_deploy.train.sampler import IdentitySampler
 from mgn_deploy.train.schedule import make_optimizer, rate_factor
 from mgn_deploy.train.weights import fine_tuned_model, new_model, save_weights
 
+_log = logging.getLogger("mgn_deploy")
+
 WEIGHTS, BEST = "weights", "best"
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,7 +57,6 @@ class Step:
 
 
 OnStep = Callable[[Step], None]
-Say = Callable[[str], None]
 
 
 def train(
@@ -64,7 +66,6 @@ def train(
     *,
     device: str = "auto",
     on_step: OnStep = lambda step: None,
-    say: Say = lambda sentence: None,
 ) -> MGN:
     """Train an MGN, or go on with the run that `out` holds; under `torchrun`, on every rank's device.
 
@@ -77,7 +78,6 @@ def train(
         out: the run's folder.
         device: cpu, cuda, or auto: cuda where there is one.
         on_step: called after every batch, on rank 0.
-        say: called with a sentence for each evaluation, on rank 0.
 
     Returns:
         The model after the last step, in eval mode.
@@ -86,7 +86,7 @@ def train(
         UserError: unusable data, a run of another recipe, or a loss that is not finite (the message names the step).
     """
     with Group(device) as group, DeferredInterrupt() as interrupt:
-        run = _Run(data, recipe, Path(out), group, on_step, say if group.is_first else lambda sentence: None)
+        run = _Run(data, recipe, Path(out), group, on_step)
         while not run.over():
             run.epoch(interrupt)
         return run.finish()
@@ -95,9 +95,9 @@ def train(
 class _Run:
     """A run's parts, and where it is (`at`)."""
 
-    def __init__(self, data: Dataset, recipe: Recipe, out: Path, group: Group, on_step: OnStep, say: Say) -> None:
+    def __init__(self, data: Dataset, recipe: Recipe, out: Path, group: Group, on_step: OnStep) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.data, self.recipe, self.out, self.group, self.on_step, self.say = data, recipe, out, group, on_step, say
+        self.data, self.recipe, self.out, self.group, self.on_step = data, recipe, out, group, on_step
         self.model = _first_model(recipe, len({image.identity for image in data.train})).to(group.device)
         config = self.model.config
         self.training = TrainingSet(data.train, config.height, config.width, config.mean)
@@ -117,8 +117,8 @@ class _Run:
             f"{recipe.model_dump_json()} {len(data.train)} images of {config.num_classes}, {group.ranks} ranks"
         )
         self.at = load_checkpoint(out, self.fingerprint, self.model, self.optimizer, self.scaler)
-        if self.at.epoch or self.at.batch:
-            say(f"{out} goes on after epoch {self.at.epoch}, batch {self.at.batch}")
+        if (self.at.epoch or self.at.batch) and group.is_first:
+            _log.info(f"{out} goes on after epoch {self.at.epoch}, batch {self.at.batch}")
         self.network: nn.Module = DistributedDataParallel(self.model) if group.ranks > 1 else self.model
         if recipe.loop.compile:
             self.network = torch.compile(self.network)  # type: ignore[assignment]
@@ -220,7 +220,7 @@ class _Run:
 
     def _evaluate(self) -> dict[str, float]:
         metrics = evaluate_model(self.model, self.data)
-        self.say(f"epoch {self.at.epoch}: rank-1 {100 * metrics.rank[1]:.2f}%, mAP {100 * metrics.mAP:.2f}%")
+        _log.info(f"epoch {self.at.epoch}: rank-1 {100 * metrics.rank[1]:.2f}%, mAP {100 * metrics.mAP:.2f}%")
         if metrics.mAP > self.at.best_map:
             self.at.best_map = metrics.mAP
             save_weights(self.model, self.out / BEST)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mgn_deploy.backends.registry import ORDER, backend_module
+from mgn_deploy.cli.console import show_log
 from mgn_deploy.cuda.device import this_gpu
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds a row, fewer where time is short (7)")
     parser.add_argument("--budget", type=float, default=3600, help="seconds; no row is begun that may not end in time")
+    show_log()
     chosen = parser.parse_args(arguments)
     chosen.precisions = chosen.precisions.split(",")
     chosen.engines = chosen.engines.replace("-", "_").split(",")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,6 @@ from mgn_deploy.bench.kernel.clock import machine
 from mgn_deploy.bench.kernel.run import sentence
 from mgn_deploy.bench.precision import describe
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.cli.console import say
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.cuda.device import this_gpu
 from mgn_deploy.datasets import open_data
@@ -30,6 +30,8 @@ from mgn_deploy.export.exporter import MAX_DROP, export_bundle
 from mgn_deploy.export.proof.prove import proof_pixels
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 from mgn_deploy.train.weights import load_weights, weights_hash
+
+_log = logging.getLogger("mgn_deploy")
 
 DRAWN_IDENTITIES = 16  # to calibrate on where no images are given: 128 crops
 OF_PROOF = {"images", "image_source", "drawn", "other_images_cosine", "batch_drift", "backend_version", "machine"}
@@ -121,7 +123,6 @@ class Matrix:
             data=self._data,
             max_drop=most if self._chosen.max_drop is None else self._chosen.max_drop,
             proof_images=self._proof_images,
-            say=say,
         )
 
     def _calibration(self) -> Path:
@@ -151,7 +152,7 @@ class Matrix:
         self._result["rows"].append(row)
         self._save(self._result)
         why = next((str(row[key]) for key in ("left_out", "failed", "not_begun") if key in row), "measured")
-        say(f"{row['precision']} {row['heads']} {row['engine']}: {why}")
+        _log.info(f"{row['precision']} {row['heads']} {row['engine']}: {why}")
 
     def _free(self) -> None:
         """What a row took; and finds out whether the GPU can still be used in this process."""

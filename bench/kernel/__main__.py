@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mgn_deploy.cli.console import print_json, print_table, say
+from mgn_deploy.cli.console import print_json, print_table, show_log
 from mgn_deploy.cuda.device import gpu_problem
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON of everything, written anew after each case")
     parser.add_argument("--minutes", type=float, default=30, help="no case is begun after that time (30)")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    show_log()
     chosen = parser.parse_args(arguments)
     problem = gpu_problem() or import_problem("torch", "train") or _torch_problem()
     if problem:
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
 
     try:
-        result = run(chosen.minutes, save, say)
+        result = run(chosen.minutes, save)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import logging
 import secrets
 import statistics
 import time
@@ -18,6 +19,8 @@ from mgn_deploy.bench.kernel.cases import Case, Inputs, all_cases, random_inputs
 from mgn_deploy.bench.kernel.clock import Clock, CudaClock, Network, ceilings, in_turns, machine
 from mgn_deploy.bench.kernel.contenders import NAMES, Contender, check, makers
 from mgn_deploy.errors import CannotRun
+
+_log = logging.getLogger("mgn_deploy")
 
 TURNS = 40
 METHOD = {
@@ -36,7 +39,7 @@ METHOD = {
 }
 
 
-def run(minutes: float, save: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> dict[str, Any]:
+def run(minutes: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All cases that are begun within `minutes`; `save` gets the result after each of them.
 
     What fails is in the result as a sentence: a contender's `failed`, a case's `failed`, or, where the GPU can be used no
@@ -48,7 +51,7 @@ def run(minutes: float, save: Callable[[dict[str, Any]], None], say: Callable[[s
     seed = secrets.randbits(32)
     with torch.inference_mode():
         clock = CudaClock()
-        say("ceilings")
+        _log.info("ceilings")
         result: dict[str, Any] = {
             "bench": "kernel",
             "date": datetime.date.today().isoformat(),
@@ -69,7 +72,7 @@ def run(minutes: float, save: Callable[[dict[str, Any]], None], say: Callable[[s
                 continue
             row = _case(case, seed + index, clock, result, network)
             result["cases"].append(row)
-            say(describe(row))
+            _log.info(describe(row))
             save(result)
     save(result)
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +25,9 @@ from mgn_deploy.export.precision.ranges import measure_ranges
 from mgn_deploy.export.proof.agreement import run_in_batches
 from mgn_deploy.retrieval.validate import validate
 
+_log = logging.getLogger("mgn_deploy")
+
 RANGE_IMAGES = 64
-Say = Callable[[str], None]
 
 
 class Int8Engine(NamedTuple):
@@ -57,12 +58,12 @@ class GraphInMemory(Bundle):
         return self.graph
 
 
-def to_half_precision(graph: onnx.ModelProto, precision: str, crops: np.ndarray, say: Say) -> onnx.ModelProto:
+def to_half_precision(graph: onnx.ModelProto, precision: str, crops: np.ndarray) -> onnx.ModelProto:
     """The graph in fp16 or bf16; ranges are looked at on at most 64 of the crops."""
     if precision == "bf16":
         return to_half(graph, precision, {})[0]
     seen = crops[:: -(-len(crops) // RANGE_IMAGES)]
-    say(f"looking at the activations' ranges on {len(seen)} images")
+    _log.info(f"looking at the activations' ranges on {len(seen)} images")
     return to_half(graph, precision, measure_ranges(graph, seen))[0]
 
 
@@ -75,7 +76,6 @@ def to_int8(
     budget_crops: np.ndarray,
     data: Dataset | None,
     max_drop: float,
-    say: Say,
 ) -> tuple[onnx.ModelProto, Quantisation]:
     """The INT8 graph for an engine within the accuracy budget.
 
@@ -88,7 +88,6 @@ def to_int8(
         budget_crops: where there is no `data`, top-10 agreement on these is what the budget is about.
         data: labelled queries and gallery: the budget is about their mAP.
         max_drop: points.
-        say: called with each step's sentence.
 
     Raises:
         CannotRun: the engine, or ONNX Runtime in TensorRT's place, is not installed.
@@ -104,9 +103,11 @@ def to_int8(
         return module.open_engine(GraphInMemory(Path(), manifest, model.SerializeToString()))
 
     drop = _map_drop(data, manifest, open_graph(graph)) if data else _agreement_drop(budget_crops, open_graph(graph))
-    made = build_int8(graph, plain, images.crops, placement, open_graph, drop, max_drop, say)
+    made = build_int8(graph, plain, images.crops, placement, open_graph, drop, max_drop)
     drop_of = "mAP" if data else "top-10 agreement"
-    say(f"INT8 by {made.method}: {made.drop:.2f} points of {drop_of} lost, {len(made.in_float)} blocks left in float")
+    _log.info(
+        f"INT8 by {made.method}: {made.drop:.2f} points of {drop_of} lost, {len(made.in_float)} blocks left in float"
+    )
     return made.graph, Quantisation(
         engine=engine,
         method=made.method,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -19,11 +20,12 @@ from mgn_deploy.export.precision.thresholds import METHODS, thresholds
 from mgn_deploy.export.proof.agreement import cosines, run_in_batches, top_agreement
 from mgn_deploy.export.proof.proof import NEIGHBOURS
 
+_log = logging.getLogger("mgn_deploy")
+
 # Runs an ONNX graph: the engine that the bundle is for, or a stand-in where that cannot run here.
 OpenGraph = Callable[[onnx.ModelProto], Backend]
 # Of embeddings by a candidate graph's engine: points lost, of mAP or of top-10 agreement.
 Drop = Callable[[Backend], float]
-Say = Callable[[str], None]
 
 HELD_OUT = 0.2  # of the calibration images, to choose the method by
 SWEEP_IMAGES, TIMED_IMAGES = 32, 8  # a block: a ResNet-50 MGN has 33 of them
@@ -49,7 +51,6 @@ def build_int8(
     open_graph: OpenGraph,
     drop: Drop,
     max_drop: float,
-    say: Say = lambda sentence: None,
 ) -> Int8:
     """Quantise `graph` within an accuracy budget.
 
@@ -61,14 +62,13 @@ def build_int8(
         open_graph: runs a candidate.
         drop: points lost by a candidate.
         max_drop: points that may be lost.
-        say: called with each step's sentence.
 
     Raises:
         UserError: no graph with at least one block in INT8 keeps the budget.
     """
     held_out = crops[: max(1, round(len(crops) * HELD_OUT))]
     seen = crops[len(held_out) :]
-    say(f"calibrating on {len(seen)} images, {len(held_out)} held out")
+    _log.info(f"calibrating on {len(seen)} images, {len(held_out)} held out")
     ranges = measure_ranges(plain, seen, histograms=True)
     ranges[pixels_name(graph)] = ranges[pixels_name(plain)]
     reference = run_in_batches(open_graph(plain), held_out)
@@ -83,19 +83,23 @@ def build_int8(
 
     errors = {method: error(candidate(plain, method)) for method in METHODS}
     method = min(errors, key=lambda name: errors[name])
-    say("mean 1 - cosine on the held-out images: " + ", ".join(f"{name} {value:.2e}" for name, value in errors.items()))
+    _log.info(
+        "mean 1 - cosine on the held-out images: " + ", ".join(f"{name} {value:.2e}" for name, value in errors.items())
+    )
     chosen = candidate(graph, method)
     result = Int8(chosen, method, errors, drop(open_graph(chosen)))
     if result.drop > max_drop:
-        say(
+        _log.info(
             f"INT8 everywhere loses {result.drop:.2f} points, more than {max_drop}: looking for the blocks that lose most"
         )
         result.sweep = _sweep(
             plain, lambda in_float: candidate(plain, method, in_float), open_graph, held_out, reference
         )
         for row in result.sweep:
-            say(f"  {row.block} alone in INT8: 1 - cosine {row.error:.1e}, saves {row.milliseconds:.2f} ms an image")
-        _put_back(result, max_drop, lambda in_float: candidate(graph, method, in_float), open_graph, drop, say)
+            _log.info(
+                f"  {row.block} alone in INT8: 1 - cosine {row.error:.1e}, saves {row.milliseconds:.2f} ms an image"
+            )
+        _put_back(result, max_drop, lambda in_float: candidate(graph, method, in_float), open_graph, drop)
     return result
 
 
@@ -126,7 +130,6 @@ def _put_back(
     candidate: Callable[[Collection[str]], onnx.ModelProto],
     open_graph: OpenGraph,
     drop: Drop,
-    say: Say,
 ) -> None:
     """The fewest of the worst blocks in float with which the budget holds, by bisection over how many."""
     worst = [row.block for row in result.sweep]
@@ -135,7 +138,7 @@ def _put_back(
         middle = (low + high) // 2
         graph = candidate(worst[:middle])
         lost = drop(open_graph(graph))
-        say(f"{middle} of {len(worst)} blocks in float: {lost:.2f} points lost")
+        _log.info(f"{middle} of {len(worst)} blocks in float: {lost:.2f} points lost")
         if lost <= max_drop:
             high, result.graph, result.drop, result.in_float = middle, graph, lost, worst[:middle]
         else:

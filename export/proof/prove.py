@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ from mgn_deploy.export.proof.proof import add_ranking, proof_crops, prove, with_
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.retrieval.validate import validate
 
+_log = logging.getLogger("mgn_deploy")
+
 DRAWN_IMAGES = 96
 
 
@@ -38,7 +40,6 @@ def prove_again(
     *,
     proof_images: str | os.PathLike[str] | None = None,
     data: Dataset | None = None,
-    say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Proof]:
     """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
 
@@ -49,7 +50,6 @@ def prove_again(
         folder: a bundle with its reference weights.
         proof_images: folder of images to prove on; without it, on drawn people.
         data: labelled queries and gallery: each proof also has their rank-1 and mAP.
-        say: called with each step's sentence.
 
     Raises:
         CannotRun: PyTorch is not installed, or the bundle was exported with --no-reference.
@@ -57,11 +57,11 @@ def prove_again(
     """
     bundle = Bundle.open(folder)
     pixels = proof_pixels(proof_images, bundle.config.height, bundle.config.width)
-    made = prove_backends(bundle, pixels, data, say)
+    made = prove_backends(bundle, pixels, data)
     for name, proof in made.items():
         before = bundle.manifest.proofs.get(name)
         if before and before.ranking and not proof.ranking:
-            say(f"{name}: the ranking of {before.ranking.data} stays as it was measured; --data measures it anew")
+            _log.info(f"{name}: the ranking of {before.ranking.data} stays as it was measured; --data measures it anew")
             allowed = allowed_map(bundle.manifest.quantisation)
             made[name] = with_ranking(proof, before.ranking, bundle.manifest.precision, allowed)
     proofs = {**bundle.manifest.proofs, **made}
@@ -83,19 +83,17 @@ def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int)
     return ProofPixels(np.stack(people), "drawn people", True)
 
 
-def prove_backends(
-    bundle: Bundle, pixels: ProofPixels, data: Dataset | None, say: Callable[[str], None]
-) -> dict[str, Proof]:
+def prove_backends(bundle: Bundle, pixels: ProofPixels, data: Dataset | None) -> dict[str, Proof]:
     """A proof for each backend that runs here; the reference is PyTorch with the source weights, batch norms not folded."""
     manifest, quantisation = bundle.manifest, bundle.manifest.quantisation
-    say(f"embedding {len(pixels.crops)} images of {pixels.source} with the PyTorch reference")
+    _log.info(f"embedding {len(pixels.crops)} images of {pixels.source} with the PyTorch reference")
     reference_backend = backend_module("torch").open_engine(bundle)
     reference = run_in_batches(reference_backend, pixels.crops)
     if not np.isfinite(reference).all():
         raise UserError("PyTorch's own embeddings with these weights are not finite: train them anew")
     ranked = None
     if data:
-        say(f"ranking {len(data.query)} queries in {len(data.gallery)} gallery images with the PyTorch reference")
+        _log.info(f"ranking {len(data.query)} queries in {len(data.gallery)} gallery images with the PyTorch reference")
         ranked = validate(data, Embedder(bundle, reference_backend), None).measured
     proofs: dict[str, Proof] = {}
     failed: list[str] = []
@@ -103,13 +101,13 @@ def prove_backends(
         module = backend_module(name)
         reason = module.missing()
         if reason:
-            say(f"no proof for {name}: {reason}")
+            _log.info(f"no proof for {name}: {reason}")
             continue
         if quantisation is not None and name not in ENGINES[quantisation.engine].backends:
             continue  # the graph is not for it
         if name == "torch" and manifest.precision != "fp32":
             continue  # it runs the float32 weights, which are not what this bundle is
-        say(f"proving {name} on them")
+        _log.info(f"proving {name} on them")
         try:
             backend = reference_backend if name == "torch" else module.open_engine(bundle)
             proof = prove(
@@ -124,7 +122,7 @@ def prove_backends(
                 measured = ranked if name == "torch" else validate(data, Embedder(bundle, backend), None).measured
                 proof = add_ranking(proof, measured, ranked, data, manifest.precision, allowed_map(quantisation))
         except UserError as error:  # as where a GPU's memory is full: the other backends' proofs are worth having
-            say(f"no proof for {name}: {error}")
+            _log.info(f"no proof for {name}: {error}")
             failed.append(f"{name}: {error}")
             continue
         proofs[name] = proof

@@ -6,6 +6,7 @@ import typer
 
 from mgn_deploy import __version__
 from mgn_deploy.cli import demo, doctor, embed, export, figures, import_, measure, search, train
+from mgn_deploy.cli.console import show_log
 
 app = typer.Typer(
     name="mgn-deploy",
@@ -42,4 +43,4 @@ def _options(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
-    pass
+    show_log()

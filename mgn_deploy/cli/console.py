@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, TextIO
+
+from mgn_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, openvino, onnxruntime or torch."
+_log = logging.getLogger("mgn_deploy")
 LOG_SECONDS = 10  # between lines of progress where stderr is no terminal
 
 
 def say(sentence: str) -> None:
-    """One line about what is being done, to stderr."""
-    print(sentence.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+    """One line about what is being done, to stderr, among the library's own."""
+    _log.info(sentence)
+
+
+def show_log() -> None:
+    """Print what the library logs, INFO and above, on stderr: by rich where it is a terminal, so that progress bars stay below."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.logging import RichHandler
+
+        handler = RichHandler(
+            console=stderr_console(), show_time=False, show_level=False, show_path=False, markup=False, highlighter=None
+        )
+    else:
+        handler = _Lines()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    _log.handlers[:] = [handler]
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes to the `sys.stderr` of the moment. Bytes of a file name that are not UTF-8 are shown as \\xNN."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record).encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
+@cache
+def stderr_console() -> Console:
+    """The one that log lines and progress bars share."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def print_json(value: object) -> None:
@@ -40,19 +82,16 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 
 @contextmanager
-def progress(label: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
-    """A function (done, total) that shows a bar with rate and time left; lines every 10 s where stderr is no terminal."""
-    if sys.stderr.isatty():
-        with _bar(label, unit) as update:
-            yield update
-    else:
-        yield _LogLines(label, unit)
+def progress(unit: str = "images") -> Iterator[Progress]:
+    """Shows each step of a library call: a bar with rate and time left, or a line every 10 s where stderr is no terminal."""
+    with _bars(unit) if sys.stderr.isatty() else nullcontext(_TimedLines(unit)) as update:
+        yield update
 
 
 @contextmanager
-def _bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _bars(unit: str) -> Iterator[Progress]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description}"),
@@ -61,45 +100,35 @@ def _bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None, rate="")
+    with Bars(*columns, console=stderr_console()) as bars:
+        tasks: dict[str, TaskID] = {}
 
-        def update(done: int, total: int) -> None:
-            speed = bar.tasks[task].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:.1f} {unit}/s" if speed else "")
+        def update(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=None, rate="")
+            task = tasks[step]
+            speed = bars.tasks[task].speed
+            bars.update(task, completed=done, total=total, rate=f"{speed:.1f} {unit}/s" if speed else "")
 
         yield update
 
 
-class _LogLines:
-    """Rates count from the first call on: what an earlier run did is not this one's speed."""
+class _TimedLines:
+    """A line every `LOG_SECONDS`. Rates count from a step's first call on: what an earlier run did is not this one's speed."""
 
-    def __init__(self, label: str, unit: str) -> None:
-        self._label, self._unit = label, unit
-        self._last = time.monotonic()
-        self._first: tuple[int, float] | None = None
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._said = time.monotonic()
+        self._first: dict[str, tuple[int, float]] = {}
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, step: str, done: int, total: int) -> None:
         now = time.monotonic()
-        before, start = self._first = self._first or (done, now)
-        if now - self._last < LOG_SECONDS or done <= before:
+        before, start = self._first.setdefault(step, (done, now))
+        if now - self._said < LOG_SECONDS or done <= before:
             return
-        self._last = now
+        self._said = now
         rate = (done - before) / (now - start)
-        say(f"{self._label}: {done}/{total}, {rate:.1f} {self._unit}/s, {(total - done) / rate:.0f} s left")
-
-
-def phase_lines(label: str) -> Callable[[str, int, int], None]:
-    """A function (phase, step, steps) that says every 10 s how far the phase is that it is told of."""
-    last = time.monotonic()
-
-    def update(phase: str, step: int, steps: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LOG_SECONDS:
-            last = time.monotonic()
-            say(f"{label}: {phase}, {step}/{steps}")
-
-    return update
+        say(f"{step}: {done}/{total}, {rate:.1f} {self._unit}/s, {(total - done) / rate:.0f} s left")
 
 
 def percent(fraction: float) -> str:

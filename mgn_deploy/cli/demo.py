@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import percent, print_json, print_table, say
+from mgn_deploy.cli.console import percent, print_json, print_table
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.packages import require_training
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mgn_deploy.retrieval.ranking import RankingMetrics
     from mgn_deploy.retrieval.validate import Validation
 
+_log = logging.getLogger("mgn_deploy")
 MARKER = "made-by-mgn-deploy-demo"
 
 
@@ -38,7 +39,7 @@ def demo(
     require_training()
     from mgn_deploy.retrieval.validate import KEYS
 
-    made = run_demo(out, train_seconds=seconds, seed=seed, say=say)
+    made = run_demo(out, train_seconds=seconds, seed=seed)
     reference = made.validation.reference
     assert reference is not None
     measured = made.validation.measured.to_dict()
@@ -98,7 +99,6 @@ def run_demo(
     *,
     train_seconds: float = 150,
     seed: int = 0,
-    say: Callable[[str], None] = lambda sentence: None,
 ) -> Demo:
     """Make everything below `out`; an earlier demo there is replaced.
 
@@ -106,7 +106,6 @@ def run_demo(
         out: a new or empty folder, or one of an earlier demo.
         train_seconds: training ends after the recipe's 24 epochs or this time, whichever comes first.
         seed: of the drawings, the first weights and the batches.
-        say: called with a sentence for each step.
 
     Raises:
         UserError: `out` holds something else, or PyTorch or an engine is not installed.
@@ -130,9 +129,9 @@ def run_demo(
     out = _fresh_folder(Path(out))
     people, weights, bundle = out / "people", out / "run" / WEIGHTS, out / "bundle"
 
-    say("1/6 drawing people: 4 cameras, their own light and background, poses, occlusion, junk and distractors")
+    _log.info("1/6 drawing people: 4 cameras, their own light and background, poses, occlusion, junk and distractors")
     drawn = draw_market1501(people, seed=seed)
-    say(
+    _log.info(
         f"    {drawn.train} training images of {drawn.train_identities} people; {drawn.query} queries and {drawn.gallery} gallery "
         f"images of {drawn.test_identities} others, {drawn.junk} junk and {drawn.distractors} distractors among them"
     )
@@ -140,31 +139,31 @@ def run_demo(
 
     recipe = load_recipe("small", [f"loop.seed={seed}", f"schedule.max_seconds={train_seconds}"])
     config = recipe.model.config(drawn.train_identities)
-    say(f"2/6 training a small MGN (ResNet-18 of half width, {config.height}x{config.width}) from random weights")
+    _log.info(f"2/6 training a small MGN (ResNet-18 of half width, {config.height}x{config.width}) from random weights")
     untrained = evaluate_model(new_model(config, seed=seed), data)
 
     def report(step: Step) -> None:
         if step.batch == step.batches:
-            say(
+            _log.info(
                 f"    epoch {step.epoch:2d}/{step.epochs}  loss {step.loss:6.3f}  (softmax {step.softmax:.3f}, "
                 f"triplet {step.triplet:.3f})  {step.images_per_second:.0f} images/s, {step.seconds_left:.0f} s left"
             )
 
-    train(data, recipe, out / "run", on_step=report, say=lambda sentence: say("    " + sentence))
+    train(data, recipe, out / "run", on_step=report)
 
-    say("3/6 exporting to ONNX, and proving every engine that is installed against PyTorch")
-    export_bundle(weights, bundle, proof_images=people / "query", say=lambda sentence: say("    " + sentence))
+    _log.info("3/6 exporting to ONNX, and proving every engine that is installed against PyTorch")
+    export_bundle(weights, bundle, proof_images=people / "query")
 
-    say("4/6 embedding query and gallery from their files")
+    _log.info("4/6 embedding query and gallery from their files")
     embedder = Embedder.open(bundle)
     for subset, store in (("query", "store-query"), ("bounding_box_test", "store-gallery")):
         made = embed_folder(people / subset, out / store, embedder)
-        say(f"    {made.embedded} images of {subset} with {embedder.backend.name}")
+        _log.info(f"    {made.embedded} images of {subset} with {embedder.backend.name}")
 
-    say("5/6 validating by the Market-1501 protocol, the engine beside PyTorch")
+    _log.info("5/6 validating by the Market-1501 protocol, the engine beside PyTorch")
     validation = validate(data, embedder, Embedder.open_reference(bundle))
 
-    say("6/6 writing the page of rank lists")
+    _log.info("6/6 writing the page of rank lists")
     lists = search(Queries.of_store(Store.open(out / "store-query")), Store.open(out / "store-gallery"))
     facts = {"Bundle": embedder.bundle.id[:12], "Backend": embedder.backend.name, "Gallery": f"{drawn.gallery} images"}
     write_rank_page(out / "ranks.html", lists, title="Drawn people", facts=facts)

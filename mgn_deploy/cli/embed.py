@@ -37,7 +37,7 @@ def embed(
     say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
     start = time.monotonic()
     try:
-        with progress("embedding") as update:
+        with progress() as update:
             report = embed_folder(
                 folder, store, embedder, batch_size=batch, dtype=dtype.value, max_failures=max_failures, progress=update
             )

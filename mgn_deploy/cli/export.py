@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 import typer
 
-from mgn_deploy.cli.console import phase_lines, print_json, print_table, say
+from mgn_deploy.cli.console import print_json, print_table, progress, say
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.packages import require_training
 
@@ -147,25 +147,25 @@ def export(
             version_compatible=version_compatible,
             hardware_compatible=hardware_compatible,
         )
-    bundle = export_bundle(
-        weights,
-        out,
-        precision=precision,  # type: ignore[arg-type]
-        heads=heads,  # type: ignore[arg-type]
-        engine=engine,
-        build=build,
-        compute_capabilities=parse_capabilities(compute_capability),
-        use_cache=cache,
-        build_progress=phase_lines("building"),
-        calib=calib,
-        calib_count=calib_count,
-        data=open_data(data, say=say) if data else None,
-        max_drop=MAX_DROP if max_drop is None else max_drop,
-        flip=flip,
-        reference=reference,
-        proof_images=proof_images,
-        say=say,
-    )
+    with progress("steps") as update:
+        bundle = export_bundle(
+            weights,
+            out,
+            precision=precision,  # type: ignore[arg-type]
+            heads=heads,  # type: ignore[arg-type]
+            engine=engine,
+            build=build,
+            compute_capabilities=parse_capabilities(compute_capability),
+            use_cache=cache,
+            build_progress=update,
+            calib=calib,
+            calib_count=calib_count,
+            data=open_data(data) if data else None,
+            max_drop=MAX_DROP if max_drop is None else max_drop,
+            flip=flip,
+            reference=reference,
+            proof_images=proof_images,
+        )
     _tell(bundle, bundle.manifest.proofs, json)
     if triton:
         plan = next((plan for plan in bundle.manifest.engines if plan.flavour == "tensorrt"), None)
@@ -196,8 +196,8 @@ def prove(
     from mgn_deploy.datasets import open_data
     from mgn_deploy.export.proof.prove import prove_again
 
-    labelled = open_data(data, say=say) if data else None
-    made = prove_again(bundle, proof_images=proof_images, data=labelled, say=say)
+    labelled = open_data(data) if data else None
+    made = prove_again(bundle, proof_images=proof_images, data=labelled)
     _tell(Bundle.open(bundle), made, json)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import typer
@@ -36,7 +35,7 @@ def validate(
     from mgn_deploy.retrieval.validate import KEYS
     from mgn_deploy.retrieval.validate import validate as run
 
-    images = open_data(data, needed_subsets(multi_query), say=say)
+    images = open_data(data, needed_subsets(multi_query))
     for note in images.notes:
         say(note)
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
@@ -45,15 +44,7 @@ def validate(
         f"{len(images.query)} queries, {len(images.gallery)} gallery images of {images.root}, "
         f"{embedder.backend.name} on {embedder.backend.device}"
     )
-    with ExitStack() as stack:
-        bars: dict[str, object] = {}
-
-        def update(label: str, done: int, total: int) -> None:
-            if label not in bars:
-                stack.close()  # the step before is over
-                bars[label] = stack.enter_context(progress(label))
-            bars[label](done, total)  # type: ignore[operator]
-
+    with progress() as update:
         result = run(images, embedder, original, multi_query=multi_query, batch_size=batch, progress=update)
     passed = result.worst() * 100 <= tolerance
     if json:
@@ -96,7 +87,7 @@ def bench(
     """Images a second: the bare engine, folder-to-store embedding, and the PyTorch reference, run in turns."""
     from mgn_deploy.bench.throughput import measure
 
-    result = measure(bundle, images, backend, batch_size=batch, count=count, runs=runs, reference=reference, say=say)
+    result = measure(bundle, images, backend, batch_size=batch, count=count, runs=runs, reference=reference)
     if json:
         print_json(result.to_dict())
         return

@@ -36,7 +36,7 @@ def distmat(
 
     queries, images = Store.open(query), Store.open(gallery)
     check_same_bundle(queries.manifest.bundle_id, images)
-    with progress("distances", "distances") as update:
+    with progress("distances") as update:
         write_distance_matrix(out, queries.embeddings(), images.embeddings(), metric.value, progress=update)
     print(f"{out}: float32 [{len(queries)}, {len(images)}], {metric.value} distance")
 

@@ -34,23 +34,23 @@ def train(
 
     chosen = load_recipe(recipe, overrides)
     first = os.environ.get("RANK", "0") == "0"
-    images = open_data(data, ("train", "query", "gallery"), say=say if first else lambda sentence: None)
+    images = open_data(data, ("train", "query", "gallery"))
     if first:
         for note in images.notes:
             say(note)
         say(
             f"{len(images.train)} training images, {len(images.query)} queries, {len(images.gallery)} gallery images of {images.root}"
         )
-    with progress("training", "batches") as bar:
+    with progress("batches") as bar:
 
         def report(step: Step) -> None:
-            bar((step.epoch - 1) * step.batches + step.batch, step.epochs * step.batches)
+            bar("training", (step.epoch - 1) * step.batches + step.batch, step.epochs * step.batches)
             if step.batch == step.batches:
                 say(
                     f"epoch {step.epoch:3d}/{step.epochs}  loss {step.loss:.3f} (softmax {step.softmax:.3f}, triplet {step.triplet:.3f})  "
                     f"{step.images_per_second:.1f} images/s, {step.seconds_left / 60:.1f} min left"
                 )
 
-        run(images, chosen, out, device=device, on_step=report, say=say)
+        run(images, chosen, out, device=device, on_step=report)
     if first:
         print(out / WEIGHTS)

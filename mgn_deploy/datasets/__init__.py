@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from mgn_deploy.datasets.cuhk03 import open_cuhk03
-from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Say, Subset
+from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Subset
 from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.datasets.msmt17 import open_msmt17
 from mgn_deploy.datasets.published import count_notes
@@ -20,16 +20,13 @@ __all__ = ["KINDS", "Dataset", "LabelledImage", "Subset", "open_data"]
 KINDS = ("market1501", "dukemtmc", "cuhk03-labeled", "cuhk03-detected", "msmt17", "folder")
 
 
-def open_data(
-    spec: str, subsets: Collection[Subset] = ("query", "gallery"), *, say: Say = lambda sentence: None
-) -> Dataset:
+def open_data(spec: str, subsets: Collection[Subset] = ("query", "gallery")) -> Dataset:
     """The wanted subsets of the dataset of a `--data` argument, `KIND:DIR`; see `KINDS`.
 
     A count that is not the published one is no error but one of the dataset's `notes`.
 
     Args:
         subsets: of train, query, gallery and multi-query; the others are left empty and need not exist.
-        say: called with sentences where something takes long (extracting CUHK03's crops).
 
     Raises:
         UserError: no such kind of dataset, a folder that is not one, a wanted subset that is missing, empty or malformed.
@@ -42,9 +39,9 @@ def open_data(
     if kind == "msmt17":
         data = open_msmt17(folder, subsets)
     elif kind == "cuhk03-labeled":
-        data = open_cuhk03(folder, subsets, crops="labeled", say=say)
+        data = open_cuhk03(folder, subsets, crops="labeled")
     elif kind == "cuhk03-detected":
-        data = open_cuhk03(folder, subsets, crops="detected", say=say)
+        data = open_cuhk03(folder, subsets, crops="detected")
     else:
         data = open_market1501(folder, subsets)
     return replace(data, name=kind, notes=count_notes(kind, data, subsets))

@@ -10,6 +10,7 @@ of the hand-drawn ones.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -21,12 +22,14 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Say, Subset
+from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Subset
 from mgn_deploy.datasets.market1501 import is_market1501, open_market1501
 from mgn_deploy.datasets.place import find_root, list_folder
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder
 from mgn_deploy.packages import import_problem
+
+_log = logging.getLogger("mgn_deploy")
 
 Crops = Literal["labeled", "detected"]
 
@@ -36,11 +39,10 @@ SAID_EVERY = 2000  # crops between sentences
 _NAME = re.compile(r"\d+_\d+_(\d+)_\d+\.png")
 
 
-def open_cuhk03(root: str | os.PathLike[str], subsets: Collection[Subset], *, crops: Crops, say: Say) -> Dataset:
+def open_cuhk03(root: str | os.PathLike[str], subsets: Collection[Subset], *, crops: Crops) -> Dataset:
     """List the wanted subsets (of train, query and gallery), in the split's order. Extracts the crops where they are not yet.
 
     Args:
-        say: called with sentences while crops are extracted, which takes minutes.
 
     Raises:
         UserError: no such folder, no split or crops, a file that cannot be read, a package to read it with missing, or
@@ -53,7 +55,7 @@ def open_cuhk03(root: str | os.PathLike[str], subsets: Collection[Subset], *, cr
         return open_market1501(root, subsets)
     split = _Split.read(config)
     if not os.path.isdir(folder) or not list_folder(folder):
-        _extract(root, folder, crops, say)
+        _extract(root, folder, crops)
     present = {path.name for path in list_folder(folder)}
 
     def labelled(subset: Subset) -> list[LabelledImage]:
@@ -125,24 +127,24 @@ class _Split:
             yield self.names[index], int(self.labels[index]), int(match[1])
 
 
-def _extract(root: Path, folder: Path, crops: Crops, say: Say) -> None:
+def _extract(root: Path, folder: Path, crops: Crops) -> None:
     source = next((root / name for name in RAW if os.path.isfile(root / name)), None)
     if source is None:
         raise UserError(f"{root} has neither {folder.name} nor {RAW[0]} to extract it from: put one there")
     problem = import_problem("h5py", "train")
     if problem:
         raise UserError(f"{source.name} is read with h5py: {problem}")
-    say(f"extracting the {crops} crops of {source} to {folder}, which is done once")
+    _log.info(f"extracting the {crops} crops of {source} to {folder}, which is done once")
     count = 0
     with atomic_folder(folder, ()) as new:
         for name, pixels in _read_crops(source, crops):
             Image.fromarray(pixels).save(new / name)
             count += 1
             if count % SAID_EVERY == 0:
-                say(f"{count:,} crops extracted")
+                _log.info(f"{count:,} crops extracted")
         if not count:
             raise UserError(f"{source} holds no {crops} crops")
-    say(f"{count:,} crops extracted, all")
+    _log.info(f"{count:,} crops extracted, all")
 
 
 def _read_crops(source: Path, crops: Crops) -> Iterator[tuple[str, np.ndarray]]:

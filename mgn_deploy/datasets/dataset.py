@@ -11,7 +11,6 @@ Subset = Literal["train", "query", "gallery", "multi-query"]
 SUBSETS: tuple[Subset, ...] = ("train", "query", "gallery", "multi-query")
 
 # Called with a sentence about what is being done.
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

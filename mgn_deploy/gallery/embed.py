@@ -18,6 +18,7 @@ from mgn_deploy.gallery.store import Row, StoreManifest, StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING, read_crop
 from mgn_deploy.images.listing import ImageFile, list_images
 from mgn_deploy.images.prefetch import in_order
+from mgn_deploy.progress import Progress
 
 # Rows committed at once: what a power cut can cost, and what a store of a million images is divided into.
 SHARD_ROWS = 1024
@@ -43,7 +44,7 @@ def embed_folder(
     batch_size: int = 8,
     dtype: Literal["float32", "float16"] = "float32",
     max_failures: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> GalleryReport:
     """Embed every image below `folder` that `store` does not hold yet.
 
@@ -56,7 +57,7 @@ def embed_folder(
         embedder: decides the bundle, and is called with `batch_size` images at a time.
         dtype: of the stored embeddings.
         max_failures: stop after more bad files than this; None: never.
-        progress: called with (files done, files to do).
+        progress: called with the files done and to do.
 
     Raises:
         UserError: no such folder, no image in it, a store of something else, a store in use, a full disk.
@@ -87,7 +88,7 @@ def embed_folder(
 
         def update(rows: int) -> None:
             if progress:
-                progress(done + rows, len(fresh) + len(again))
+                progress("embedding", done + rows, len(fresh) + len(again))
 
         for shard in shards:
             _embed_shard(decoded, len(shard), embedder, batch_size, writer, report, max_failures, update)

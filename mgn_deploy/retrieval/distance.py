@@ -19,9 +19,9 @@ import numpy as np
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
+from mgn_deploy.progress import Progress
 
 Metric = Literal["cosine", "euclidean"]
-Progress = Callable[[int, int], None]  # distances done so far, distances in all
 
 TILE_BYTES = 256 << 20
 
@@ -256,7 +256,7 @@ def _float32(embeddings: np.ndarray) -> np.ndarray:
 def _report(progress: Progress | None, rows: slice, columns: slice, shape: tuple[int, int]) -> None:
     if progress is not None:
         finished = rows.start * shape[1] + (rows.stop - rows.start) * columns.stop
-        progress(finished, shape[0] * shape[1])
+        progress("distances", finished, shape[0] * shape[1])
 
 
 def _reserve(descriptor: int, size: int) -> None:

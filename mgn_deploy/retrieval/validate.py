@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,11 @@ import numpy as np
 
 from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.embedder import Embedder
+from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
 from mgn_deploy.retrieval.ranking import RankingMetrics, evaluate_embeddings
 
 # Called with the step's name, images done, images to do.
-StepProgress = Callable[[str, int, int], None]
 
 KEYS = ("rank-1", "rank-5", "rank-10", "mAP", "mINP")
 
@@ -55,7 +54,7 @@ def validate(
     *,
     multi_query: str | None = None,
     batch_size: int = 8,
-    progress: StepProgress | None = None,
+    progress: Progress | None = None,
 ) -> Validation:
     """Embed query and gallery with both, and rank.
 
@@ -77,13 +76,13 @@ def _measure(
     multi_query: str | None,
     batch_size: int,
     label: str,
-    progress: StepProgress | None,
+    progress: Progress | None,
 ) -> RankingMetrics:
     views, members = views_of_queries(data) if multi_query else ([], [])
 
     def embed(images: list[LabelledImage], before: int) -> Any:
         total = len(data.query) + len(views) + len(data.gallery)
-        update = (lambda done, _: progress(label, before + done, total)) if progress else None
+        update = (lambda _, done, __: progress(label, before + done, total)) if progress else None
         return embedder.embed([image.path for image in images], batch_size=batch_size, progress=update)
 
     queries = embed(data.query, 0)

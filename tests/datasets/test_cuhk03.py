@@ -104,13 +104,12 @@ def test_the_raw_file_may_lie_beside_the_split(root):
     assert rows(open_data(f"cuhk03-labeled:{root}", ALL)) == EXPECTED
 
 
-def test_crops_are_extracted_once_and_then_do_without_the_raw_file(root):
-    said: list[str] = []
-    open_data(f"cuhk03-labeled:{root}", say=said.append)
+def test_crops_are_extracted_once_and_then_do_without_the_raw_file(root, said):
+    open_data(f"cuhk03-labeled:{root}")
     assert "extracting the labeled crops" in said[0]
     assert said[-1] == "8 crops extracted, all"
     (root / "cuhk03_release" / "cuhk-03.mat").unlink()
-    assert rows(open_data(f"cuhk03-labeled:{root}", ALL, say=said.append)) == EXPECTED
+    assert rows(open_data(f"cuhk03-labeled:{root}", ALL)) == EXPECTED
     assert len(said) == 2
 
 

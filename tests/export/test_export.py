@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import logged
 from in_process import mgn_deploy
 from safetensors.torch import load_file, save_file
 
@@ -29,8 +30,9 @@ torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it
 @pytest.fixture(scope="module")
 def other_export(weights, crops, tmp_path_factory) -> tuple[Path, list[str]]:
     """Without mirror average and reference weights, proven on files; and what was said."""
-    folder, said = tmp_path_factory.mktemp("other") / "b", []
-    export_bundle(weights, folder, flip=False, reference=False, proof_images=crops, say=said.append)
+    folder = tmp_path_factory.mktemp("other") / "b"
+    with logged() as said:
+        export_bundle(weights, folder, flip=False, reference=False, proof_images=crops)
     return folder, said
 
 
@@ -142,12 +144,11 @@ def test_weights_that_are_not_finite_are_refused_and_leave_no_bundle(traced, wei
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
-def test_a_proof_folder_with_too_few_images_is_refused_before_any_work(weights, crops, tmp_path):
+def test_a_proof_folder_with_too_few_images_is_refused_before_any_work(weights, crops, tmp_path, said):
     (tmp_path / "few").mkdir()
     shutil.copy(next(crops.rglob("*.jpg")), tmp_path / "few")
-    said = []
     with pytest.raises(UserError, match="at least 12"):
-        export_bundle(weights, tmp_path / "b", proof_images=tmp_path / "few", say=said.append)
+        export_bundle(weights, tmp_path / "b", proof_images=tmp_path / "few")
     assert not (tmp_path / "b").exists()
     assert not any("tracing" in sentence for sentence in said)
 

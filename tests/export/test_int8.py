@@ -55,7 +55,7 @@ def test_the_method_with_the_least_error_is_taken_and_a_kept_budget_needs_no_swe
     assert made.drop == pytest.approx(drop(open_graph(made.graph)), abs=2)
 
 
-def test_the_block_that_int8_breaks_is_found_and_left_in_float(weights, trace, pixels, open_graph):
+def test_the_block_that_int8_breaks_is_found_and_left_in_float(weights, trace, pixels, open_graph, said):
     """One channel of a block is a thousand times the others, so that one scale for the tensor rounds the others away."""
     model = load_weights(weights)
     block = model.trunk[4][1]
@@ -65,8 +65,7 @@ def test_the_block_that_int8_breaks_is_found_and_left_in_float(weights, trace, p
     graph, plain = trace(model), trace(model, flip=False)
     reference = run_in_batches(open_graph(graph), pixels)
     drop = agreement_drop(pixels, reference)
-    said = []
-    made = build_int8(graph, plain, pixels, OPENVINO, open_graph, drop, max_drop=5, say=said.append)
+    made = build_int8(graph, plain, pixels, OPENVINO, open_graph, drop, max_drop=5)
     assert made.sweep[0].block == "trunk.4.1"
     assert {row.block for row in made.sweep} == set(conv_groups(plain))
     assert [row.error for row in made.sweep] == sorted((row.error for row in made.sweep), reverse=True)

@@ -363,13 +363,12 @@ def test_a_wrong_export_exits_1_is_marked_and_is_not_run_unless_allowed(
     assert json.loads(allowed.stdout)["embedded"] == 40
 
 
-def test_a_backend_that_fails_while_it_is_proven_costs_only_its_own_proof(weights, tmp_path, monkeypatch):
+def test_a_backend_that_fails_while_it_is_proven_costs_only_its_own_proof(weights, tmp_path, monkeypatch, said):
     def full(bundle):
         raise UserError("the GPU has too little free memory")
 
     monkeypatch.setattr(backend_module("openvino"), "open_engine", full)
-    said = []
-    bundle = export_bundle(weights, tmp_path / "b", say=said.append)
+    bundle = export_bundle(weights, tmp_path / "b")
     assert set(bundle.manifest.proofs) == {"onnxruntime", "torch"}
     assert "no proof for openvino: the GPU has too little free memory" in said
 

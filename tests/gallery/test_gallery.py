@@ -156,7 +156,7 @@ def test_progress_ends_at_the_number_of_files(images, tmp_path, embedder):
         tmp_path / "s",
         embedder,
         batch_size=2,
-        progress=lambda done, total: calls.append((done, total)),
+        progress=lambda step, done, total: calls.append((done, total)),
     )
     assert calls[-1] == (6, 6)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)

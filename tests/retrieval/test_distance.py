@@ -94,7 +94,7 @@ def test_memory_beyond_out_stays_below_tile_bytes():
 def test_progress_ends_at_all_distances_and_never_goes_back():
     seen: list[tuple[int, int]] = []
     query, gallery = unit_rows(23, 16, 1), unit_rows(41, 16, 2)
-    distance_matrix(query, gallery, tile_bytes=2000, progress=lambda done, total: seen.append((done, total)))
+    distance_matrix(query, gallery, tile_bytes=2000, progress=lambda step, done, total: seen.append((done, total)))
     assert len(seen) > 3
     assert seen == sorted(seen)
     assert seen[-1] == (23 * 41, 23 * 41)
@@ -146,7 +146,9 @@ def test_the_written_file_loads_as_the_matrix(tmp_path, metric, monkeypatch):
     monkeypatch.setattr("mgn_deploy.retrieval.distance.TILE_BYTES", 2000)
     query, gallery = unit_rows(23, 16, 1), unit_rows(41, 16, 2)
     seen: list[int] = []
-    write_distance_matrix(tmp_path / "d.npy", query, gallery, metric, progress=lambda done, total: seen.append(done))
+    write_distance_matrix(
+        tmp_path / "d.npy", query, gallery, metric, progress=lambda step, done, total: seen.append(done)
+    )
     loaded = np.load(tmp_path / "d.npy")
     assert loaded.dtype == np.float32
     np.testing.assert_allclose(loaded, distance_matrix(query, gallery, metric), atol=ROUNDING)
@@ -158,7 +160,7 @@ def test_a_broken_run_leaves_the_earlier_file_and_no_partial_one(tmp_path, monke
     monkeypatch.setattr("mgn_deploy.retrieval.distance.TILE_BYTES", 2000)
     (tmp_path / "d.npy").write_bytes(b"earlier")
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(step: str, done: int, total: int) -> None:
         assert (tmp_path / "d.npy").read_bytes() == b"earlier"
         raise KeyboardInterrupt
 
@@ -174,7 +176,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, pla
     rows = unit_rows(3, 4, 0)
     with pytest.raises(UserError):
         write_distance_matrix(
-            tmp_path / place, rows, rows, "cosine", progress=lambda done, total: pytest.fail("worked")
+            tmp_path / place, rows, rows, "cosine", progress=lambda step, done, total: pytest.fail("worked")
         )
     assert os.listdir(tmp_path) == []
 
@@ -186,7 +188,7 @@ def test_a_disk_that_is_too_small_is_told_with_both_sizes_before_the_work(small_
     sizes = rf"{128 + 4 * 600 * 600} bytes are needed and \d+ are free"
     with pytest.raises(UserError, match=rf"d\.npy cannot be written .*: {sizes}"):
         write_distance_matrix(
-            small_disk / "d.npy", rows, rows, "cosine", progress=lambda done, total: pytest.fail("worked")
+            small_disk / "d.npy", rows, rows, "cosine", progress=lambda step, done, total: pytest.fail("worked")
         )
     assert os.listdir(small_disk) == []
 
@@ -196,7 +198,7 @@ def test_the_whole_file_is_reserved_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("mgn_deploy.retrieval.distance.TILE_BYTES", 20_000)
     reserved: list[int] = []
 
-    def look(done: int, total: int) -> None:
+    def look(step: str, done: int, total: int) -> None:
         reserved.extend(file.stat().st_size for file in tmp_path.iterdir())
 
     rows = unit_rows(450, 4, 0)
@@ -210,7 +212,7 @@ def test_a_disk_that_fills_up_while_writing_is_told_and_leaves_nothing(small_dis
     monkeypatch.setattr("mgn_deploy.retrieval.distance.TILE_BYTES", 20_000)
     monkeypatch.delattr(os, "posix_fallocate")
 
-    def fill_disk(done: int, total: int) -> None:
+    def fill_disk(step: str, done: int, total: int) -> None:
         if not (small_disk / "other").exists():
             with pytest.raises(OSError, match="No space left"):
                 (small_disk / "other").write_bytes(bytes(1 << 20))

@@ -17,12 +17,13 @@ import onnx
 import mgn_deploy
 from mgn_deploy.backends.tensorrt.cache import cache_key, load, load_plan, save, save_plan
 from mgn_deploy.backends.tensorrt.graph import PreparedGraph, prepare
-from mgn_deploy.backends.tensorrt.network import Progress, build_network, parsed_network, quiet
+from mgn_deploy.backends.tensorrt.network import build_network, parsed_network, quiet
 from mgn_deploy.backends.tensorrt.package import import_problem_of, import_tensorrt, logger, title
 from mgn_deploy.bench import layer_table
 from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, TITLES, EngineEntry, Flavour
 from mgn_deploy.cuda.device import Gpu, gpu_problem, this_gpu
 from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.progress import Progress
 
 MOST_IMAGES = 4096  # a call: beyond, activations take more memory than GPUs have
 

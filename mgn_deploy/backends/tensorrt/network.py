@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from mgn_deploy.backends.tensorrt.graph import PreparedGraph
 from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, one_line, title
 from mgn_deploy.bundle.engine_entry import Flavour
 from mgn_deploy.errors import UserError
+from mgn_deploy.progress import Progress
 
 # (phase, step, steps)
-Progress = Callable[[str, int, int], None]
 
 _one_at_a_time = threading.Lock()
 # Parts of builds that were stopped. TensorRT-RTX 1.7.1 once crashed after one: what its threads may still use is not freed.

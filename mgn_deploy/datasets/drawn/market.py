@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from mgn_deploy.datasets.drawn.crop import draw_crop, draw_junk
 from mgn_deploy.errors import UserError
+from mgn_deploy.progress import Progress
 
 TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
 
@@ -63,7 +64,7 @@ def draw_market1501(
     cameras: int = 4,
     images_per_camera: int = 2,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> DrawnDataset:
     """Draw people into `root`/bounding_box_train, query and bounding_box_test.
 
@@ -73,7 +74,7 @@ def draw_market1501(
     Drawn into a temporary folder beside `root` and renamed: an interrupted drawing never passes for whole.
 
     Args:
-        progress: called with (images drawn, images in all) after each image.
+        progress: called after each image.
 
     Raises:
         UserError: `root` holds files already or cannot be written, or a count is out of range.
@@ -102,7 +103,7 @@ def draw_market1501(
         for done, shot in enumerate(shots, 1):
             shot.draw(seed).save(unfinished / shot.name, quality=90)
             if progress is not None:
-                progress(done, len(shots))
+                progress("drawing", done, len(shots))
         if target.is_dir():
             target.rmdir()  # empty, and Windows renames onto no folder
         unfinished.rename(target)
