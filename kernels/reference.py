@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mgn_deploy.config import GEM_EPSILON, Neck, Pooling, stripe_rows
+from mgn_deploy.config import GEM_EPSILON, Neck, Pooling, features_of, region_rows
 
 
 def stripe_pool(
@@ -22,9 +22,7 @@ def stripe_pool(
 
     Maxima are of the map's dtype, means float64. NaN propagates, as in torch. `powers`, for "gem", is one a pooled vector.
     """
-    regions = [feature_map]
-    if stripes > 1:
-        regions += [feature_map[:, :, first:last] for first, last in stripe_rows(feature_map.shape[2], stripes)]
+    regions = [feature_map[:, :, first:last] for first, last in region_rows(feature_map.shape[2], stripes)]
     if pooling == "max":
         return [region.max(axis=(2, 3)) for region in regions]
     if pooling == "avg":
@@ -62,7 +60,7 @@ def stripe_pool_reduce(
     """
     pooled, first = [], 0
     for map_, stripes in zip(maps, branches, strict=True):
-        features = 1 if stripes == 1 else 1 + stripes
+        features = features_of(stripes)
         pooled += stripe_pool(map_, stripes, pooling, None if powers is None else powers[first : first + features])
         first += features
     reduced = np.stack(pooled).astype(np.float64) @ np.asarray(weight, np.float64) + bias  # [F, n, R]

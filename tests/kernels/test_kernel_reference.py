@@ -10,6 +10,7 @@ import torch
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
+from mgn_deploy.config import features_of
 from mgn_deploy.export.graph import heads
 from mgn_deploy.kernels.reference import embed, stripe_pool, stripe_pool_reduce
 from mgn_deploy.train.model import Embedding, fold_batch_norms
@@ -31,7 +32,7 @@ CASES = [
 def random_case(branches, sizes, n=2, channels=5, reduced=4, seed=0):
     rng = np.random.default_rng(seed)
     maps = [rng.normal(size=(n, channels, *size)).astype(np.float32) for size in sizes]
-    features = sum(1 if stripes == 1 else 1 + stripes for stripes in branches)
+    features = sum(map(features_of, branches))
     weight = rng.normal(size=(features, channels, reduced)).astype(np.float32)
     bias = rng.normal(size=(features, 1, reduced)).astype(np.float32)
     return maps, weight, bias
@@ -40,7 +41,7 @@ def random_case(branches, sizes, n=2, channels=5, reduced=4, seed=0):
 def random_choices(branches, reduced=4, seed=1) -> dict[str, np.ndarray]:
     """Powers, and the scales and shifts of a norm after the ReLU."""
     rng = np.random.default_rng(seed)
-    features = sum(1 if stripes == 1 else 1 + stripes for stripes in branches)
+    features = sum(map(features_of, branches))
     return {
         "powers": rng.uniform(1.5, 4.5, features).astype(np.float32),
         "scale": rng.normal(size=(features, 1, reduced)).astype(np.float32),
@@ -91,7 +92,7 @@ def plain_loop(
 
 def function_model(branches, sizes, channels=5, reduced=4, pooling="max", neck="relu") -> onnx.ModelProto:
     """A model that is nothing but one call of the function."""
-    features = sum(1 if stripes == 1 else 1 + stripes for stripes in branches)
+    features = sum(map(features_of, branches))
     maps = [
         helper.make_tensor_value_info(f"map_{index}", onnx.TensorProto.FLOAT, ["n", channels, *size])
         for index, size in enumerate(sizes)
