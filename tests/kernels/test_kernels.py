@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mgn_deploy.config import features_of
 from mgn_deploy.kernels.nvrtc import SOURCE
-from mgn_deploy.kernels.plan import LAYOUTS, NECKS, OUTPUTS, PATHS, POOLINGS, TYPES, Problem
+from mgn_deploy.kernels.plan import LAYOUTS, NECKS, PATHS, POOLINGS, TYPES, Problem
 from mgn_deploy.kernels.reference import embed, stripe_pool, stripe_pool_reduce
 
 COMPILER = shutil.which("g++")
