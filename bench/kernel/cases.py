@@ -9,8 +9,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from mgn_deploy.config import stripe_rows
-from mgn_deploy.kernels.plan import features_of
+from mgn_deploy.config import features_of
+from mgn_deploy.train.model import stripe_pool
 
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -111,8 +111,7 @@ def right_answer(case: Case, inputs: Inputs) -> Tensor:
     """The result in float64. Maxima are exact in any dtype, so the maps stay in theirs."""
     pooled: list[Tensor] = []
     for map_, stripes in zip(inputs.maps, case.branches, strict=True):
-        regions = [(0, map_.shape[2]), *(stripe_rows(map_.shape[2], stripes) if stripes > 1 else [])]
-        pooled += [map_[:, :, first:last].amax((2, 3)).double() for first, last in regions]
+        pooled += [vector.flatten(1).double() for vector in stripe_pool(map_, stripes)]
     reduced = torch.einsum("fnc,frc->nfr", torch.stack(pooled), inputs.weight.double()) + inputs.bias.double()
     return finish(reduced.relu().flatten(1), case.output)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mgn_deploy.bench.kernel.cases import Case, Inputs, finish, tolerance
-from mgn_deploy.config import stripe_rows
-from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS, PATHS, make_problem
+from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS
+from mgn_deploy.train.model import stripe_pool
 
 NAMES = {
     "kernel": "stripe_pool_reduce.cu, the path that its plan takes, launched by itself",
@@ -59,11 +59,8 @@ class Heads(nn.Module):
     def forward(self, *maps: Tensor) -> Tensor:
         reduced: list[Tensor] = []
         for map_, stripes in zip(maps, self.case.branches, strict=True):
-            regions = [map_]
-            if stripes > 1:
-                regions += [map_[:, :, first:last] for first, last in stripe_rows(map_.shape[2], stripes)]
-            for region in regions:
-                vector, feature = region.amax((2, 3), keepdim=True), len(reduced)
+            for vector in stripe_pool(map_, stripes):
+                feature = len(reduced)
                 product = nn.functional.conv2d(vector, self.weights[feature], self.biases[feature])
                 reduced.append(product.relu().flatten(1))
         return finish(torch.cat(reduced, dim=1), self.case.output)
@@ -106,15 +103,15 @@ class Kernel:
 
     def __init__(self, case: Case, inputs: Inputs, path: str = "auto") -> None:
         from mgn_deploy.kernels.nvrtc import PlannedKernel
-        from mgn_deploy.kernels.torch_op import arrange, pointers_to
+        from mgn_deploy.kernels.torch_op import Heads as Arguments
 
-        shape, self._arranged = arrange(inputs.maps, case.branches, inputs.weight, inputs.bias, None, None, None)
+        self._arguments = Arguments(inputs.maps, case.branches, inputs.weight, inputs.bias).arranged()
         self._device = inputs.weight.device
-        self._planned = PlannedKernel(make_problem(*shape, output=case.output, path=path), self._device.index or 0)
+        self._planned = PlannedKernel(self._arguments.problem(case.output, path), self._device.index or 0)
         self._workspace = torch.zeros(self._planned.workspace_bytes, dtype=torch.uint8, device=self._device)
         dtype = inputs.weight.dtype if case.output == "features" else torch.float32
         self._result = torch.empty(case.images, case.features * case.reduced, dtype=dtype, device=self._device)
-        self._pointers = pointers_to(self._arranged, self._workspace, self._result)
+        self._pointers = self._arguments.pointers(self._workspace, self._result)
 
     def run(self) -> Tensor:
         self._planned.launch(self._pointers, torch.cuda.current_stream(self._device).cuda_stream)
@@ -126,7 +123,7 @@ class Kernel:
 
     def contender(self) -> Contender:
         plan = self._planned.plan
-        facts = {"path": PATHS[plan.path], "splits": plan.splits, "tensor_cores": bool(plan.tensor_cores)}
+        facts = {"path": plan.path, "splits": plan.splits, "tensor_cores": plan.tensor_cores}
         return Contender(self.run, self.poison, facts, roundings=1)
 
 

@@ -392,6 +392,19 @@ def test_the_suite_takes_no_tests_and_a_pytest_that_breaks_down_for_none_passed(
         assert (found["exit"], found["passed"], found["failed"]) == (code, 0, 0)
 
 
+def test_the_suite_finds_the_tests_that_need_a_gpu_in_all_folders():
+    folders = {path.parent.name for path in gpu_suite.gpu_test_files()}
+    assert {"kernels", "backends"} <= folders
+
+
+def test_the_sanitizers_run_the_operator_in_every_type_and_layout_on_both_paths():
+    command = [*gpu_suite.PYTEST, *gpu_suite.SANITIZED, "--collect-only"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    collected = {line.partition("[")[2] for line in done.stdout.splitlines() if "::" in line}
+    types, layouts, batches = ("dtype0", "dtype1", "dtype2"), ("True", "False"), ("2]", "9]")
+    assert collected == {f"{dtype}-max-{last}-{n}" for dtype in types for last in layouts for n in batches}
+
+
 @pytest.mark.skipif(gpu_problem() is None, reason="this machine has a GPU")
 def test_the_suite_goes_on_where_a_stage_cannot_run(tmp_path, capsys):
     script = str(Path(gpu_suite.__file__).resolve())
