@@ -1,7 +1,7 @@
 """Compile all kernels for every architecture and report their registers; a spilled register is a failure.
 
-`make kernels`, or `python -m mgn_deploy.kernels.build [--arch 90]`. It compiles by NVRTC, as users' machines do, and needs
-no GPU.
+`make kernels`, or `python -m mgn_deploy.kernels.build [--arch 90]`. It compiles by NVRTC, as users' machines do: nvcc
+of the same version gives other code (13.0's `mma_kernel<Half>` for sm_90 takes 91 registers, NVRTC 13.0's takes 162).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mgn_deploy.cli.console import show_log
 from mgn_deploy.errors import UserError
-from mgn_deploy.kernels.nvrtc import compile_anew
+from mgn_deploy.kernels.nvrtc import compile_uncached
 from mgn_deploy.kernels.plan import all_kernels
 
 _log = logging.getLogger("mgn_deploy")
@@ -43,7 +43,7 @@ def compile_for(arch: str, kernels: Sequence[str]) -> dict[str, Use]:
         UserError: it fails, or warns.
     """
     log = io.StringIO()
-    code = compile_anew(tuple(kernels), f"sm_{arch}", log)
+    code = compile_uncached(tuple(kernels), f"sm_{arch}", log)
     warning = next((line for line in log.getvalue().splitlines() if "warning" in line), None)
     if warning:
         raise UserError(f"NVRTC warns of the kernels for sm_{arch}: {warning.strip()}")

@@ -52,12 +52,12 @@ def compile_kernels(kernels: tuple[str, ...], arch: str) -> MachineCode:
     key = hashlib.sha256("\0".join([*kernels, arch, version, SOURCE.read_text()]).encode()).hexdigest()
     code = _load(key)
     if code is None:
-        code = compile_anew(kernels, arch)
+        code = compile_uncached(kernels, arch)
         _save(key, code)
     return code
 
 
-def compile_anew(kernels: tuple[str, ...], arch: str, log: TextIO | None = None) -> MachineCode:
+def compile_uncached(kernels: tuple[str, ...], arch: str, log: TextIO | None = None) -> MachineCode:
     """Compile as `compile_kernels` does, without the cache.
 
     Args:
@@ -98,7 +98,7 @@ def _version() -> tuple[int, int]:
 
 
 def nvrtc_problem() -> str | None:
-    """Why kernels cannot be compiled here and what to install, or None."""
+    """Say why kernels cannot be compiled here and what to install, or return None."""
     try:
         from cuda.bindings import nvrtc
 
@@ -114,7 +114,7 @@ def _text(symbol: bytes | str) -> str:
 
 
 def _load(key: str) -> MachineCode | None:
-    """None where there is none or it is damaged: then it is compiled again."""
+    """Read from the cache; None where there is none or it is damaged: then it is compiled again."""
     folder = cache_folder("kernels")
     try:
         record = json.loads((folder / f"{key}.json").read_bytes())
@@ -149,7 +149,7 @@ class PlannedKernel:
 
     Raises:
         CannotRun: NVRTC is not installed.
-        UserError: the path fused is asked for where the device has no cooperative launch, or the kernels do not compile.
+        UserError: the kernels do not compile, or the path "fused" is asked for without cooperative launch.
     """
 
     def __init__(self, problem: Problem, device_id: int = 0) -> None:
@@ -199,9 +199,10 @@ class PlannedKernel:
 
 
 def arguments_by_addresses(problem: Problem, plan: Plan) -> Callable[[Pointers], ctypes.Array[Any]]:
-    """What the driver takes as the kernels' arguments, by addresses: an array of one pointer, to their `Params`.
+    """Return a function that makes the arguments as the driver takes them: an array of one pointer, to `Params`.
 
-    Making these takes longer than a small problem's kernel, so the last ones are kept. The driver copies them at a launch.
+    Making these takes longer than a small problem's kernel, so the last ones are kept. The driver copies them at a
+    launch. The function raises ValueError as `params_of` does.
     """
 
     @lru_cache(maxsize=KEPT_ARGUMENTS)
@@ -216,7 +217,7 @@ def arguments_by_addresses(problem: Problem, plan: Plan) -> Callable[[Pointers],
 
 @lru_cache(maxsize=256)
 def _loaded(kernels: tuple[str, ...], arch: str, device_id: int) -> dict[str, Any]:
-    """`cuda.core.Kernel`s by name, loaded once a device."""
+    """Return `cuda.core.Kernel`s by name, loaded once a device."""
     from cuda.core import ObjectCode
 
     code = compile_kernels(kernels, arch)

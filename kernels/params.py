@@ -35,10 +35,15 @@ class Params(ctypes.Structure):
 class Pointers(NamedTuple):
     """Addresses in the device's memory, of dense arrays; None where a problem does not need one.
 
-    `maps` is one a branch. `weight` is `[F, R, C]` of the maps' type: each feature's 1x1 convolution with its norm folded in.
-    Float32 are `bias` `[F, R]`, `scale` and `shift` `[F, R]` (for the neck "relu_norm") and `power` `[F]` (for "gem").
-    `workspace` has the plan's `workspace_bytes`, its first `BARRIER_BYTES` zero before the first launch; it serves one
-    stream at a time. `output` is as `Problem.output` says.
+    Attributes:
+        maps: one a branch.
+        weight: `[F, R, C]` of the maps' type: each feature's 1x1 convolution with its norm folded in.
+        bias: `[F, R]`, float32.
+        scale: and `shift`, both `[F, R]`, float32, for the neck "relu_norm".
+        power: `[F]`, float32, for "gem".
+        workspace: the plan's `workspace_bytes`, the first `BARRIER_BYTES` of them zero before the first launch; for one
+            stream at a time.
+        output: as `Problem.output` says.
     """
 
     maps: tuple[int, ...]
@@ -52,7 +57,7 @@ class Pointers(NamedTuple):
 
 
 def params_of(problem: Problem, plan: Plan, pointers: Pointers) -> Params:
-    """What the kernels are told.
+    """Make what the kernels are told.
 
     Raises:
         ValueError: a needed address is missing, or one that is loaded from 16 bytes at a time is not a multiple of 16.

@@ -1,4 +1,4 @@
-"""Which kernels of `stripe_pool_reduce.cu` compute a problem, and over which grids; `params.py` says what they are told.
+"""Which kernels of `stripe_pool_reduce.cu` compute a problem, and over which grids.
 
 The only planner: `kernels/nvrtc.py` and `kernels/pycuda_.py` launch by it on a GPU, `tests/emulator` on a CPU. It needs
 neither a GPU nor a CUDA package.
@@ -50,9 +50,9 @@ class Problem:
         sizes: each map's height and width, at most 2^24 pixels.
         pooling: "max", "avg" or "gem".
         neck: "relu", "linear" or "relu_norm".
-        output: "features" `[batch, F * R]` of the maps' type, rounded once after float32 sums; "embeddings", float32 unit
-            rows of the same shape; or "mirror_embeddings" `[batch / 2, F * R]`, float32 unit rows of the average with the
-            mirror: image n's mirror is row n + batch / 2.
+        output: "features" `[batch, F * R]` of the maps' type, rounded once after float32 sums; "embeddings", float32
+            unit rows of the same shape; or "mirror_embeddings" `[batch / 2, F * R]`, float32 unit rows of the average
+            with the mirror: image n's mirror is row n + batch / 2.
         path: "fused", one cooperative launch, and "rows", the same arithmetic in three launches, both for a batch of up
             to 8; "tiles", three launches with matrix tiles, on tensor cores where the maxima are of 16 bits; or "auto".
 
@@ -153,8 +153,9 @@ class Device:
 class Plan:
     """How a problem is computed on a device.
 
-    `path` is never "auto". `splits` parts of the sum over channels, each of `depth` channels and by its own block, are for
-    "tiles", as are `tensor_cores`; `fused_blocks` is the grid of "fused". Offsets are in bytes from the workspace's start.
+    `path` is never "auto". In "tiles" the sum over channels has `splits` parts of `depth` channels, each by its own
+    block, on `tensor_cores` or not. `fused_blocks` is the grid of "fused". Offsets are in bytes from the start of the
+    workspace.
     """
 
     path: str
@@ -168,7 +169,11 @@ class Plan:
 
 
 def plan_on(problem: Problem, device: Device) -> Plan:
-    """Plan a problem for a device. "auto" takes "fused" (without cooperative launch "rows") up to 8 images, else "tiles"."""
+    """Plan a problem for a device.
+
+    "auto" takes "fused" (or, without cooperative launch, "rows") up to 8 images and "tiles" above. No measurement has
+    set that border.
+    """
     channels, narrow = problem.channels, problem.pooled_type != "float"
     path = problem.path
     if path == "auto":
@@ -214,7 +219,7 @@ class Launch:
 
 
 def launches(problem: Problem, plan: Plan) -> list[Launch]:
-    """The kernels of a plan, in order, on one stream."""
+    """List the kernels of a plan, in order, on one stream."""
     kind, pooled = TYPES[problem.dtype], problem.pooled_type
     if plan.path == "fused":
         return [fused_launch(problem, plan.fused_blocks)]
@@ -235,12 +240,12 @@ def launches(problem: Problem, plan: Plan) -> list[Launch]:
 
 
 def fused_launch(problem: Problem, blocks: int = 1) -> Launch:
-    """The fused kernel of a problem; `Device.resident_blocks` is asked of a GPU for one block of it."""
+    """Return the fused kernel of a problem; `Device.resident_blocks` is asked of a GPU for one block of it."""
     return Launch(_pooling_kernel("fused", problem), (blocks, 1, 1), THREADS, _pool_shared(problem), cooperative=True)
 
 
 def all_kernels() -> list[str]:
-    """The names of all kernels that a plan can have."""
+    """Name all kernels that a plan can have."""
     found = set()
     for dtype, layout, pooling, path in product(TYPES, LAYOUTS, POOLINGS, PATHS[1:]):
         problem = Problem(dtype, layout, 1, 8, 16, (1,), ((1, 1),), pooling=pooling, path=path)

@@ -5,7 +5,8 @@
     heads.launch(maps, weight, bias, embeddings, stream)      # as often as wanted; allocates nothing
 
 The kernels are loaded by PyCUDA into its current context: `nvrtc.PlannedKernel` would make the device's primary context
-current, and PyCUDA's own (`pycuda.autoinit`) is another one. PyCUDA has no cooperative launch: there is no path "fused".
+current, and PyCUDA's own (`pycuda.autoinit`) is another one. PyCUDA has no cooperative launch, so the path "fused" is
+refused.
 """
 
 from __future__ import annotations
@@ -73,9 +74,9 @@ class PycudaKernel:
         """Start it on a `pycuda.driver.Stream`; the context must be current.
 
         Args:
-            maps: one `GPUArray` a branch, `[n, C, H, W]` or, for "nhwc", `[n, H, W, C]`; of bfloat16 as its bits in uint16.
+            maps: one `GPUArray` a branch, `[n, C, H, W]` or, for "nhwc", `[n, H, W, C]`; of bfloat16 its bits.
             weight: `[F, R, C]` of the maps' type; `bias`, `scale`, `shift` `[F, R]` and `powers` `[F]` are float32.
-            output: written: `[n, F * R]` of the maps' type for features, else float32 `[n, or n / 2 for mirrors, F * R]`.
+            output: written, as `Problem.output` says.
 
         Raises:
             ValueError: an array has another shape, type or order, or begins off 16 bytes.

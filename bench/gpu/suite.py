@@ -6,10 +6,11 @@
     bench       `bench/kernel/`, into kernel.json
     engines     `bench/gpu/matrix.py`: precisions x engines, proven and in turns with PyTorch, into engines.json
 
-Each stage is a process with a time limit and a log; a stage that fails does not stop the next one. `suite.json` says how
-each ended, after each. Nothing has to be installed: the import name `mgn_deploy` is made of links in a scratch folder.
-Needed are PyTorch with CUDA, torchvision, cuda-core, NVRTC, pydantic, typer, rich, pyarrow, onnx, onnxscript, onnxruntime,
-pytest, pytest-timeout, hypothesis, safetensors and tensorboard (`facts` names what is missing); what PYTHONPATH has stays on it.
+Each stage is a process with a time limit and a log; a stage that fails does not stop the next one. `suite.json` says
+how each ended, after each. mgn-deploy need not be installed: the import name `mgn_deploy` is made of links in a scratch
+folder. Needed are PyTorch with CUDA, torchvision, cuda-core, NVRTC, pydantic, typer, rich, pyarrow, onnx, onnxscript,
+onnxruntime, pytest, pytest-timeout, hypothesis, safetensors and tensorboard (`facts` names what is missing); what
+PYTHONPATH has stays on it.
 """
 
 from __future__ import annotations
@@ -38,14 +39,9 @@ PACKAGES = (
     *("tensorboard", "tensorrt", "tensorrt_rtx", "pycuda"),
 )
 PYTEST = (sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-q", "-p", "no:cacheprovider")
-# Both layouts in every type, a batch for each path that "auto" takes.
-SANITIZED = (
-    str(ROOT / "tests/kernels/test_torch_op.py"),
-    "-m",
-    "gpu",
-    "-k",
-    "is_the_definition and max and (-2] or -9])",
-)
+# Both layouts in every type, a batch for each path that "auto" takes; embeddings.
+_CHOSEN = "(is_the_definition and max and (-2] or -9])) or (cuda_graph and -2-mirror)"
+SANITIZED = (str(ROOT / "tests/kernels/test_torch_op.py"), "-m", "gpu", "-k", _CHOSEN)
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 COUNTS = "counts.json"  # of the tests, in the scratch folder
 RESULTS = ("passed", "failed", "skipped")
@@ -56,7 +52,7 @@ CANNOT = 2  # exit status of a stage that this machine lacks something for
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 where every chosen stage passed, 2 where none could run here, else 1."""
+    """Run the chosen stages; return 0 where every one passed, 2 where none could run here, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
     parser.add_argument("--stages", default=",".join(MINUTES), help="which, in that order (all)")
@@ -93,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def matrix_options(chosen: argparse.Namespace) -> list[str]:
-    """Those that were given; stages run in another folder, so paths are absolute."""
+    """Return those that were given; stages run in another folder, so paths are made absolute."""
     found = []
     for name, value in ((name, getattr(chosen, name)) for name in OF_MATRIX if getattr(chosen, name)):
         kind, colon, path = value.rpartition(":") if name == "data" else ("", "", value)
@@ -102,7 +98,7 @@ def matrix_options(chosen: argparse.Namespace) -> list[str]:
 
 
 def prepare(scratch: Path) -> dict[str, str]:
-    """The environment for the stages: `mgn_deploy` importable as if it were installed, caches in `scratch`."""
+    """Make the environment for the stages: `mgn_deploy` importable as if it were installed, caches in `scratch`."""
     package = scratch / "site" / "mgn_deploy"
     package.mkdir(parents=True)
     for entry in (ROOT / "mgn_deploy").iterdir():
@@ -146,7 +142,7 @@ def run_limited(
 
 
 def facts(out: Path, minutes: float, matrix: Sequence[str]) -> int:
-    """What is here, into facts.json; a GPU must be, and the packages without which the other stages cannot start."""
+    """Write what is here into facts.json; a GPU must be, and the packages that all other stages need."""
     packages = {name: _version(name) for name in PACKAGES}
     tools = {name: shutil.which(name) or _in_cuda(name) for name in ("nvidia-smi", "nvcc", "compute-sanitizer")}
     for tool, arguments in (("nvidia-smi", []), ("nvcc", ["--version"])):
@@ -162,7 +158,7 @@ def facts(out: Path, minutes: float, matrix: Sequence[str]) -> int:
 
 
 def tests(out: Path, minutes: float, matrix: Sequence[str]) -> int:
-    """Also without a GPU pytest has to collect them all: a test file that cannot be imported shows."""
+    """Run the tests that need a GPU. Without one pytest still collects them: a file that cannot be imported shows."""
     runs = {
         "marked gpu": run_pytest(*map(str, gpu_test_files()), "-m", "gpu", "--continue-on-collection-errors"),
         "NVRTC": run_pytest(str(ROOT / "tests/kernels/test_kernel_build.py"), "-m", "not slow"),
@@ -179,7 +175,10 @@ def gpu_test_files() -> list[Path]:
 
 
 def sanitizer(out: Path, minutes: float, matrix: Sequence[str]) -> int:
-    """PyTorch allocates each tensor by itself here: in its blocks of many, an access beyond one's end would not show."""
+    """Run the kernels' tests under NVIDIA's compute-sanitizer.
+
+    PyTorch allocates each tensor by itself for them: in its blocks of many, an access beyond one's end would not show.
+    """
     program = shutil.which("compute-sanitizer") or _in_cuda("compute-sanitizer")
     if program is None:
         print("compute-sanitizer was not found: install the CUDA toolkit, or set CUDA_HOME to where it is")
@@ -197,13 +196,13 @@ def sanitizer(out: Path, minutes: float, matrix: Sequence[str]) -> int:
 
 
 def bench(out: Path, minutes: float, matrix: Sequence[str]) -> int:
-    """Ends by itself: a case takes half a minute at most once its time is up."""
+    """Run the kernel's benchmark. It ends by itself: a case takes half a minute at most once its time is up."""
     command = [sys.executable, "-m", "mgn_deploy.bench.kernel", "--out", str(out / "kernel.json")]
     return subprocess.run([*command, "--minutes", str(max(minutes - 1, 0.5))], check=False).returncode
 
 
 def engines(out: Path, minutes: float, matrix: Sequence[str]) -> int:
-    """Ends by itself: no row is begun that may not end in time."""
+    """Run the engines' benchmark. It ends by itself: no row is begun that may not end in time."""
     command = [sys.executable, "-m", "mgn_deploy.bench.gpu.matrix", "--out", str(out / "engines.json"), *matrix]
     command += ["--budget", str(max(60 * minutes - 30, 30))]
     return _gpu_or_why() or subprocess.run(command, check=False).returncode
@@ -213,9 +212,9 @@ STAGES = {"facts": facts, "tests": tests, "sanitizer": sanitizer, "bench": bench
 
 
 def run_pytest(*arguments: str) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, and how many for which reason; `exit` is 0 also where there was no test.
+    """Run pytest and count how many tests passed, failed and were skipped, and how many for which reason.
 
-    Where pytest itself broke down there are no counts but an exit status.
+    `exit` is 0 also where there was no test. Where pytest itself broke down there are no counts but an exit status.
     """
     report = Path("tests.xml")
     report.unlink(missing_ok=True)

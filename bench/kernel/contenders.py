@@ -29,17 +29,20 @@ NAMES = {
     "compiled_graph": "the same by torch.compile in a CUDA graph",
     "lean_graph": "PyTorch eager reading each map once and reducing in one batched product, in a CUDA graph",
     "lean_compiled_graph": "the same by torch.compile in a CUDA graph",
-    "tensorrt": "a TensorRT or TensorRT-RTX engine of the heads alone, not in a CUDA graph; NHWC maps through a Transpose; "
-    "weights, bias and products are of the maps' type, where exports go on in float32 after the maxima: a faster rival, as "
-    "there is less to move and to compute, than the engine that ships",
+    "tensorrt": "a TensorRT or TensorRT-RTX engine of the heads alone, not in a CUDA graph; NHWC maps through a "
+    "Transpose; weights, bias and products are of the maps' type, where exports go on in float32 after the maxima: a "
+    "faster rival, as there is less to move and to compute, than the engine that ships",
 }
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`run` starts it on the current stream and returns where the result will be; `poison` spoils what it has to write.
-    `facts` go into the results. `roundings` is how often it may round to the maps' type: PyTorch and TensorRT the product,
-    the sum with the bias and the sum with the mirror."""
+    """One way to compute a case's heads.
+
+    `run` starts it on the current stream and returns where the result will be; `poison` spoils what it has to write.
+    `facts` go into the results. `roundings` is how often it may round to the maps' type: PyTorch and TensorRT round the
+    product, the sum with the bias and the sum with the mirror.
+    """
 
     run: Callable[[], Tensor]
     poison: Callable[[], object] = lambda: None
@@ -48,7 +51,7 @@ class Contender:
 
 
 class Heads(nn.Module):
-    """As the branches of `train.model.MGN` have them: each region pooled by itself, a 1x1 convolution for each."""
+    """The heads as the branches of `train.model.MGN` have them: each region pooled alone, a 1x1 convolution each."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__()
@@ -67,8 +70,8 @@ class Heads(nn.Module):
 
 
 class LeanHeads(nn.Module):
-    """Each map read once, as the whole map's maxima are those of its stripes, and all reductions in one product. Heights
-    must be multiples of the stripes."""
+    """The heads as PyTorch can have them fastest: each map is read once, as the whole map's maxima are those of its
+    stripes, and all reductions are one product. Heights must be multiples of the stripes."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__()
@@ -103,7 +106,7 @@ class Kernel:
 
     def __init__(self, case: Case, inputs: Inputs, path: str = "auto") -> None:
         from mgn_deploy.kernels.nvrtc import PlannedKernel
-        from mgn_deploy.kernels.torch_op import Heads as Arguments
+        from mgn_deploy.kernels.torch_heads import Heads as Arguments
 
         self._arguments = Arguments(inputs.maps, case.branches, inputs.weight, inputs.bias).arranged()
         self._device = inputs.weight.device
@@ -132,7 +135,7 @@ def module(heads: Callable[..., Tensor], inputs: Inputs) -> Contender:
 
 
 def graphed(contender: Contender) -> Contender:
-    """Its work captured in a CUDA graph; the result is where the capture put it."""
+    """Capture a contender's work in a CUDA graph; the result is where the capture put it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -155,7 +158,7 @@ def graphed(contender: Contender) -> Contender:
 
 
 def makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:
-    """How to make each contender of a case on a GPU; making one may fail."""
+    """Return how to make each contender of a case on a GPU; making one may fail."""
     torch.compiler.reset()  # else the ninth shape would be refused
     heads, lean = Heads(case, inputs), LeanHeads(case, inputs)
     # For this very shape: code for any batch is slower.
@@ -179,8 +182,11 @@ def makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:
 
 
 def check(contender: Contender, expected: Tensor, case: Case) -> dict[str, Any]:
-    """Two runs into spoilt memory: `error` of the first against float64, whether both have the same bits, and in `wrong`
-    why the contender may not be timed."""
+    """Run twice into spoilt memory.
+
+    Returns:
+        `error` of the first run against float64, `bit_equal` of both, in `wrong` why the contender may not be timed.
+    """
     results = []
     for _ in range(2):
         contender.poison()

@@ -1,4 +1,4 @@
-"""`bench.gpu_matrix` as far as no GPU is needed: the same rows by engines of the CPU, and what is said of those that do not run."""
+"""`bench.gpu.matrix` as far as no GPU is needed: rows by engines of the CPU, and what is said of others."""
 
 from __future__ import annotations
 

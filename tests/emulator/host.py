@@ -1,6 +1,6 @@
 """`stripe_pool_reduce.cu` compiled for the CPU through `host_shim.h`: how its tests run it where there is no GPU.
 
-The kernels are launched as a GPU's are: by `kernels/plan.py`, with what `kernels/nvrtc.py` would hand the driver. Slow, as
+The kernels are launched as on a GPU: by `kernels/plan.py`, with what `kernels/nvrtc.py` would hand the driver. Slow, as
 a simulation is: a check of what the kernels compute, not a way to compute it.
 """
 
@@ -47,8 +47,8 @@ def build_host(folder: Path, compiler: str = "g++", sanitize: bool = False, sour
     kernels' or, to see what the simulation notices, a copy with a fault in it.
 
     Raises:
-        RuntimeError: the compiler fails, with what it says: also where it warns, or where the source has other constants or
-            structures than `kernels/plan.py` and `kernels/params.py`.
+        RuntimeError: the compiler fails, with what it says: also where it warns, or where the source has other
+            constants or structures than `kernels/plan.py` and `kernels/params.py`.
     """
     unit = folder / "kernels.cpp"
     unit.write_text(translation_unit(source))

@@ -31,7 +31,7 @@ def test_every_kernel_of_every_plan_is_counted():
 @needs_nvrtc
 @pytest.mark.parametrize("arch", build.ARCHITECTURES)
 def test_every_architecture_compiles_without_spills(arch):
-    """All kernels for 7.5, whose instructions differ from those from 8.0 on, and for 9.0; `make kernels` does all for all."""
+    """All kernels for 7.5, whose instructions differ from 8.0's, and for 9.0; `make kernels` builds all for all."""
     uses = build.compile_for(arch, all_kernels() if arch in ("75", "90") else TIGHTEST)
     assert {name: use.spilled for name, use in uses.items() if use.spilled} == {}
     # Two blocks of 256 threads share 65536 registers: what the fused kernel's grid counts on.
@@ -40,7 +40,7 @@ def test_every_architecture_compiles_without_spills(arch):
 
 @needs_nvrtc
 def test_maps_and_weights_are_loaded_16_bytes_at_a_time():
-    """As PTX has it, from which the machine code is made. Only the ends of an NCHW map's ranges are loaded one by one."""
+    """As PTX has it, from which the machine code is made. Only the ends of an NCHW map's runs are loaded one by one."""
     wide, written = "ld.global.nc.v4", "ld.global.v4"
     allowed = {
         "pool_kernel<Half, kNhwc, kMax>": {wide},
@@ -105,7 +105,7 @@ ptxas info    : Used 63 registers, used 1 barriers
         ),
         (
             "wrong\n",
-            r"NVRTC \d+\.\d+ does not compile the kernels for sm_90 \(.*no storage class or type specifier\): install one that is as new",
+            r"NVRTC \d+\.\d+ does not compile the kernels for sm_90 \(.*no storage class.*\): install one that",
         ),
     ],
 )

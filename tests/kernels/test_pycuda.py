@@ -174,7 +174,7 @@ def test_the_path_that_pycuda_cannot_launch_is_refused():
 
 @pytest.fixture(params=["own", "primary"])
 def context(request):
-    """PyCUDA's own context, as pycuda.autoinit makes one, or the device's primary one, which PyTorch and TensorRT use."""
+    """PyCUDA's own context, as pycuda.autoinit makes one, or the device's primary one, as PyTorch and TensorRT use."""
     from pycuda import driver
 
     driver.init()

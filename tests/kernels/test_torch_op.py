@@ -14,6 +14,7 @@ from mgn_deploy.config import features_of
 from mgn_deploy.kernels import torch_op
 from mgn_deploy.kernels.plan import BARRIER_BYTES, NECKS, POOLINGS
 from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
+from mgn_deploy.kernels.torch_heads import Heads as OpArguments
 
 torch.set_num_threads(1)
 
@@ -260,7 +261,7 @@ def test_what_cuda_is_told_gives_the_same_on_the_emulator(emulated, dtype, pooli
     odd = torch.zeros(given["weight"].numel() + 1, dtype=dtype)[1:].view_as(given["weight"])
     given["weight"] = odd.copy_(given["weight"])
     assert given["weight"].data_ptr() % 16
-    heads = torch_op.Heads(**given).arranged()
+    heads = OpArguments(**given).arranged()
     problem = heads.problem()
     assert problem.layout == ("nhwc" if last else "nchw")
     plan = emulated.plan(problem)
@@ -302,13 +303,13 @@ def test_cuda_passes_pytorchs_own_checks_of_an_operator():
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_cuda_graph_of_the_fused_path_gives_the_same_bits_again_and_again(dtype, n, output):
-    """In one workspace that nobody clears: the kernel has to leave its barrier as it found it, and trust nothing else there."""
+    """In one workspace that nobody clears: the kernel has to leave its barrier as it was and trust nothing else."""
     from cuda.core import Device
 
     from mgn_deploy.kernels.nvrtc import PlannedKernel
 
     given = arguments(dtype=dtype, n=n, channels=264, reduced=48, device="cuda")
-    heads = torch_op.Heads(**given).arranged()
+    heads = OpArguments(**given).arranged()
     kernel = PlannedKernel(heads.problem(output, "fused"), given["weight"].device.index)
     assert kernel.plan.path == "fused"
     workspace = torch.zeros(kernel.workspace_bytes, dtype=torch.uint8, device="cuda")
