@@ -1,4 +1,4 @@
-"""The arguments of `torch_op.py`'s operator: checked, computed by PyTorch's own operators, and arranged for the kernels."""
+"""The arguments of `torch_op.py`'s operator: checked, computed by PyTorch's operators, and arranged for the kernels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Heads:
             if map_.dim() != 4 or map_.shape[:2] != maps[0].shape[:2] or map_.dtype != dtype:
                 found = f"{map_.dtype} {list(map_.shape)}"
                 raise ValueError(f"stripe_pool_reduce: a map is {found}, needs {dtype} [{n}, {channels}, H, W]")
-        vectors = {"bias": self.bias}
+        vectors: dict[str, Tensor | None] = {"bias": self.bias}
         if self.neck == "relu_norm":
             vectors |= {"scale": self.scale, "shift": self.shift}
         for name, vector in vectors.items():

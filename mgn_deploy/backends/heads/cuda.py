@@ -94,8 +94,10 @@ class CudaHeads:
         from mgn_deploy.kernels.params import Pointers
 
         kernel, workspace = self._planned[images]
-        addresses = [None if buffer is None else int(buffer.handle) for buffer in self._numbers]
-        pointers = Pointers(tuple(self.map_addresses), *addresses, int(workspace.handle), embeddings)
+        weight, bias, *optional = self._numbers
+        scale, shift, power = (None if buffer is None else int(buffer.handle) for buffer in optional)
+        own = (int(weight.handle), int(bias.handle), scale, shift, power)
+        pointers = Pointers(tuple(self.map_addresses), *own, int(workspace.handle), embeddings)
         kernel.launch(pointers, int(stream.handle))
 
     def _upload(self, values: np.ndarray | None) -> Any:
