@@ -1,4 +1,4 @@
-"""Figures as PNG files: training curves, attention maps (the paper's Figure 5), rank lists (Figure 4)."""
+"""Figures as PNG files: training curves and attention maps (the paper's Figure 5)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
+from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_file
-from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.packages import import_problem
-from mgn_deploy.retrieval.rank_list import RankedImage, RankList, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 120
-FRAMES = {"same": "#1a8f3c", "other": "#d02b2b", "unknown": "#8a8a8a"}
 
 
 def draw_curves(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
@@ -84,40 +81,6 @@ def draw_attention(
             _picture(axes, crop, columns[column] if row == 0 else "")
             axes.imshow(maps[row, column], cmap="jet", alpha=0.5, vmin=0, vmax=1)
     _save(figure, out)
-
-
-def draw_rank_lists(lists: Sequence[RankList], out: str | os.PathLike[str]) -> None:
-    """One row a query: the query, then its results with rank and similarity; green frames are right, red are wrong.
-
-    Raises:
-        UserError: no list.
-    """
-    if not lists:
-        raise UserError("no query to draw")
-    longest = max(len(ranked.results) for ranked in lists)
-    figure = _new_figure(1.05 * (longest + 1), 2.5 * len(lists))
-    grid = figure.subplots(len(lists), longest + 1, squeeze=False)
-    for axes_row, ranked in zip(grid, lists, strict=True):
-        _ranked(axes_row[0], ranked.query, "query", "black")
-        for rank, (axes, result) in enumerate(zip(axes_row[1:], ranked.results, strict=False), start=1):
-            similarity = "" if result.similarity is None else f"  {result.similarity:.2f}"
-            _ranked(axes, result, f"{rank}{similarity}", FRAMES[verdict(ranked.query, result)])
-        for axes in axes_row[1 + len(ranked.results) :]:
-            axes.set_axis_off()
-    _save(figure, out)
-
-
-def _ranked(axes: Axes, image: RankedImage, title: str, colour: str) -> None:
-    try:
-        pixels = np.asarray(load_rgb(image.path).resize((64, 128)))
-    except UnreadableImage:
-        pixels = np.full((128, 64, 3), 220, np.uint8)
-        title += "\n(file gone)"
-    _picture(axes, pixels, title)
-    axes.set_axis_on()
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(color=colour, linewidth=3)
 
 
 def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
