@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +13,6 @@ import pytest
 from hostile import permissions_apply
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_folder
 from mgn_deploy.gallery import store as store_module
 from mgn_deploy.gallery.store import UNKNOWN, Row, Store, StoreManifest, StoreWriter
 
@@ -426,44 +423,3 @@ def test_manifest_is_judged_under_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module.fcntl, "flock", other_run_was_faster)
     assert "was made with backend 'openvino'" in refusal(enter, tmp_path / "s")
     assert Store.open(tmp_path / "s").manifest.backend == "openvino"
-
-
-# Folders that are replaced whole
-
-
-def replace_folder(path, content: str) -> None:
-    with atomic_folder(path, names=["marker"]) as new:
-        (new / "marker").write_text(content)
-
-
-def test_replacing_through_a_link_keeps_the_link(tmp_path):
-    replace_folder(tmp_path / "real", "old")
-    (tmp_path / "link").symlink_to("real")
-    replace_folder(tmp_path / "link", "new")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real/marker").read_text() == "new"
-    assert names_in(tmp_path) == ["link", "real"]
-
-
-def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
-    replace_folder(tmp_path / "out", "old")
-    rename = os.replace
-
-    def failing(source, target):
-        if Path(target).name == "out" and Path(source).suffix == ".tmp":
-            raise OSError(errno.EIO, "Input/output error")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", failing)
-    assert "cannot be written: Input/output error" in refusal(replace_folder, tmp_path / "out", "new")
-    assert (tmp_path / "out/marker").read_text() == "old"
-    assert names_in(tmp_path) == ["out"]
-
-
-def test_folder_of_others_is_not_replaced(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/letter.txt").touch()
-    (tmp_path / "file").touch()
-    for name in ("out", "file"):
-        assert "exists and holds what this command did not write" in refusal(replace_folder, tmp_path / name, "new")
-    assert names_in(tmp_path / "out") == ["letter.txt"]
