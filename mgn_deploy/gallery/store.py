@@ -16,11 +16,12 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
@@ -28,8 +29,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_file
+from mgn_deploy.packages import import_problem
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -52,6 +57,8 @@ _SHARD = re.compile(r"shard-(\d{5,})\.parquet")
 
 
 class StoreManifest(BaseModel):
+    """What made every row of a store; a run that differs in any of it is refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
@@ -76,7 +83,19 @@ class Row:
 
 
 class Store:
-    """A store opened for reading. Rows are the embedded images, in the order in which they were embedded."""
+    """A store opened for reading. Its rows are the embedded images, in the order in which they were embedded.
+
+    >>> store = Store.open("store")                  # doctest: +SKIP
+    >>> store                                        # doctest: +SKIP
+    Store('store', 19,732 images and 3 failures, float32 [19732, 2048], by openvino of bundle 0d4c1f9a2b7e)
+    >>> store["0001_c1s1_000151_00.jpg"].shape       # doctest: +SKIP
+    (2048,)
+    >>> [row.name for row in store if row.camera == 1]    # doctest: +SKIP
+
+    Attributes:
+        rows: the embedded images; row i is that of `embeddings()[i]`.
+        failures: the images that could not be read, with their `error`.
+    """
 
     def __init__(self, folder: Path, manifest: StoreManifest) -> None:
         self.folder = folder
@@ -89,11 +108,11 @@ class Store:
         for shard, (array, rows) in enumerate(_shards(folder, manifest)):
             self._arrays.append(array)
             latest.update((row.name, (shard, index, row)) for index, row in enumerate(rows))
-        self._places: list[tuple[int, int]] = []
-        for shard, index, row in sorted(latest.values(), key=lambda place: place[:2]):
+        self._locations: list[tuple[int, int]] = []  # of each row's embedding: shard, index in it
+        for shard, index, row in sorted(latest.values(), key=lambda location: location[:2]):
             if row.error is None:
                 self.rows.append(row)
-                self._places.append((shard, index))
+                self._locations.append((shard, index))
             else:
                 self.failures.append(row)
 
@@ -107,15 +126,46 @@ class Store:
         folder = Path(folder)
         return cls(folder, _read_manifest(folder))
 
+    def __repr__(self) -> str:
+        made = self.manifest
+        return (
+            f"Store({str(self.folder)!r}, {len(self):,} images and {len(self.failures):,} failures, "
+            f"{made.dtype} [{len(self)}, {made.dim}], by {made.backend} of bundle {made.bundle_id[:12]})"
+        )
+
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the image of this name was embedded."""
+        return name in self._indices
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The embedding of an image by its name: `[dim]` in the store's dtype, a copy.
+
+        Raises:
+            KeyError: no image of this name was embedded.
+        """
+        shard, index = self._locations[self._index(name)]
+        return np.array(self._arrays[shard][index])
+
+    def row(self, name: str) -> Row:
+        """The row of an embedded image by its name.
+
+        Raises:
+            KeyError: no image of this name was embedded.
+        """
+        return self.rows[self._index(name)]
 
     def embeddings(self) -> np.ndarray:
         """`[len(store), dim]` in the store's dtype; mapped from disk where one whole shard is all there is."""
         if len(self._arrays) == 1 and len(self._arrays[0]) == len(self.rows):
             return self._arrays[0]
         result = np.empty((len(self.rows), self.manifest.dim), self.manifest.dtype)
-        shards, indices = np.array(self._places, np.int64).reshape(-1, 2).T
+        shards, indices = np.array(self._locations, np.int64).reshape(-1, 2).T
         for shard, array in enumerate(self._arrays):
             here = shards == shard
             result[here] = array[indices[here]]
@@ -132,6 +182,49 @@ class Store:
     def cameras(self) -> np.ndarray:
         """int64 `[len(store)]`; UNKNOWN (-2) where the name gives none."""
         return np.array([UNKNOWN if row.camera is None else row.camera for row in self.rows], np.int64)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A frame with one line an image: first those of `embeddings()`, in its order, then the failures.
+
+        Columns: path (the image's name, as `store[name]` takes it), status (ok or failed), error, identity and camera
+        (missing where the name gives none), size in bytes, mtime (UTC, in ns).
+
+        Raises:
+            CannotRun: pandas is not installed.
+        """
+        problem = import_problem("pandas", "pandas")
+        if problem:
+            raise CannotRun(f"to_pandas makes a frame of pandas: {problem}")
+        import pandas as pd
+
+        rows = [*self.rows, *self.failures]
+
+        def integers(values: Iterable[int | None]) -> pd.Series:
+            return pd.Series(list(values), dtype="Int64")
+
+        return pd.DataFrame(
+            {
+                # As objects: pandas' own strings cannot hold a name that is not UTF-8.
+                "path": pd.Series([row.name for row in rows], dtype=object),
+                "status": pd.Series([_status(row) for row in rows], dtype=object),
+                "error": pd.Series([row.error for row in rows], dtype=object),
+                "identity": integers(row.identity for row in rows),
+                "camera": integers(row.camera for row in rows),
+                "size": integers(row.size for row in rows),
+                "mtime": pd.to_datetime(integers(row.mtime_ns for row in rows), unit="ns", utc=True),
+            }
+        )
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {row.name: index for index, row in enumerate(self.rows)}
+
+    def _index(self, name: str) -> int:
+        if not isinstance(name, str):
+            raise TypeError(f"a store is indexed by an image's name, not {name!r}; by number: .rows, .embeddings()")
+        if name not in self._indices:
+            raise KeyError(f"{self.folder} holds no embedding of {name!r}")
+        return self._indices[name]
 
 
 class StoreWriter:
@@ -250,8 +343,8 @@ def _read_manifest(folder: Path) -> StoreManifest:
         return StoreManifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is not an embedding store's: {place}: {first['msg']}") from None
+        field = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is not an embedding store's: {field}: {first['msg']}") from None
 
 
 def _shard_name(number: int, kind: str) -> str:
@@ -295,13 +388,17 @@ def _table(rows: Sequence[Row]) -> pa.Table:
             "path_bytes": [None if _is_utf8(row.name) else os.fsencode(row.name) for row in rows],
             "size": [row.size for row in rows],
             "mtime_ns": [row.mtime_ns for row in rows],
-            "status": ["ok" if row.error is None else "failed" for row in rows],
+            "status": [_status(row) for row in rows],
             "error": [row.error for row in rows],
             "identity": [row.identity for row in rows],
             "camera": [row.camera for row in rows],
         },
         schema=ROWS,
     )
+
+
+def _status(row: Row) -> str:
+    return "ok" if row.error is None else "failed"
 
 
 def _rows(table: pa.Table) -> list[Row]:
