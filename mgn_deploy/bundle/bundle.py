@@ -30,6 +30,14 @@ class Bundle:
     folder: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        config = self.config
+        proven = ", ".join(name for name, proof in self.manifest.proofs.items() if proof.passed) or "none"
+        return (
+            f"Bundle({str(self.folder)!r}, {config.backbone} MGN {config.height}x{config.width}, "
+            f"{self.manifest.precision}, proven: {proven})"
+        )
+
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Bundle:
         """Read and check the manifest.

@@ -22,9 +22,14 @@ DPI = 120
 
 
 def draw_curves(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Losses, learning rate and, where it was evaluated, rank-1 and mAP of a training run, by epoch.
+    """Draw a training run's losses, learning rate and, where it was evaluated, rank-1 and mAP, by epoch.
+
+    Args:
+        run: the run's folder.
+        out: the PNG.
 
     Raises:
+        CannotRun: matplotlib is not installed.
         UserError: `run` holds no `epochs.csv` of a training run, or one without a finished epoch.
     """
     table = Path(run) / "epochs.csv"
@@ -60,14 +65,17 @@ def draw_curves(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Non
 def draw_attention(
     crops: np.ndarray, maps: np.ndarray, names: Sequence[str], columns: Sequence[str], out: str | os.PathLike[str]
 ) -> None:
-    """One row an image: the crop, then each branch's map over it.
+    """Draw a row for each image: the crop, then each branch's map over it.
 
     Args:
         crops: uint8 RGB `[n, height, width, 3]`.
         maps: 0 to 1, `[n, branches, height, width]`.
         names: of the images.
-        columns: of the branches.
+        columns: names of the branches.
         out: the PNG.
+
+    Raises:
+        CannotRun: matplotlib is not installed.
     """
     count, branches = maps.shape[:2]
     height, width = crops.shape[1:3]

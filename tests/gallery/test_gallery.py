@@ -32,10 +32,10 @@ SHARD = 8
 # A run in a process of its own, in shards of eight, that dies by SIGKILL just before or after a file gets its name.
 DRIVER = """
 import os, signal, sys
-import mgn_deploy.gallery
 from mgn_deploy.embedder import Embedder
+from mgn_deploy.gallery import embed
 folder, store, bundle, moment, victim = sys.argv[1:]
-mgn_deploy.gallery.SHARD_ROWS = 8
+embed.SHARD_ROWS = 8
 rename = os.replace
 def dying(source, target):
     if moment == "after":
@@ -45,7 +45,7 @@ def dying(source, target):
     if moment == "before":
         rename(source, target)
 os.replace = dying
-mgn_deploy.gallery.embed_folder(folder, store, Embedder.open(bundle, "onnxruntime"))
+embed.embed_folder(folder, store, Embedder.open(bundle, "onnxruntime"))
 """
 
 
@@ -463,6 +463,8 @@ def test_run_after_kill_9_at_any_time_ends_with_the_undisturbed_store(
         while not (store / "shard-00000.parquet").exists() and process.poll() is None:
             time.sleep(0.001)
         process.kill()
+    assert process.returncode in (-signal.SIGKILL, 0)  # 0: it was over before it could be killed
+    assert (store / "shard-00000.parquet").exists()
     run_in_small_shards(mixed, store, embedder)
     assert_same_store(store, undisturbed)
 
@@ -471,7 +473,7 @@ def test_run_after_kill_9_at_any_time_ends_with_the_undisturbed_store(
 def test_interrupt_commits_what_was_embedded(mixed, embedder, tmp_path, ahead):
     """Of the batches that a backend has taken ahead, only what came back."""
 
-    def interrupt(done, total):
+    def interrupt(step, done, total):
         if done > 20:
             os.kill(os.getpid(), signal.SIGINT)
 
