@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgn_deploy.cli.console import print_json, print_table, show_log
+from mgn_deploy.console import print_json, print_table, show_log
 from mgn_deploy.errors import UserError
 from mgn_deploy.machine import cpu_name, usable_cpus
 from mgn_deploy.packages import require_training

@@ -18,7 +18,7 @@ import typer
 
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.bundle.manifest import GRAPH
-from mgn_deploy.cli.console import print_json, print_table, show_log
+from mgn_deploy.console import print_json, print_table, show_log
 from mgn_deploy.datasets import Dataset, open_data
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError

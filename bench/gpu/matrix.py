@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mgn_deploy.backends.registry import ENGINES as TABLE
-from mgn_deploy.cli.console import show_log
+from mgn_deploy.console import show_log
 from mgn_deploy.cuda.device import this_gpu
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import percent, print_json, print_table
+from mgn_deploy.console import percent, print_json, print_table
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.packages import require_training
 

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 import mgn_deploy
-from mgn_deploy.cli.console import print_json, print_table
+from mgn_deploy.console import print_json, print_table
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 from mgn_deploy.packages import TRAINING_PACKAGES, import_problem
 

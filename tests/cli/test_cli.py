@@ -19,8 +19,8 @@ from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import write_manifest
 from mgn_deploy.cli import console
-from mgn_deploy.cli.console import BACKENDS
 from mgn_deploy.cli.measure import validate
+from mgn_deploy.console import BACKENDS
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
