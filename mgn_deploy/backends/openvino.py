@@ -26,7 +26,8 @@ class OpenVinoBackend(Backend):
             "CPU",
             {
                 "PERFORMANCE_HINT": "LATENCY",
-                # Without it OpenVINO runs float32 graphs in bfloat16 on CPUs that have it: precision is the graph's to say.
+                # Without it OpenVINO runs float32 graphs in bfloat16 on CPUs that have it: precision is the graph's to
+                # say.
                 "INFERENCE_PRECISION_HINT": "f32",
             },
         )

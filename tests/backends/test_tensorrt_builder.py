@@ -424,7 +424,8 @@ def test_a_batch_that_is_no_profile_is_refused(text: str) -> None:
 
 def test_building_and_running_import_no_pytorch() -> None:
     code = (
-        "import sys, mgn_deploy.backends.tensorrt.builder, mgn_deploy.export.triton, mgn_deploy.backends.tensorrt.runner as backend\n"
+        "import sys, mgn_deploy.backends.tensorrt.builder, mgn_deploy.export.triton, "
+        "mgn_deploy.backends.tensorrt.runner as backend\n"
         "backend.TensorRtRtxBackend.missing()\n"
         "assert 'torch' not in sys.modules"
     )
@@ -433,8 +434,10 @@ def test_building_and_running_import_no_pytorch() -> None:
 
 def test_layers_are_read_from_the_builders_log() -> None:
     text = (
-        "Layers:\nName: conv1 + relu, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,3,8,8], Datatype: Int8, "
-        "Format: (NHWC) Channel major format }], Constants: [], Outputs: [ { Name: y, Dimensions: [-1,4,8,8], Datatype: Half, "
+        "Layers:\nName: conv1 + relu, LayerType: correlation, Inputs: [ "
+        "{ Name: x, Dimensions: [-1,3,8,8], Datatype: Int8, "
+        "Format: (NHWC) Channel major format }], Constants: [], Outputs: [ { Name: y, Dimensions: [-1,4,8,8], "
+        "Datatype: Half, "
         "Format: (Linear) Row major }], TacticName: t, StreamId: 0, Metadata: [ONNX Layer: conv1][ONNX Layer: relu]\n\n"
         "I/O Tensors:\n Name: x, IOMode: Input\n"
     )
