@@ -4,8 +4,7 @@ With a GPU, TensorRT's engine inspector tells. Without one no plan can be opened
 the same table in text:
 
     Layers:
-    Name: conv1, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,3,8,8], Datatype: Half, Format: (NHWC) ...
-        }], ...
+    Name: conv1, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,3,8,8], Datatype: Half, ... }], ...
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Every precision, engine and form of the heads on one machine, into one JSON: `python -m mgn_deploy.bench.gpu.matrix
---out FILE`.
+"""Every precision and GPU engine, with and without fused heads, into one JSON.
+
+`python -m mgn_deploy.bench.gpu.matrix --out FILE`.
 
 A row is one of them: its proof, the sizes of graph and plan, images/s and latency at batch 1, 8 and 32 in turns with
 PyTorch (`turns.py`). The file is rewritten after each row, so that a run that is ended keeps them. What

@@ -7,8 +7,7 @@
     heads.bias             float32 [F, 1, R]
     heads.power            float32 [F], where the pooling is the generalised mean
     heads.scale, .shift    float32 [F, 1, R], the norm after the ReLU, where the neck has one
-    embeddings             float32 [n, F * R] unit rows, in the order of the branches, each branch's global feature
-    first
+    embeddings             float32 [n, F * R] unit rows by branch, each branch's global feature first
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ FEATURES = f"{PREFIX}features"  # [n, F * R]
 def head_nodes(
     config: ModelConfig, map_heights: Sequence[int], flip: bool
 ) -> tuple[list[NodeProto], list[TensorProto]]:
-    """The nodes from the maps to `embeddings`, in topological order, and the constants that they read besides the
-    weights.
+    """Compose the nodes from the maps to `embeddings`, in topological order, and their constants besides the weights.
 
     Args:
         config: of the model.

@@ -1,22 +1,16 @@
 """Float32 graph -> INT8 graph by explicit QuantizeLinear / DequantizeLinear pairs around the convolutions.
 
-The engines' integer kernels differ, and so do the placements in the table of engines
-(`mgn_deploy/backends/registry.py`):
+The engines' integer kernels differ, and so do the placements in the table of engines (`mgn_deploy/backends/registry.py`):
 
-    TENSORRT      int8 activations, zero point 0 (its parser takes no other); of a residual addition only the skip side
-    is
-                  quantised, so that the convolution on the other side takes the addition into its own kernel
-    TENSORRT_RTX  int8 activations, zero point 0, and float16 between the pairs, also through the additions. A
-    convolution with
-                  a scale for each channel would write float32 and take nothing into its kernel, so a weight has one
-                  scale: the convolutions that an addition reads round by it, the others by channel, with a Mul and the
-                      bias after them
-    OPENVINO      TENSORRT's with uint8 activations: with int8 ones its embeddings were off on a CPU without VNNI
-    (2026.4,
-                  mean cosine with ONNX Runtime's of the same graph 0.993 to 0.997, with uint8 ones 0.9999)
-    ONNXRUNTIME   uint8 activations, int8 weights of 7 bits (its AVX2 kernel adds two products in 16 bits), int32
-    biases,
-                  both sides of an addition quantised
+- tensorrt: int8 activations, zero point 0 (its parser takes no other). Of a residual addition only the skip side is
+  quantised, so that the convolution on the other side takes the addition into its own kernel.
+- tensorrt-rtx: int8 activations, zero point 0, and float16 between the pairs, also through the additions. A convolution
+  with a scale for each channel would write float32 and take nothing into its kernel, so a weight has one scale: the
+  convolutions that an addition reads round by it, the others by channel, with a Mul and the bias after them
+  (docs/decisions).
+- openvino: tensorrt's with uint8 activations: with int8 ones its embeddings are off on a CPU without VNNI.
+- onnxruntime: uint8 activations, int8 weights of 7 bits (its AVX2 kernel adds two products in 16 bits), int32 biases,
+  both sides of an addition quantised.
 
 Weights are int8, symmetric, rounded by output channel except as said. The heads, the mirror average and the L2 norm
 stay in float32.

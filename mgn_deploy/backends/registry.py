@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.packages import import_problem
 
 if TYPE_CHECKING:  # the command line's help reads this table: nothing heavy is imported for it
     from mgn_deploy.backends.base import Backend
@@ -58,6 +59,10 @@ class Engine:
     @property
     def builds_plans(self) -> bool:
         return bool(self.plan_options)
+
+    def import_problem(self) -> str | None:
+        """Import the engine's package; None, or the sentence that says why it cannot be and what to install."""
+        return import_problem(self.package, self.extra)
 
     def load(self) -> type[Backend]:
         """Import the backend's class; its engine is imported by `missing` and `open`."""
