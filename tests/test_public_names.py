@@ -30,3 +30,8 @@ def test_an_embedder_says_its_bundle_and_engine(embedder: Embedder):
     backend = embedder.backend
     expected = f"Embedder({embedder.bundle!r}, by onnxruntime {backend.version} on {backend.device})"
     assert repr(embedder) == expected
+
+
+def test_an_embedder_without_a_bundle_says_its_input_and_engine(embedder: Embedder):
+    alone = Embedder(embedder.backend, embedder.bundle.config)
+    assert repr(alone).startswith("Embedder(96x32 crops, by onnxruntime ")

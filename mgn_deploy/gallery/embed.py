@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from mgn_deploy.datasets.market1501 import parse_name
-from mgn_deploy.embedder import Embedder, check_batch_size, run_batches
+from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UnreadableImage
 from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.writer import StoreWriter
@@ -99,7 +99,7 @@ def embed_folder(
         for count in [len(shard) for part in (fresh, again) for shard in batched(part, SHARD_ROWS)]:
             shard = _Shard(count, embedder.dim, batch_size)
             try:
-                for embeddings in run_batches(embedder.backend, shard.batches(islice(images, count))):
+                for embeddings in embedder.backend.stream(shard.batches(islice(images, count))):
                     report.embedded += shard.add(embeddings)
                     if progress:
                         progress("embedding", done + shard.complete(), total)
