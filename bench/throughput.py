@@ -1,6 +1,7 @@
 """Images a second of the bare engine, of `embed` from image files to a store, and of PyTorch eager, in turns.
 
-Turns, because a shared machine's speed drifts: each ratio is of neighbours in time, and the median ratio is what to quote.
+Turns, because a shared machine's speed drifts: each ratio is of neighbours in time, and the median ratio is what to
+quote.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.datasets.drawn import draw_market1501
-from mgn_deploy.embedder import Embedder, run_batches
+from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.images.decode import read_crop
@@ -35,7 +36,8 @@ BARE, EMBED, REFERENCE = "bare engine", "embed (files to store)", "PyTorch eager
 
 @dataclass
 class Series:
-    """Rates of the counted runs in images/s; `ratio` is the median, over the turns, of this rate by the bare engine's."""
+    """Rates of the counted runs in images/s; `ratio` is the median, over the turns, of this rate by the bare
+    engine's."""
 
     rates: list[float] = field(default_factory=list)
     ratio: float = 1.0
@@ -154,7 +156,7 @@ def _prepare(
 
 def _run_bare(backend: Backend, crops: np.ndarray, batch_size: int) -> None:
     """As `embed` calls it: a backend that keeps batches on their way does so here, too."""
-    for _ in run_batches(backend, (crops[at : at + batch_size] for at in range(0, len(crops), batch_size))):
+    for _ in backend.stream(crops[at : at + batch_size] for at in range(0, len(crops), batch_size)):
         pass
 
 

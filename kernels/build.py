@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from mgn_deploy.cli.console import show_log
+from mgn_deploy.console import show_log
 from mgn_deploy.errors import UserError
 from mgn_deploy.kernels.nvrtc import compile_uncached
 from mgn_deploy.kernels.plan import all_kernels

@@ -93,7 +93,7 @@ def _check(problem: Problem, pointers: Pointers) -> None:
         )
     wide = {f"map {index}": address for index, address in enumerate(pointers.maps)}
     wide |= {"weight": pointers.weight, "workspace": pointers.workspace}
-    needed: dict[str, int | None] = wide | {"bias": pointers.bias, "output": pointers.output}
+    needed: dict[str, int | None] = {**wide, "bias": pointers.bias, "output": pointers.output}
     if problem.neck == "relu_norm":
         needed |= {"scale": pointers.scale, "shift": pointers.shift}
     if problem.pooling == "gem":

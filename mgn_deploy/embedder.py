@@ -8,14 +8,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
 
 from mgn_deploy.backends.base import Backend
-from mgn_deploy.backends.registry import open_backend
+from mgn_deploy.backends.opening import open_backend
 from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.prefetch import batched, in_order
@@ -25,33 +26,61 @@ ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 class Embedder:
-    """A bundle opened by one backend. Not for use by several threads at once."""
+    """A model opened by one backend. Not for use by several threads at once.
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.bundle = bundle
+    Attributes:
+        backend: the opened engine; its `name`, `version` and `device` say which.
+        height, width: of the crops that the network sees, in pixels.
+        dim: of an embedding.
+    """
+
+    def __init__(self, backend: Backend, config: ModelConfig, bundle: Bundle | None = None) -> None:
         self.backend = backend
-        self.height = bundle.config.height
-        self.width = bundle.config.width
-        self.dim = bundle.config.dim
+        self.height, self.width, self.dim = config.height, config.width, config.dim
+        self._bundle = bundle
+
+    def __repr__(self) -> str:
+        model = self._bundle or f"{self.height}x{self.width} crops"
+        return f"Embedder({model!s}, by {self.backend.name} {self.backend.version} on {self.backend.device})"
 
     @classmethod
     def open(
         cls, bundle: Bundle | str | os.PathLike[str], backend: str = "auto", *, allow_unproven: bool = False
     ) -> Embedder:
-        """Open a bundle (a folder or a `Bundle`) with the named backend or, by default, the fastest that is proven.
+        """Open a bundle with the named backend or, by default, the fastest that is proven.
+
+        Args:
+            bundle: its folder, or one that is open.
+            backend: an engine's name, or auto.
+            allow_unproven: open an engine whose embeddings were not compared with the PyTorch reference's, too.
 
         Raises:
-            UserError: no bundle, changed files, no backend, no proof.
+            UserError: no bundle there, or its files are not what was exported.
+            CannotRun: the backend is not installed, or has no passed proof in the bundle.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(opened, open_backend(opened, backend, allow_unproven=allow_unproven))
+        return cls(open_backend(opened, backend, allow_unproven=allow_unproven), opened.config, opened)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that it was opened from.
+
+        Raises:
+            UserError: it was made of a backend alone.
+        """
+        if self._bundle is None:
+            raise UserError(
+                "this embedder has no bundle, whose id a store records: open one with Embedder.open(bundle)"
+            )
+        return self._bundle
 
     @classmethod
     def open_reference(cls, bundle: Bundle | str | os.PathLike[str]) -> Embedder:
-        """A bundle's PyTorch weights, to compare with.
+        """Open a bundle's PyTorch weights, to compare an engine with.
 
         Raises:
-            UserError: no bundle, changed files, no PyTorch, or a bundle without its weights.
+            UserError: no bundle there, or its files are not what was exported.
+            CannotRun: PyTorch is not installed, or the bundle was exported without its weights.
         """
         try:
             return cls.open(bundle, "torch", allow_unproven=True)
@@ -61,12 +90,13 @@ class Embedder:
     def embed(
         self, images: Iterable[ImageLike] | np.ndarray, *, batch_size: int = 8, progress: Progress | None = None
     ) -> np.ndarray:
-        """Unit embeddings, float32 `[n, dim]`, in the order of the images.
+        """Embed images: unit rows, float32 `[n, dim]`, in the order of the images.
 
         Args:
-            images: paths, PIL images or uint8 RGB arrays `[h, w, 3]` of any size; or one array `[n, h, w, 3]`.
+            images: paths, PIL images or uint8 RGB arrays `[height, width, 3]` of any size; or one array
+                `[n, height, width, 3]`.
             batch_size: images an engine call.
-            progress: called after each batch.
+            progress: called after each batch with the images done and to do.
 
         Raises:
             UserError: an image cannot be read (the message names it), an array is not uint8 RGB, batch_size is below 1.
@@ -78,7 +108,7 @@ class Embedder:
         embeddings = np.empty((len(sources), self.dim), np.float32)
         done = 0
         batches = (np.stack(batch) for batch in batched(in_order(self._read, sources), batch_size))
-        for rows in run_batches(self.backend, batches):
+        for rows in self.backend.stream(batches):
             embeddings[done : done + len(rows)] = rows
             done += len(rows)
             if progress:
@@ -105,9 +135,3 @@ def check_batch_size(batch_size: int) -> None:
     """Raise UserError unless at least one image goes into an engine call."""
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
-
-
-def run_batches(backend: Backend, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Embeddings of each batch, in order. A backend with a `stream` (TensorRT's) asks for batches ahead of its results."""
-    stream = getattr(backend, "stream", None)
-    yield from stream(batches) if stream else map(backend, batches)

@@ -6,28 +6,20 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 
-from mgn_deploy.export.graph import heads
-
-
-def head_call(graph: onnx.ModelProto) -> onnx.NodeProto:
-    """The one call of the heads' function; its inputs begin with the branches' maps."""
-    return next(node for node in graph.graph.node if node.op_type == heads.NAME)
-
-
-def map_names(graph: onnx.ModelProto) -> list[str]:
-    """The branches' last maps, in order."""
-    return [name for name in head_call(graph).input if name.startswith("map_")]
+from mgn_deploy.backends.heads.cut import map_names
 
 
 def trunk_nodes(graph: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """The network's nodes in topological order: from the first convolution's input to the maps."""
+    """The network's nodes in topological order: from the first convolution to the nodes that make the maps."""
+    missing = set(map_names(graph))
     started = False
     for node in graph.graph.node:
-        if node.op_type == heads.NAME:
-            return
         started = started or node.op_type == "Conv"
         if started:
             yield node
+        missing -= {*node.output}
+        if not missing:
+            return
 
 
 def pixels_name(graph: onnx.ModelProto) -> str:
@@ -43,7 +35,7 @@ def tensor_names_between(graph: onnx.ModelProto) -> list[str]:
 def with_nodes(
     graph: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], constants: Iterable[onnx.TensorProto]
 ) -> onnx.ModelProto:
-    """A copy of the graph with these nodes in its nodes' place, and those of the constants that they read."""
+    """A copy of the graph with these nodes instead of its own, and with those of the constants that they read."""
     result = onnx.ModelProto()
     result.CopyFrom(graph)
     del result.graph.node[:]
@@ -55,7 +47,8 @@ def with_nodes(
 
 
 def group_of(weight_name: str) -> str:
-    """The residual block or other unit that a convolution's weight belongs to, as in `trunk.4.0` or `branches.1.layer4.2`."""
+    """The residual block or other unit that a convolution's weight belongs to, as in `trunk.4.0` or
+    `branches.1.layer4.2`."""
     parts = weight_name.removeprefix("embedding.model.").split(".")
     if parts[0] == "trunk":
         return ".".join(parts[: 3 if parts[1] in ("4", "5") else 2])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnx.inliner
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.export.graph.rewrite import tensor_names_between
@@ -18,7 +17,8 @@ BATCH = 8
 
 @dataclass
 class TensorRange:
-    """`largest` magnitude, whether any value is negative, and a histogram of magnitudes over 0..`largest`, float64 `[2048]`.
+    """`largest` magnitude, whether any value is negative, and a histogram of magnitudes over 0..`largest`, float64
+    `[2048]`.
 
     The histogram counts only what is not zero: zeros, of which ReLU leaves many, are exact at any scale.
     """
@@ -55,7 +55,7 @@ def measure_ranges(
             largest = float(np.abs(value).max())
             one.largest = max(one.largest, float("inf") if np.isnan(largest) else largest)
             if histograms and not np.isfinite(largest):
-                raise UserError(f"{name} of the graph is not finite on these images: train the weights anew")
+                raise UserError(f"{name} of the graph is not finite on these images: train the weights again")
             one.negative = one.negative or bool(value.min() < 0)
     if not histograms:
         return ranges
@@ -75,7 +75,6 @@ def _run(graph: onnx.ModelProto, names: Sequence[str], crops: np.ndarray) -> Ite
 
     exposed = onnx.ModelProto()
     exposed.CopyFrom(graph)
-    exposed = onnx.inliner.inline_local_functions(exposed)
     del exposed.graph.output[:]
     exposed.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     options = onnxruntime.SessionOptions()

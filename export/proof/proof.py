@@ -15,15 +15,14 @@ from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.export.proof.agreement import BATCH, cosines, run_in_batches, top_agreement
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
-from mgn_deploy.machine import place
 from mgn_deploy.retrieval.ranking import RankingMetrics
 
 MOST_IMAGES = 256
 FEWEST_IMAGES = 12  # an image and its ten neighbours, and one that is none
 NEIGHBOURS = 10
 
-# Floors by precision: (worst cosine, top-10 agreement, largest change of a coordinate with the batch). INT8's ranking is held by
-# its accuracy budget (`export/int8.py`); its floor here catches an engine that computes something else.
+# Floors by precision: (worst cosine, top-10 agreement, largest change of a coordinate with the batch). INT8's ranking
+# is held by its accuracy budget (`export/int8.py`); its floor here catches an engine that computes something else.
 FLOORS: dict[Precision, tuple[float, float, float]] = {
     "fp32": (0.99999, 0.995, 1e-4),
     "fp16": (0.9999, 0.98, 2e-3),
@@ -32,8 +31,8 @@ FLOORS: dict[Precision, tuple[float, float, float]] = {
 }
 # The share of the reference's mAP and rank-1 that has to be kept where labelled people are ranked.
 KEPT: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
-# Batches in which images are looked for among other neighbours, at other places; an odd one among them. An engine with a shape
-# profile is also tried at its fewest, best and most.
+# Batches in which images are looked for among other neighbours, at other places; an odd one among them. An engine with
+# a shape profile is also tried at its fewest, best and most.
 BATCHES = (1, 3, BATCH, 13)
 DRIFT_IMAGES = 13
 
@@ -62,7 +61,7 @@ def prove(
 ) -> Proof:
     """Compare a backend with the reference's embeddings `[n, dim]` of the same crops `[n, height, width, 3]`."""
     embeddings = run_in_batches(backend, crops)
-    drift = batch_drift(backend, crops, embeddings, sorted({*BATCHES, *getattr(backend, "profile", ())}))
+    drift = batch_drift(backend, crops, embeddings, sorted({*BATCHES, *(backend.batch_limits or ())}))
     finite = bool(np.isfinite(embeddings).all() and np.isfinite(drift))
     cosine = cosines(embeddings, reference) if finite else np.zeros(len(reference))
     agreement = top_agreement(embeddings, reference, NEIGHBOURS) if finite else 0.0
@@ -90,7 +89,8 @@ def prove(
         passed=not misses,
         misses=misses,
         backend_version=backend.version,
-        machine=place(backend.device),
+        hardware=backend.hardware,
+        fused_heads=backend.fused_heads,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
 
@@ -140,8 +140,8 @@ def with_ranking(proof: Proof, ranking: Ranking, precision: Precision, allowed: 
 def batch_drift(backend: Backend, crops: np.ndarray, embeddings: np.ndarray, sizes: Sequence[int] = BATCHES) -> float:
     """The largest change of a coordinate when images run in other batch sizes, at other places, among other neighbours.
 
-    Each size sees the crops in two random orders, again and again where it is larger than they are many. An engine whose
-    rows leak into each other is found so (NVIDIA/TensorRT#4813).
+    Each size sees the crops in two random orders, again and again where it is larger than they are many. An engine
+    whose rows leak into each other is found so (NVIDIA/TensorRT#4813).
     """
     rng = np.random.default_rng(0)
     drift = 0.0

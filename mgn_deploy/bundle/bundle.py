@@ -2,9 +2,8 @@
 
     BUNDLE/manifest.json            what the model is, its input, precision, the hash of every file, the proofs
     BUNDLE/manifest.sha256          the manifest's own hash, as `sha256sum -c manifest.sha256` checks it
-    BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows; with fused heads -> the maps
-    BUNDLE/heads.npz                with fused heads: their numbers (`fused_heads.py`)
-    BUNDLE/NAME.plan, NAME.layers.json    TensorRT plans and their layer tables, where they were built
+    BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows
+    BUNDLE/NAME.plan, NAME.layers.txt     TensorRT plans and their layer tables, where they were built
     BUNDLE/reference.safetensors    the PyTorch weights (left out by --no-reference): torch backend, `validate`
 
 A file's bytes are compared with the manifest before any parser sees them.
@@ -30,6 +29,14 @@ class Bundle:
     folder: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        config = self.config
+        proven = ", ".join(name for name, proof in self.manifest.proofs.items() if proof.passed) or "none"
+        return (
+            f"Bundle({str(self.folder)!r}, {config.backbone} MGN {config.height}x{config.width}, "
+            f"{self.manifest.precision}, proven: {proven})"
+        )
+
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Bundle:
         """Read and check the manifest.
@@ -51,7 +58,7 @@ class Bundle:
             raise UserError(f"{folder} is not a bundle: {Path(error.filename).name}: {error.strerror}") from None
         if expected != hash_line(content):
             raise UserError(
-                f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy or export the bundle anew"
+                f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy the bundle or export it again"
             )
         return cls(folder, parse_manifest(content, folder / MANIFEST))
 
@@ -67,10 +74,10 @@ class Bundle:
         try:
             content = (self.folder / name).read_bytes()
         except OSError as error:
-            raise UserError(f"{self.folder / name}: {error.strerror}; copy or export the bundle anew") from None
+            raise UserError(f"{self.folder / name}: {error.strerror}; copy the bundle or export it again") from None
         if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
             raise UserError(
-                f"{self.folder / name} is not what was exported (its SHA-256 differs): copy or export the bundle anew"
+                f"{self.folder / name} is not what was exported (its SHA-256 differs): copy the bundle or export it again"
             )
         return content
 
@@ -88,7 +95,8 @@ class Bundle:
         if proof is None:
             proven = [name for name, other in self.manifest.proofs.items() if other.passed]
             raise CannotRun(
-                f"{self.folder} has no proof for {backend} (proven: {', '.join(proven) or 'none'}): export it where {backend} "
+                f"{self.folder} has no proof for {backend} (proven: {', '.join(proven) or 'none'}): export it where "
+                f"{backend} "
                 "is installed, choose a proven --backend, or pass --allow-unproven"
             )
         if not proof.passed:

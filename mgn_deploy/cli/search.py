@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import BACKENDS, print_json, print_table, progress, say
+from mgn_deploy.console import BACKENDS, print_json, print_table, progress, say
 from mgn_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def search(
 
 def open_queries(query: Path, bundle: Path | None, backend: str, allow_unproven: bool = False) -> Queries:
     """Of a store, or of images that the bundle embeds."""
-    from mgn_deploy.gallery.store import MANIFEST, Store
+    from mgn_deploy.gallery.shards import MANIFEST
+    from mgn_deploy.gallery.store import Store
     from mgn_deploy.retrieval.search import Queries
 
     if (query / MANIFEST).is_file():
