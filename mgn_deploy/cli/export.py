@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from mgn_deploy.console import print_json, print_table, progress, say
-from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.errors import GateFailed
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
