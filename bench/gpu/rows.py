@@ -16,7 +16,7 @@ import torch
 from mgn_deploy.backends.tensorrt.plans import plan_for
 from mgn_deploy.backends.tensorrt.runner import TensorRtBackend
 from mgn_deploy.bench.gpu.matrix import Cell, cells, engine_problem
-from mgn_deploy.bench.gpu.turns import METHOD, Rivals, random_weights
+from mgn_deploy.bench.gpu.turns import METHOD, Rivals
 from mgn_deploy.bench.kernel.clock import machine
 from mgn_deploy.bench.kernel.run import sentence
 from mgn_deploy.bench.precision import describe
@@ -31,7 +31,7 @@ from mgn_deploy.export.exporter import export_bundle
 from mgn_deploy.export.options import ExportOptions
 from mgn_deploy.export.proof.prove import proof_pixels, prove_again
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
-from mgn_deploy.train.weights import load_weights, weights_hash
+from mgn_deploy.train.weights import load_weights, weights_hash, write_untrained_weights
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -51,7 +51,9 @@ class Matrix:
         self._longest = {True: 0.0, False: 0.0}  # seconds of a row so far, with its bundle to be exported first or not
         self._bundles: dict[tuple[str, bool, str | None], Bundle | Exception] = {}
         self._chosen, self._scratch, self._save = chosen, scratch, save
-        self._weights: Path = chosen.weights or random_weights(scratch / "weights", ModelConfig())
+        self._weights: Path = chosen.weights or scratch / "weights"
+        if not chosen.weights:
+            write_untrained_weights(self._weights, ModelConfig())
         config = load_weights(self._weights).config
         self._data = open_data(chosen.data) if chosen.data else None
         self._proof_images = self._data.root / "query" if self._data else None

@@ -16,10 +16,9 @@ from torch import Tensor
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.bench.kernel.run import sentence
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.config import ModelConfig
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.train.model import MGN, Embedding, fold_batch_norms
-from mgn_deploy.train.weights import load_weights, new_model, part_branches, save_weights
+from mgn_deploy.train.weights import load_weights
 
 CALLS = 8  # batches that a rate is taken over, and calls whose latency is taken, each round
 FEWEST_ROUNDS = 3
@@ -35,14 +34,6 @@ METHOD = {
     "other rivals": "batch norms folded; in 16 bits the network is channels-last; torch_compile is mode reduce-overhead (CUDA graphs), compiled "
     "for each batch; beside INT8 they are fp16's",
 }
-
-
-def random_weights(folder: Path, config: ModelConfig) -> Path:
-    """A weights folder of an untrained MGN whose branches differ, as `mgn-deploy init --init random` writes it."""
-    model = new_model(config)
-    part_branches(model)
-    save_weights(model, folder)
-    return folder
 
 
 class TorchRival:

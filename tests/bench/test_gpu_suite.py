@@ -10,19 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import SMALL
 
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.bench.gpu import matrix as gpu_matrix
 from mgn_deploy.bench.gpu import suite as gpu_suite
-from mgn_deploy.bench.gpu.turns import FEWEST_ROUNDS, REFERENCE, Rivals, TorchRival, random_weights
+from mgn_deploy.bench.gpu.turns import FEWEST_ROUNDS, REFERENCE, Rivals, TorchRival
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.cuda.device import gpu_problem
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.export.proof.agreement import cosines
 from mgn_deploy.images.decode import read_crop
-from mgn_deploy.train.weights import load_weights
 
 FEW = ("--no-compile", "--rounds", "1", "--batches", "1,2")
 without_gpu = pytest.mark.skipif(gpu_problem() is None, reason="this machine has a GPU")
@@ -144,12 +141,6 @@ def test_pytorch_in_every_type_gives_the_references_embeddings(weights, bundle_f
     found, expected = rival(pixels), Embedder.open_reference(bundle_folder).backend(pixels)
     assert found.dtype == np.float32
     assert cosines(found, expected).min() > least
-
-
-def test_random_weights_are_no_copies_that_an_engine_could_compute_once(tmp_path):
-    branches = load_weights(random_weights(tmp_path / "w", SMALL)).branches
-    first, *others = (branch.layer4[0].conv2.weight for branch in branches)
-    assert not any(torch.equal(first, other) for other in others)
 
 
 def test_the_suite_hands_on_what_the_matrix_is_told_with_absolute_paths(monkeypatch, tmp_path):
