@@ -62,8 +62,8 @@ def stripe_pool(
 ) -> list[Tensor]:
     """Pool a map `[n, C, H, W]`: the whole of it, then (for more than one) each stripe; `[n, C, 1, 1]` each.
 
-    `kernels/reference.py` is the definition. This is PyTorch's, for training and for what is traced: the whole map is not
-    sliced, as the slice would be an operator of the graph. `powers`, for "gem", is one a region.
+    `kernels/reference.py` is the definition. This is PyTorch's, for training and for what is traced: the whole map is
+    not sliced, as the slice would be an operator of the graph. `powers`, for "gem", is one a region.
     """
     regions = [feature_map]
     if stripes > 1:

@@ -25,14 +25,14 @@ FEWEST_ROUNDS = 3
 REFERENCE = "torch fp32"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHOD = {
-    "images/s": f"{CALLS} batches from host memory to embeddings in host memory, as `embed` gives them: what an engine can overlap, it does; "
-    "median over the rounds",
+    "images/s": f"{CALLS} batches from host memory to embeddings in host memory, as `embed` gives them: what an engine "
+    "can overlap, it does; median over the rounds",
     "latency ms": f"one batch alone, host to host; median over the rounds and {CALLS} calls in each",
     "x": "the row's images/s over the rival's in the same round; median over the rounds",
     "rounds": "each round runs the engine and all its rivals one after the other; the first round is not counted",
     REFERENCE: "PyTorch eager as `mgn-deploy` runs it, batch norms not folded, TF32 off",
-    "other rivals": "batch norms folded; in 16 bits the network is channels-last; torch_compile is mode reduce-overhead (CUDA graphs), compiled "
-    "for each batch; beside INT8 they are fp16's",
+    "other rivals": "batch norms folded; in 16 bits the network is channels-last; torch_compile is mode reduce-overhead "
+    "(CUDA graphs), compiled for each batch; beside INT8 they are fp16's",
 }
 
 
