@@ -19,8 +19,8 @@ from mgn_deploy.bench.gpu.matrix import Cell, cells, engine_problem
 from mgn_deploy.bench.gpu.turns import METHOD, Rivals
 from mgn_deploy.bench.kernel.clock import machine
 from mgn_deploy.bench.kernel.run import sentence
-from mgn_deploy.bench.precision import describe
 from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.cuda.device import this_gpu
 from mgn_deploy.datasets import open_data
@@ -36,7 +36,6 @@ from mgn_deploy.train.weights import load_weights, weights_hash, write_untrained
 _log = logging.getLogger("mgn_deploy")
 
 DRAWN_IDENTITIES = 16  # to calibrate on where no images are given: 128 crops
-OF_PROOF = {"images", "image_source", "drawn", "other_images_cosine", "batch_drift", "backend_version", "hardware"}
 
 
 class Matrix:
@@ -143,8 +142,11 @@ class Matrix:
         if engine not in manifest.proofs:
             raise UserError("it runs and has no proof: the log says why")
         proof = manifest.proofs[engine]
-        row = describe((engine, manifest.precision), embedder)
-        row |= {"plan MB": plan_megabytes(bundle, embedder), "proof": proof.model_dump(include=OF_PROOF)}
+        row: dict[str, Any] = {
+            "graph MB": round(manifest.files[GRAPH].size / 1e6, 1),
+            "plan MB": plan_megabytes(bundle, embedder),
+            "proof": proof.model_dump(mode="json", exclude={"passed", "misses"}),
+        }
         row |= {"missed": proof.misses} if proof.misses else {}
         if manifest.quantisation:
             row["quantisation"] = manifest.quantisation.model_dump()
