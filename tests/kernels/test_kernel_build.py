@@ -100,7 +100,7 @@ ptxas info    : Used 63 registers, used 1 barriers
     ("line", "message"),
     [
         (
-            "__device__ int unused() { int left_over = 1; return 2; }\n",
+            "__device__ int unset() { int left_over; return left_over; }\n",
             "NVRTC warns of the kernels for sm_90: .*left_over",
         ),
         (
