@@ -1,0 +1,232 @@
+"""The tables of README.md and of the site, made from `bench/results/` and from the table of engines.
+
+A page holds `<!-- table: NAME -->` and `<!-- end -->`; what stands between them is made by the function of that name.
+`python docs/gen/tables.py --readme` writes README.md's tables anew; the site's are made while it is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+BARE, EMBED, EAGER = "bare engine", "embed (files to store)", "PyTorch eager"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
+_MARKED = re.compile(r"(<!-- table: ([a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-(.+)-(throughput|precision|plans|training)-(.+)\.(json|csv)")
+
+
+class Result(NamedTuple):
+    """One file of `bench/results/`, whose name says when, on what machine and of what kind it is."""
+
+    date: str
+    kind: str
+    path: Path
+
+    def content(self) -> Any:
+        return json.loads(self.path.read_text())
+
+
+def results(kind: str) -> list[Result]:
+    """All files of a kind, the latest first."""
+    found = [(match, path) for path in sorted(RESULTS.iterdir()) if (match := _NAME.fullmatch(path.name))]
+    made = [Result(match[1], match[3], path) for match, path in found if match[3] == kind]
+    return sorted(made, key=lambda one: (-int(one.date.replace("-", "")), one.path.name))
+
+
+def fill(text: str) -> str:
+    """The text with each marked table made anew."""
+    return _MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def engines() -> str:
+    """Engine x precision x status, from the table of engines."""
+    from mgn_deploy.backends.registry import ENGINES
+
+    rows = [
+        [
+            f"`{engine.name}`",
+            engine.title,
+            engine.device,
+            *("yes" if precision in engine.precisions else "" for precision in PRECISIONS),
+            f"`[{engine.extra}]`",
+            engine.status,
+        ]
+        for engine in ENGINES.values()
+    ]
+    return _table(["`--backend`", "engine", "runs on", *PRECISIONS, "extra", "status"], rows)
+
+
+def recipes() -> str:
+    """Every key of a recipe: its type, its default, and what the shipped recipes say of it."""
+    from mgn_deploy.train.recipe import Recipe, load_recipe
+
+    names = sorted(path.stem for path in (ROOT / "train" / "recipes").glob("*.toml"))
+    shipped = [load_recipe(name) for name in names]
+    rows = []
+    for table, field in Recipe.model_fields.items():
+        for key in field.annotation.model_fields:  # type: ignore[union-attr]
+            values = [getattr(getattr(recipe, table), key) for recipe in (Recipe(), *shipped)]
+            rows.append([f"`{table}.{key}`", *(f"`{_toml(value)}`" for value in values)])
+    return _table(["key", "default", *names], rows)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value) if isinstance(value, (str, bool)) else f"{value:g}"
+
+
+def throughput() -> str:
+    """The rows of the latest day."""
+    measured = results("throughput")
+    return _throughput([one for one in measured if one.date == measured[0].date])
+
+
+def all_throughput() -> str:
+    """The rows of every day, the latest first."""
+    return _throughput(results("throughput"))
+
+
+def _throughput(measured: Sequence[Result]) -> str:
+    columns = ["model", "engine", "mirror", "batch", "bare engine", "`embed`", "PyTorch eager", "engine / eager"]
+    parts = []
+    for (date, machine), some in _grouped(measured):
+        rows = [_throughput_row(one) for one in some]
+        parts.append(f"{date}, {machine}; images/s:\n\n{_table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def _grouped(measured: Sequence[Result]) -> Iterator[tuple[tuple[str, str], list[dict[str, Any]]]]:
+    """What was measured on one day on one machine, the largest model first."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in measured:
+        content = one.content()
+        groups.setdefault((one.date, content["machine"]), []).append(content)
+    for key, some in groups.items():
+        yield key, sorted(some, key=lambda content: content["images_per_second"][BARE]["median"])
+
+
+def _throughput_row(content: dict[str, Any]) -> list[str]:
+    rates = content["images_per_second"]
+    name, version = content["backend"].split()[:2]
+    cells = [_rate(rates[BARE]["median"])]
+    cells += [f"{_rate(rates[EMBED]['median'])} ({rates[EMBED]['of_bare_engine']:.2f})"]
+    eager = rates.get(EAGER)
+    cells += [_rate(eager["median"]), f"{1 / eager['of_bare_engine']:.1f}"] if eager else ["", ""]
+    mirror = "yes" if content.get("mirror_average", True) else "no"
+    return [content["model"], f"{name} {version.split('-')[0]}", mirror, str(content["batch"]), *cells]
+
+
+def precision() -> str:
+    """Every precision and CPU engine of one model, of the latest file for each model."""
+    columns = ["", "rank-1", "mAP", "mean / worst cosine", "top-10 agreement", "graph, MB", "batch 1", "batch 8"]
+    parts = []
+    for one in results("precision"):
+        content = one.content()
+        rows = [_precision_row(row) for row in content["rows"]]
+        parts.append(f"{one.date}, {content['machine']}; {content['model']}:\n\n{_table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def _precision_row(row: dict[str, Any]) -> list[str]:
+    reference = row["engine"] == "torch"
+    speeds = [
+        _rate(row[f"img/s b{batch}"]) + ("" if reference else f" ({row[f'x torch b{batch}']:.1f}x)") for batch in (1, 8)
+    ]
+    if reference:
+        closeness = ["", "", ""]
+    else:
+        closeness = [f"{row['mean cosine']:.5f} / {row['worst cosine']:.5f}", f"{row['top-10']:.3f}", f"{row['MB']}"]
+    accuracy = [f"{row['rank-1']:.1f}", f"{row['mAP']:.2f}"] if "mAP" in row else ["", ""]
+    return [f"{row['engine']} {row['precision']}", *accuracy, *closeness, *speeds]
+
+
+def plans() -> str:
+    """TensorRT-RTX plans: sizes and what their layer tables say; of several GPUs the range."""
+    columns = ["graph", "plan, MB", "weights, MB", "built in", "convolutions", "additions in them", "moved, MB"]
+    parts = []
+    for one in results("plans"):
+        content = one.content()
+        by_graph: dict[str, list[dict[str, Any]]] = {}
+        for plan in content["plans"]:
+            by_graph.setdefault(plan["graph"], []).append(plan)
+        rows = [[graph, *_plan_cells(same)] for graph, same in by_graph.items()]
+        gpus = ", ".join(dict.fromkeys(f"sm_{plan['compute_capability'].replace('.', '')}" for plan in content["plans"]))
+        title = f"{one.date}, {content['model']}, TensorRT-RTX {content['version']}, plans for {gpus}, built on {content['machine']}"
+        parts.append(f"{title}:\n\n{_table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def _plan_cells(same: Sequence[dict[str, Any]]) -> list[str]:
+    first = same[0]
+    kinds = ", ".join(f"{count} {name}" for name, count in first["convolutions"].items())
+    return [
+        _range([plan["bytes"] / 1e6 for plan in same], ".1f"),
+        f"{first['weights_bytes'] / 1e6:.1f}",
+        _range([plan["seconds"] for plan in same], ".1f") + " s",
+        kinds,
+        f"{first['additions_in_convolutions']} of {first['additions']}",
+        _range([plan["moved_bytes"] / 1e6 for plan in same], ".0f"),
+    ]
+
+
+def training() -> str:
+    """Accuracy by time of a training run, about every tenth epoch that was evaluated."""
+    (one,) = results("training")
+    with one.path.open(newline="") as file:
+        evaluated = [row for row in csv.DictReader(file) if row["mAP"]]
+    best = max(evaluated, key=lambda row: float(row["mAP"]))
+    chosen = [row for row in evaluated if int(row["epoch"]) in (5, 10) or int(row["epoch"]) % 20 == 0]
+    chosen = sorted({id(row): row for row in [*chosen, best, evaluated[-1]]}.values(), key=lambda row: int(row["epoch"]))
+    rows = [
+        [f"{float(row['seconds']) / 60:.1f}", row["epoch"], *(f"{100 * float(row[key]):.1f}" for key in ("rank-1", "mAP"))]
+        for row in chosen
+    ]
+    return _table(["minutes", "epoch", "rank-1", "mAP"], rows)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    least, most = format(min(values), form), format(max(values), form)
+    return least if least == most else f"{least} to {most}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1f}" if value < 20 else f"{value:.0f}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "engines": engines,
+    "recipes": recipes,
+    "throughput": throughput,
+    "all throughput": all_throughput,
+    "precision": precision,
+    "plans": plans,
+    "training": training,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", action="store_true", help="write README.md's tables anew")
+    if parser.parse_args().readme:
+        readme = ROOT / "README.md"
+        readme.write_text(fill(readme.read_text()))
+    else:
+        print("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()))
+
+
+if __name__ == "__main__":
+    main()
