@@ -12,7 +12,10 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -82,6 +85,92 @@ def _toml(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     return json.dumps(value) if isinstance(value, (str, bool)) else f"{value:g}"
+
+
+def placements() -> str:
+    """INT8 placements, from the table of engines."""
+    from mgn_deploy.backends.registry import ENGINES
+
+    sides = {0: "none", 1: "the skip side", 2: "both sides"}
+    rows = [
+        [
+            f"`{engine.name}`",
+            "uint8" if placed.unsigned else "int8, zero point 0",
+            str(placed.weight_levels),
+            "one" if placed.one_scale else "one a channel",
+            sides[placed.sides],
+            "int32" if placed.integer_bias else "float",
+            "float16" if placed.half else "float32",
+            ", ".join(f"`{other.name}`" for other in ENGINES.values() if engine.name in other.int8_for),
+        ]
+        for engine in ENGINES.values()
+        if (placed := engine.placement)
+    ]
+    columns = ["`--engine`", "activations", "largest weight", "scales a weight", "additions: quantised", "bias", "between"]
+    return _table([*columns, "run by"], rows)
+
+
+def floors() -> str:
+    """The proof's floors by precision."""
+    from mgn_deploy.export.proof.proof import FLOORS, KEPT
+
+    rows = [
+        [name, f"{cosine}", f"{agreement}", f"{drift:g}", f"{100 * KEPT[name]:g}%"]
+        for name, (cosine, agreement, drift) in FLOORS.items()
+    ]
+    columns = ["precision", "worst cosine at least", "top-10 agreement at least", "batch drift at most"]
+    return _table([*columns, "of the reference's mAP and rank-1 kept, with `--data`"], rows)
+
+
+def manifest() -> str:
+    """Every key of a bundle's manifest."""
+    from mgn_deploy.bundle.manifest import Manifest
+
+    return _table(["key", "type", "without it"], list(_keys(Manifest)))
+
+
+def store_manifest() -> str:
+    """Every key of a store's manifest."""
+    from mgn_deploy.gallery.store import StoreManifest
+
+    return _table(["key", "type", "without it"], list(_keys(StoreManifest)))
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
+    """Key, type and default of each field; those of models within come after their own, below its key."""
+    for name, field in model.model_fields.items():
+        outer, inner = _inner_model(field.annotation)
+        default = "" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+        yield [f"`{prefix}{name}`", outer, default]
+        if inner:
+            yield from _keys(inner, f"{prefix}{name}{'' if outer == 'object' else '[]' if outer == 'array' else '.NAME'}.")
+
+
+def _inner_model(annotation: Any) -> tuple[str, type[BaseModel] | None]:
+    """What JSON calls a type, and the model of its items or of itself."""
+    models = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, BaseModel)]
+    origin = get_origin(annotation)
+    if models and origin in (list, tuple):
+        return "array", models[0]
+    if models and origin is dict:
+        return "object by name", models[0]
+    if models:
+        return "object", models[0]
+    return f"`{_type(annotation)}`", None
+
+
+def _type(annotation: Any) -> str:
+    """A type in short: a bar would end the table's cell."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is None:
+        return {type(None): "null", ...: "..."}.get(annotation) or annotation.__name__
+    if origin is Annotated:
+        return _type(inner[0])
+    if origin is Literal:
+        return " or ".join(map(json.dumps, inner))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_type, inner))
+    return f"{origin.__name__}[{', '.join(map(_type, inner))}]"
 
 
 def throughput() -> str:
@@ -209,6 +298,10 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "engines": engines,
+    "placements": placements,
+    "floors": floors,
+    "manifest": manifest,
+    "store manifest": store_manifest,
     "recipes": recipes,
     "throughput": throughput,
     "all throughput": all_throughput,
