@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgn_deploy.cli.console import print_json, print_table, show_log
+from mgn_deploy.console import print_json, print_table, show_log
 from mgn_deploy.errors import UserError
 from mgn_deploy.machine import cpu_name, usable_cpus
 from mgn_deploy.packages import require_training
@@ -64,18 +64,20 @@ def run(weights: Path, capabilities: str, batch: str) -> dict[str, Any]:
         UserError: no weights, or settings that it cannot build for.
     """
     require_training()
-    from mgn_deploy.backends.tensorrt.builder import BuildSettings, build_plans, parse_batch, parse_capabilities
+    from mgn_deploy.backends.tensorrt.builder import BuildSettings, build_plans
     from mgn_deploy.bench import layer_table
+    from mgn_deploy.export.options import parse_batch, parse_capabilities
     from mgn_deploy.train.weights import load_weights
 
-    settings, wanted = BuildSettings("tensorrt_rtx", parse_batch(batch)), parse_capabilities(capabilities)
+    settings, wanted = BuildSettings("tensorrt-rtx", parse_batch(batch)), parse_capabilities(capabilities)
     if not wanted:
         raise UserError(f"--compute-capability {capabilities}: name at least one, as in 8.6,8.9,12.0")
     model = load_weights(weights)
     rows, version = [], ""
     for name, graph in _graphs(model):
         for plan in build_plans(graph, settings, wanted, use_cache=False):
-            facts = layer_table.summary(plan.layers, graph)
+            layers = layer_table.layers_from_log(plan.layers)
+            facts = layer_table.summary(layers, graph)
             row = {
                 "graph": name,
                 "compute_capability": plan.settings.compute_capability,
@@ -83,7 +85,7 @@ def run(weights: Path, capabilities: str, batch: str) -> dict[str, Any]:
                 "weights_bytes": sum(len(tensor.raw_data) for tensor in graph.graph.initializer),
                 "seconds": round(plan.seconds, 2),
                 **facts,
-                "moved_bytes": moved_bytes(plan.layers),
+                "moved_bytes": moved_bytes(layers),
             }
             rows.append(row)
             version = plan.version
@@ -109,9 +111,9 @@ def _graphs(model: MGN) -> Iterator[tuple[str, onnx.ModelProto]]:
     import numpy as np
     from PIL import Image
 
+    from mgn_deploy.backends.registry import ENGINES
     from mgn_deploy.datasets.drawn import draw_people
     from mgn_deploy.export.graph.trace import build_graph
-    from mgn_deploy.export.precision.convert import ENGINES
     from mgn_deploy.export.precision.half import to_half
     from mgn_deploy.export.precision.quantise import quantise
     from mgn_deploy.export.precision.ranges import measure_ranges
@@ -127,7 +129,9 @@ def _graphs(model: MGN) -> Iterator[tuple[str, onnx.ModelProto]]:
     for precision in ("fp16", "bf16"):
         yield precision, to_half(graph, precision, ranges)[0]
     for name, engine in (("int8", "tensorrt-rtx"), ("int8 as for tensorrt", "tensorrt")):
-        yield name, quantise(graph, ranges, thresholds(ranges, "max"), ENGINES[engine].placement)
+        placement = ENGINES[engine].placement
+        assert placement is not None
+        yield name, quantise(graph, ranges, thresholds(ranges, "max"), placement)
 
 
 def _tell_branches_apart(model: MGN) -> None:

@@ -18,7 +18,7 @@ import typer
 
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.bundle.manifest import GRAPH
-from mgn_deploy.cli.console import print_json, print_table, show_log
+from mgn_deploy.console import print_json, print_table, show_log
 from mgn_deploy.datasets import Dataset, open_data
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
@@ -76,20 +76,21 @@ def _open_all(
     weights: Path, dataset: Dataset, calib: Path, accuracy: bool, max_drop: float, scratch: Path
 ) -> dict[tuple[str, str], Embedder]:
     from mgn_deploy.export.exporter import export_bundle
+    from mgn_deploy.export.options import ExportOptions
 
     engines: dict[tuple[str, str], Embedder] = {}
     for engine, precision in ROWS:
         _log.info(f"== {engine} {precision}")
-        bundle = export_bundle(
-            weights,
-            scratch / f"{engine}-{precision}",
+        int8 = precision == "int8"
+        options = ExportOptions(
             precision=precision,  # type: ignore[arg-type]
             engine=engine,
-            calib=calib,
+            calib=calib if precision in ("int8", "fp16") else None,
             data=dataset if accuracy else None,
-            max_drop=max_drop,
+            max_drop=max_drop if int8 else None,
             proof_images=dataset.root / "query",
         )
+        bundle = export_bundle(weights, scratch / f"{engine}-{precision}", options)
         if REFERENCE not in engines:
             engines[REFERENCE] = Embedder.open_reference(bundle)
         engines[engine, precision] = Embedder.open(bundle, engine, allow_unproven=True)

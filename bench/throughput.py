@@ -21,7 +21,7 @@ import numpy as np
 
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.datasets.drawn import draw_market1501
-from mgn_deploy.embedder import Embedder, run_batches
+from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.images.decode import read_crop
@@ -154,7 +154,7 @@ def _prepare(
 
 def _run_bare(backend: Backend, crops: np.ndarray, batch_size: int) -> None:
     """As `embed` calls it: a backend that keeps batches on their way does so here, too."""
-    for _ in run_batches(backend, (crops[at : at + batch_size] for at in range(0, len(crops), batch_size))):
+    for _ in backend.stream(crops[at : at + batch_size] for at in range(0, len(crops), batch_size)):
         pass
 
 

@@ -15,19 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-import onnx
-import onnx.inliner
-
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.engine_entry import EngineEntry
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.errors import UserError
-from mgn_deploy.export.precision.convert import ENGINES
 from mgn_deploy.files import atomic_folder
 
 MODEL_NAME = "mgn"
 # Backends of ours that run graphs as Triton's onnxruntime backend does.
-ONNXRUNTIMES = ("onnxruntime", "onnxruntime_cuda")
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-cuda")
 # How long Triton lets a request wait for others to fill its batch.
 QUEUE_DELAY_MICROSECONDS = 1000
 
@@ -80,13 +76,9 @@ def write_model_repository(
         The model's folder.
 
     Raises:
-        UserError: fused heads, sizes that do not fit, a plan of TensorRT-RTX, no proof for the engine that Triton would run,
+        UserError: a plan without its heads, sizes that do not fit, a plan of TensorRT-RTX, no proof for the engine that Triton would run,
             or a place that is not writable.
     """
-    if bundle.manifest.heads == "fused":
-        raise UserError(
-            f"{bundle.folder} has fused heads, and Triton serves whole graphs: export it with --heads plain"
-        )
     _check(plan, max_batch, preferred, name)
     runs_it = ("tensorrt",) if plan else ONNXRUNTIMES
     if not any(name in runs_it and proof.passed for name, proof in bundle.manifest.proofs.items()):
@@ -96,27 +88,12 @@ def write_model_repository(
         )
     folder = Path(out) / name
     file = "model.plan" if plan else "model.onnx"
-    content = bundle.read(plan.file) if plan else _portable_graph(bundle)
+    content = bundle.read(plan.file) if plan else bundle.read(GRAPH)
     with atomic_folder(folder, ("config.pbtxt", "1")) as new:
         (new / "config.pbtxt").write_text(_config(bundle, file, max_batch, preferred, name))
         (new / "1").mkdir()
         (new / "1" / file).write_bytes(content)
     return folder
-
-
-def check_before_export(precision: str, heads: str, engine: str | None, out: Path) -> None:
-    """Raise UserError where the bundle that is to be exported could not be served, or not from that place."""
-    if heads == "fused":
-        raise UserError("Triton serves whole graphs: --triton goes with --heads plain")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--triton {out} is a file: give a folder, new or with other models of the repository")
-    placed = ENGINES.get(engine or "openvino")  # another name is refused by the exporter
-    for_other = precision == "int8" and placed is not None and not set(ONNXRUNTIMES) & set(placed.backends)
-    if engine != "tensorrt" and (precision == "bf16" or for_other):
-        raise UserError(
-            f"Triton runs graphs by ONNX Runtime, which a {precision} graph for {engine or 'openvino'} is not for: "
-            "--triton goes with --engine tensorrt, with fp32 or fp16, or with int8 and --engine onnxruntime"
-        )
 
 
 def _check(plan: EngineEntry | None, max_batch: int, preferred: Sequence[int], name: str) -> None:
@@ -128,20 +105,19 @@ def _check(plan: EngineEntry | None, max_batch: int, preferred: Sequence[int], n
         )
     if plan is None:
         return
-    if plan.flavour != "tensorrt":
+    if plan.engine != "tensorrt":
         raise UserError(
             f"Triton runs no plan of TensorRT-RTX ({plan.file}): build one with --engine tensorrt, or serve the graph"
+        )
+    if plan.fused_heads:
+        raise UserError(
+            f"{plan.file} ends with the feature maps, and Triton serves whole graphs: leave out --fused-heads"
         )
     if not plan.batch[0] == 1 or plan.batch[2] < max_batch:
         raise UserError(
             f"{plan.file} takes {plan.batch[0]} to {plan.batch[2]} images a call and Triton would send 1 to {max_batch}: "
             f"build it with --batch 1,{plan.batch[1]},{max_batch}"
         )
-
-
-def _portable_graph(bundle: Bundle) -> bytes:
-    """The graph without local functions: Triton may hand it to an accelerator that does not know them."""
-    return onnx.inliner.inline_local_functions(onnx.load_from_string(bundle.read(GRAPH))).SerializeToString()
 
 
 def _config(bundle: Bundle, file: str, max_batch: int, preferred: Sequence[int], name: str) -> str:

@@ -8,14 +8,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
 
 from mgn_deploy.backends.base import Backend
-from mgn_deploy.backends.registry import open_backend
+from mgn_deploy.backends.opening import open_backend
 from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.prefetch import batched, in_order
@@ -27,12 +28,10 @@ ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 class Embedder:
     """A bundle opened by one backend. Not for use by several threads at once."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.bundle = bundle
+    def __init__(self, backend: Backend, config: ModelConfig, bundle: Bundle | None = None) -> None:
         self.backend = backend
-        self.height = bundle.config.height
-        self.width = bundle.config.width
-        self.dim = bundle.config.dim
+        self.height, self.width, self.dim = config.height, config.width, config.dim
+        self._bundle = bundle
 
     @classmethod
     def open(
@@ -44,7 +43,20 @@ class Embedder:
             UserError: no bundle, changed files, no backend, no proof.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(opened, open_backend(opened, backend, allow_unproven=allow_unproven))
+        return cls(open_backend(opened, backend, allow_unproven=allow_unproven), opened.config, opened)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that it was opened from.
+
+        Raises:
+            UserError: it was made of a backend alone.
+        """
+        if self._bundle is None:
+            raise UserError(
+                "this embedder has no bundle, whose id a store records: open one with Embedder.open(bundle)"
+            )
+        return self._bundle
 
     @classmethod
     def open_reference(cls, bundle: Bundle | str | os.PathLike[str]) -> Embedder:
@@ -78,7 +90,7 @@ class Embedder:
         embeddings = np.empty((len(sources), self.dim), np.float32)
         done = 0
         batches = (np.stack(batch) for batch in batched(in_order(self._read, sources), batch_size))
-        for rows in run_batches(self.backend, batches):
+        for rows in self.backend.stream(batches):
             embeddings[done : done + len(rows)] = rows
             done += len(rows)
             if progress:
@@ -105,9 +117,3 @@ def check_batch_size(batch_size: int) -> None:
     """Raise UserError unless at least one image goes into an engine call."""
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
-
-
-def run_batches(backend: Backend, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Embeddings of each batch, in order. A backend with a `stream` (TensorRT's) asks for batches ahead of its results."""
-    stream = getattr(backend, "stream", None)
-    yield from stream(batches) if stream else map(backend, batches)

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mgn_deploy.backends.registry import ORDER, backend_module
-from mgn_deploy.cli.console import show_log
+from mgn_deploy.backends.registry import ENGINES as TABLE
+from mgn_deploy.console import show_log
 from mgn_deploy.cuda.device import this_gpu
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
@@ -24,21 +24,21 @@ from mgn_deploy.packages import require_training
 
 # What matters most first: a run whose time is up has it.
 PRECISIONS = ("fp16", "fp32", "int8", "bf16")
-ENGINES = ("tensorrt", "tensorrt_rtx", "onnxruntime_cuda")
+ENGINES = tuple(row.name for row in TABLE.values() if row.fused_heads)
 
 
 class Cell(NamedTuple):
-    """A row to come. `placement` is whose INT8 graph it is (`export/precision.py`, ENGINES), None of a graph without Q/DQ pairs."""
+    """A row to come. `placement` is whose INT8 graph it is, None of a graph without Q/DQ pairs."""
 
     precision: str
-    heads: str
+    fused_heads: bool
     placement: str | None
     engine: str
 
     @property
-    def graph(self) -> tuple[str, str, str | None]:
-        """What cells with the same graph share."""
-        return self.precision, self.heads, self.placement
+    def graph(self) -> tuple[str, bool, str | None]:
+        """What cells with the same bundle share."""
+        return self.precision, self.fused_heads, self.placement
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,9 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     show_log()
     chosen = parser.parse_args(arguments)
     chosen.precisions = chosen.precisions.split(",")
-    chosen.engines = chosen.engines.replace("-", "_").split(",")
+    chosen.engines = chosen.engines.split(",")
     chosen.batches = [int(size) for size in chosen.batches.split(",")]
-    for given, known in ((chosen.precisions, PRECISIONS), (chosen.engines, tuple(set(ORDER) - {"torch"}))):
+    for given, known in ((chosen.precisions, PRECISIONS), (chosen.engines, tuple(set(TABLE) - {"torch"}))):
         if not set(given) <= set(known):
             parser.error(f"{','.join(given)}: choose from {', '.join(sorted(known))}")
 
@@ -97,30 +97,27 @@ def cells(precisions: list[str], engines: list[str]) -> list[Cell]:
     """In the order in which they are measured; neighbours with the same graph share a bundle."""
     found = []
     for precision in precisions:
-        for heads in ("plain", "fused") if precision == "fp16" else ("plain",):
+        for fused_heads in (False, True) if precision == "fp16" else (False,):
             of_precision = [
-                Cell(precision, heads, placement_for(one) if precision == "int8" else None, one) for one in engines
+                Cell(precision, fused_heads, placement_for(one) if precision == "int8" else None, one)
+                for one in engines
             ]
             found += sorted(of_precision, key=lambda cell: str(cell.placement))
     return found
 
 
 def placement_for(engine: str) -> str | None:
-    """Whose INT8 graph that backend runs: its own, or one that is for it, too. None: no INT8 graph is for it."""
-    from mgn_deploy.export.precision.convert import ENGINES as PLACEMENTS
-
-    own = engine.replace("_", "-")
-    return (
-        own if own in PLACEMENTS else next((name for name, one in PLACEMENTS.items() if engine in one.backends), None)
-    )
+    """Whose INT8 graph that engine runs: its own, or one that is for it, too. None: no INT8 graph is for it."""
+    row = TABLE[engine]
+    return engine if row.placement else next(iter(row.int8_for), None)
 
 
 def engine_problem(engine: str) -> str | None:
     """Why that backend cannot run here, or None."""
     from mgn_deploy.backends.tensorrt.builder import capabilities
 
-    problem = backend_module(engine).missing()
-    if problem or engine != "tensorrt_rtx" or this_gpu().compute_capability in capabilities():
+    problem = TABLE[engine].load().missing()
+    if problem or engine != "tensorrt-rtx" or this_gpu().compute_capability in capabilities():
         return problem
     return f"it builds for compute capability {', '.join(capabilities())}, not for {this_gpu().compute_capability}"
 

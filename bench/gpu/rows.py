@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mgn_deploy.backends.tensorrt.plans import plan_for
+from mgn_deploy.backends.tensorrt.runner import TensorRtBackend
 from mgn_deploy.bench.gpu.matrix import Cell, cells, engine_problem
 from mgn_deploy.bench.gpu.turns import METHOD, Rivals, random_weights
 from mgn_deploy.bench.kernel.clock import machine
@@ -26,15 +27,16 @@ from mgn_deploy.datasets import open_data
 from mgn_deploy.datasets.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.export.exporter import MAX_DROP, export_bundle
-from mgn_deploy.export.proof.prove import proof_pixels
+from mgn_deploy.export.exporter import export_bundle
+from mgn_deploy.export.options import ExportOptions
+from mgn_deploy.export.proof.prove import proof_pixels, prove_again
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 from mgn_deploy.train.weights import load_weights, weights_hash
 
 _log = logging.getLogger("mgn_deploy")
 
 DRAWN_IDENTITIES = 16  # to calibrate on where no images are given: 128 crops
-OF_PROOF = {"images", "image_source", "drawn", "other_images_cosine", "batch_drift", "backend_version", "machine"}
+OF_PROOF = {"images", "image_source", "drawn", "other_images_cosine", "batch_drift", "backend_version", "hardware"}
 
 
 class Matrix:
@@ -47,7 +49,7 @@ class Matrix:
     def __init__(self, chosen: argparse.Namespace, scratch: Path, save: Callable[[dict[str, Any]], None]) -> None:
         self._deadline = time.monotonic() + chosen.budget
         self._longest = {True: 0.0, False: 0.0}  # seconds of a row so far, with its bundle to be exported first or not
-        self._bundles: dict[tuple[str, str, str | None], Bundle | Exception] = {}
+        self._bundles: dict[tuple[str, bool, str | None], Bundle | Exception] = {}
         self._chosen, self._scratch, self._save = chosen, scratch, save
         self._weights: Path = chosen.weights or random_weights(scratch / "weights", ModelConfig())
         config = load_weights(self._weights).config
@@ -83,7 +85,7 @@ class Matrix:
         """What was measured, or why it was not."""
         problem = self._problems[cell.engine]
         if problem is None and cell.precision == "int8" and cell.placement is None:
-            problem = "no INT8 graph is for it (export/precision.py, ENGINES)"
+            problem = "no INT8 graph is for it"
         if problem:
             return {"left_out": problem}
         if "stopped" in self._result:
@@ -109,21 +111,23 @@ class Matrix:
             raise found
         return found
 
-    def _export(self, precision: str, heads: str, placement: str | None) -> Bundle:
+    def _export(self, precision: str, fused_heads: bool, placement: str | None) -> Bundle:
         """Proven with every backend that runs here. Float plans are built while they are proven, and cached."""
-        most = 100.0 if self._chosen.weights is None else MAX_DROP
-        return export_bundle(
-            self._weights,
-            self._scratch / f"{precision}-{heads}-{placement}",
+        int8 = precision == "int8"
+        allowed = 100.0 if self._chosen.weights is None else None
+        options = ExportOptions(
             precision=precision,  # type: ignore[arg-type]
-            heads=heads,  # type: ignore[arg-type]
             engine=placement,
-            compute_capabilities=[this_gpu().compute_capability] if placement == "tensorrt-rtx" else [],
-            calib=self._calibration() if precision == "int8" else None,
+            compute_capabilities=(this_gpu().compute_capability,) if placement == "tensorrt-rtx" else (),
+            calib=self._calibration() if int8 else None,
             data=self._data,
-            max_drop=most if self._chosen.max_drop is None else self._chosen.max_drop,
+            max_drop=(allowed if self._chosen.max_drop is None else self._chosen.max_drop) if int8 else None,
             proof_images=self._proof_images,
         )
+        bundle = export_bundle(self._weights, self._scratch / f"{precision}-{fused_heads}-{placement}", options)
+        if fused_heads:
+            prove_again(bundle.folder, proof_images=self._proof_images, data=self._data, fused_heads=True)
+        return Bundle.open(bundle.folder)
 
     def _calibration(self) -> Path:
         drawn = self._scratch / "drawn"
@@ -152,7 +156,7 @@ class Matrix:
         self._result["rows"].append(row)
         self._save(self._result)
         why = next((str(row[key]) for key in ("left_out", "failed", "not_begun") if key in row), "measured")
-        _log.info(f"{row['precision']} {row['heads']} {row['engine']}: {why}")
+        _log.info(f"{row['precision']} {'fused heads ' if row['fused_heads'] else ''}{row['engine']}: {why}")
 
     def _free(self) -> None:
         """What a row took; and finds out whether the GPU can still be used in this process."""
@@ -168,8 +172,9 @@ class Matrix:
 def plan_megabytes(bundle: Bundle, embedder: Embedder) -> float | None:
     """Of the plan that runs, for one GPU; None where the engine keeps none."""
     backend = embedder.backend
-    if backend.name in ("tensorrt", "tensorrt_rtx"):
-        return round(len(plan_for(bundle, backend.name, backend.version, this_gpu())) / 1e6, 1)  # type: ignore[arg-type]
+    if isinstance(backend, TensorRtBackend):
+        plan = plan_for(bundle, backend.name, backend.version, this_gpu(), backend.fused_heads)
+        return round(len(plan) / 1e6, 1)
     return None
 
 

@@ -17,7 +17,7 @@ from mgn_deploy.backends.base import Backend
 from mgn_deploy.bench.kernel.run import sentence
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.embedder import Embedder, run_batches
+from mgn_deploy.embedder import Embedder
 from mgn_deploy.train.model import MGN, Embedding, fold_batch_norms
 from mgn_deploy.train.weights import load_weights, new_model, part_branches, save_weights
 
@@ -149,7 +149,7 @@ class Times(NamedTuple):
     @classmethod
     def of(cls, backend: Any, batch: np.ndarray) -> Times:
         start = time.perf_counter()
-        for _ in run_batches(backend, repeat(batch, CALLS)):
+        for _ in backend.stream(repeat(batch, CALLS)):
             pass
         rate = CALLS * len(batch) / (time.perf_counter() - start)
         latencies = []

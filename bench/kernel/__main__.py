@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mgn_deploy.cli.console import print_json, print_table, show_log
+from mgn_deploy.console import print_json, print_table, show_log
 from mgn_deploy.cuda.device import gpu_problem
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file

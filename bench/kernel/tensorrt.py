@@ -1,4 +1,4 @@
-"""The heads as TensorRT or TensorRT-RTX does them: an engine of nothing but the ONNX function of `export/heads.py`.
+"""The heads as TensorRT or TensorRT-RTX does them: an engine of nothing but the nodes of `export/graph/heads.py`.
 
 In half precision that is a faster rival than what ships, as there is less to move and to compute: weights, bias, product and
 sum are of the maps' type here, while exports cast the maxima to float32 and keep weights and bias in it (`export/half.py`).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnx.inliner
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
@@ -19,44 +18,48 @@ from mgn_deploy.backends.tensorrt.network import build_network, parsed_network, 
 from mgn_deploy.backends.tensorrt.package import import_problem_of, import_tensorrt, logger, title
 from mgn_deploy.bench.kernel.cases import DTYPES, Case, Inputs
 from mgn_deploy.bench.kernel.contenders import Contender
-from mgn_deploy.bundle.engine_entry import Flavour
+from mgn_deploy.bundle.engine_entry import TensorRtName
+from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.export.graph.heads import DOMAIN, NAME, OPSET, head_nodes, stripe_pool_reduce
+from mgn_deploy.export.graph.heads import FEATURES, OPSET, head_nodes
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
 
 def heads_graph(case: Case, inputs: Inputs) -> onnx.ModelProto:
-    """Maps `map_0`, ... as the case lays them out -> `features` of the maps' type, or float32 `embeddings`; no local
-    functions."""
-    kind, nodes, graph_inputs = TYPES[case.dtype], list[NodeProto](), []
+    """Maps `map_0`, ... as the case lays them out -> `features` of the maps' type, or float32 `embeddings`."""
+    kind, transposes, graph_inputs = TYPES[case.dtype], list[NodeProto](), []
     for index, (height, width) in enumerate(case.sizes):
         nhwc = case.layout == "nhwc"
         shape = [case.rows, height, width, case.channels] if nhwc else [case.rows, case.channels, height, width]
         given = f"given_{index}" if nhwc else f"map_{index}"
         graph_inputs.append(helper.make_tensor_value_info(given, kind, shape))
         if nhwc:
-            nodes.append(helper.make_node("Transpose", [given], [f"map_{index}"], perm=[0, 3, 1, 2]))
-    maps = [f"map_{index}" for index in range(len(case.sizes))]
-    nodes.append(helper.make_node(NAME, [*maps, "weight", "bias"], ["features"], domain=DOMAIN))
-    constants = [
-        _constant("weight", inputs.weight.transpose(1, 2), kind),
-        _constant("bias", inputs.bias.to(DTYPES[case.dtype]).unsqueeze(1), kind),
+            transposes.append(helper.make_node("Transpose", [given], [f"map_{index}"], perm=[0, 3, 1, 2]))
+    config = ModelConfig(branches=case.branches, reduced_width=case.reduced)
+    nodes, constants = head_nodes(config, [height for height, _ in case.sizes], case.output == "mirror_embeddings")
+    features = next(index for index, node in enumerate(nodes) if node.output[0] == FEATURES)
+    head, tail = nodes[: features + 1], nodes[features + 1 :]
+    constants += [
+        _constant("heads.weight", inputs.weight.transpose(1, 2), kind),
+        _constant("heads.bias", inputs.bias.to(DTYPES[case.dtype]).unsqueeze(1), kind),
     ]
-    dim = case.features * case.reduced
-    output = helper.make_tensor_value_info("features", kind, [case.rows, dim])
-    if case.output != "features":
-        nodes.append(helper.make_node("Cast", ["features"], ["wide"], to=TensorProto.FLOAT))
-        tail, more = head_nodes("wide", dim, case.output == "mirror_embeddings")
-        nodes, constants = [*nodes, *tail], [*constants, *more]
-        output = helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, [case.images, dim])
-    model = helper.make_model(
-        helper.make_graph(nodes, "heads", graph_inputs, [output], constants),
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-        functions=[stripe_pool_reduce(case.branches, [height for height, _ in case.sizes])],
+    output = helper.make_tensor_value_info(FEATURES, kind, [case.rows, config.dim])
+    if case.output == "features":
+        tail = []
+    else:
+        wide = f"{FEATURES}/float"
+        for node in tail:
+            node.input[:] = [wide if name == FEATURES else name for name in node.input]
+        tail.insert(0, helper.make_node("Cast", [FEATURES], [wide], to=TensorProto.FLOAT))
+        output = helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, [case.images, config.dim])
+    read = {name for node in (*head, *tail) for name in node.input}
+    constants = [tensor for tensor in constants if tensor.name in read]
+    return helper.make_model(
+        helper.make_graph([*transposes, *head, *tail], "heads", graph_inputs, [output], constants),
+        opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=10,
     )
-    return onnx.inliner.inline_local_functions(model)
 
 
 def _constant(name: str, tensor: Tensor, kind: int) -> TensorProto:
@@ -67,27 +70,27 @@ def _constant(name: str, tensor: Tensor, kind: int) -> TensorProto:
     return TensorProto(name=name, data_type=kind, dims=dense.shape, raw_data=bits.tobytes())
 
 
-def build_plan(graph: onnx.ModelProto, flavour: Flavour, compute_capability: str) -> bytes:
+def build_plan(graph: onnx.ModelProto, name: TensorRtName, compute_capability: str) -> bytes:
     """A plan for GPUs of that compute capability, as in "8.9"; TensorRT builds for the GPU of this machine.
 
     Raises:
         CannotRun: TensorRT-RTX does not build for it.
         UserError: the graph is refused.
     """
-    trt = import_tensorrt(flavour)
-    if flavour == "tensorrt_rtx" and compute_capability not in capabilities():
+    trt = import_tensorrt(name)
+    if name == "tensorrt-rtx" and compute_capability not in capabilities():
         raise CannotRun(
-            f"{title(flavour)} builds for compute capability {', '.join(capabilities())}, not for {compute_capability}"
+            f"{title(name)} builds for compute capability {', '.join(capabilities())}, not for {compute_capability}"
         )
-    with quiet(flavour):
-        network = parsed_network(flavour, PreparedGraph(graph.SerializeToString(), "", 0, 0))
+    with quiet(name):
+        network = parsed_network(name, PreparedGraph(graph.SerializeToString(), "", 0, 0))
         config = network.builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)
-        if flavour == "tensorrt_rtx":
+        if name == "tensorrt-rtx":
             config.num_compute_capabilities = 1
             member = getattr(trt.ComputeCapability, "SM" + compute_capability.replace(".", ""))
             config.set_compute_capability(member, 0)
-        return build_network(flavour, network, config, None)
+        return build_network(name, network, config, None)
 
 
 def tensorrt(case: Case, inputs: Inputs) -> Contender:
@@ -96,17 +99,17 @@ def tensorrt(case: Case, inputs: Inputs) -> Contender:
         CannotRun: neither TensorRT nor TensorRT-RTX is installed, or it does not build for this GPU.
         UserError: it does not take the graph or the plan.
     """
-    problems: dict[Flavour, str | None] = {name: import_problem_of(name) for name in ("tensorrt", "tensorrt_rtx")}
-    flavour = next((name for name, problem in problems.items() if problem is None), None)
-    if flavour is None:
+    problems: dict[TensorRtName, str | None] = {name: import_problem_of(name) for name in ("tensorrt", "tensorrt-rtx")}
+    name = next((one for one, problem in problems.items() if problem is None), None)
+    if name is None:
         raise CannotRun("; ".join(str(problem) for problem in problems.values()))
     major, minor = torch.cuda.get_device_capability()
     graph = heads_graph(case, inputs)
-    plan = build_plan(graph, flavour, f"{major}.{minor}")
-    engine = import_tensorrt(flavour).Runtime(logger(flavour)).deserialize_cuda_engine(plan)
+    plan = build_plan(graph, name, f"{major}.{minor}")
+    engine = import_tensorrt(name).Runtime(logger(name)).deserialize_cuda_engine(plan)
     context = engine.create_execution_context() if engine else None
     if context is None:
-        raise UserError(f"{title(flavour)} does not open its plan: {logger(flavour).messages.first_error()}")
+        raise UserError(f"{title(name)} does not open its plan: {logger(name).messages.first_error()}")
     (output,) = graph.graph.output
     dtype = torch.float32 if output.name == "embeddings" else inputs.weight.dtype
     result = torch.empty(case.images, case.features * case.reduced, dtype=dtype, device=inputs.weight.device)
@@ -116,7 +119,7 @@ def tensorrt(case: Case, inputs: Inputs) -> Contender:
 
     def run() -> Tensor:
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise UserError(f"{title(flavour)} cannot run the engine: {logger(flavour).messages.first_error()}")
+            raise UserError(f"{title(name)} cannot run the engine: {logger(name).messages.first_error()}")
         return result
 
-    return Contender(run, lambda: result.fill_(torch.nan), {"engine": title(flavour)})
+    return Contender(run, lambda: result.fill_(torch.nan), {"engine": title(name)})

@@ -1,14 +1,13 @@
-"""The branch heads as one ONNX model-local function, `mgn_deploy::StripePoolReduce`.
+"""The branch heads (section 3.1) as standard ONNX operators: stripe pools, reductions, mirror average, L2.
 
-Its body is plain ONNX operators, so any runtime runs it; its call is the one place where a fused kernel can take over.
-`kernels/reference.py` is the definition that it is tested against.
+`kernels/reference.py` defines what they compute; here it is written again because an ONNX graph has to hold it.
 
-    map_0 .. map_{B-1}   float32 [n, C, H_b, W_b], one a branch
-    weight               float32 [F, C, R], one reduction for each of the F pooled vectors, batch norms folded
-    bias                 float32 [F, 1, R]
-    power                float32 [F], where the pooling is the generalised mean
-    scale, shift         float32 [F, 1, R], the norm after the ReLU, where the neck has one
-    features             float32 [n, F * R], in the order of the branches, each branch's global feature first
+    map_0 .. map_{B-1}     float32 [n, C, H_b, W_b], one a branch
+    heads.weight           float32 [F, C, R], one reduction for each of the F pooled vectors, batch norms folded
+    heads.bias             float32 [F, 1, R]
+    heads.power            float32 [F], where the pooling is the generalised mean
+    heads.scale, .shift    float32 [F, 1, R], the norm after the ReLU, where the neck has one
+    embeddings             float32 [n, F * R] unit rows, in the order of the branches, each branch's global feature first
 """
 
 from __future__ import annotations
@@ -16,137 +15,123 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from mgn_deploy.config import GEM_EPSILON, Neck, Pooling, stripe_rows
+from mgn_deploy.config import GEM_EPSILON, ModelConfig, Neck, stripe_rows
 
-DOMAIN = "mgn_deploy"
-NAME = "StripePoolReduce"
 OPSET = 18
+PREFIX = "heads/"  # of the names of all nodes and of all tensors but the maps, the weights and the output
+POOLED = f"{PREFIX}pooled"  # [F, n, C]
+FEATURES = f"{PREFIX}features"  # [n, F * R]
 
 
-def stripe_pool_reduce(
-    branches: Sequence[int], map_heights: Sequence[int], pooling: Pooling = "max", neck: Neck = "relu"
-) -> FunctionProto:
-    """The function for these numbers of stripes over maps of these heights."""
-    nodes: list[NodeProto] = [
-        _constant("map_axes", [2, 3]),
-        _constant("row_axis", [2]),
-        _constant("feature_axis", [0]),
-        _constant("flat", [0, -1]),
-    ]
-    if pooling == "gem":
-        nodes.append(helper.make_node("Constant", [], ["epsilon"], name="heads/epsilon", value_float=GEM_EPSILON))
-    pooled: list[str] = []
-    for branch, (stripes, height) in enumerate(zip(branches, map_heights, strict=True)):
-        map_name, whole = f"map_{branch}", f"global_{branch}"
-        if pooling == "gem":
-            nodes.append(_node("Max", [map_name, "epsilon"], f"bounded_{branch}"))
-            map_name = f"bounded_{branch}"
+def head_nodes(
+    config: ModelConfig, map_heights: Sequence[int], flip: bool
+) -> tuple[list[NodeProto], list[TensorProto]]:
+    """The nodes from the maps to `embeddings`, in topological order, and the constants that they read besides the weights.
+
+    Args:
+        config: of the model.
+        map_heights: rows of each branch's map.
+        flip: average the features of each image and its mirror (section 4.1); mirrors follow the images in the batch.
+    """
+    writer = _Writer()
+    writer.pool(config, map_heights)
+    writer.reduce(config.neck)
+    writer.finish(config.dim, flip)
+    return writer.nodes, list(writer.constants.values())
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.constants: dict[str, TensorProto] = {}
+
+    def pool(self, config: ModelConfig, map_heights: Sequence[int]) -> None:
+        """Maps -> `POOLED`, one row for each whole map and for each stripe."""
+        rows: list[str] = []
+        for branch, (stripes, height) in enumerate(zip(config.branches, map_heights, strict=True)):
+            source = f"map_{branch}"
+            if config.pooling == "gem":
+                source = self._node("Max", [source, self._floats("epsilon", GEM_EPSILON)], f"bounded_{branch}")
+            rows += self._pool_branch(config, branch, source, stripes, height, len(rows))
+        axis = self._integers("feature_axis", 0)
+        rows = [self._node("Unsqueeze", [row, axis], f"{row.removeprefix(PREFIX)}_row") for row in rows]
+        if config.pooling != "gem":
+            self._node("Concat", rows, "pooled", axis=0)
+            return
+        means = self._node("Concat", rows, "power_means", axis=0)
+        roots = self._node("Reciprocal", ["heads.power"], "roots")
+        roots = self._node("Unsqueeze", [roots, self._integers("vector_axes", 1, 2)], "root_of_each")  # [F, 1, 1]
+        self._node("Pow", [means, roots], "pooled")
+
+    def _pool_branch(
+        self, config: ModelConfig, branch: int, source: str, stripes: int, height: int, first: int
+    ) -> list[str]:
+        """One branch's pooled vectors `[n, C]`, the whole map's first; `first` is the number of that feature."""
         if stripes == 1:
-            nodes += _pool(pooling, map_name, whole, len(pooled))
-            pooled.append(whole)
-            continue
+            return [self._region(config, source, f"global_{branch}", first)]
         parts = []
-        for stripe, (first, last) in enumerate(stripe_rows(height, stripes)):
-            rows, part = f"rows_{branch}_{stripe}", f"stripe_{branch}_{stripe}"
-            nodes += [
-                _constant(f"first_{branch}_{stripe}", [first]),
-                _constant(f"last_{branch}_{stripe}", [last]),
-                _node("Slice", [map_name, f"first_{branch}_{stripe}", f"last_{branch}_{stripe}", "row_axis"], rows),
-                *_pool(pooling, rows, part, len(pooled) + 1 + stripe),
-            ]
-            parts.append(part)
+        for stripe, (start, end) in enumerate(stripe_rows(height, stripes)):
+            name = f"{branch}_{stripe}"
+            limits = [self._integers(f"first_{name}", start), self._integers(f"last_{name}", end)]
+            rows = self._node("Slice", [source, *limits, self._integers("row_axis", 2)], f"rows_{name}")
+            parts.append(self._region(config, rows, f"stripe_{name}", first + 1 + stripe))
         # The stripes cover every row, so the whole map's maximum is theirs: the map is read once. So is its mean where they
         # are equal; a generalised mean has a power of its own.
-        if pooling == "max":
-            nodes.append(_node("Max", parts, whole))
-        elif pooling == "avg" and height % stripes == 0:
-            nodes.append(_node("Mean", parts, whole))
+        if config.pooling == "max":
+            whole = self._node("Max", parts, f"global_{branch}")
+        elif config.pooling == "avg" and height % stripes == 0:
+            whole = self._node("Mean", parts, f"global_{branch}")
         else:
-            nodes += _pool(pooling, map_name, whole, len(pooled))
-        pooled += [whole, *parts]
-    for name in pooled:
-        nodes.append(_node("Unsqueeze", [name, "feature_axis"], f"{name}_row"))
-    rows_of_all = [f"{name}_row" for name in pooled]
-    if pooling == "gem":
-        nodes += [
-            _node("Concat", rows_of_all, "power_means", axis=0),
-            _constant("vector_axes", [1, 2]),
-            _node("Reciprocal", ["power"], "roots"),
-            _node("Unsqueeze", ["roots", "vector_axes"], "root_of_each"),  # [F, 1, 1]
-            _node("Pow", ["power_means", "root_of_each"], "pooled"),
-        ]
-    else:
-        nodes.append(_node("Concat", rows_of_all, "pooled", axis=0))  # [F, n, C]
-    nodes.append(_node("MatMul", ["pooled", "weight"], "product"))  # [F, n, R]
-    nodes += _neck(neck)
-    nodes += [
-        _node("Transpose", ["reduced"], "by_image", perm=[1, 0, 2]),  # [n, F, R]
-        _node("Reshape", ["by_image", "flat"], "features"),
-    ]
-    inputs = [f"map_{branch}" for branch in range(len(branches))] + ["weight", "bias"]
-    inputs += ["power"] if pooling == "gem" else []
-    inputs += ["scale", "shift"] if neck == "relu_norm" else []
-    return helper.make_function(
-        DOMAIN, NAME, inputs, ["features"], nodes, opset_imports=[helper.make_opsetid("", OPSET)]
-    )
+            whole = self._region(config, source, f"global_{branch}", first)
+        return [whole, *parts]
 
+    def _region(self, config: ModelConfig, rows: str, name: str, feature: int) -> str:
+        """`rows` `[n, C, h, W]` -> `[n, C]`; of the generalised mean all but its root, which all features take at once."""
+        axes = self._integers("map_axes", 2, 3)
+        if config.pooling != "gem":
+            return self._node("ReduceMax" if config.pooling == "max" else "ReduceMean", [rows, axes], name, keepdims=0)
+        number = self._integers(f"feature_{feature}", feature)
+        power = self._node("Gather", ["heads.power", number], f"power_{feature}", axis=0)  # [1]
+        return self._node("ReduceMean", [self._node("Pow", [rows, power], f"{name}_powers"), axes], name, keepdims=0)
 
-def _pool(pooling: Pooling, rows: str, pooled: str, feature: int) -> list[NodeProto]:
-    """`rows` `[n, C, h, W]` -> `pooled` `[n, C]`; of the generalised mean all but its root, which all features take at once."""
-    if pooling == "max":
-        return [_node("ReduceMax", [rows, "map_axes"], pooled, keepdims=0)]
-    if pooling == "avg":
-        return [_node("ReduceMean", [rows, "map_axes"], pooled, keepdims=0)]
-    return [
-        _constant(f"feature_{feature}", [feature]),
-        _node("Gather", ["power", f"feature_{feature}"], f"power_{feature}", axis=0),  # [1]
-        _node("Pow", [rows, f"power_{feature}"], f"{pooled}_powers"),
-        _node("ReduceMean", [f"{pooled}_powers", "map_axes"], pooled, keepdims=0),
-    ]
+    def reduce(self, neck: Neck) -> None:
+        """`POOLED` -> features `[n, F * R]`."""
+        reduced = self._node("MatMul", [POOLED, "heads.weight"], "product")  # [F, n, R]
+        reduced = self._node("Add", [reduced, "heads.bias"], "biased")
+        if neck != "linear":
+            reduced = self._node("Relu", [reduced], "rectified")
+        if neck == "relu_norm":
+            reduced = self._node("Mul", [reduced, "heads.scale"], "scaled")
+            reduced = self._node("Add", [reduced, "heads.shift"], "shifted")
+        by_image = self._node("Transpose", [reduced], "by_image", perm=[1, 0, 2])  # [n, F, R]
+        self._node("Reshape", [by_image, self._integers("flat", 0, -1)], "features")
 
+    def finish(self, dim: int, flip: bool) -> None:
+        """Features -> `embeddings`: the mirror average (section 4.1) and the L2 norm."""
+        features = FEATURES
+        if flip:
+            shape, axis = self._integers("mirror_shape", 2, -1, dim), self._integers("mirror_axis", 0)
+            features = self._node("Reshape", [features, shape], "with_mirror")  # images first, mirrors last
+            features = self._node("ReduceMean", [features, axis], "averaged", keepdims=0)
+        norm = self._node("ReduceL2", [features, self._integers("l2_axis", 1)], "l2", keepdims=1)
+        norm = self._node("Max", [norm, self._floats("l2_epsilon", 1e-12)], "l2_bounded")
+        self.nodes.append(helper.make_node("Div", [features, norm], ["embeddings"], name=f"{PREFIX}embeddings"))
 
-def _neck(neck: Neck) -> list[NodeProto]:
-    """`product` `[F, n, R]` -> `reduced`."""
-    if neck == "linear":
-        return [_node("Add", ["product", "bias"], "reduced")]
-    biased = _node("Add", ["product", "bias"], "biased")
-    if neck == "relu":
-        return [biased, _node("Relu", ["biased"], "reduced")]
-    return [
-        biased,
-        _node("Relu", ["biased"], "rectified"),
-        _node("Mul", ["rectified", "scale"], "scaled"),
-        _node("Add", ["scaled", "shift"], "reduced"),
-    ]
+    def _node(self, operator: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+        name = PREFIX + output
+        self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
+        return name
 
+    def _integers(self, name: str, *values: int) -> str:
+        return self._constant(name, np.array(values, np.int64))
 
-def head_nodes(features: str, dim: int, flip: bool) -> tuple[list[NodeProto], list[TensorProto]]:
-    """The mirror average (section 4.1) and the L2 norm: `features` -> `embeddings`, and the constants they need."""
-    nodes, constants = [], [numpy_helper.from_array(np.array(1e-12, np.float32), "l2_epsilon")]
-    constants.append(numpy_helper.from_array(np.array([1], np.int64), "l2_axes"))
-    if flip:
-        constants += [
-            numpy_helper.from_array(np.array([2, -1, dim], np.int64), "mirror_shape"),
-            numpy_helper.from_array(np.array([0], np.int64), "mirror_axes"),
-        ]
-        nodes += [
-            _node("Reshape", [features, "mirror_shape"], "with_mirror"),  # images first, mirrors last
-            _node("ReduceMean", ["with_mirror", "mirror_axes"], "averaged", keepdims=0),
-        ]
-        features = "averaged"
-    nodes += [
-        _node("ReduceL2", [features, "l2_axes"], "l2", keepdims=1),
-        _node("Max", ["l2", "l2_epsilon"], "l2_bounded"),
-        _node("Div", [features, "l2_bounded"], "embeddings"),
-    ]
-    return nodes, constants
+    def _floats(self, name: str, value: float) -> str:
+        return self._constant(name, np.array(value, np.float32))
 
-
-def _node(operator: str, inputs: Sequence[str], output: str, **attributes: object) -> NodeProto:
-    return helper.make_node(operator, list(inputs), [output], name=f"heads/{output}", **attributes)
-
-
-def _constant(name: str, values: list[int]) -> NodeProto:
-    return helper.make_node("Constant", [], [name], name=f"heads/{name}", value_ints=values)
+    def _constant(self, name: str, values: np.ndarray) -> str:
+        """An initializer: readers of ONNX differ more about `Constant` nodes."""
+        name = PREFIX + name
+        self.constants[name] = numpy_helper.from_array(values, name)
+        return name

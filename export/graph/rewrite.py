@@ -6,28 +6,20 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 
-from mgn_deploy.export.graph import heads
-
-
-def head_call(graph: onnx.ModelProto) -> onnx.NodeProto:
-    """The one call of the heads' function; its inputs begin with the branches' maps."""
-    return next(node for node in graph.graph.node if node.op_type == heads.NAME)
-
-
-def map_names(graph: onnx.ModelProto) -> list[str]:
-    """The branches' last maps, in order."""
-    return [name for name in head_call(graph).input if name.startswith("map_")]
+from mgn_deploy.backends.heads.cut import map_names
 
 
 def trunk_nodes(graph: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """The network's nodes in topological order: from the first convolution's input to the maps."""
+    """The network's nodes in topological order: from the first convolution to the nodes that make the maps."""
+    missing = set(map_names(graph))
     started = False
     for node in graph.graph.node:
-        if node.op_type == heads.NAME:
-            return
         started = started or node.op_type == "Conv"
         if started:
             yield node
+        missing -= {*node.output}
+        if not missing:
+            return
 
 
 def pixels_name(graph: onnx.ModelProto) -> str:

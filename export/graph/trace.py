@@ -1,8 +1,10 @@
 """PyTorch -> one ONNX graph: uint8 `[n, height, width, 3]` RGB in, float32 `[n, dim]` unit rows out.
 
-The trunk (everything up to the branches' last maps) is traced from the model with batch norms folded. The heads are a
-call of the model-local function `mgn_deploy::StripePoolReduce`, the mirror average and the L2 norm are plain operators.
-The three branches' first convolutions stay three `Conv` nodes that read one tensor: TensorRT runs such as one.
+The trunk (everything up to the branches' last maps) is traced from the model with batch norms folded; the heads, the mirror
+average and the L2 norm are composed (`heads.py`). All operators are standard ones, so that any reader of ONNX takes the graph.
+The maps are named `map_0`, `map_1`, ... and listed in `metadata_props`, where a GPU engine may cut the graph
+(`mgn_deploy/backends/heads/cut.py`). The branches' first convolutions stay `Conv` nodes that read one tensor: TensorRT runs
+such convolutions as one.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
+from mgn_deploy.backends.heads.cut import FEATURE_MAPS, MIRROR_AVERAGE
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.export.graph import heads
+from mgn_deploy.export.graph.heads import OPSET, head_nodes
 from mgn_deploy.train.model import MGN, Embedding, fold_batch_norms
 
-# IR version 10 is what opset 18 tools of 2024 and later read; model-local functions need 8.
+# What tools of 2024 and later read; opset 18 needs 8.
 IR_VERSION = 10
 
 
@@ -34,28 +37,19 @@ def build_graph(model: MGN, flip: bool = True) -> onnx.ModelProto:
     config = model.config
     folded = fold_batch_norms(model)
     graph = _trace_trunk(Embedding(folded, flip), config)
-    heights = [_static_dims(output)[2] for output in graph.graph.output]
     maps = [output.name for output in graph.graph.output]
+    heights = [output.type.tensor_type.shape.dim[2].dim_value for output in graph.graph.output]
 
-    tensors = _head_tensors(folded)
-    nodes, constants = heads.head_nodes("features", config.dim, flip)
-    call = helper.make_node(
-        heads.NAME,
-        [*maps, *tensors],
-        ["features"],
-        domain=heads.DOMAIN,
-        name="heads/StripePoolReduce",
-    )
-    graph.graph.node.extend([call, *nodes])
-    graph.graph.initializer.extend(
-        [*(numpy_helper.from_array(array, name) for name, array in tensors.items()), *constants]
-    )
+    nodes, constants = head_nodes(config, heights, flip)
+    graph.graph.node.extend(nodes)
+    weights = [numpy_helper.from_array(values, name) for name, values in _head_tensors(folded).items()]
+    graph.graph.initializer.extend([*weights, *constants])
     del graph.graph.output[:]
     graph.graph.output.append(
         helper.make_tensor_value_info("embeddings", onnx.TensorProto.FLOAT, ["batch", config.dim])
     )
-    graph.functions.append(heads.stripe_pool_reduce(config.branches, heights, config.pooling, config.neck))
-    graph.opset_import.append(helper.make_opsetid(heads.DOMAIN, 1))
+    graph.metadata_props.add(key=FEATURE_MAPS, value=",".join(maps))
+    graph.metadata_props.add(key=MIRROR_AVERAGE, value=str(flip).lower())
     graph.ir_version = IR_VERSION
     graph.producer_name, graph.producer_version = "mgn-deploy", ""
     onnx.checker.check_model(graph, full_check=True)
@@ -81,7 +75,7 @@ def _trace_trunk(embedding: Embedding, config: ModelConfig) -> onnx.ModelProto:
             (images,),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},),
-            opset_version=heads.OPSET,
+            opset_version=OPSET,
             input_names=["images"],
             output_names=[f"map_{branch}" for branch in range(len(config.branches))],
             verbose=False,
@@ -93,7 +87,7 @@ def _trace_trunk(embedding: Embedding, config: ModelConfig) -> onnx.ModelProto:
 
 
 def _head_tensors(folded: MGN) -> dict[str, np.ndarray]:
-    """What the heads' function takes beside the maps, in its order; the reductions of all branches stacked."""
+    """The heads' weights by their names in the graph; the reductions of all branches are stacked."""
     reductions = [reduction for branch in folded.branches for reduction in branch.reductions]
     tensors = {
         "heads.weight": torch.stack([reduction[0].weight.flatten(1).T for reduction in reductions]),
@@ -108,10 +102,6 @@ def _head_tensors(folded: MGN) -> dict[str, np.ndarray]:
         tensors["heads.scale"] = torch.stack([scale[None] for scale in scales])
         tensors["heads.shift"] = torch.stack([shift[None] for shift in shifts])
     return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
-
-
-def _static_dims(value: onnx.ValueInfoProto) -> list[int]:
-    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
 def _strip_debug_information(graph: onnx.ModelProto) -> None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import onnx
 
 from mgn_deploy.backends.base import Backend
-from mgn_deploy.backends.registry import backend_module
-from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.manifest import Manifest, Quantisation
+from mgn_deploy.backends.registry import ENGINES
+from mgn_deploy.bundle.manifest import Quantisation
+from mgn_deploy.config import ModelConfig
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun
-from mgn_deploy.export.precision import quantise
 from mgn_deploy.export.precision.calibration_images import CalibrationImages
 from mgn_deploy.export.precision.half import to_half
 from mgn_deploy.export.precision.int8 import Drop, agreement_drop, build_int8
@@ -28,34 +24,6 @@ from mgn_deploy.retrieval.validate import validate
 _log = logging.getLogger("mgn_deploy")
 
 RANGE_IMAGES = 64
-
-
-class Int8Engine(NamedTuple):
-    """Where Q/DQ pairs stand for an engine, the backend that runs the candidates, and the backends that are proven with the graph."""
-
-    placement: quantise.Placement
-    runner: str
-    backends: tuple[str, ...]
-
-
-# Candidates of TensorRT's graphs run by ONNX Runtime on the CPU, which takes them, too. No graph is for `onnxruntime_cuda`: that
-# provider has no integer convolutions, and would round around float32 ones.
-ENGINES = {
-    "openvino": Int8Engine(quantise.OPENVINO, "openvino", ("openvino",)),
-    "onnxruntime": Int8Engine(quantise.ONNXRUNTIME, "onnxruntime", ("onnxruntime",)),
-    "tensorrt": Int8Engine(quantise.TENSORRT, "onnxruntime", ("tensorrt", "tensorrt_rtx", "onnxruntime")),
-    "tensorrt-rtx": Int8Engine(quantise.TENSORRT_RTX, "onnxruntime", ("tensorrt", "tensorrt_rtx", "onnxruntime")),
-}
-
-
-@dataclass(frozen=True)
-class GraphInMemory(Bundle):
-    """A bundle whose graph is not on disk yet: for candidates."""
-
-    graph: bytes
-
-    def read(self, name: str) -> bytes:
-        return self.graph
 
 
 def to_half_precision(graph: onnx.ModelProto, precision: str, crops: np.ndarray) -> onnx.ModelProto:
@@ -70,40 +38,42 @@ def to_half_precision(graph: onnx.ModelProto, precision: str, crops: np.ndarray)
 def to_int8(
     graph: onnx.ModelProto,
     plain: onnx.ModelProto,
-    manifest: Manifest,
+    config: ModelConfig,
     engine: str,
     images: CalibrationImages,
     budget_crops: np.ndarray,
     data: Dataset | None,
     max_drop: float,
 ) -> tuple[onnx.ModelProto, Quantisation]:
-    """The INT8 graph for an engine within the accuracy budget.
+    """Make the INT8 graph for an engine within the accuracy budget.
 
     Args:
         graph: float32, of the bundle.
         plain: the same without the mirror average.
-        manifest: the bundle's, for the model's input size.
-        engine: one of `ENGINES`.
+        config: of the model.
+        engine: one with a placement in the table of engines.
         images: to calibrate on.
-        budget_crops: where there is no `data`, top-10 agreement on these is what the budget is about.
+        budget_crops: uint8 `[n, height, width, 3]`: without `data` the budget is about top-10 agreement on these.
         data: labelled queries and gallery: the budget is about their mAP.
         max_drop: points.
 
     Raises:
-        CannotRun: the engine, or ONNX Runtime in TensorRT's place, is not installed.
+        CannotRun: the engine that runs the candidates is not installed.
         UserError: the budget cannot be kept.
     """
-    placement, runner, _ = ENGINES[engine]
-    module = backend_module(runner)
-    reason = module.missing()
+    row = ENGINES[engine]
+    assert row.placement is not None
+    runner = ENGINES[row.calibrated_by].load()
+    reason = runner.missing()
     if reason:
-        raise CannotRun(f"INT8 for {engine} is calibrated with {runner}: {reason}")
+        raise CannotRun(f"INT8 for {engine} is calibrated with {row.calibrated_by}: {reason}")
 
     def open_graph(model: onnx.ModelProto) -> Backend:
-        return module.open_engine(GraphInMemory(Path(), manifest, model.SerializeToString()))
+        return runner.open_graph(model.SerializeToString(), config)
 
-    drop = _map_drop(data, manifest, open_graph(graph)) if data else _agreement_drop(budget_crops, open_graph(graph))
-    made = build_int8(graph, plain, images.crops, placement, open_graph, drop, max_drop)
+    reference = open_graph(graph)
+    drop = _map_drop(data, config, reference) if data else _agreement_drop(budget_crops, reference)
+    made = build_int8(graph, plain, images.crops, row.placement, open_graph, drop, max_drop)
     drop_of = "mAP" if data else "top-10 agreement"
     _log.info(
         f"INT8 by {made.method}: {made.drop:.2f} points of {drop_of} lost, {len(made.in_float)} blocks left in float"
@@ -127,12 +97,11 @@ def _agreement_drop(crops: np.ndarray, reference: Backend) -> Drop:
     return agreement_drop(crops, run_in_batches(reference, crops))
 
 
-def _map_drop(data: Dataset, manifest: Manifest, reference: Backend) -> Drop:
+def _map_drop(data: Dataset, config: ModelConfig, reference: Backend) -> Drop:
     """Points of mAP that an engine loses against the float32 graph on the same engine."""
-    bundle = GraphInMemory(data.root, manifest, b"")
 
     def mean_ap(engine: Backend) -> float:
-        return validate(data, Embedder(bundle, engine), None).measured.mAP
+        return validate(data, Embedder(engine, config), None).measured.mAP
 
     before = mean_ap(reference)
     return lambda engine: 100 * (before - mean_ap(engine))

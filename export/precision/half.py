@@ -1,8 +1,9 @@
 """Float32 graph -> float16 or bfloat16 graph, with casts in the graph: TensorRT 11 knows no precision flag.
 
 In half precision: the convolutions with their ReLUs, additions and pools, and so the maps. In float32: the pixels'
-normalisation, instance norms, Q/DQ pairs, the heads from the pooled vectors on, the mirror average and the L2 norm, every node
-whose values would overflow, and all maps where one of them would: the fused heads take maps of one type.
+normalisation, instance norms, Q/DQ pairs, the heads from the pooled vectors on (from the maps on where they are averaged), the
+mirror average and the L2 norm, every node whose values would overflow, and all maps where one of them would: fused heads take
+maps of one type.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import onnx
 import onnx.shape_inference
 from onnx import TensorProto, helper, numpy_helper
 
-from mgn_deploy.export.graph import heads
-from mgn_deploy.export.graph.rewrite import map_names, trunk_nodes, with_nodes
+from mgn_deploy.backends.heads.cut import map_names
+from mgn_deploy.export.graph.heads import PREFIX
+from mgn_deploy.export.graph.rewrite import trunk_nodes, with_nodes
 from mgn_deploy.export.precision.ranges import TensorRange
 
 LARGEST_FLOAT16 = 65504.0
@@ -43,20 +45,23 @@ def to_half(
     half_maps = precision == "bf16" or not _too_large(ranges) & {*map_names(graph)}
     rewriter = _Rewriter(graph, TYPES[precision])
     zone = {node.name for node in trunk_nodes(graph)}
+    # Maxima are exact in half precision, sums are not.
+    pooled_in_half = half_maps and any(node.op_type == "ReduceMax" for node in graph.graph.node)
     for node in graph.graph.node:
-        if node.op_type == heads.NAME:
-            rewriter.add(node, TYPES[precision] if half_maps else TensorProto.FLOAT, only=map_names(graph))
-        elif node.name in zone:
+        if node.name in zone:
             float32 = node.name in overflowing or node.op_type in FLOAT32_OPERATORS
             rewriter.add(node, TensorProto.FLOAT if float32 else TYPES[precision])
+            for name in {*node.output} & {*map_names(graph)} if not half_maps and not float32 else ():
+                rewriter.widen(name)
+        elif node.name.startswith(PREFIX):
+            pooled_in_half = pooled_in_half and node.op_type != "MatMul"
+            rewriter.add(node, TYPES[precision] if pooled_in_half else TensorProto.FLOAT)
         else:
             rewriter.nodes.append(node)
     result = rewriter.result()
-    if half_maps:
-        _sum_in_float32(result.functions[0])
     if precision == "bf16":
-        for imported in [*result.opset_import, *result.functions[0].opset_import]:
-            imported.version = BFLOAT16_OPSET if imported.domain == "" else imported.version
+        for imported in result.opset_import:
+            imported.version = BFLOAT16_OPSET
     onnx.checker.check_model(result, full_check=True)
     return result, overflowing
 
@@ -83,31 +88,6 @@ def _too_large(ranges: Mapping[str, TensorRange]) -> set[str]:
     return {name for name, one in ranges.items() if one.largest > LIMIT}
 
 
-def _sum_in_float32(function: onnx.FunctionProto) -> None:
-    """Cast inside the heads: the pooled vectors where pooling is the maximum, which half precision does exactly; else the maps."""
-    maxima = any(node.op_type == "ReduceMax" for node in function.node)
-    narrow = ["pooled"] if maxima else [name for name in function.input if name.startswith("map_")]
-    nodes = []
-    for name in narrow if not maxima else []:
-        nodes.append(_cast(name, f"{name}_float"))
-    for node in function.node:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        if maxima and list(node.output) == narrow:
-            copy.output[0] = "pooled_half"
-            nodes += [copy, _cast("pooled_half", "pooled")]
-            continue
-        if not maxima:
-            copy.input[:] = [f"{name}_float" if name in narrow else name for name in node.input]
-        nodes.append(copy)
-    del function.node[:]
-    function.node.extend(nodes)
-
-
-def _cast(name: str, output: str) -> onnx.NodeProto:
-    return helper.make_node("Cast", [name], [output], name=f"heads/cast_{output}", to=TensorProto.FLOAT)
-
-
 class _Rewriter:
     """Collects nodes whose float inputs are cast to a wanted type; each tensor is cast once, constants are converted."""
 
@@ -119,17 +99,23 @@ class _Rewriter:
         }
         self.nodes: list[onnx.NodeProto] = []
 
-    def add(self, node: onnx.NodeProto, wanted: int, only: list[str] | None = None) -> None:
-        """Append the node with its float inputs (or `only` some of them) in the wanted type; its outputs are of that type."""
+    def add(self, node: onnx.NodeProto, wanted: int) -> None:
+        """Append the node with its float inputs in the wanted type; its outputs are of that type."""
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         for index, name in enumerate(node.input):
             integer = name in self._constants and name not in self._types
-            if name and not integer and (only is None or name in only):
+            if name and not integer:
                 copy.input[index] = self._in_type(name, wanted)
-        if only is None:
-            self._types.update(dict.fromkeys(node.output, wanted))
+        self._types.update(dict.fromkeys(node.output, wanted))
         self.nodes.append(copy)
+
+    def widen(self, name: str) -> None:
+        """Make the last node's output float32 under its own name."""
+        half = f"{name}/half"
+        self.nodes[-1].output[:] = [half if output == name else output for output in self.nodes[-1].output]
+        self.nodes.append(helper.make_node("Cast", [half], [name], name=f"cast/{name}", to=TensorProto.FLOAT))
+        self._types.update({half: self._half, name: TensorProto.FLOAT})
 
     def _in_type(self, name: str, wanted: int) -> str:
         if self._types.get(name, TensorProto.FLOAT) == wanted:

@@ -1,6 +1,6 @@
 """Float32 graph -> INT8 graph by explicit QuantizeLinear / DequantizeLinear pairs around the convolutions.
 
-Four placements, because the engines' integer kernels differ:
+The engines' integer kernels differ, and so do the placements in the table of engines (`mgn_deploy/backends/registry.py`):
 
     TENSORRT      int8 activations, zero point 0 (its parser takes no other); of a residual addition only the skip side is
                   quantised, so that the convolution on the other side takes the addition into its own kernel
@@ -19,31 +19,15 @@ float32.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from mgn_deploy.backends.registry import Placement
 from mgn_deploy.export.graph.rewrite import group_of, trunk_nodes, with_nodes
 from mgn_deploy.export.precision.half import LIMIT, to_half
 from mgn_deploy.export.precision.ranges import TensorRange
-
-
-@dataclass(frozen=True)
-class Placement:
-    unsigned: bool  # uint8 activations
-    weight_levels: int  # the integer that a channel's largest weight maps to
-    sides: int  # of a residual addition that are quantised: the skip side first
-    integer_bias: bool = False
-    one_scale: bool = False  # a weight, and the channels' shares of it after the convolution
-    half: bool = False  # float16 where there is no int8
-
-
-TENSORRT = Placement(unsigned=False, weight_levels=127, sides=1)
-TENSORRT_RTX = Placement(unsigned=False, weight_levels=127, sides=0, one_scale=True, half=True)
-OPENVINO = Placement(unsigned=True, weight_levels=127, sides=1)
-ONNXRUNTIME = Placement(unsigned=True, weight_levels=63, sides=2, integer_bias=True)
 
 
 def conv_groups(graph: onnx.ModelProto) -> list[str]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnx.inliner
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.export.graph.rewrite import tensor_names_between
@@ -75,7 +74,6 @@ def _run(graph: onnx.ModelProto, names: Sequence[str], crops: np.ndarray) -> Ite
 
     exposed = onnx.ModelProto()
     exposed.CopyFrom(graph)
-    exposed = onnx.inliner.inline_local_functions(exposed)
     del exposed.graph.output[:]
     exposed.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     options = onnxruntime.SessionOptions()

@@ -15,7 +15,6 @@ from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.export.proof.agreement import BATCH, cosines, run_in_batches, top_agreement
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
-from mgn_deploy.machine import place
 from mgn_deploy.retrieval.ranking import RankingMetrics
 
 MOST_IMAGES = 256
@@ -62,7 +61,7 @@ def prove(
 ) -> Proof:
     """Compare a backend with the reference's embeddings `[n, dim]` of the same crops `[n, height, width, 3]`."""
     embeddings = run_in_batches(backend, crops)
-    drift = batch_drift(backend, crops, embeddings, sorted({*BATCHES, *getattr(backend, "profile", ())}))
+    drift = batch_drift(backend, crops, embeddings, sorted({*BATCHES, *(backend.batch_limits or ())}))
     finite = bool(np.isfinite(embeddings).all() and np.isfinite(drift))
     cosine = cosines(embeddings, reference) if finite else np.zeros(len(reference))
     agreement = top_agreement(embeddings, reference, NEIGHBOURS) if finite else 0.0
@@ -90,7 +89,8 @@ def prove(
         passed=not misses,
         misses=misses,
         backend_version=backend.version,
-        machine=place(backend.device),
+        hardware=backend.hardware,
+        fused_heads=backend.fused_heads,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
 

@@ -9,17 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mgn_deploy.backends.registry import ORDER, backend_module
+from mgn_deploy.backends.base import Backend
+from mgn_deploy.backends.registry import ENGINES, Engine
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.manifest import Proof, Quantisation, write_manifest
+from mgn_deploy.bundle.manifest import Manifest, Proof, Quantisation, write_manifest
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.datasets.drawn import draw_people
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
-from mgn_deploy.export.precision.convert import ENGINES
 from mgn_deploy.export.proof.agreement import run_in_batches
 from mgn_deploy.export.proof.proof import add_ranking, proof_crops, prove, with_ranking
 from mgn_deploy.images.decode import read_crop
+from mgn_deploy.retrieval.ranking import RankingMetrics
 from mgn_deploy.retrieval.validate import validate
 
 _log = logging.getLogger("mgn_deploy")
@@ -40,6 +41,7 @@ def prove_again(
     *,
     proof_images: str | os.PathLike[str] | None = None,
     data: Dataset | None = None,
+    fused_heads: bool = False,
 ) -> dict[str, Proof]:
     """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
 
@@ -50,6 +52,7 @@ def prove_again(
         folder: a bundle with its reference weights.
         proof_images: folder of images to prove on; without it, on drawn people.
         data: labelled queries and gallery: each proof also has their rank-1 and mAP.
+        fused_heads: engines on a GPU run the heads as the stripe-pool-reduce kernel.
 
     Raises:
         CannotRun: PyTorch is not installed, or the bundle was exported with --no-reference.
@@ -57,11 +60,13 @@ def prove_again(
     """
     bundle = Bundle.open(folder)
     pixels = proof_pixels(proof_images, bundle.config.height, bundle.config.width)
-    made = prove_backends(bundle, pixels, data)
+    made = prove_backends(bundle, pixels, data, fused_heads=fused_heads)
     for name, proof in made.items():
         before = bundle.manifest.proofs.get(name)
         if before and before.ranking and not proof.ranking:
-            _log.info(f"{name}: the ranking of {before.ranking.data} stays as it was measured; --data measures it anew")
+            _log.info(
+                f"{name}: the ranking of {before.ranking.data} stays as it was measured; --data measures it again"
+            )
             allowed = allowed_map(bundle.manifest.quantisation)
             made[name] = with_ranking(proof, before.ranking, bundle.manifest.precision, allowed)
     proofs = {**bundle.manifest.proofs, **made}
@@ -83,54 +88,72 @@ def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int)
     return ProofPixels(np.stack(people), "drawn people", True)
 
 
-def prove_backends(bundle: Bundle, pixels: ProofPixels, data: Dataset | None) -> dict[str, Proof]:
-    """A proof for each backend that runs here; the reference is PyTorch with the source weights, batch norms not folded."""
-    manifest, quantisation = bundle.manifest, bundle.manifest.quantisation
+def prove_backends(
+    bundle: Bundle, pixels: ProofPixels, data: Dataset | None, *, fused_heads: bool = False
+) -> dict[str, Proof]:
+    """Make a proof for each backend that runs here; the reference is PyTorch with the source weights, batch norms not folded.
+
+    Raises:
+        UserError: the reference's embeddings are not finite, or no engine besides it runs the bundle here.
+    """
     _log.info(f"embedding {len(pixels.crops)} images of {pixels.source} with the PyTorch reference")
-    reference_backend = backend_module("torch").open_engine(bundle)
+    reference_backend = ENGINES["torch"].load().open(bundle)
     reference = run_in_batches(reference_backend, pixels.crops)
     if not np.isfinite(reference).all():
-        raise UserError("PyTorch's own embeddings with these weights are not finite: train them anew")
+        raise UserError("PyTorch's own embeddings with these weights are not finite: train them again")
     ranked = None
     if data:
         _log.info(f"ranking {len(data.query)} queries in {len(data.gallery)} gallery images with the PyTorch reference")
-        ranked = validate(data, Embedder(bundle, reference_backend), None).measured
+        ranked = validate(data, Embedder(reference_backend, bundle.config), None).measured
     proofs: dict[str, Proof] = {}
     failed: list[str] = []
-    for name in ORDER:
-        module = backend_module(name)
-        reason = module.missing()
+    for row in _candidates(bundle.manifest):
+        reason = row.load().missing()
         if reason:
-            _log.info(f"no proof for {name}: {reason}")
+            _log.info(f"no proof for {row.name}: {reason}")
             continue
-        if quantisation is not None and name not in ENGINES[quantisation.engine].backends:
-            continue  # the graph is not for it
-        if name == "torch" and manifest.precision != "fp32":
-            continue  # it runs the float32 weights, which are not what this bundle is
-        _log.info(f"proving {name} on them")
+        _log.info(f"proving {row.name} on them")
         try:
-            backend = reference_backend if name == "torch" else module.open_engine(bundle)
-            proof = prove(
-                backend,
-                pixels.crops,
-                reference,
-                manifest.precision,
-                image_source=pixels.source,
-                drawn=pixels.drawn,
+            backend = (
+                reference_backend
+                if row.name == "torch"
+                else row.load().open(bundle, fused_heads=fused_heads and row.fused_heads)
             )
-            if data and ranked:
-                measured = ranked if name == "torch" else validate(data, Embedder(bundle, backend), None).measured
-                proof = add_ranking(proof, measured, ranked, data, manifest.precision, allowed_map(quantisation))
+            proofs[row.name] = _prove_one(bundle, backend, pixels, reference, data, ranked)
         except UserError as error:  # as where a GPU's memory is full: the other backends' proofs are worth having
-            _log.info(f"no proof for {name}: {error}")
-            failed.append(f"{name}: {error}")
-            continue
-        proofs[name] = proof
-    if not set(proofs) - {"torch"} and failed:
-        raise UserError(f"no engine that is installed here runs {bundle.folder}. " + " | ".join(failed))
+            _log.warning(f"no proof for {row.name}: {error}")
+            failed.append(f"{row.name}: {error}")
     if not set(proofs) - {"torch"}:
+        if failed:
+            raise UserError(f"no engine that is installed here runs {bundle.folder}. " + " | ".join(failed))
         raise UserError("no engine is installed to prove the graph with: pip install 'mgn-deploy[cpu]'")
     return proofs
+
+
+def _candidates(manifest: Manifest) -> list[Engine]:
+    """The engines that a bundle is for. PyTorch runs the float32 weights, which a bundle of less precision is not."""
+    rows = list(ENGINES.values())
+    if manifest.quantisation is not None:
+        return [row for row in rows if manifest.quantisation.engine in row.int8_for]
+    return [row for row in rows if row.name != "torch" or manifest.precision == "fp32"]
+
+
+def _prove_one(
+    bundle: Bundle,
+    backend: Backend,
+    pixels: ProofPixels,
+    reference: np.ndarray,
+    data: Dataset | None,
+    ranked: RankingMetrics | None,
+) -> Proof:
+    """One backend's proof, with its ranking of `data` beside the reference's, `ranked`."""
+    manifest = bundle.manifest
+    proof = prove(backend, pixels.crops, reference, manifest.precision, image_source=pixels.source, drawn=pixels.drawn)
+    if not data or not ranked:
+        return proof
+    is_reference = backend.name == "torch"
+    measured = ranked if is_reference else validate(data, Embedder(backend, bundle.config), None).measured
+    return add_ranking(proof, measured, ranked, data, manifest.precision, allowed_map(manifest.quantisation))
 
 
 def allowed_map(quantisation: Quantisation | None) -> float:

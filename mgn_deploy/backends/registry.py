@@ -1,98 +1,170 @@
-"""The engines that can run a bundle, one small file each.
+"""The table of engines.
 
-To add one: write `backends/NAME.py` with `missing()` and `open_engine(bundle)` as below, and put NAME into `ORDER`.
-Nothing else in the project knows an engine's name.
+Everything that lists engines follows from `ENGINES`: the order of `auto`, `--backend` and `--engine`, `doctor`, INT8
+placements, which options go with which engine, and the README's table. To add one, write its backend (`base.py`) and its row.
 """
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mgn_deploy.backends.base import Backend, BackendModule
-from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.machine import place
+from mgn_deploy.errors import UserError
 
-# What `auto` tries: GPUs, whose order is not measured yet, then the CPU: in float32 OpenVINO and ONNX Runtime are within a tenth of each other
-# with the full model, in int8 OpenVINO was ahead with the small one (README, Figures).
-ORDER = ("tensorrt", "tensorrt_rtx", "onnxruntime_cuda", "openvino", "onnxruntime", "torch")
+if TYPE_CHECKING:  # the command line's help reads this table: nothing heavy is imported for it
+    from mgn_deploy.backends.base import Backend
+    from mgn_deploy.bundle.manifest import Precision
 
 
-MODULES = {
-    "tensorrt": "mgn_deploy.backends.tensorrt.runner",
-    "tensorrt_rtx": "mgn_deploy.backends.tensorrt_rtx",
-    "onnxruntime_cuda": "mgn_deploy.backends.onnxruntime.cuda",
-    "openvino": "mgn_deploy.backends.openvino",
-    "onnxruntime": "mgn_deploy.backends.onnxruntime.cpu",
-    "torch": "mgn_deploy.backends.torch",
-}
-_log = logging.getLogger("mgn_deploy")
+@dataclass(frozen=True)
+class Placement:
+    """Where an engine's INT8 graph has its Q/DQ pairs, and of which integers (`export/precision/quantise.py`)."""
+
+    unsigned: bool  # uint8 activations
+    weight_levels: int  # the integer that a channel's largest weight maps to
+    sides: int  # of a residual addition that are quantised: the skip side first
+    integer_bias: bool = False
+    one_scale: bool = False  # a weight, and the channels' shares of it after the convolution
+    half: bool = False  # float16 where there is no int8
 
 
-def backend_module(name: str) -> BackendModule:
-    """The module of a backend by name.
+@dataclass(frozen=True)
+class Engine:
+    """One row of the table.
+
+    `backend` is "module:class". `package` is imported as that name; `distributions` may have installed it, and `extra` does.
+    `int8_for` names the engines whose INT8 graphs it runs; `placement` is that of its own INT8 graph, which `calibrated_by`
+    runs during the export. `plan_options` are the fields of `ExportOptions` that bear on the plans that it builds.
+    """
+
+    name: str
+    title: str
+    backend: str
+    package: str
+    distributions: tuple[str, ...]
+    extra: str
+    device: str
+    precisions: tuple[Precision, ...]
+    status: str
+    int8_for: tuple[str, ...] = ()
+    placement: Placement | None = None
+    calibrated_by: str = ""
+    plan_options: tuple[str, ...] = ()
+    fused_heads: bool = False
+
+    @property
+    def builds_plans(self) -> bool:
+        return bool(self.plan_options)
+
+    def load(self) -> type[Backend]:
+        """Import the backend's class; its engine is imported by `missing` and `open`."""
+        module, _, name = self.backend.partition(":")
+        backend: type[Backend] = getattr(import_module(module), name)
+        return backend
+
+
+MEASURED = "measured on CPUs"
+COMPILED = "built and compiled, not yet run on a card"
+_FOLDER = "mgn_deploy.backends"
+
+# In the order in which `auto` tries them: GPUs first, then OpenVINO, which is ahead of ONNX Runtime in INT8 (benchmarks).
+_ROWS = (
+    Engine(
+        name="tensorrt",
+        title="TensorRT",
+        backend=f"{_FOLDER}.tensorrt.runner:TensorRtBackend",
+        package="tensorrt",
+        distributions=("tensorrt",),
+        extra="tensorrt",
+        device="NVIDIA GPU",
+        precisions=("fp32", "fp16", "bf16", "int8"),
+        status="compiles against its API, not yet run on a card",
+        int8_for=("tensorrt", "tensorrt-rtx"),
+        placement=Placement(unsigned=False, weight_levels=127, sides=1),
+        # ONNX Runtime on the CPU takes TensorRT's graphs too.
+        calibrated_by="onnxruntime",
+        plan_options=("batch", "workspace", "version_compatible", "hardware_compatible", "cache", "fused_heads"),
+        fused_heads=True,
+    ),
+    Engine(
+        name="tensorrt-rtx",
+        title="TensorRT-RTX",
+        backend=f"{_FOLDER}.tensorrt.runner:TensorRtRtxBackend",
+        package="tensorrt_rtx",
+        distributions=("tensorrt-rtx-cu13", "tensorrt-rtx"),
+        extra="tensorrt-rtx",
+        device="NVIDIA GPU",
+        precisions=("fp32", "fp16", "bf16", "int8"),
+        status=COMPILED,
+        int8_for=("tensorrt", "tensorrt-rtx"),
+        placement=Placement(unsigned=False, weight_levels=127, sides=0, one_scale=True, half=True),
+        calibrated_by="onnxruntime",
+        plan_options=("batch", "compute_capabilities", "workspace", "cache", "fused_heads"),
+        fused_heads=True,
+    ),
+    Engine(
+        name="onnxruntime-cuda",
+        title="ONNX Runtime, CUDA provider",
+        backend=f"{_FOLDER}.onnxruntime.cuda:OnnxRuntimeCudaBackend",
+        package="onnxruntime",
+        distributions=("onnxruntime-gpu",),
+        extra="gpu",
+        device="NVIDIA GPU",
+        precisions=("fp32", "fp16"),  # the provider has no integer convolutions, and would round around float32 ones
+        status="not yet run on a card",
+        fused_heads=True,
+    ),
+    Engine(
+        name="openvino",
+        title="OpenVINO",
+        backend=f"{_FOLDER}.openvino:OpenVinoBackend",
+        package="openvino",
+        distributions=("openvino",),
+        extra="cpu",
+        device="CPU",
+        precisions=("fp32", "fp16", "bf16", "int8"),
+        status=MEASURED,
+        int8_for=("openvino",),
+        placement=Placement(unsigned=True, weight_levels=127, sides=1),
+        calibrated_by="openvino",
+    ),
+    Engine(
+        name="onnxruntime",
+        title="ONNX Runtime",
+        backend=f"{_FOLDER}.onnxruntime.cpu:OnnxRuntimeBackend",
+        package="onnxruntime",
+        distributions=("onnxruntime", "onnxruntime-gpu"),
+        extra="cpu",
+        device="CPU",
+        precisions=("fp32", "fp16", "int8"),
+        status=MEASURED,
+        int8_for=("onnxruntime", "tensorrt", "tensorrt-rtx"),
+        placement=Placement(unsigned=True, weight_levels=63, sides=2, integer_bias=True),
+        calibrated_by="onnxruntime",
+    ),
+    Engine(
+        name="torch",
+        title="PyTorch eager, the reference",
+        backend=f"{_FOLDER}.torch:TorchBackend",
+        package="torch",
+        distributions=("torch",),
+        extra="train",
+        device="CPU or NVIDIA GPU",
+        precisions=("fp32",),
+        status=MEASURED,
+    ),
+)
+ENGINES: dict[str, Engine] = {row.name: row for row in _ROWS}
+EXPORT_ENGINES = tuple(row.name for row in _ROWS if row.placement)  # what `export --engine` takes
+
+
+def engine_row(name: str) -> Engine:
+    """The row of a name.
 
     Raises:
-        UserError: no such backend.
+        UserError: there is no such engine.
     """
-    if name not in ORDER:
-        raise UserError(f"no backend {name!r}: choose auto, {', '.join(ORDER)}")
-    module: Any = import_module(MODULES[name])
-    return module
-
-
-def open_backend(bundle: Bundle, name: str = "auto", *, allow_unproven: bool = False) -> Backend:
-    """Open a bundle with the named backend ("-" is as good as "_"), or with the first of `ORDER` that is installed and proven.
-
-    Raises:
-        CannotRun: the backend is not installed, or the bundle has no passed proof for it and `allow_unproven` is False.
-        UserError: no such backend, or the bundle's files are not what was exported: no other backend is tried then.
-    """
-    if name != "auto":
-        return _open(bundle, name.replace("-", "_"), allow_unproven)
-    reasons = []
-    for candidate in ORDER:
-        try:
-            return _open(bundle, candidate, allow_unproven)
-        except ProvenElsewhere as error:  # or a GPU would stand idle, and nobody would know why
-            _log.warning(f"{error}; trying the next backend")
-            reasons.append(f"{candidate}: {error}")
-        except CannotRun as error:
-            reasons.append(f"{candidate}: {error}")
-    raise CannotRun(f"no backend can run {bundle.folder}. " + " | ".join(reasons))
-
-
-def _open(bundle: Bundle, name: str, allow_unproven: bool) -> Backend:
-    module = backend_module(name)
-    if not allow_unproven:
-        bundle.require_proof(name)
-    reason = module.missing()
-    if reason:
-        raise CannotRun(f"backend {name} cannot run here: {reason}")
-    engine = module.open_engine(bundle)
-    if not allow_unproven:
-        compare_places(bundle, name, engine)
-    return engine
-
-
-class ProvenElsewhere(CannotRun):
-    """An engine that was compiled here and proven somewhere else: it is another engine."""
-
-
-def compare_places(bundle: Bundle, name: str, engine: Backend) -> None:
-    """With where the engine was proven. Compiled for another GPU or by another release it is refused, else warned of."""
-    proof = bundle.manifest.proofs[name]
-    compiled = hasattr(engine, "profile")
-    here = engine.device if compiled else place(engine.device)
-    same_place = proof.machine.endswith(f", {here})") if compiled else proof.machine == here
-    if same_place and proof.backend_version == engine.version:
-        return
-    there = f"{name} {proof.backend_version} on {proof.machine}"
-    sentence = f"{bundle.folder} was proven with {there} and this is {engine.version} on {here}"
-    if compiled:
-        raise ProvenElsewhere(
-            f"{sentence}: `mgn-deploy prove {bundle.folder}` proves it here, or pass --allow-unproven"
-        )
-    _log.warning(f"{sentence}: `mgn-deploy prove {bundle.folder}` would prove it here")
+    if name not in ENGINES:
+        raise UserError(f"no backend {name!r}: choose auto, {', '.join(ENGINES)}")
+    return ENGINES[name]

@@ -2,9 +2,8 @@
 
     BUNDLE/manifest.json            what the model is, its input, precision, the hash of every file, the proofs
     BUNDLE/manifest.sha256          the manifest's own hash, as `sha256sum -c manifest.sha256` checks it
-    BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows; with fused heads -> the maps
-    BUNDLE/heads.npz                with fused heads: their numbers (`fused_heads.py`)
-    BUNDLE/NAME.plan, NAME.layers.json    TensorRT plans and their layer tables, where they were built
+    BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows
+    BUNDLE/NAME.plan, NAME.layers.txt     TensorRT plans and their layer tables, where they were built
     BUNDLE/reference.safetensors    the PyTorch weights (left out by --no-reference): torch backend, `validate`
 
 A file's bytes are compared with the manifest before any parser sees them.

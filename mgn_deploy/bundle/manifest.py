@@ -13,29 +13,15 @@ from mgn_deploy.bundle.engine_entry import EngineEntry
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
+from mgn_deploy.machine import Hardware
 
-SCHEMA_VERSION = 1
-
-
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-
-
 MANIFEST_HASH = "manifest.sha256"
-
-
 GRAPH = "graph.onnx"
-
-
-HEADS = "heads.npz"
-
-
 REFERENCE = "reference.safetensors"
 
-
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-
-
-Heads = Literal["plain", "fused"]
 
 
 class _Strict(BaseModel):
@@ -80,7 +66,8 @@ class Proof(_Strict):
     passed: bool
     misses: list[str]
     backend_version: str
-    machine: str
+    hardware: Hardware
+    fused_heads: bool = False
     date: str
 
 
@@ -114,11 +101,10 @@ class Quantisation(_Strict):
 
 
 class Manifest(_Strict):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: ModelConfig
     flip: bool
     precision: Precision
-    heads: Heads = "plain"
     preprocessing: str
     files: dict[str, FileEntry]
     source_weights_sha256: str
@@ -134,10 +120,14 @@ class Manifest(_Strict):
         content = self.model_dump(
             mode="json", include={"model", "flip", "precision", "preprocessing", "source_weights_sha256"}
         )
-        content |= {
-            name: self.files[file].sha256 for name, file in (("graph", GRAPH), ("heads", HEADS)) if file in self.files
-        }
+        content["graph"] = self.files[GRAPH].sha256
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def has_fused_heads(self, backend: str) -> bool:
+        """Whether a backend on a GPU was proven with fused heads here; without a proof, whether its plans were built so."""
+        if backend in self.proofs:
+            return self.proofs[backend].fused_heads
+        return any(entry.fused_heads for entry in self.engines if entry.engine == backend)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -155,14 +145,19 @@ def hash_line(manifest: bytes) -> bytes:
 
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:
+    """Validate a manifest's bytes.
+
+    Raises:
+        UserError: it is no manifest, of another schema, or has a key that is not known; `path` is named.
+    """
     try:
         version = json.loads(content)["schema_version"]
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path} is not a manifest of mgn-deploy") from None
     if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema {version!r} and this mgn-deploy reads schema {SCHEMA_VERSION}: upgrade mgn-deploy or export anew"
-        )
+        later = isinstance(version, int) and version > SCHEMA_VERSION
+        advice = "upgrade mgn-deploy" if later else "export the weights again with this mgn-deploy"
+        raise UserError(f"{path} has schema {version!r} and this mgn-deploy reads schema {SCHEMA_VERSION}: {advice}")
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:

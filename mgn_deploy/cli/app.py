@@ -6,7 +6,7 @@ import typer
 
 from mgn_deploy import __version__
 from mgn_deploy.cli import demo, doctor, embed, export, figures, import_, measure, search, train
-from mgn_deploy.cli.console import show_log
+from mgn_deploy.console import show_log
 
 app = typer.Typer(
     name="mgn-deploy",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import percent, print_json, print_table
+from mgn_deploy.console import percent, print_json, print_table
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.packages import require_training
 
@@ -115,6 +115,7 @@ def run_demo(
     from mgn_deploy.datasets.market1501 import open_market1501
     from mgn_deploy.embedder import Embedder
     from mgn_deploy.export.exporter import export_bundle
+    from mgn_deploy.export.options import ExportOptions
     from mgn_deploy.gallery.embed import embed_folder
     from mgn_deploy.gallery.store import Store
     from mgn_deploy.report.rank_page import write_rank_page
@@ -152,7 +153,7 @@ def run_demo(
     train(data, recipe, out / "run", on_step=report)
 
     _log.info("3/6 exporting to ONNX, and proving every engine that is installed against PyTorch")
-    export_bundle(weights, bundle, proof_images=people / "query")
+    export_bundle(weights, bundle, ExportOptions(proof_images=people / "query"))
 
     _log.info("4/6 embedding query and gallery from their files")
     embedder = Embedder.open(bundle)

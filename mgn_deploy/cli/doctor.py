@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import typer
 
 import mgn_deploy
-from mgn_deploy.cli.console import print_json, print_table
+from mgn_deploy.console import print_json, print_table
 from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 from mgn_deploy.packages import TRAINING_PACKAGES, import_problem
 
@@ -45,11 +46,16 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every backend in the order of `auto`, then the commands that need PyTorch and the exporter. Imports them all."""
-    from mgn_deploy.backends.registry import ORDER, backend_module
+    from mgn_deploy.backends.registry import ENGINES
 
-    findings = [Finding(f"backend {name}", _version(name), backend_module(name).missing()) for name in ORDER]
+    findings = [
+        Finding(f"backend {row.name}", installed_version(row.distributions), row.load().missing())
+        for row in ENGINES.values()
+    ]
     problems = [problem for package in TRAINING_PACKAGES if (problem := import_problem(package, "train"))]
-    findings.append(Finding("init, import, train, export, demo", _version("torch"), problems[0] if problems else None))
+    findings.append(
+        Finding("init, import, train, export, demo", installed_version(("torch",)), problems[0] if problems else None)
+    )
     return findings
 
 
@@ -79,9 +85,9 @@ def nvidia_gpus() -> list[str]:
     return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
 
 
-def _version(backend: str) -> str:
-    package = "onnxruntime" if backend.startswith("onnxruntime") else backend
-    for name in (package, f"{package}-gpu", f"{package.replace('_', '-')}-cu13"):
+def installed_version(distributions: Sequence[str]) -> str:
+    """The version of the first of these distributions that is installed; empty where none is."""
+    for name in distributions:
         try:
             return version(name)
         except PackageNotFoundError:

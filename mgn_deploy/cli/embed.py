@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from mgn_deploy.cli.console import BACKENDS, print_json, progress, say
+from mgn_deploy.console import BACKENDS, print_json, progress, say
 
 SHOWN_FAILURES = 10
 

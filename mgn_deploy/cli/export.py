@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import print_json, print_table, progress, say
+from mgn_deploy.console import print_json, print_table, progress, say
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
     from mgn_deploy.bundle.bundle import Bundle
     from mgn_deploy.bundle.manifest import Proof
-
-MOST_GIB = 1024
 
 
 def init(
@@ -67,7 +65,7 @@ def export(
     weights: Path = typer.Argument(help="A weights folder: config.json and mgn.safetensors."),
     out: Path = typer.Option(..., "-o", "--out", help="The bundle to write."),
     precision: str = typer.Option("fp32", help="fp32, fp16, bf16 or int8."),
-    heads: str = typer.Option("plain", help="plain, or fused: on GPUs the heads run as one kernel after the engine."),
+    fused_heads: bool = typer.Option(False, help="The plan ends with the feature maps; the heads run as one kernel."),
     engine: str | None = typer.Option(
         None,
         help="openvino, onnxruntime, tensorrt or tensorrt-rtx: the last two also build plans; an int8 graph is placed for one of them.",
@@ -86,7 +84,7 @@ def export(
     calib: Path | None = typer.Option(
         None, help="Folder of images like those to come: int8 is calibrated on them, fp16's ranges are looked at."
     ),
-    calib_count: int = typer.Option(500, min=10, help="Images to take of them, from every camera as many."),
+    calib_count: int = typer.Option(500, help="Images to take of them, from every camera as many."),
     max_drop: float | None = typer.Option(
         None, help="Points that int8 may lose: of mAP with --data, else of top-10 agreement; 0.5 without it."
     ),
@@ -105,81 +103,32 @@ def export(
 ) -> None:
     """Export weights to a bundle (one ONNX graph) and prove every engine that is installed here against PyTorch."""
     require_training()
-    from mgn_deploy.backends.tensorrt.builder import BuildSettings, parse_batch, parse_capabilities
-    from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH
-    from mgn_deploy.bundle.manifest import Heads, Precision
     from mgn_deploy.datasets import open_data
-    from mgn_deploy.export.exporter import MAX_DROP, export_bundle
-    from mgn_deploy.export.triton import check_before_export, write_model_repository
+    from mgn_deploy.export.exporter import export_bundle
+    from mgn_deploy.export.options import ExportOptions, parse_batch, parse_capabilities
 
-    if precision not in get_args(Precision):
-        raise UserError(f"--precision {precision}: choose {', '.join(get_args(Precision))}")
-    if heads not in get_args(Heads):
-        raise UserError(f"--heads {heads}: choose {', '.join(get_args(Heads))}")
-    if triton:
-        check_before_export(precision, heads, engine, triton)
-    if max_drop is not None and not 0 <= max_drop <= 100:
-        raise UserError(f"--max-drop {max_drop}: points are from 0 to 100")
-    if workspace is not None and not 0 < workspace <= MOST_GIB:
-        raise UserError(f"--workspace {workspace}: GiB are above 0 and at most {MOST_GIB}")
-    flavour = engine.replace("-", "_") if engine in ("tensorrt", "tensorrt-rtx") else None
-    if not flavour:
-        of_plans = {
-            "--batch": batch and not triton,
-            "--compute-capability": compute_capability,
-            "--workspace": workspace,
-            "--version-compatible": version_compatible,
-            "--hardware-compatible": hardware_compatible,
-            "--no-cache": not cache,
-        }
-        _refuse(of_plans, "is about TensorRT plans: it goes with --engine tensorrt or tensorrt-rtx")
-    if precision != "int8":
-        _refuse({"--max-drop": max_drop is not None}, "is about INT8: it goes with --precision int8")
-    if precision in ("fp32", "bf16"):
-        _refuse({"--calib": calib}, f"is of no use to {precision}: it goes with --precision int8 or fp16")
-    sizes = parse_batch(batch) if batch else DEFAULT_BATCH
-    build = None
-    if flavour:
-        build = BuildSettings(
-            flavour,  # type: ignore[arg-type]
-            sizes,
-            workspace=None if workspace is None else int(workspace * 2**30),
-            version_compatible=version_compatible,
-            hardware_compatible=hardware_compatible,
-        )
+    options = ExportOptions(
+        precision=precision,  # type: ignore[arg-type]
+        engine=engine,
+        batch=parse_batch(batch) if batch else None,
+        compute_capabilities=parse_capabilities(compute_capability),
+        workspace=workspace,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        fused_heads=fused_heads,
+        cache=cache,
+        triton=triton,
+        calib=calib,
+        calib_count=calib_count,
+        max_drop=max_drop,
+        data=open_data(data) if data else None,
+        flip=flip,
+        reference=reference,
+        proof_images=proof_images,
+    )
     with progress("steps") as update:
-        bundle = export_bundle(
-            weights,
-            out,
-            precision=precision,  # type: ignore[arg-type]
-            heads=heads,  # type: ignore[arg-type]
-            engine=engine,
-            build=build,
-            compute_capabilities=parse_capabilities(compute_capability),
-            use_cache=cache,
-            build_progress=update,
-            calib=calib,
-            calib_count=calib_count,
-            data=open_data(data) if data else None,
-            max_drop=MAX_DROP if max_drop is None else max_drop,
-            flip=flip,
-            reference=reference,
-            proof_images=proof_images,
-        )
+        bundle = export_bundle(weights, out, options, progress=update)
     _tell(bundle, bundle.manifest.proofs, json)
-    if triton:
-        plan = next((plan for plan in bundle.manifest.engines if plan.flavour == "tensorrt"), None)
-        model = write_model_repository(bundle, triton, plan=plan, max_batch=sizes[2], preferred=sizes[1:])
-        say(f"{model}: {plan.file if plan else 'the graph, by ONNX Runtime,'} for Triton")
-        if plan and plan.version_compatible:
-            say("start Triton with --backend-config=tensorrt,version-compatible=true")
-
-
-def _refuse(given: Mapping[str, object], sentence: str) -> None:
-    """Options that would do nothing: the user meant something."""
-    for option, value in given.items():
-        if value:
-            raise UserError(f"{option} {sentence}")
 
 
 def prove(
@@ -208,7 +157,7 @@ def _tell(bundle: Bundle, proofs: Mapping[str, Proof], json: bool) -> None:
             {
                 "bundle": str(out),
                 "id": bundle.id,
-                "proofs": {name: proof.model_dump() for name, proof in proofs.items()},
+                "proofs": {name: proof.model_dump(mode="json") for name, proof in proofs.items()},
             }
         )
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from mgn_deploy.cli.console import BACKENDS
+from mgn_deploy.console import BACKENDS
 from mgn_deploy.errors import UserError
 from mgn_deploy.packages import require_training
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import print_json, say
+from mgn_deploy.console import print_json, say
 from mgn_deploy.errors import UserError
 from mgn_deploy.packages import require_training
 

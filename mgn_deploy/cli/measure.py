@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from mgn_deploy.cli.console import BACKENDS, percent, print_json, print_table, progress, say
+from mgn_deploy.console import BACKENDS, percent, print_json, print_table, progress, say
 from mgn_deploy.errors import GateFailed
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import BACKENDS, print_json, print_table, progress, say
+from mgn_deploy.console import BACKENDS, print_json, print_table, progress, say
 from mgn_deploy.errors import UserError
 
 if TYPE_CHECKING:

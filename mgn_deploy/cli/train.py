@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.cli.console import progress, say
+from mgn_deploy.console import progress, say
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:

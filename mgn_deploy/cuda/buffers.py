@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 
-def pieces(batch: np.ndarray, most: int) -> list[np.ndarray]:
+def split_batch(batch: np.ndarray, most: int) -> list[np.ndarray]:
     """A batch cut into pieces of at most `most` rows; an empty batch has none."""
     return [batch[at : at + most] for at in range(0, len(batch), most)]
 

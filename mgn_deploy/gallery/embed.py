@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from mgn_deploy.datasets.market1501 import parse_name
-from mgn_deploy.embedder import Embedder, check_batch_size, run_batches
+from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UnreadableImage
 from mgn_deploy.gallery.store import Row, StoreManifest, StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING, read_crop
@@ -165,7 +165,7 @@ def _embed_shard(
             yield full_batch()
 
     try:
-        for found in run_batches(embedder.backend, batches()):
+        for found in embedder.backend.stream(batches()):
             own = on_their_way[0]
             embeddings[own] = found[: len(own)]
             on_their_way.popleft()  # now: Ctrl-C between the two must not count rows that are not there

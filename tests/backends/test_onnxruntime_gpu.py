@@ -13,7 +13,6 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from mgn_deploy.backends.onnxruntime import cuda as onnxruntime_cuda
 from mgn_deploy.backends.onnxruntime.session import (
     CPU,
     CUDA,
@@ -25,7 +24,8 @@ from mgn_deploy.backends.onnxruntime.session import (
     open_session,
     placement,
 )
-from mgn_deploy.backends.registry import ORDER, backend_module, open_backend
+from mgn_deploy.backends.opening import open_backend
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.cuda import errors as cuda_errors
@@ -33,13 +33,12 @@ from mgn_deploy.cuda.device import Gpu, gpu_problem
 from mgn_deploy.datasets.drawn import draw_people
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.export.precision.convert import ENGINES, GraphInMemory
 from mgn_deploy.export.precision.half import to_half
 from mgn_deploy.export.precision.ranges import measure_ranges
 from mgn_deploy.images.decode import read_crop
 
 AZURE = "AzureExecutionProvider"  # of the wheels for CPUs; it has no kernel for any operator of ours
-NAMES = ("onnxruntime_cuda",)
+NAMES = ("onnxruntime-cuda",)
 ADA = Gpu("NVIDIA GeForce RTX 4090", "8.9")
 
 needs_no_gpu = pytest.mark.skipif(gpu_problem() is None, reason="this machine has a GPU")
@@ -153,8 +152,8 @@ def test_a_first_provider_that_takes_nothing_is_refused(graph) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_without_onnxruntime_the_sentence_names_the_gpu_extra(name: str) -> None:
     program = (
-        "import sys\nsys.modules['onnxruntime'] = None\nfrom mgn_deploy.backends.registry import backend_module\n"
-        f"print(backend_module({name!r}).missing())"
+        "import sys\nsys.modules['onnxruntime'] = None\nfrom mgn_deploy.backends.registry import ENGINES\n"
+        f"print(ENGINES[{name!r}].load().missing())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "onnxruntime is not installed (pip install 'mgn-deploy[gpu]')\n"
@@ -163,7 +162,7 @@ def test_without_onnxruntime_the_sentence_names_the_gpu_extra(name: str) -> None
 @needs_no_gpu
 @pytest.mark.parametrize(("name", "provider"), [(NAMES[0], CUDA)])
 def test_a_build_without_the_provider_and_a_machine_without_a_gpu_are_told_apart(name: str, provider: str) -> None:
-    reason = backend_module(name).missing()
+    reason = ENGINES[name].load().missing()
     if provider in onnxruntime.get_available_providers():
         assert "NVIDIA driver" in reason
     else:
@@ -178,7 +177,7 @@ def test_a_build_without_the_provider_and_a_machine_without_a_gpu_are_told_apart
 def test_a_gpu_backend_that_is_asked_for_by_name_is_refused_without_a_gpu(bundle_folder: Path, name: str) -> None:
     proof = Bundle.open(bundle_folder).manifest.proofs["onnxruntime"]
     with pytest.raises(CannotRun, match=f"backend {name} cannot run here: "):
-        open_backend(with_manifest(bundle_folder, proofs={name: proof}), name.replace("_", "-"))
+        open_backend(with_manifest(bundle_folder, proofs={name: proof}), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -212,14 +211,9 @@ def test_an_error_that_is_not_cudas_stays_what_it_is() -> None:
 
 
 def test_no_int8_graph_is_for_the_cuda_provider() -> None:
-    assert {name for engine in ENGINES.values() for name in engine.backends} <= set(ORDER)
-    proven = {engine: [name for name in NAMES if name in its.backends] for engine, its in ENGINES.items()}
-    assert proven == {
-        "openvino": [],
-        "onnxruntime": [],
-        "tensorrt": [],
-        "tensorrt-rtx": [],  # float16 between the pairs
-    }
+    row = ENGINES["onnxruntime-cuda"]
+    assert (row.int8_for, row.placement) == ((), None)
+    assert "int8" not in row.precisions
 
 
 # What follows needs a GPU.
@@ -230,14 +224,15 @@ def crops() -> np.ndarray:
     return np.stack([read_crop(Image.fromarray(pixels), 96, 32) for pixels in draw_people(70)])
 
 
-@pytest.fixture(params=[onnxruntime_cuda], ids=NAMES)
+@pytest.fixture(params=NAMES)
 def engine(request: pytest.FixtureRequest, bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A GPU backend that has opened the small bundle."""
-    reason = request.param.missing()
+    backend = ENGINES[request.param].load()
+    reason = backend.missing()
     if reason:
         pytest.skip(reason)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return request.param.open_engine(Bundle.open(bundle_folder))
+    return backend.open(Bundle.open(bundle_folder))
 
 
 @pytest.mark.gpu
@@ -282,11 +277,11 @@ def test_float32_is_float32(engine, embedder: Embedder, crops) -> None:
 
 @pytest.mark.gpu
 def test_the_cuda_provider_runs_a_float16_graph(bundle_folder: Path, graph: bytes, embedder: Embedder, crops) -> None:
-    reason = onnxruntime_cuda.missing()
+    reason = ENGINES["onnxruntime-cuda"].load().missing()
     if reason:
         pytest.skip(reason)
     model = onnx.load_from_string(graph)
     half, _ = to_half(model, "fp16", measure_ranges(model, crops[:16]))
     manifest = with_manifest(bundle_folder, precision="fp16").manifest
-    found = onnxruntime_cuda.open_engine(GraphInMemory(bundle_folder, manifest, half.SerializeToString()))(crops[:8])
+    found = ENGINES["onnxruntime-cuda"].load().open_graph(half.SerializeToString(), manifest.model)(crops[:8])
     assert (found * embedder.backend(crops[:8])).sum(axis=1).min() > 0.9999

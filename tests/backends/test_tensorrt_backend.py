@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from mgn_deploy.backends import tensorrt_rtx
-from mgn_deploy.backends.tensorrt import runner as tensorrt
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.backends.tensorrt.package import import_problem_of
-from mgn_deploy.backends.tensorrt.plans import fitting_entry, plan_for
+from mgn_deploy.backends.tensorrt.plans import fitting_entry, misfit, plan_for
+from mgn_deploy.backends.tensorrt.runner import TensorRtRtxBackend
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.engine_entry import EngineEntry
 from mgn_deploy.bundle.manifest import FileEntry
 from mgn_deploy.cuda import errors as cuda_errors_module
-from mgn_deploy.cuda.buffers import pieces
+from mgn_deploy.cuda.buffers import split_batch
 from mgn_deploy.cuda.device import Gpu, gpu_problem, this_gpu
 from mgn_deploy.cuda.errors import cuda_errors, cuda_sentence
 from mgn_deploy.datasets.drawn import draw_people
@@ -31,16 +31,16 @@ from mgn_deploy.images.decode import read_crop
 ADA = Gpu("NVIDIA GeForce RTX 4090", "8.9")
 
 needs_no_gpu = pytest.mark.skipif(gpu_problem() is None, reason="this machine has a GPU")
-needs_builder = pytest.mark.skipif(bool(import_problem_of("tensorrt_rtx")), reason="tensorrt-rtx-cu13 is not installed")
+needs_builder = pytest.mark.skipif(bool(import_problem_of("tensorrt-rtx")), reason="tensorrt-rtx-cu13 is not installed")
 
 
 def rtx(**changes) -> EngineEntry:
-    facts = {"file": "a.plan", "flavour": "tensorrt_rtx", "version": "1.7.1", "compute_capability": "8.9"}
+    facts = {"file": "a.plan", "engine": "tensorrt-rtx", "version": "1.7.1", "compute_capability": "8.9"}
     return EngineEntry(**{**facts, "batch": (1, 2, 4), **changes})
 
 
 def trt(**changes) -> EngineEntry:
-    return rtx(**{"flavour": "tensorrt", "version": "10.9.0", "gpu": ADA.name, **changes})
+    return rtx(**{"engine": "tensorrt", "version": "10.9.0", "gpu": ADA.name, **changes})
 
 
 def with_plan(bundle_folder: Path, folder: Path, plan: EngineEntry, content: bytes = b"a plan") -> Bundle:
@@ -57,9 +57,9 @@ def with_plan(bundle_folder: Path, folder: Path, plan: EngineEntry, content: byt
 
 @needs_no_gpu
 def test_without_a_gpu_one_sentence_says_so() -> None:
-    if import_problem_of("tensorrt_rtx"):
+    if import_problem_of("tensorrt-rtx"):
         pytest.skip("tensorrt-rtx-cu13 is not installed")
-    reason = tensorrt_rtx.missing()
+    reason = TensorRtRtxBackend.missing()
     assert reason in (
         "no NVIDIA driver or GPU was found (libcuda.so.1 cannot be loaded)",
         "the NVIDIA driver sees no GPU",
@@ -68,31 +68,31 @@ def test_without_a_gpu_one_sentence_says_so() -> None:
         this_gpu()
 
 
-@pytest.mark.parametrize("module", [tensorrt, tensorrt_rtx])
-def test_a_package_that_is_not_installed_is_named_with_its_extra(module) -> None:
-    flavour = module.__name__.rpartition(".")[2]
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_a_package_that_is_not_installed_is_named_with_its_extra(name) -> None:
+    row = ENGINES[name]
     try:
-        __import__(flavour)
+        __import__(row.package)
     except ImportError:
-        assert f"mgn-deploy[{flavour.replace('_', '-')}]" in module.missing()
+        assert f"{row.package} is not installed (pip install 'mgn-deploy[{name}]')" == row.load().missing()
     else:
-        pytest.skip(f"{flavour} is installed here")
+        pytest.skip(f"{row.package} is installed here")
 
 
 @pytest.mark.parametrize(
-    ("entry", "flavour", "version", "gpu"),
+    ("entry", "version", "gpu"),
     [
-        (rtx(), "tensorrt_rtx", "1.7.1", ADA),
-        (rtx(compute_capability=None), "tensorrt_rtx", "1.7.1", Gpu("NVIDIA GeForce RTX 5090", "12.0")),
-        (rtx(compute_capability=None), "tensorrt_rtx", "1.7.1", Gpu("NVIDIA A100", "8.0")),
-        (trt(), "tensorrt", "10.9.0", ADA),
-        (trt(hardware_compatible=True), "tensorrt", "10.9.0", Gpu("NVIDIA GeForce RTX 5090", "12.0")),
-        (trt(version_compatible=True), "tensorrt", "10.13.2", ADA),
-        (trt(version_compatible=True), "tensorrt", "11.0.0", ADA),
+        (rtx(), "1.7.1", ADA),
+        (rtx(compute_capability=None), "1.7.1", Gpu("NVIDIA GeForce RTX 5090", "12.0")),
+        (rtx(compute_capability=None), "1.7.1", Gpu("NVIDIA A100", "8.0")),
+        (trt(), "10.9.0", ADA),
+        (trt(hardware_compatible=True), "10.9.0", Gpu("NVIDIA GeForce RTX 5090", "12.0")),
+        (trt(version_compatible=True), "10.13.2", ADA),
+        (trt(version_compatible=True), "11.0.0", ADA),
     ],
 )
-def test_a_plan_fits_what_it_was_built_for(entry, flavour, version, gpu) -> None:
-    assert entry.misfit(flavour, version, gpu.name, gpu.compute_capability) is None
+def test_a_plan_fits_what_it_was_built_for(entry, version, gpu) -> None:
+    assert misfit(entry, version, gpu, fused_heads=False) is None
 
 
 @pytest.mark.parametrize(
@@ -112,18 +112,27 @@ def test_a_plan_fits_what_it_was_built_for(entry, flavour, version, gpu) -> None
     ],
 )
 def test_a_plan_for_something_else_says_what_it_is_for(entry, version, gpu, reason) -> None:
-    assert reason in entry.misfit(entry.flavour, version, gpu.name, gpu.compute_capability)
+    assert reason in misfit(entry, version, gpu, fused_heads=False)
 
 
-def test_a_plan_of_the_other_package_does_not_fit() -> None:
-    assert "is for TensorRT-RTX" in rtx().misfit("tensorrt", "1.7.1", ADA.name, "8.9")
+@pytest.mark.parametrize("built", [True, False])
+def test_a_plan_with_other_heads_does_not_fit(built: bool) -> None:
+    reason = misfit(rtx(fused_heads=built), "1.7.1", ADA, fused_heads=not built)
+    assert reason == f"a.plan was built {'with' if built else 'without'} fused heads"
+
+
+def test_a_plan_of_the_other_engine_is_not_taken(bundle_folder: Path, tmp_path: Path) -> None:
+    if not import_problem_of("tensorrt"):
+        pytest.skip("tensorrt is installed here")
+    with pytest.raises(CannotRun, match="it has no plan for TensorRT"):
+        plan_for(with_plan(bundle_folder, tmp_path, rtx()), "tensorrt", "1.7.1", ADA, False)
 
 
 def test_a_plan_for_this_very_gpu_goes_before_one_for_many() -> None:
     many, own = rtx(file="many.plan", compute_capability=None), rtx(file="own.plan")
-    assert fitting_entry([many, own], "tensorrt_rtx", "1.7.1", ADA) == own
-    assert fitting_entry([many], "tensorrt_rtx", "1.7.1", ADA) == many
-    assert fitting_entry([own], "tensorrt_rtx", "1.7.2", ADA) is None
+    assert fitting_entry([many, own], "1.7.1", ADA, False) == own
+    assert fitting_entry([many], "1.7.1", ADA, False) == many
+    assert fitting_entry([own], "1.7.2", ADA, False) is None
 
 
 @pytest.mark.parametrize("file", ["../a.plan", "a.onnx", "", "a/b.plan", ".plan"])
@@ -134,14 +143,14 @@ def test_a_manifest_names_no_plan_outside_the_bundle(file: str) -> None:
 
 def test_the_bundles_plan_is_read_where_it_fits(bundle_folder: Path, tmp_path: Path) -> None:
     bundle = with_plan(bundle_folder, tmp_path, trt())
-    assert plan_for(bundle, "tensorrt", "10.9.0", ADA) == b"a plan"
+    assert plan_for(bundle, "tensorrt", "10.9.0", ADA, False) == b"a plan"
 
 
 def test_a_plan_with_a_flipped_byte_reaches_no_runtime(bundle_folder: Path, tmp_path: Path) -> None:
     bundle = with_plan(bundle_folder, tmp_path, trt())
     (tmp_path / "a.plan").write_bytes(b"a plaN")
     with pytest.raises(UserError, match=r"a\.plan is not what was exported \(its SHA-256 differs\)"):
-        plan_for(bundle, "tensorrt", "10.9.0", ADA)
+        plan_for(bundle, "tensorrt", "10.9.0", ADA, False)
 
 
 @needs_builder
@@ -154,11 +163,12 @@ def test_a_plan_of_another_version_is_built_anew_with_its_profile_and_kept(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle = with_plan(bundle_folder, tmp_path, rtx(version="1.0.0"))
-    built = plan_for(bundle, "tensorrt_rtx", package.__version__, ADA)
+    built = plan_for(bundle, "tensorrt-rtx", package.__version__, ADA, False)
     assert built != b"a plan"
-    assert f"no plan for {ADA.name}: building one" in caplog.text
+    assert "was built by TensorRT-RTX 1.0.0" in caplog.text
+    assert f"building a plan for {ADA.name}, once" in caplog.text
     assert len(list(plan_folder().glob("*.plan"))) == 1
-    assert plan_for(bundle, "tensorrt_rtx", package.__version__, ADA) == built
+    assert plan_for(bundle, "tensorrt-rtx", package.__version__, ADA, False) == built
 
 
 def test_where_nothing_can_be_built_the_sentence_says_what_the_plan_is_for_and_what_to_do(
@@ -168,7 +178,7 @@ def test_where_nothing_can_be_built_the_sentence_says_what_the_plan_is_for_and_w
         pytest.skip("tensorrt is installed here")
     bundle = with_plan(bundle_folder, tmp_path, trt())
     with pytest.raises(CannotRun) as caught:
-        plan_for(bundle, "tensorrt", "10.9.0", Gpu("NVIDIA L4", "8.9"))
+        plan_for(bundle, "tensorrt", "10.9.0", Gpu("NVIDIA L4", "8.9"), False)
     sentence = str(caught.value)
     assert "a.plan was built for NVIDIA GeForce RTX 4090 and this is NVIDIA L4" in sentence
     assert "none can be built from its graph (tensorrt is not installed" in sentence
@@ -213,7 +223,7 @@ def test_an_error_that_passes_does_not_stop_the_next_batch(monkeypatch: pytest.M
 @pytest.mark.parametrize(("rows", "sizes"), [(0, []), (1, [1]), (4, [4]), (9, [4, 4, 1])])
 def test_a_batch_above_the_profile_is_cut(rows: int, sizes: list[int]) -> None:
     batch = np.arange(rows)
-    parts = pieces(batch, 4)
+    parts = split_batch(batch, 4)
     assert [len(part) for part in parts] == sizes
     assert [value for part in parts for value in part] == list(batch)
 
@@ -226,15 +236,15 @@ def crops() -> np.ndarray:
     return np.stack([read_crop(Image.fromarray(pixels), 96, 32) for pixels in draw_people(70)])
 
 
-@pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
 def engine(request: pytest.FixtureRequest, bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A backend on a plan that was built for this GPU from the small bundle's graph, for 1 to 64 images a call."""
-    module = {"tensorrt": tensorrt, "tensorrt_rtx": tensorrt_rtx}[request.param]
-    reason = module.missing()
+    backend = ENGINES[request.param].load()
+    reason = backend.missing()
     if reason:
         pytest.skip(reason)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return module.open_engine(Bundle.open(bundle_folder))
+    return backend.open(Bundle.open(bundle_folder))
 
 
 @pytest.mark.gpu
@@ -308,9 +318,8 @@ def test_threads_share_one_engine(engine, crops) -> None:
 
 @pytest.mark.gpu
 def test_a_plan_that_tensorrt_does_not_open_is_one_sentence(engine, bundle_folder: Path, tmp_path: Path) -> None:
-    module = {"tensorrt": tensorrt, "tensorrt_rtx": tensorrt_rtx}[engine.name]
-    plan = rtx(flavour=engine.name, version=engine.version, compute_capability=this_gpu().compute_capability)
+    plan = rtx(engine=engine.name, version=engine.version, compute_capability=this_gpu().compute_capability)
     folder = tmp_path / "bundle"
     folder.mkdir()
     with pytest.raises(UserError, match="does not open the plan"):
-        module.open_engine(with_plan(bundle_folder, folder, plan, b"no plan at all"))
+        type(engine).open(with_plan(bundle_folder, folder, plan, b"no plan at all"))

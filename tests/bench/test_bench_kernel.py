@@ -316,9 +316,9 @@ def test_tensorrt_rtx_builds_the_heads_and_says_for_which_gpus_it_does_not(dtype
 
     case = small(dtype, "nhwc")
     graph = heads_graph(case, random_inputs(case, "cpu", 4))
-    assert len(build_plan(graph, "tensorrt_rtx", "8.9")) > 1000
+    assert len(build_plan(graph, "tensorrt-rtx", "8.9")) > 1000
     with pytest.raises(CannotRun, match=r"builds for compute capability .*8\.9.*, not for 3\.5"):
-        build_plan(graph, "tensorrt_rtx", "3.5")
+        build_plan(graph, "tensorrt-rtx", "3.5")
 
 
 @pytest.mark.skipif(gpu_problem() is None, reason="this machine has a GPU")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from mgn_deploy.backends.registry import backend_module
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.bench.gpu import matrix as gpu_matrix
 from mgn_deploy.bench.gpu import suite as gpu_suite
 from mgn_deploy.bench.gpu.turns import FEWEST_ROUNDS, REFERENCE, Rivals, TorchRival, random_weights
@@ -43,14 +43,14 @@ def matrix(tmp_path, weights, *arguments):
 def test_neighbours_share_a_graph_and_only_fp16_has_fused_heads():
     cells = gpu_matrix.cells(list(gpu_matrix.PRECISIONS), list(gpu_matrix.ENGINES))
     assert len(cells) == len(set(cells)) == 5 * 3
-    assert {cell.precision for cell in cells if cell.heads == "fused"} == {"fp16"}
+    assert {cell.precision for cell in cells if cell.fused_heads} == {"fp16"}
     graphs = [cell.graph for cell in cells]
     assert sum(one != other for one, other in pairwise(graphs)) == len(set(graphs)) - 1
     placements = {cell.engine: cell.placement for cell in cells if cell.precision == "int8"}
     assert placements == {
         "tensorrt": "tensorrt",
-        "tensorrt_rtx": "tensorrt-rtx",
-        "onnxruntime_cuda": None,
+        "tensorrt-rtx": "tensorrt-rtx",
+        "onnxruntime-cuda": None,
     }
 
 
@@ -65,7 +65,7 @@ def test_what_runs_is_measured_and_what_fails_or_is_missing_is_a_row_with_the_re
     assert len(rows) == 4
     assert str(tmp_path / "none") in rows["int8", "onnxruntime"]["failed"]
     for precision in ("int8", "fp32"):
-        assert rows[precision, "onnxruntime_cuda"]["left_out"] == backend_module("onnxruntime_cuda").missing()
+        assert rows[precision, "onnxruntime-cuda"]["left_out"] == ENGINES["onnxruntime-cuda"].load().missing()
     row = rows["fp32", "onnxruntime"]
     assert row["worst cosine"] > 0.99999
     assert row["proof"]["image_source"] == "drawn people"

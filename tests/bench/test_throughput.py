@@ -15,12 +15,13 @@ from mgn_deploy.bench.precision import REFERENCE, ROWS, main
 from mgn_deploy.datasets.drawn import draw_market1501
 from mgn_deploy.errors import UserError
 from mgn_deploy.export.exporter import export_bundle
+from mgn_deploy.export.options import ExportOptions
 
 SERIES = {"bare engine", "embed (files to store)", "PyTorch eager"}
 
 
 def test_without_the_reference_weights_the_sentence_names_the_way_out(bundle_folder, weights, tmp_path):
-    export_bundle(weights, tmp_path / "b", reference=False)
+    export_bundle(weights, tmp_path / "b", ExportOptions(reference=False))
     with pytest.raises(UserError, match=r"--no-reference$"):
         throughput.measure(tmp_path / "b", None, "onnxruntime", batch_size=2, count=8, runs=1)
 

@@ -19,6 +19,7 @@ from mgn_deploy.bundle.manifest import Ranking, write_manifest
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.export.exporter import export_bundle
+from mgn_deploy.export.options import ExportOptions
 from mgn_deploy.export.proof.proof import with_ranking
 from mgn_deploy.export.proof.prove import prove_again
 from mgn_deploy.files import sha256_file
@@ -32,7 +33,7 @@ def other_export(weights, crops, tmp_path_factory) -> tuple[Path, list[str]]:
     """Without mirror average and reference weights, proven on files; and what was said."""
     folder = tmp_path_factory.mktemp("other") / "b"
     with logged() as said:
-        export_bundle(weights, folder, flip=False, reference=False, proof_images=crops)
+        export_bundle(weights, folder, ExportOptions(flip=False, reference=False, proof_images=crops))
     return folder, said
 
 
@@ -110,7 +111,7 @@ def test_export_says_what_it_does(other_export):
 def test_exporting_over_an_earlier_bundle_replaces_it(traced, weights, bundle_folder, crops, tmp_path):
     shutil.copytree(bundle_folder, tmp_path / "b")
     (tmp_path / "b" / "graph.onnx").write_bytes(b"old")
-    export_bundle(weights, tmp_path / "b", proof_images=crops)
+    export_bundle(weights, tmp_path / "b", ExportOptions(proof_images=crops))
     assert Bundle.open(tmp_path / "b").id == Bundle.open(bundle_folder).id
     assert Bundle.open(tmp_path / "b").read("graph.onnx") == (bundle_folder / "graph.onnx").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
@@ -119,7 +120,7 @@ def test_exporting_over_an_earlier_bundle_replaces_it(traced, weights, bundle_fo
 def test_exporting_over_something_else_is_refused(weights, crops, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="choose another place"):
-        export_bundle(weights, tmp_path, proof_images=crops)
+        export_bundle(weights, tmp_path, ExportOptions(proof_images=crops))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -130,7 +131,7 @@ def test_exporting_over_an_embedding_store_is_refused(weights, crops, embedder, 
 
     embed_folder(crops, tmp_path / "store", embedder)
     with pytest.raises(UserError, match="choose another place"):
-        export_bundle(weights, tmp_path / "store", proof_images=crops)
+        export_bundle(weights, tmp_path / "store", ExportOptions(proof_images=crops))
     assert len(Store.open(tmp_path / "store")) == 40
 
 
@@ -140,7 +141,7 @@ def test_weights_that_are_not_finite_are_refused_and_leave_no_bundle(traced, wei
     tensors["branches.1.reductions.0.1.bias"][3] = float("nan")
     save_file(tensors, tmp_path / "w" / TENSORS)
     with pytest.raises(UserError, match="not finite"):
-        export_bundle(tmp_path / "w", tmp_path / "b", proof_images=crops)
+        export_bundle(tmp_path / "w", tmp_path / "b", ExportOptions(proof_images=crops))
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
@@ -148,7 +149,7 @@ def test_a_proof_folder_with_too_few_images_is_refused_before_any_work(weights, 
     (tmp_path / "few").mkdir()
     shutil.copy(next(crops.rglob("*.jpg")), tmp_path / "few")
     with pytest.raises(UserError, match="at least 12"):
-        export_bundle(weights, tmp_path / "b", proof_images=tmp_path / "few")
+        export_bundle(weights, tmp_path / "b", ExportOptions(proof_images=tmp_path / "few"))
     assert not (tmp_path / "b").exists()
     assert not any("tracing" in sentence for sentence in said)
 
@@ -160,7 +161,7 @@ def test_the_command_prints_its_proofs_and_names_the_folder_it_stands_in(traced,
     printed = json.loads(done.stdout)
     bundle = Bundle.open(tmp_path / "b")
     assert printed["id"] == bundle.id
-    assert printed["proofs"] == {name: proof.model_dump() for name, proof in bundle.manifest.proofs.items()}
+    assert printed["proofs"] == {name: proof.model_dump(mode="json") for name, proof in bundle.manifest.proofs.items()}
     assert {proof["image_source"] for proof in printed["proofs"].values()} == {crops.name}
 
 
@@ -202,7 +203,7 @@ def test_proving_again_without_labelled_people_keeps_the_ranking_and_what_it_mis
 
 
 def test_a_bundle_without_its_weights_cannot_be_proven_again(weights, tmp_path):
-    export_bundle(weights, tmp_path / "b", reference=False)
+    export_bundle(weights, tmp_path / "b", ExportOptions(reference=False))
     done = mgn_deploy("prove", tmp_path / "b")
     assert done.returncode == 2
     assert "was exported with --no-reference" in done.stderr
@@ -222,11 +223,10 @@ def test_tensorrt_rtx_plans_are_built_ahead_of_time_into_the_bundle(weights, tmp
     ]
     for plan in bundle.manifest.engines:
         assert len(bundle.read(plan.file)) > 100_000
-        table = json.loads(bundle.read(plan.file.replace(".plan", ".layers.json")))
-        assert any("Half" in json.dumps(layer) for layer in table)
-    without_plans = export_bundle(weights, tmp_path / "c", precision="fp16")
+        assert "Datatype: Half" in bundle.read(plan.file.replace(".plan", ".layers.txt")).decode()
+    without_plans = export_bundle(weights, tmp_path / "c", ExportOptions(precision="fp16"))
     assert without_plans.id == bundle.id
-    assert "tensorrt_rtx" not in bundle.manifest.proofs or bundle.manifest.proofs["tensorrt_rtx"].passed
+    assert "tensorrt-rtx" not in bundle.manifest.proofs or bundle.manifest.proofs["tensorrt-rtx"].passed
     again = mgn_deploy(*arguments)  # over the earlier bundle, plans from the cache
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("from the cache") == 2
@@ -241,9 +241,15 @@ def test_tensorrt_rtx_plans_are_built_ahead_of_time_into_the_bundle(weights, tmp
     [
         (("--engine", "tensorrt-rtx", "--batch", "4,1"), "--batch 4,1"),
         (("--engine", "tensorrt-rtx", "--compute-capability", "5.0"), "not for '5.0'"),
-        (("--engine", "tensorrt-rtx", "--hardware-compatible"), "leave out --version-compatible"),
-        (("--engine", "tensorrt", "--compute-capability", "8.6"), "use --engine tensorrt-rtx"),
-        (("--engine", "tflite"), "no engine 'tflite'"),
+        (
+            ("--engine", "tensorrt-rtx", "--hardware-compatible"),
+            "--hardware-compatible is about TensorRT plans: it goes with --engine tensorrt",
+        ),
+        (
+            ("--engine", "tensorrt", "--compute-capability", "8.6"),
+            "--compute-capability is about TensorRT plans: it goes with --engine tensorrt-rtx",
+        ),
+        (("--engine", "tflite"), "--engine tflite: choose tensorrt, tensorrt-rtx, openvino, onnxruntime"),
         (("--engine", "tensorrt-rtx", "--workspace", "inf"), "--workspace inf: GiB are above 0"),
         (("--engine", "tensorrt-rtx", "--workspace", "0"), "--workspace 0.0: GiB are above 0"),
         (("--batch", "1,8,16"), "--batch is about TensorRT plans"),

@@ -12,17 +12,18 @@ from in_process import mgn_deploy
 from PIL import Image
 
 from mgn_deploy.backends.base import Backend
-from mgn_deploy.backends.registry import backend_module
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.export.precision.calibration_images import read_calibration_images
-from mgn_deploy.export.precision.convert import GraphInMemory
 from mgn_deploy.export.precision.int8 import agreement_drop, build_int8
-from mgn_deploy.export.precision.quantise import OPENVINO, conv_groups
+from mgn_deploy.export.precision.quantise import conv_groups
 from mgn_deploy.export.proof.agreement import run_in_batches
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.train.weights import load_weights
+
+OPENVINO = ENGINES["openvino"].placement
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def open_graph(bundle_folder):
     manifest = Bundle.open(bundle_folder).manifest
 
     def open_graph(graph: onnx.ModelProto) -> Backend:
-        return backend_module("openvino").open_engine(GraphInMemory(bundle_folder, manifest, graph.SerializeToString()))
+        return ENGINES["openvino"].load().open_graph(graph.SerializeToString(), manifest.model)
 
     return open_graph
 
@@ -202,7 +203,10 @@ def test_export_in_each_precision(weights, crops, tmp_path, precision, engine, p
         (("--precision", "int8", "--calib", ".", "--max-drop", "inf"), "--max-drop inf: points are from 0 to 100"),
         (("--max-drop", "1"), "--max-drop is about INT8"),
         (("--calib", "."), "--calib is of no use to fp32"),
-        (("--precision", "int8", "--calib", ".", "--engine", "tflite"), "no engine 'tflite' to quantise for"),
+        (
+            ("--precision", "int8", "--calib", ".", "--engine", "tflite"),
+            "--engine tflite: choose tensorrt, tensorrt-rtx, openvino, onnxruntime",
+        ),
     ],
 )
 def test_bad_arguments_are_one_sentence_and_nothing_is_written(weights, tmp_path, monkeypatch, arguments, sentence):

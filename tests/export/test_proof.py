@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from in_process import mgn_deploy
 from onnx import helper, numpy_helper
 
-from mgn_deploy.backends.registry import backend_module
+from mgn_deploy.backends.base import Backend, BatchLimits
+from mgn_deploy.backends.onnxruntime.cpu import OnnxRuntimeBackend
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import FileEntry, Proof, Quantisation, write_manifest
 from mgn_deploy.datasets import Dataset, LabelledImage, open_data
@@ -44,7 +46,7 @@ def reference(bundle_folder, pixels) -> np.ndarray:
     import torch
 
     torch.set_num_threads(1)
-    return run_in_batches(backend_module("torch").open_engine(Bundle.open(bundle_folder)), pixels)
+    return run_in_batches(ENGINES["torch"].load().open(Bundle.open(bundle_folder)), pixels)
 
 
 def with_graph(bundle_folder: Path, place: Path, graph: onnx.ModelProto) -> Bundle:
@@ -84,7 +86,7 @@ def swap_red_and_blue(graph: onnx.ModelProto) -> None:
 
 def drop_the_mirror(graph: onnx.ModelProto) -> None:
     """The second half of the batch is the images once more, not their mirrors."""
-    (flip,) = [node for node in graph.graph.node if node.op_type == "Slice"]
+    (flip,) = [node for node in graph.graph.node if node.op_type == "Slice" and not node.name.startswith("heads/")]
     for node in graph.graph.node:
         node.input[:] = [flip.input[0] if name == flip.output[0] else name for name in node.input]
     graph.graph.node.remove(flip)
@@ -179,7 +181,7 @@ CORRUPTIONS = [
 
 
 def proof_of(bundle: Bundle, backend: str, pixels: np.ndarray, reference: np.ndarray) -> Proof:
-    engine = backend_module(backend).open_engine(bundle)
+    engine = ENGINES[backend].load().open(bundle)
     return prove(engine, pixels, reference, "fp32", image_source="crops", drawn=True)
 
 
@@ -197,7 +199,7 @@ def test_a_right_engine_is_proven(bundle_folder, pixels, reference, backend):
     assert proof.batch_drift < 1e-5
     assert proof.images == 40
     assert -1 < proof.other_images_cosine < 0.9999
-    engine = backend_module(backend).open_engine(Bundle.open(bundle_folder))
+    engine = ENGINES[backend].load().open(Bundle.open(bundle_folder))
     assert proof.backend_version == engine.version
 
 
@@ -212,7 +214,7 @@ def test_the_figures_are_those_of_a_plain_computation(bundle_folder, tmp_path, p
     perturb_one_layer(graph)
     bundle = with_graph(bundle_folder, tmp_path / "b", graph)
     proof = proof_of(bundle, "onnxruntime", pixels, reference)
-    found = run_in_batches(backend_module("onnxruntime").open_engine(bundle), pixels)
+    found = run_in_batches(ENGINES["onnxruntime"].load().open(bundle), pixels)
     cosines = [
         float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(found, reference, strict=True)
     ]
@@ -243,12 +245,12 @@ def test_rows_that_leak_are_told_as_what_they_are(bundle_folder, tmp_path, pixel
     assert any("with the batch" in miss for miss in proof.misses), proof.misses
 
 
-class LeaksAt:
+class LeaksAt(OnnxRuntimeBackend):
     """An engine whose rows leak in batches of one size alone, as a plan's kernel for its largest batch may."""
 
-    def __init__(self, engine, size: int) -> None:
-        self.name, self.version, self.device = engine.name, engine.version, engine.device
-        self.profile = (1, 8, size)
+    def __init__(self, engine: Backend, size: int) -> None:
+        self.version, self.hardware = engine.version, engine.hardware
+        self.batch_limits = BatchLimits(1, 8, size)
         self._engine, self._size = engine, size
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -258,7 +260,7 @@ class LeaksAt:
 
 @pytest.mark.parametrize("size", [33, 64])
 def test_rows_that_leak_in_the_profiles_largest_batch_alone_are_found(bundle_folder, pixels, reference, size):
-    engine = LeaksAt(backend_module("onnxruntime").open_engine(Bundle.open(bundle_folder)), size)
+    engine = LeaksAt(ENGINES["onnxruntime"].load().open(Bundle.open(bundle_folder)), size)
     proof = prove(engine, pixels, reference, "fp32", image_source="crops", drawn=True)
     assert any("with the batch" in miss for miss in proof.misses), proof.misses
 
@@ -364,21 +366,21 @@ def test_a_wrong_export_exits_1_is_marked_and_is_not_run_unless_allowed(
 
 
 def test_a_backend_that_fails_while_it_is_proven_costs_only_its_own_proof(weights, tmp_path, monkeypatch, said):
-    def full(bundle):
+    def full(bundle, *, fused_heads):
         raise UserError("the GPU has too little free memory")
 
-    monkeypatch.setattr(backend_module("openvino"), "open_engine", full)
+    monkeypatch.setattr(ENGINES["openvino"].load(), "open", full)
     bundle = export_bundle(weights, tmp_path / "b")
     assert set(bundle.manifest.proofs) == {"onnxruntime", "torch"}
     assert "no proof for openvino: the GPU has too little free memory" in said
 
 
 def test_where_every_engine_fails_the_sentence_says_why(weights, tmp_path, monkeypatch):
-    def full(bundle):
+    def full(bundle, *, fused_heads):
         raise UserError("the memory is full")
 
     for name in ("openvino", "onnxruntime"):
-        monkeypatch.setattr(backend_module(name), "open_engine", full)
+        monkeypatch.setattr(ENGINES[name].load(), "open", full)
     with pytest.raises(UserError, match=r"openvino: the memory is full \| onnxruntime: the memory is full"):
         export_bundle(weights, tmp_path / "b")
 

@@ -16,7 +16,8 @@ schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="trito
 
 from google.protobuf import text_format  # noqa: E402
 
-from mgn_deploy.export.triton import check_before_export, write_model_repository  # noqa: E402
+from mgn_deploy.export.options import ExportOptions  # noqa: E402
+from mgn_deploy.export.triton import write_model_repository  # noqa: E402
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def config_of(folder: Path):
 def entry(**changes) -> EngineEntry:
     facts = {
         "file": "a.plan",
-        "flavour": "tensorrt",
+        "engine": "tensorrt",
         "version": "10.9.0",
         "compute_capability": "8.6",
         "gpu": "NVIDIA A10",
@@ -119,7 +120,7 @@ def test_a_second_writing_replaces_the_model_and_leaves_others(bundle: Bundle, t
         ({"max_batch": 4, "preferred": (8,)}, "between 1 and the maximum, 4"),
         ({"preferred": ()}, "none: each must lie"),
         ({"name": "a/b"}, "cannot name a Triton model"),
-        ({"plan": entry(flavour="tensorrt_rtx", gpu=None)}, "Triton runs no plan of TensorRT-RTX"),
+        ({"plan": entry(engine="tensorrt-rtx", gpu=None)}, "Triton runs no plan of TensorRT-RTX"),
         ({"plan": entry(batch=(1, 8, 32))}, "build it with --batch 1,8,64"),
         ({"plan": entry(batch=(8, 8, 64))}, "build it with --batch 1,8,64"),
     ],
@@ -145,28 +146,33 @@ def test_what_is_not_proven_with_the_engine_that_triton_runs_is_not_served(bundl
 
 
 @pytest.mark.parametrize(
-    ("precision", "heads", "engine", "served"),
+    ("options", "served"),
     [
-        ("fp32", "plain", None, True),
-        ("fp16", "plain", "tensorrt-rtx", True),
-        ("int8", "plain", "onnxruntime", True),
-        ("bf16", "plain", "tensorrt", True),
-        ("int8", "plain", "tflite", True),  # the exporter refuses it
-        ("fp32", "fused", None, False),
-        ("bf16", "plain", None, False),
-        ("int8", "plain", None, False),
-        ("int8", "plain", "openvino", False),
+        ({"precision": "fp32"}, True),
+        ({"precision": "fp16", "engine": "tensorrt-rtx"}, True),
+        ({"precision": "int8", "engine": "onnxruntime", "calib": "images"}, True),
+        ({"precision": "bf16", "engine": "tensorrt"}, True),
+        ({"precision": "bf16"}, False),
+        ({"precision": "int8", "calib": "images"}, False),
+        ({"precision": "int8", "engine": "openvino", "calib": "images"}, False),
     ],
 )
-def test_what_cannot_be_served_is_refused_before_the_export(tmp_path: Path, precision, heads, engine, served) -> None:
+def test_what_cannot_be_served_is_refused_before_the_export(tmp_path: Path, options, served) -> None:
     if served:
-        check_before_export(precision, heads, engine, tmp_path)
+        assert ExportOptions(triton=tmp_path, **options).triton == tmp_path
     else:
         with pytest.raises(UserError, match="--triton goes with"):
-            check_before_export(precision, heads, engine, tmp_path)
+            ExportOptions(triton=tmp_path, **options)
+
+
+def test_plans_with_fused_heads_are_not_served(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Triton serves whole graphs, leave out --fused-heads"):
+        ExportOptions(engine="tensorrt", fused_heads=True, triton=tmp_path)
+    with pytest.raises(UserError, match=r"a\.plan ends with the feature maps"):
+        write_model_repository(bundle, tmp_path, plan=entry(fused_heads=True))
 
 
 def test_a_file_is_no_model_repository(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file: give a folder"):
-        check_before_export("fp32", "plain", None, tmp_path / "file")
+        ExportOptions(triton=tmp_path / "file")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.backends.heads.fused import FusedHeads
-from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UserError
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -117,21 +117,24 @@ class CudaHeads:
         return buffer
 
 
-def heads_of(bundle: Bundle) -> FusedHeads | None:
-    """Of a bundle with fused heads; None of a plain one.
+def heads_of_graph(graph: bytes, config: ModelConfig) -> FusedHeads:
+    """Take the heads' numbers out of an exported graph.
 
     Raises:
         CannotRun: the kernel cannot be compiled here.
-        UserError: the heads are not what was exported.
+        UserError: the kernel does not take this model's heads.
     """
-    if bundle.manifest.heads != "fused":
-        return None
+    import onnx
+
+    from mgn_deploy.backends.heads.cut import check_heads, cut_heads
     from mgn_deploy.kernels.nvrtc import nvrtc_problem
 
     problem = nvrtc_problem()
     if problem:
-        raise CannotRun(f"{bundle.folder} has fused heads: {problem}")
-    return FusedHeads.read(bundle)
+        raise CannotRun(f"fused heads: {problem}")
+    _, heads = cut_heads(onnx.load_from_string(graph), config)
+    check_heads(config, heads.flip, 1)
+    return heads
 
 
 def map_type(dtypes: Sequence[str], layouts: Sequence[str], shapes: Sequence[Sequence[int]]) -> MapType:
@@ -144,6 +147,6 @@ def map_type(dtypes: Sequence[str], layouts: Sequence[str], shapes: Sequence[Seq
     if not alike or dtypes[0] not in ITEM_BYTES or layouts[0] not in ("nchw", "nhwc"):
         raise UserError(
             f"the engine writes its maps as {', '.join(dtypes)} in {', '.join(layouts)}, and the kernel of the fused heads "
-            "takes them of one type and layout: export it with --heads plain"
+            "takes them of one type and layout: leave out --fused-heads"
         )
     return MapType(dtypes[0], layouts[0], int(shapes[0][1]), tuple((int(shape[2]), int(shape[3])) for shape in shapes))

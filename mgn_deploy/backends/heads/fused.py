@@ -6,15 +6,12 @@ kernel's definition (`kernels/reference.py`).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.manifest import HEADS
 from mgn_deploy.config import ModelConfig
 
 
@@ -34,29 +31,10 @@ class FusedHeads:
     shift: np.ndarray | None
     power: np.ndarray | None
 
-    @classmethod
-    def read(cls, bundle: Bundle) -> FusedHeads:
-        """A bundle's.
-
-        Raises:
-            UserError: the file is not what was exported.
-        """
-        with np.load(io.BytesIO(bundle.read(HEADS)), allow_pickle=False) as arrays:
-            tensors = {name: arrays[name] for name in arrays.files}
-        optional = {name: tensors.get(name) for name in ("scale", "shift", "power")}
-        return cls(bundle.config, bundle.manifest.flip, tensors["weight"], tensors["bias"], **optional)
-
     @cached_property
     def _exact_weight(self) -> np.ndarray:
         """As the definition takes it: float64 `[F, C, R]`."""
         return self.weight.transpose(0, 2, 1).astype(np.float64)
-
-    def to_bytes(self) -> bytes:
-        """As `read` takes them."""
-        names = ("weight", "bias", "scale", "shift", "power")
-        buffer = io.BytesIO()
-        np.savez(buffer, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
-        return buffer.getvalue()
 
     def __call__(self, maps: Sequence[np.ndarray]) -> np.ndarray:
         """Maps `[n, C, H_b, W_b]` (with the mirror average the mirrors follow the images) -> float32 unit rows.

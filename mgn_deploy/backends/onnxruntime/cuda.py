@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mgn_deploy.backends.base import Backend
-from mgn_deploy.backends.heads.cuda import CudaHeads, heads_of, map_type
+from mgn_deploy.backends.base import Backend, BatchLimits
+from mgn_deploy.backends.heads.cuda import CudaHeads, heads_of_graph, map_type
 from mgn_deploy.backends.heads.fused import FusedHeads
 from mgn_deploy.backends.onnxruntime.session import (
     CUDA,
@@ -18,44 +18,48 @@ from mgn_deploy.backends.onnxruntime.session import (
     gpu_provider_problem,
     open_session,
 )
-from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.manifest import GRAPH
-from mgn_deploy.cuda.buffers import part, pieces
+from mgn_deploy.config import ModelConfig
+from mgn_deploy.cuda.buffers import part, split_batch
 from mgn_deploy.cuda.device import this_gpu
 
-MOST = 64  # images that the maps' buffers hold; more are run in pieces
+MAX_BATCH = 64  # images that the maps' buffers hold; larger batches are run in parts
 
 
-def missing() -> str | None:
-    return gpu_provider_problem(CUDA)
-
-
-def open_engine(bundle: Bundle) -> Backend:
-    return OnnxRuntimeCudaBackend(bundle)
-
-
-class OnnxRuntimeCudaBackend:
-    """On the first GPU.
+class OnnxRuntimeCudaBackend(Backend):
+    """A graph on the first GPU.
 
     Raises:
         CannotRun: the provider does not load, or leaves a part of the graph to the CPU.
     """
 
-    name = "onnxruntime_cuda"
+    name = "onnxruntime-cuda"
+    compiled = True  # cuDNN's algorithms are chosen for the GPU
+    batch_limits = BatchLimits(1, 8, MAX_BATCH)
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, graph: bytes, config: ModelConfig, fused_heads: bool = False) -> None:
         import onnxruntime
 
-        heads = heads_of(bundle)
-        graph = bundle.read(GRAPH)
         self.version = onnxruntime.__version__
-        self.device = this_gpu().name
-        self.profile = (1, 8, MOST)
+        self.hardware = this_gpu().hardware()
+        self.fused_heads = fused_heads
         self._session: BoundSession | _FusedSession
-        if heads:
-            self._session = _FusedSession(graph, heads)
+        if fused_heads:
+            import onnx
+
+            from mgn_deploy.backends.heads.cut import cut_trunk
+
+            trunk = cut_trunk(onnx.load_from_string(graph)).SerializeToString()
+            self._session = _FusedSession(trunk, heads_of_graph(graph, config))
         else:
-            self._session = BoundSession(open_session(graph, {CUDA: CUDA_OPTIONS}), "cuda", bundle.config.dim)
+            self._session = BoundSession(open_session(graph, {CUDA: CUDA_OPTIONS}), "cuda", config.dim)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return gpu_provider_problem(CUDA)
+
+    @classmethod
+    def open_graph(cls, graph: bytes, config: ModelConfig, *, fused_heads: bool = False) -> OnnxRuntimeCudaBackend:
+        return cls(graph, config, fused_heads)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self._session(images)
@@ -79,13 +83,13 @@ class _FusedSession:
         self._names = [one.name for one in outputs]
         self._views = 2 if heads.flip else 1
         self._dim = heads.config.dim
-        self._heads = CudaHeads(heads, self._maps, MOST, device, self._stream)
-        self._embeddings = device.allocate(MOST * self._dim * 4, stream=self._stream)
-        self._pinned = LegacyPinnedMemoryResource().allocate(MOST * self._dim * 4)
+        self._heads = CudaHeads(heads, self._maps, MAX_BATCH, device, self._stream)
+        self._embeddings = device.allocate(MAX_BATCH * self._dim * 4, stream=self._stream)
+        self._pinned = LegacyPinnedMemoryResource().allocate(MAX_BATCH * self._dim * 4)
         self._stream.sync()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        parts = [self._piece(piece) for piece in pieces(images, MOST)]
+        parts = [self._piece(piece) for piece in split_batch(images, MAX_BATCH)]
         return np.concatenate(parts) if parts else np.empty((0, self._dim), np.float32)
 
     def _piece(self, images: np.ndarray) -> np.ndarray:

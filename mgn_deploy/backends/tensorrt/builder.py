@@ -1,7 +1,7 @@
 """ONNX graph -> TensorRT plan, by TensorRT 10 or 11, or by TensorRT-RTX, which needs no GPU to build for one.
 
 The network is strongly typed: precision is the graph's to say, so TF32 is off, too. Plans are kept in a cache
-(`export/plan_cache.py`).
+(`cache.py`).
 """
 
 from __future__ import annotations
@@ -15,45 +15,47 @@ from typing import Any
 import onnx
 
 import mgn_deploy
+from mgn_deploy.backends.heads.cut import cut_trunk
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.backends.tensorrt.cache import cache_key, load, load_plan, save, save_plan
 from mgn_deploy.backends.tensorrt.graph import PreparedGraph, prepare
 from mgn_deploy.backends.tensorrt.network import build_network, parsed_network, quiet
 from mgn_deploy.backends.tensorrt.package import import_problem_of, import_tensorrt, logger, title
-from mgn_deploy.bench import layer_table
-from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, TITLES, EngineEntry, Flavour
+from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, EngineEntry, TensorRtName
 from mgn_deploy.cuda.device import Gpu, gpu_problem, this_gpu
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.progress import Progress
 
-MOST_IMAGES = 4096  # a call: beyond, activations take more memory than GPUs have
+MAX_BATCH = 4096  # a call: beyond, activations take more memory than GPUs have
 
 
 @dataclass(frozen=True)
 class BuildSettings:
     """What a plan is built for.
 
-    `batch`: fewest, best and most images a call. `compute_capability`: "8.6", for TensorRT-RTX only, which without it
+    `batch`: min, opt and max images a call. `compute_capability`: "8.6", for TensorRT-RTX only, which without it
     builds for any GPU from Ampere on. `workspace`: bytes of GPU memory that a layer may take for itself; None: all there is.
-    `version_compatible` and `hardware_compatible` (other GPUs from Ampere on) are TensorRT's only.
+    With `fused_heads` the plan ends with the feature maps. `version_compatible` and `hardware_compatible` (other GPUs from Ampere on) are TensorRT's only.
     """
 
-    flavour: Flavour
+    engine: TensorRtName
     batch: tuple[int, int, int] = DEFAULT_BATCH
     compute_capability: str | None = None
     workspace: int | None = None
+    fused_heads: bool = False
     version_compatible: bool = False
     hardware_compatible: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A built plan. `layers` is the layer table (`export/layer_table.py`), `seconds` what building took when it was built."""
+    """A built plan. `layers` is TensorRT's own table of its layers, as text; `seconds` what building took when it was built."""
 
     content: bytes
     settings: BuildSettings
     version: str
     gpu: Gpu | None
-    layers: list[dict[str, Any]]
+    layers: str
     seconds: float
     cached: bool
 
@@ -62,7 +64,8 @@ class Plan:
         own = self.gpu.compute_capability if self.gpu else None
         return EngineEntry(
             file=file,
-            flavour=self.settings.flavour,
+            engine=self.settings.engine,
+            fused_heads=self.settings.fused_heads,
             version=self.version,
             compute_capability=self.settings.compute_capability or own,
             gpu=self.gpu.name if self.gpu else None,
@@ -73,30 +76,10 @@ class Plan:
 
     @property
     def file_name(self) -> str:
-        """As in `tensorrt_rtx-sm86.plan`."""
+        """As in `tensorrt-rtx-sm86.plan`."""
         capability = self.settings.compute_capability or (self.gpu.compute_capability if self.gpu else None)
-        return f"{self.settings.flavour}-{'sm' + capability.replace('.', '') if capability else 'ampere-plus'}.plan"
-
-
-def parse_batch(text: str) -> tuple[int, int, int]:
-    """ "1,32,64" -> (1, 32, 64).
-
-    Raises:
-        UserError: not three whole numbers, 1 <= fewest <= best <= most <= 4096.
-    """
-    try:
-        fewest, best, most = (int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(
-            f"--batch {text}: it takes three whole numbers, fewest, best and most images, as in 1,32,64"
-        ) from None
-    _check_batch((fewest, best, most))
-    return fewest, best, most
-
-
-def parse_capabilities(text: str) -> tuple[str, ...]:
-    """ "8.6,8.9" -> ("8.6", "8.9"), each once."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+        target = f"sm{capability.replace('.', '')}" if capability else "ampere-plus"
+        return f"{self.settings.engine}-{target}{'-fused-heads' if self.settings.fused_heads else ''}.plan"
 
 
 def build_plans(
@@ -110,7 +93,7 @@ def build_plans(
     """One plan for each compute capability, or one as the settings say without any.
 
     Args:
-        graph: with its weights; local functions and precision as exported. Input: uint8 `[n, height, width, 3]`.
+        graph: with its weights and precision as exported. Input: uint8 `[n, height, width, 3]`.
         settings: its own `compute_capability` gives way to the list's.
         compute_capabilities: as "8.6".
         use_cache: take plans from the cache and put them there.
@@ -122,34 +105,34 @@ def build_plans(
         KeyboardInterrupt: Ctrl-C; the build is stopped first.
     """
     wanted = check_build(settings, compute_capabilities)
-    prepared = prepare(graph)
-    gpu = this_gpu() if settings.flavour == "tensorrt" else None
+    prepared = prepare(cut_trunk(graph) if settings.fused_heads else graph)
+    gpu = this_gpu() if settings.engine == "tensorrt" else None
     return [_plan(prepared, one, gpu, use_cache, progress) for one in wanted]
 
 
 def check_build(settings: BuildSettings, compute_capabilities: Sequence[str] = ()) -> list[BuildSettings]:
     """The settings of each plan that `build_plans` would build; raises what it would before it looks at a graph."""
-    flavour = settings.flavour
+    engine = settings.engine
     wanted = [replace(settings, compute_capability=one) for one in compute_capabilities] or [settings]
     for one in wanted:
         _check(one)
-    problem = import_problem_of(flavour) or (gpu_problem() if flavour == "tensorrt" else None)
+    problem = import_problem_of(engine) or (gpu_problem() if engine == "tensorrt" else None)
     if problem:
-        raise CannotRun(f"{TITLES[flavour]} cannot build here: {problem}")
+        raise CannotRun(f"{ENGINES[engine].title} cannot build here: {problem}")
     for one in wanted:
         if one.compute_capability and one.compute_capability not in capabilities():
             raise UserError(
-                f"{title('tensorrt_rtx')} builds for compute capability {', '.join(capabilities())}, "
+                f"{title('tensorrt-rtx')} builds for compute capability {', '.join(capabilities())}, "
                 f"not for {one.compute_capability!r}"
             )
     return wanted
 
 
 def _check(settings: BuildSettings) -> None:
-    _check_batch(settings.batch)
+    check_batch(settings.batch)
     if settings.workspace is not None and settings.workspace < 1:
         raise UserError(f"a workspace of {settings.workspace} bytes holds nothing: leave it out for no limit")
-    rtx = settings.flavour == "tensorrt_rtx"
+    rtx = settings.engine == "tensorrt-rtx"
     if not rtx and settings.compute_capability:
         raise UserError(
             "TensorRT builds for the GPU of the machine that it runs on, not for a compute capability ahead of time: "
@@ -162,16 +145,17 @@ def _check(settings: BuildSettings) -> None:
         )
 
 
-def _check_batch(batch: tuple[int, int, int]) -> None:
-    if not 1 <= batch[0] <= batch[1] <= batch[2] <= MOST_IMAGES:
+def check_batch(batch: tuple[int, int, int]) -> None:
+    """Raise UserError unless 1 <= min <= opt <= max <= 4096 images."""
+    if not 1 <= batch[0] <= batch[1] <= batch[2] <= MAX_BATCH:
         raise UserError(
-            f"batch {batch[0]},{batch[1]},{batch[2]}: it must be 1 <= fewest <= best <= most <= {MOST_IMAGES} images"
+            f"batch {batch[0]},{batch[1]},{batch[2]}: it must be 1 <= min <= opt <= max <= {MAX_BATCH} images"
         )
 
 
 def capabilities() -> list[str]:
     """The compute capabilities that the installed TensorRT-RTX builds for, as "8.6"."""
-    names = import_tensorrt("tensorrt_rtx").ComputeCapability.__members__
+    names = import_tensorrt("tensorrt-rtx").ComputeCapability.__members__
     digits = sorted((name[2:] for name in names if name.startswith("SM")), key=int)
     return [f"{one[:-1]}.{one[-1]}" for one in digits]
 
@@ -179,7 +163,7 @@ def capabilities() -> list[str]:
 def _plan(
     prepared: PreparedGraph, settings: BuildSettings, gpu: Gpu | None, use_cache: bool, progress: Progress | None
 ) -> Plan:
-    version = str(import_tensorrt(settings.flavour).__version__)
+    version = str(import_tensorrt(settings.engine).__version__)
     # Of this package, too: what it tells TensorRT beyond the settings is code.
     facts = {
         **vars(settings),
@@ -202,27 +186,27 @@ def _plan(
 
 def _build(
     prepared: PreparedGraph, settings: BuildSettings, gpu: Gpu | None, use_cache: bool, progress: Progress | None
-) -> tuple[bytes, list[dict[str, Any]]]:
-    trt = import_tensorrt(settings.flavour)
-    with quiet(settings.flavour):
-        network = parsed_network(settings.flavour, prepared)
+) -> tuple[bytes, str]:
+    trt = import_tensorrt(settings.engine)
+    with quiet(settings.engine):
+        network = parsed_network(settings.engine, prepared)
         config = _config(trt, network.builder, prepared, settings)
         timings = _timing_cache(config, settings, gpu) if use_cache and gpu else None
-        content = build_network(settings.flavour, network, config, progress)
+        content = build_network(settings.engine, network, config, progress)
         if timings:
             cache, name = timings
             save(name, bytes(memoryview(cache.serialize())))
-        text = logger(settings.flavour).messages.layers
+        text = logger(settings.engine).messages.layers
     if text:
-        return content, layer_table.layers_from_log(text)
-    runtime = trt.Runtime(logger(settings.flavour))
+        return content, text
+    runtime = trt.Runtime(logger(settings.engine))
     if settings.version_compatible:
         runtime.engine_host_code_allowed = True  # the plan, built here just now, brings its runtime with it
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:  # without a GPU, and with a log that has no table
-        return content, []
+        return content, ""
     inspector = engine.create_engine_inspector()
-    return content, layer_table.layers_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    return content, inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
 
 def _config(trt: Any, builder: Any, prepared: PreparedGraph, settings: BuildSettings) -> Any:
@@ -250,8 +234,8 @@ def _config(trt: Any, builder: Any, prepared: PreparedGraph, settings: BuildSett
 
 def _timing_cache(config: Any, settings: BuildSettings, gpu: Gpu) -> tuple[Any, str]:
     """How long TensorRT's kernels took on this GPU in earlier builds. TensorRT-RTX times none."""
-    version = import_tensorrt(settings.flavour).__version__
-    name = hashlib.sha256(f"{settings.flavour} {version} {gpu}".encode()).hexdigest() + ".timings"
+    version = import_tensorrt(settings.engine).__version__
+    name = hashlib.sha256(f"{settings.engine} {version} {gpu}".encode()).hexdigest() + ".timings"
     timings = config.create_timing_cache(load(name)) or config.create_timing_cache(b"")
     config.set_timing_cache(timings, ignore_mismatch=False)
     return timings, name

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx
-import onnx.inliner
 from onnx import TensorProto, helper
 
 from mgn_deploy.errors import UserError
@@ -22,32 +21,23 @@ class PreparedGraph:
 
 
 def prepare(graph: onnx.ModelProto) -> PreparedGraph:
-    """Inline the local functions, which TensorRT does not know, and cast the pixels before anything else reads them.
+    """Cast the pixels of a copy before anything else reads them.
 
     TensorRT takes uint8 only as the input of a cast; every other operator refuses it. The values are the same.
 
     Raises:
-        UserError: the graph has not one uint8 input `[n, height, width, 3]`.
+        UserError: the graph has no uint8 input `[n, height, width, 3]`.
     """
-    inlined = _inlined(graph)
-    images = _image_input(inlined.graph)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    images = _image_input(copy.graph)
     height, width = (dim.dim_value for dim in images.type.tensor_type.shape.dim[1:3])
     pixels = f"{images.name}/float"
-    for node in inlined.graph.node:
+    for node in copy.graph.node:
         node.input[:] = [pixels if name == images.name else name for name in node.input]
     cast = helper.make_node("Cast", [images.name], [pixels], name=pixels, to=TensorProto.FLOAT)
-    inlined.graph.node.insert(0, cast)
-    return PreparedGraph(inlined.SerializeToString(), images.name, height, width)
-
-
-def _inlined(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without local functions. The weights go round the inliner: it would take seconds to copy them to and fro."""
-    light = onnx.ModelProto(ir_version=graph.ir_version, opset_import=graph.opset_import, functions=graph.functions)
-    parts = graph.graph
-    light.graph.CopyFrom(onnx.GraphProto(name=parts.name, node=parts.node, input=parts.input, output=parts.output))
-    inlined = onnx.inliner.inline_local_functions(light)
-    inlined.graph.initializer.extend(parts.initializer)
-    return inlined
+    copy.graph.node.insert(0, cast)
+    return PreparedGraph(copy.SerializeToString(), images.name, height, width)
 
 
 def _image_input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mgn_deploy.backends.tensorrt.graph import PreparedGraph
 from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, one_line, title
-from mgn_deploy.bundle.engine_entry import Flavour
+from mgn_deploy.bundle.engine_entry import TensorRtName
 from mgn_deploy.errors import UserError
 from mgn_deploy.progress import Progress
 
@@ -32,28 +32,28 @@ class Network:
 
 
 @contextmanager
-def quiet(flavour: Flavour) -> Iterator[None]:
+def quiet(engine: TensorRtName) -> Iterator[None]:
     """One build at a time: TensorRT has one logger a process, and this build's messages must be its own."""
     with _one_at_a_time:
-        logger(flavour).messages.clear()
+        logger(engine).messages.clear()
         yield
 
 
-def parsed_network(flavour: Flavour, prepared: PreparedGraph) -> Network:
+def parsed_network(engine: TensorRtName, prepared: PreparedGraph) -> Network:
     """The strongly typed network of a graph.
 
     Raises:
         UserError: the parser refuses it; the sentence names the node, its operator and the reason.
     """
-    trt = import_tensorrt(flavour)
-    builder = trt.Builder(logger(flavour))
+    trt = import_tensorrt(engine)
+    builder = trt.Builder(logger(engine))
     # TensorRT 11 knows no other kind, and may drop the flag.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     definition = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
-    parser = trt.OnnxParser(definition, logger(flavour))
+    parser = trt.OnnxParser(definition, logger(engine))
     parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)  # the plugin of old is in no portable plan
     if not parser.parse(prepared.content):
-        raise UserError(f"{title(flavour)} refuses the graph: {_parser_error(parser)}")
+        raise UserError(f"{title(engine)} refuses the graph: {_parser_error(parser)}")
     _write_maps_channels_last(trt, definition)
     return Network(builder, definition, parser)
 
@@ -81,13 +81,13 @@ def _parser_error(parser: Any) -> str:
     return f"node {error.node_name()!r} ({error.node_operator()}): {reason}"
 
 
-def build_network(flavour: Flavour, network: Network, config: Any, progress: Progress | None) -> bytes:
+def build_network(engine: TensorRtName, network: Network, config: Any, progress: Progress | None) -> bytes:
     """The serialized plan. The build runs in a thread, so that Ctrl-C reaches this one and stops it.
 
     Raises:
         UserError: TensorRT cannot build it.
     """
-    monitor = _monitor(flavour, progress)
+    monitor = _monitor(engine, progress)
     config.progress_monitor = monitor
     with ThreadPoolExecutor(1, thread_name_prefix="tensorrt") as pool:
         building = pool.submit(network.builder.build_serialized_network, network.definition, config)
@@ -101,12 +101,12 @@ def build_network(flavour: Flavour, network: Network, config: Any, progress: Pro
         _stopped_builds.append((network, config, monitor))
         raise monitor.raised
     if plan is None:
-        raise UserError(f"{title(flavour)} cannot build the graph: {logger(flavour).messages.first_error()}")
+        raise UserError(f"{title(engine)} cannot build the graph: {logger(engine).messages.first_error()}")
     return bytes(memoryview(plan))
 
 
-def _monitor(flavour: Flavour, progress: Progress | None) -> Any:
-    trt = import_tensorrt(flavour)
+def _monitor(engine: TensorRtName, progress: Progress | None) -> Any:
+    trt = import_tensorrt(engine)
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
         """Reports, and says stop at the next step. Nothing may be raised through TensorRT: it is kept in `raised`."""

@@ -8,30 +8,31 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from mgn_deploy.bundle.engine_entry import TITLES, Flavour
+from mgn_deploy.backends.registry import ENGINES
+from mgn_deploy.bundle.engine_entry import TensorRtName
 from mgn_deploy.packages import import_problem
 
 # Of a library that looks for a GPU also where it needs none.
 _HARMLESS = ("cudaError 35", "CUDA driver version is insufficient", "Unable to determine GPU memory usage")
 
 
-def import_tensorrt(flavour: Flavour) -> Any:
-    """The package of that name.
+def import_tensorrt(engine: TensorRtName) -> Any:
+    """Import the package of that engine.
 
     Raises:
         ImportError, OSError: it is not installed, or its libraries cannot be loaded.
     """
-    return import_module(flavour)
+    return import_module(ENGINES[engine].package)
 
 
-def import_problem_of(flavour: Flavour) -> str | None:
+def import_problem_of(engine: TensorRtName) -> str | None:
     """Why the package cannot be imported and what to install, or None."""
-    return import_problem(flavour, flavour.replace("_", "-"))
+    return import_problem(ENGINES[engine].package, ENGINES[engine].extra)
 
 
-def title(flavour: Flavour) -> str:
+def title(engine: TensorRtName) -> str:
     """As in "TensorRT-RTX 1.7.1.116"."""
-    return f"{TITLES[flavour]} {import_tensorrt(flavour).__version__}"
+    return f"{ENGINES[engine].title} {import_tensorrt(engine).__version__}"
 
 
 class Messages:
@@ -70,9 +71,9 @@ def one_line(text: str) -> str:
 
 
 @cache
-def logger(flavour: Flavour) -> Any:
+def logger(engine: TensorRtName) -> Any:
     """The process's logger of that package; its `messages` are a `Messages`."""
-    trt = import_tensorrt(flavour)
+    trt = import_tensorrt(engine)
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 from mgn_deploy.backends.heads.cuda import CudaHeads, MapType, map_type
 from mgn_deploy.backends.heads.fused import FusedHeads
 from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, title
-from mgn_deploy.bundle.engine_entry import Flavour
-from mgn_deploy.cuda.buffers import array_of, part, pieces
+from mgn_deploy.bundle.engine_entry import TensorRtName
+from mgn_deploy.cuda.buffers import array_of, part, split_batch
 from mgn_deploy.cuda.errors import cuda_errors, cuda_sentence
 from mgn_deploy.errors import UserError
 
@@ -35,17 +35,17 @@ class CudaPipeline:
     Args:
         engine: with input uint8 `images` `[n, height, width, 3]` and output float32 `embeddings` `[n, dim]`, or, with fused
             heads, the maps.
-        flavour: of the engine.
+        engine_name: of the engine.
         dim: of an embedding.
         heads: what follows an engine that ends with the maps.
     """
 
-    def __init__(self, engine: Any, flavour: Flavour, dim: int, heads: FusedHeads | None = None) -> None:
+    def __init__(self, engine: Any, engine_name: TensorRtName, dim: int, heads: FusedHeads | None = None) -> None:
         from cuda.core import Device
 
         device = Device(0)
         device.set_current()
-        self._engine, self._flavour, self._dim = engine, flavour, dim
+        self._engine, self._engine_name, self._dim = engine, engine_name, dim
         self._fewest, _, most = (int(shape[0]) for shape in engine.get_tensor_profile_shape("images", 0))
         self._most = most
         self._image = tuple(engine.get_tensor_shape("images"))[1:]
@@ -57,7 +57,7 @@ class CudaPipeline:
         self._memory = device.allocate(max(1, engine.device_memory_size_v2), stream=self._compute)
         self._heads = None
         if heads:
-            self._heads = CudaHeads(heads, engine_maps(engine, flavour), self._most, device, self._compute)
+            self._heads = CudaHeads(heads, engine_maps(engine, engine_name), self._most, device, self._compute)
         self._contexts: dict[int, Any] = {}
         self._graphs: dict[tuple[int, int], Any] = {}
         self._running = False
@@ -85,7 +85,7 @@ class CudaPipeline:
         # Rows of the batches that are on their way: their parts, and how many pieces are not back yet.
         results: deque[tuple[list[np.ndarray], int]] = deque()
         for batch in batches:
-            parts = pieces(batch, self._most)
+            parts = split_batch(batch, self._most)
             results.append(([np.empty((0, self._dim), np.float32)] if not parts else [], len(parts)))
             for piece in parts:
                 if not free:
@@ -158,10 +158,10 @@ class CudaPipeline:
                 del builder  # ends the capture also after an error: the stream could not even be waited for
 
     def _new_context(self, rows: int) -> Any:
-        context = execution_context(self._flavour, self._engine)
+        context = execution_context(self._engine_name, self._engine)
         if context is None:
             raise UserError(
-                f"{title(self._flavour)} cannot set up the engine: {logger(self._flavour).messages.first_error()}; "
+                f"{title(self._engine_name)} cannot set up the engine: {logger(self._engine_name).messages.first_error()}; "
                 "where the GPU's memory is full, end what else runs on it"
             )
         context.set_device_memory(int(self._memory.handle), self._memory.size)
@@ -170,11 +170,11 @@ class CudaPipeline:
         return context
 
     def _enqueue(self, context: Any, stream: Any, slot: _Slot, rows: int) -> None:
-        messages = logger(self._flavour).messages
+        messages = logger(self._engine_name).messages
         messages.clear()
         if not context.execute_async_v3(int(stream.handle)):
             reason = messages.first_error()
-            raise UserError(cuda_sentence(reason) or f"{title(self._flavour)} cannot run the engine: {reason}")
+            raise UserError(cuda_sentence(reason) or f"{title(self._engine_name)} cannot run the engine: {reason}")
         if self._heads:
             self._heads.launch(rows, int(slot.device_embeddings.handle), stream)
 
@@ -187,9 +187,9 @@ def map_names(engine: Any) -> list[str]:
     return sorted(name for name in names if name != "images")
 
 
-def engine_maps(engine: Any, flavour: Flavour) -> MapType:
+def engine_maps(engine: Any, engine_name: TensorRtName) -> MapType:
     """How it writes its maps. Channels are a multiple of 8, so that 8 channels at a time is channels-last without gaps."""
-    trt = import_tensorrt(flavour)
+    trt = import_tensorrt(engine_name)
     layouts = {trt.TensorFormat.LINEAR: "nchw", trt.TensorFormat.HWC8: "nhwc", trt.TensorFormat.HWC: "nhwc"}
     dtypes = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
     names = map_names(engine)
@@ -200,13 +200,13 @@ def engine_maps(engine: Any, flavour: Flavour) -> MapType:
     )
 
 
-def execution_context(flavour: Flavour, engine: Any) -> Any:
+def execution_context(engine_name: TensorRtName, engine: Any) -> Any:
     """A context without working memory of its own. TensorRT-RTX compiles a shape's kernels before their first run with it,
     not beside: a CUDA graph would hold the stand-ins for good.
     """
-    trt = import_tensorrt(flavour)
+    trt = import_tensorrt(engine_name)
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    if flavour == "tensorrt":
+    if engine_name == "tensorrt":
         return engine.create_execution_context(strategy)
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(strategy)

@@ -11,13 +11,14 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, openvino, onnxruntime or torch."
+BACKENDS = f"auto, {', '.join(ENGINES)}."
 _log = logging.getLogger("mgn_deploy")
 LOG_SECONDS = 10  # between lines of progress where stderr is no terminal
 
