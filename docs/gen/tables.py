@@ -64,7 +64,7 @@ def engines() -> str:
         ]
         for engine in ENGINES.values()
     ]
-    return _table(["`--backend`", "engine", "runs on", *PRECISIONS, "extra", "status"], rows)
+    return _table(["backend", "engine", "runs on", *PRECISIONS, "extra", "status"], rows)
 
 
 def recipes() -> str:
