@@ -1,10 +1,10 @@
 """The layers of a built TensorRT plan as JSON: what was fused into what, and in which type it computes.
 
-With a GPU, TensorRT's engine inspector tells. Without one no plan can be opened; there the builder's own log ends with the
-same table in text:
+With a GPU, TensorRT's engine inspector tells. Without one no plan can be opened; there the builder's own log ends with
+the same table in text:
 
     Layers:
-    Name: conv1, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,3,8,8], Datatype: Half, Format: (NHWC) ... }], ...
+    Name: conv1, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,3,8,8], Datatype: Half, ... }], ...
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def fused_nodes(layer: Layer) -> list[str]:
 
 
 def node_types(layers: Sequence[Layer], nodes: Sequence[str]) -> dict[str, str]:
-    """By ONNX node, the type of what the layer that computes it reads, as in "Int8". Nodes that no layer names are left out.
+    """By ONNX node, the type of what the layer that computes it reads, as in "Int8". Nodes that no layer names are left
+    out.
 
     A layer that only brings data into shape for a node can name it, too: it is taken where there is no other.
     """
@@ -60,8 +61,8 @@ def node_types(layers: Sequence[Layer], nodes: Sequence[str]) -> dict[str, str]:
 def fused_with(layers: Sequence[Layer], nodes: Sequence[str], others: Sequence[str]) -> list[str]:
     """Those of `nodes` that run in one layer with one of `others`.
 
-    A generated kernel ("kgen") runs pointwise operators only: one that scales what a convolution wrote, or adds its bias,
-    names the convolution all the same, and does not count.
+    A generated kernel ("kgen") runs pointwise operators only: one that scales what a convolution wrote, or adds its
+    bias, names the convolution all the same, and does not count.
     """
     together = [set(fused_nodes(layer)) for layer in layers if layer.get("LayerType") != "kgen"]
     return [node for node in nodes if any(node in names and names & set(others) for names in together)]

@@ -27,7 +27,8 @@ DRAWN_IMAGES = 8  # for the ranges, which say what float16 cannot hold
 NOISE = 0.01
 COLUMNS = ("graph", "GPU", "MB", "weights MB", "seconds", "layers", "convolutions", "additions in them", "moved MB")
 MEANING = (
-    "weights: what the graph holds of them; moved: activations that all layers read and write for one row of the batch, which is an "
+    "weights: what the graph holds of them; moved: activations that all layers read and write for one row of the "
+    "batch, which is an "
     "image or its mirror"
 )
 ITEM_BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int8": 1, "UInt8": 1, "Int32": 4, "Int64": 8}
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mgn_deploy.bench.plans", description=__doc__)
     parser.add_argument("weights", type=Path, help="a weights folder")
     parser.add_argument("--compute-capability", default="8.6,8.9,12.0", help="as 8.6,8.9,12.0, which is the default")
-    parser.add_argument("--batch", default="1,32,64", help="fewest, best and most images a call (1,32,64)")
+    parser.add_argument("--batch", default="1,32,64", help="min, opt and max images a call (1,32,64)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     show_log()
     chosen = parser.parse_args(arguments)
@@ -135,14 +136,16 @@ def _graphs(model: MGN) -> Iterator[tuple[str, onnx.ModelProto]]:
 
 
 def _tell_branches_apart(model: MGN) -> None:
-    """Noise on every parameter of an untrained model: its branches are copies, of which TensorRT keeps one, and it has no biases."""
+    """Noise on every parameter of an untrained model: its branches are copies, of which TensorRT keeps one, and it has
+    no biases."""
     import torch
 
     firsts = [next(branch.parameters()) for branch in model.branches]
     if len(firsts) == 1 or not torch.equal(firsts[0], firsts[1]):
         return
     _log.info(
-        "these weights are untrained, the branches copies of one another: some noise makes them different, as training does"
+        "these weights are untrained, the branches copies of one another: some noise makes them different, as training "
+        "does"
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

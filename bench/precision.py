@@ -1,4 +1,6 @@
-"""Precision x engine in one run: accuracy, distance from PyTorch, speed and size. `python -m mgn_deploy.bench.precision --help`.
+"""Precision x engine in one run: accuracy, distance from PyTorch, speed and size.
+
+`python -m mgn_deploy.bench.precision --help`.
 
 Speeds are taken in turns, one round over all engines after the other, and are medians: a shared machine's speed drifts.
 """

@@ -1,6 +1,7 @@
 """Images a second of the bare engine, of `embed` from image files to a store, and of PyTorch eager, in turns.
 
-Turns, because a shared machine's speed drifts: each ratio is of neighbours in time, and the median ratio is what to quote.
+Turns, because a shared machine's speed drifts: each ratio is of neighbours in time, and the median ratio is what to
+quote.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ BARE, EMBED, REFERENCE = "bare engine", "embed (files to store)", "PyTorch eager
 
 @dataclass
 class Series:
-    """Rates of the counted runs in images/s; `ratio` is the median, over the turns, of this rate by the bare engine's."""
+    """Rates of the counted runs in images/s; `ratio` is the median, over the turns, of this rate by the bare
+    engine's."""
 
     rates: list[float] = field(default_factory=list)
     ratio: float = 1.0

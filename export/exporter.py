@@ -72,8 +72,8 @@ def export_bundle(
 
     Raises:
         CannotRun: INT8 without the engine that calibrates it, plans without their builder.
-        UserError: no weights, weights whose embeddings are not finite, no images, an INT8 budget that cannot be kept, no
-            engine installed to prove with, a graph that TensorRT refuses, or a folder that cannot be written.
+        UserError: no weights, weights whose embeddings are not finite, no images, an INT8 budget that cannot be kept,
+            no engine installed to prove with, a graph that TensorRT refuses, or a folder that cannot be written.
     """
     options = options or ExportOptions()
     settings = options.build_settings()

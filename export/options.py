@@ -28,8 +28,9 @@ class ExportOptions:
 
     Args:
         precision: of the network; pixels, the heads' sums and the L2 norm are float32 in all.
-        engine: one of `EXPORT_ENGINES`. "tensorrt" and "tensorrt-rtx" also build plans. The INT8 graph has its Q/DQ pairs
-            where this engine wants them (None: OpenVINO); the other precisions' graphs are the same for every engine.
+        engine: one of `EXPORT_ENGINES`. "tensorrt" and "tensorrt-rtx" also build plans. The INT8 graph has its Q/DQ
+            pairs where this engine wants them (None: OpenVINO); the other precisions' graphs are the same for every
+            engine.
         batch: min, opt and max images a call of a plan, and of Triton; None: 1, 8, 64.
         compute_capabilities: as "8.6": a TensorRT-RTX plan for each; none: one for any GPU from Ampere on.
         workspace: GiB of GPU memory that a layer may take; None: all.
@@ -149,7 +150,8 @@ class ExportOptions:
         served = runs_int8 if self.precision == "int8" else self.precision in ENGINES["onnxruntime"].precisions
         if self.engine != "tensorrt" and not served:
             raise UserError(
-                f"Triton runs graphs by ONNX Runtime, which a {self.precision} graph for {self.int8_engine} is not for: "
+                f"Triton runs graphs by ONNX Runtime, which a {self.precision} graph for {self.int8_engine} is not "
+                f"for: "
                 "--triton goes with --engine tensorrt, with fp32 or fp16, or with int8 and --engine onnxruntime"
             )
 

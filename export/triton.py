@@ -76,14 +76,15 @@ def write_model_repository(
         The model's folder.
 
     Raises:
-        UserError: a plan without its heads, sizes that do not fit, a plan of TensorRT-RTX, no proof for the engine that Triton would run,
-            or a place that is not writable.
+        UserError: a plan without its heads, sizes that do not fit, a plan of TensorRT-RTX, no proof for the engine that
+            Triton would run, or a folder that cannot be written.
     """
     _check(plan, max_batch, preferred, name)
     runs_it = ("tensorrt",) if plan else ONNXRUNTIMES
     if not any(name in runs_it and proof.passed for name, proof in bundle.manifest.proofs.items()):
         raise UserError(
-            f"Triton would run {plan.file if plan else GRAPH} of {bundle.folder} by {runs_it[0]}, which is not proven with it: "
+            f"Triton would run {plan.file if plan else GRAPH} of {bundle.folder} by {runs_it[0]}, which is not proven "
+            f"with it: "
             f"`mgn-deploy prove {bundle.folder}` where that is installed"
         )
     folder = Path(out) / name
@@ -101,7 +102,8 @@ def _check(plan: EngineEntry | None, max_batch: int, preferred: Sequence[int], n
         raise UserError(f"{name!r} cannot name a Triton model: use letters, digits, _, - and .")
     if max_batch < 1 or not preferred or any(not 1 <= size <= max_batch for size in preferred):
         raise UserError(
-            f"preferred batch sizes {', '.join(map(str, preferred)) or 'none'}: each must lie between 1 and the maximum, {max_batch}"
+            f"preferred batch sizes {', '.join(map(str, preferred)) or 'none'}: each must lie between 1 and the "
+            f"maximum, {max_batch}"
         )
     if plan is None:
         return
@@ -115,7 +117,8 @@ def _check(plan: EngineEntry | None, max_batch: int, preferred: Sequence[int], n
         )
     if not plan.batch[0] == 1 or plan.batch[2] < max_batch:
         raise UserError(
-            f"{plan.file} takes {plan.batch[0]} to {plan.batch[2]} images a call and Triton would send 1 to {max_batch}: "
+            f"{plan.file} takes {plan.batch[0]} to {plan.batch[2]} images a call and Triton would send 1 to "
+            f"{max_batch}: "
             f"build it with --batch 1,{plan.batch[1]},{max_batch}"
         )
 

@@ -29,7 +29,8 @@ def say(sentence: str) -> None:
 
 
 def show_log() -> None:
-    """Print what the library logs, INFO and above, on stderr: by rich where it is a terminal, so that progress bars stay below."""
+    """Print what the library logs, INFO and above, on stderr: by rich where it is a terminal, so that progress bars
+    stay below."""
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.logging import RichHandler
@@ -66,7 +67,8 @@ def print_json(value: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A result for people, to stdout, under a line that says what it is; as wide as needed where stdout is no terminal."""
+    """A result for people, to stdout, under a line that says what it is; as wide as needed where stdout is no
+    terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -84,7 +86,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 @contextmanager
 def progress(unit: str = "images") -> Iterator[Progress]:
-    """Shows each step of a library call: a bar with rate and time left, or a line every 10 s where stderr is no terminal."""
+    """Shows each step of a library call: a bar with rate and time left, or a line every 10 s where stderr is no
+    terminal."""
     with _bars(unit) if sys.stderr.isatty() else nullcontext(_TimedLines(unit)) as update:
         yield update
 
@@ -115,7 +118,8 @@ def _bars(unit: str) -> Iterator[Progress]:
 
 
 class _TimedLines:
-    """A line every `LOG_SECONDS`. Rates count from a step's first call on: what an earlier run did is not this one's speed."""
+    """A line every `LOG_SECONDS`. Rates count from a step's first call on: what an earlier run did is not this one's
+    speed."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit

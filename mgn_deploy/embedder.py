@@ -26,21 +26,37 @@ ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 class Embedder:
-    """A bundle opened by one backend. Not for use by several threads at once."""
+    """A model opened by one backend. Not for use by several threads at once.
+
+    Attributes:
+        backend: the opened engine; its `name`, `version` and `device` say which.
+        height, width: of the crops that the network sees, in pixels.
+        dim: of an embedding.
+    """
 
     def __init__(self, backend: Backend, config: ModelConfig, bundle: Bundle | None = None) -> None:
         self.backend = backend
         self.height, self.width, self.dim = config.height, config.width, config.dim
         self._bundle = bundle
 
+    def __repr__(self) -> str:
+        model = self._bundle or f"{self.height}x{self.width} crops"
+        return f"Embedder({model!s}, by {self.backend.name} {self.backend.version} on {self.backend.device})"
+
     @classmethod
     def open(
         cls, bundle: Bundle | str | os.PathLike[str], backend: str = "auto", *, allow_unproven: bool = False
     ) -> Embedder:
-        """Open a bundle (a folder or a `Bundle`) with the named backend or, by default, the fastest that is proven.
+        """Open a bundle with the named backend or, by default, the fastest that is proven.
+
+        Args:
+            bundle: its folder, or one that is open.
+            backend: an engine's name, or auto.
+            allow_unproven: open an engine whose embeddings were not compared with the PyTorch reference's, too.
 
         Raises:
-            UserError: no bundle, changed files, no backend, no proof.
+            UserError: no bundle there, or its files are not what was exported.
+            CannotRun: the backend is not installed, or has no passed proof in the bundle.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(open_backend(opened, backend, allow_unproven=allow_unproven), opened.config, opened)
@@ -60,10 +76,11 @@ class Embedder:
 
     @classmethod
     def open_reference(cls, bundle: Bundle | str | os.PathLike[str]) -> Embedder:
-        """A bundle's PyTorch weights, to compare with.
+        """Open a bundle's PyTorch weights, to compare an engine with.
 
         Raises:
-            UserError: no bundle, changed files, no PyTorch, or a bundle without its weights.
+            UserError: no bundle there, or its files are not what was exported.
+            CannotRun: PyTorch is not installed, or the bundle was exported without its weights.
         """
         try:
             return cls.open(bundle, "torch", allow_unproven=True)
@@ -73,12 +90,13 @@ class Embedder:
     def embed(
         self, images: Iterable[ImageLike] | np.ndarray, *, batch_size: int = 8, progress: Progress | None = None
     ) -> np.ndarray:
-        """Unit embeddings, float32 `[n, dim]`, in the order of the images.
+        """Embed images: unit rows, float32 `[n, dim]`, in the order of the images.
 
         Args:
-            images: paths, PIL images or uint8 RGB arrays `[h, w, 3]` of any size; or one array `[n, h, w, 3]`.
+            images: paths, PIL images or uint8 RGB arrays `[height, width, 3]` of any size; or one array
+                `[n, height, width, 3]`.
             batch_size: images an engine call.
-            progress: called after each batch.
+            progress: called after each batch with the images done and to do.
 
         Raises:
             UserError: an image cannot be read (the message names it), an array is not uint8 RGB, batch_size is below 1.

@@ -9,35 +9,39 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from platformdirs import user_cache_path
 
 from mgn_deploy.errors import UserError
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's content, read in pieces of 1 MiB."""
+    """Hex SHA-256 of a file's content, read 1 MiB at a time."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while part := file.read(1 << 20):
+            digest.update(part)
     return digest.hexdigest()
 
 
 def cache_folder(kind: str) -> Path:
-    """Where what can be made again is kept: under `$XDG_CACHE_HOME`, or `~/.cache`.
+    """The folder for what can be made again: `$XDG_CACHE_HOME/mgn-deploy/KIND`, by default in the user's cache folder.
+
+    It is not created.
 
     Raises:
-        UserError: neither is known, as to a container's user without an entry in /etc/passwd.
+        UserError: this user has no home folder, as a container's user without an entry in /etc/passwd has none.
     """
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "mgn-deploy" / kind
-    except RuntimeError:
-        raise UserError(
-            "this user has no home folder to keep a cache in: set XDG_CACHE_HOME to a writable place"
-        ) from None
+    with suppress(RuntimeError):  # older releases of platformdirs return "~/.cache" as it is instead of raising
+        folder = user_cache_path("mgn-deploy")
+        if folder.is_absolute():
+            return folder / kind
+    raise UserError(
+        "this user has no home folder to keep a cache in: set XDG_CACHE_HOME to the full path of a writable folder"
+    )
 
 
 @contextmanager
@@ -45,7 +49,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that gets its name only once its whole content is on disk.
 
     Raises:
-        UserError: the place is not writable or the disk is full; nothing is left behind.
+        UserError: the folder is not writable or the disk is full; nothing is left behind.
     """
     with _explained(path):
         file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".mgn-", suffix=".tmp", delete=False)  # noqa: SIM115
@@ -64,11 +68,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
-    """A folder that gets its name only once it is whole. An earlier folder there is replaced if it holds files of these
-    `names` (or patterns, as in "*.plan") and nothing else.
+    """A folder that gets its name only once it is whole.
+
+    An earlier folder of that name is replaced if it holds files of these `names` (or patterns, as in "*.plan") and
+    nothing else.
 
     Raises:
-        UserError: the path is something else than such a folder, is not writable, or the disk is full.
+        UserError: the path is something else than such a folder, it is not writable, or the disk is full.
     """
     path = Path(os.path.realpath(path))  # a link stays, and leads to the new folder
     with _explained(path):

@@ -16,7 +16,8 @@ from unittest.mock import patch
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    # Where tests run side by side, each process has a core: two engines with a thread a core each get in each other's way.
+    # Where tests run side by side, each process has a core: two engines with a thread a core each get in each other's
+    # way.
     CORES = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {CORES[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(CORES)]})
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: before PyTorch is loaded

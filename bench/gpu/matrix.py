@@ -1,8 +1,10 @@
-"""Every precision, engine and form of the heads on one machine, into one JSON: `python -m mgn_deploy.bench.gpu.matrix --out FILE`.
+"""Every precision and GPU engine, with and without fused heads, into one JSON.
 
-A row is one of them: its proof, the sizes of graph and plan, images/s and latency at batch 1, 8 and 32 in turns with PyTorch
-(`bench/gpu_turns.py`). The file is written anew after each row, so that a run that is ended keeps them. What cannot run is a row with
-the reason. `--engines openvino,onnxruntime` runs the same code without a GPU.
+`python -m mgn_deploy.bench.gpu.matrix --out FILE`.
+
+A row is one of them: its proof, the sizes of graph and plan, images/s and latency at batch 1, 8 and 32 in turns with
+PyTorch (`turns.py`). The file is rewritten after each row, so that a run that is ended keeps them. What
+cannot run is a row with the reason. `--engines openvino,onnxruntime` runs the same code without a GPU.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@
     bench       `bench/kernel/`, into kernel.json
     engines     `bench/gpu/matrix.py`: precisions x engines, proven and in turns with PyTorch, into engines.json
 
-Each stage is a process with a time limit and a log; a stage that fails does not stop the next one. `suite.json` says how
-each ended, after each. Nothing has to be installed: the import name `mgn_deploy` is made of links in a scratch folder.
-Needed are PyTorch with CUDA, torchvision, cuda-core, NVRTC, pydantic, typer, rich, pyarrow, onnx, onnxscript, onnxruntime,
-pytest, pytest-timeout, hypothesis, safetensors and tensorboard (`facts` names what is missing); what PYTHONPATH has stays on it.
+Each stage is a process with a time limit and a log; a stage that fails does not stop the next one. `suite.json` says
+how each ended, after each. Nothing has to be installed: the import name `mgn_deploy` is made of links in a scratch
+folder. Needed are PyTorch with CUDA, torchvision, cuda-core, NVRTC, pydantic, typer, rich, pyarrow, onnx, onnxscript,
+onnxruntime, pytest, pytest-timeout, hypothesis, safetensors and tensorboard (`facts` names what is missing); what
+PYTHONPATH has stays on it.
 """
 
 from __future__ import annotations
@@ -205,7 +206,8 @@ STAGES = {"facts": facts, "tests": tests, "sanitizer": sanitizer, "bench": bench
 
 
 def run_pytest(*arguments: str) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, and how many for which reason; `exit` is 0 also where there was no test.
+    """How many tests passed, failed and were skipped, and how many for which reason; `exit` is 0 also where there was
+    no test.
 
     Where pytest itself broke down there are no counts but an exit status.
     """

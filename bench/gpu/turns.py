@@ -86,7 +86,8 @@ class Rivals:
     def turns(
         self, engine: Backend, bundle: Bundle, crops: np.ndarray, *, rounds: int, until: float
     ) -> dict[str, dict[str, Any]]:
-        """Of an engine, by batch: `rounds`, `images/s`, `latency ms`, and the same of each rival, or why it has `failed`.
+        """Of an engine, by batch: `rounds`, `images/s`, `latency ms`, and the same of each rival, or why it has
+        `failed`.
 
         Args:
             engine: of the bundle, opened.

@@ -33,7 +33,7 @@ RIVALS = {
 def main(arguments: list[str] | None = None) -> int:
     """0: all is measured; 1: something failed or was wrong; 2: it cannot run here."""
     parser = argparse.ArgumentParser(prog="python -m mgn_deploy.bench.kernel", description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON of everything, written anew after each case")
+    parser.add_argument("--out", type=Path, help="JSON of everything, rewritten after each case")
     parser.add_argument("--minutes", type=float, default=30, help="no case is begun after that time (30)")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     show_log()

@@ -7,7 +7,7 @@
     heads.bias             float32 [F, 1, R]
     heads.power            float32 [F], where the pooling is the generalised mean
     heads.scale, .shift    float32 [F, 1, R], the norm after the ReLU, where the neck has one
-    embeddings             float32 [n, F * R] unit rows, in the order of the branches, each branch's global feature first
+    embeddings             float32 [n, F * R] unit rows by branch, each branch's global feature first
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FEATURES = f"{PREFIX}features"  # [n, F * R]
 def head_nodes(
     config: ModelConfig, map_heights: Sequence[int], flip: bool
 ) -> tuple[list[NodeProto], list[TensorProto]]:
-    """The nodes from the maps to `embeddings`, in topological order, and the constants that they read besides the weights.
+    """Compose the nodes from the maps to `embeddings`, in topological order, and their constants besides the weights.
 
     Args:
         config: of the model.
@@ -77,8 +77,8 @@ class _Writer:
             limits = [self._integers(f"first_{name}", start), self._integers(f"last_{name}", end)]
             rows = self._node("Slice", [source, *limits, self._integers("row_axis", 2)], f"rows_{name}")
             parts.append(self._region(config, rows, f"stripe_{name}", first + 1 + stripe))
-        # The stripes cover every row, so the whole map's maximum is theirs: the map is read once. So is its mean where they
-        # are equal; a generalised mean has a power of its own.
+        # The stripes cover every row, so the whole map's maximum is theirs: the map is read once. So is its mean where
+        # they are equal; a generalised mean has a power of its own.
         if config.pooling == "max":
             whole = self._node("Max", parts, f"global_{branch}")
         elif config.pooling == "avg" and height % stripes == 0:
@@ -88,7 +88,8 @@ class _Writer:
         return [whole, *parts]
 
     def _region(self, config: ModelConfig, rows: str, name: str, feature: int) -> str:
-        """`rows` `[n, C, h, W]` -> `[n, C]`; of the generalised mean all but its root, which all features take at once."""
+        """`rows` `[n, C, h, W]` -> `[n, C]`; of the generalised mean all but its root, which all features take at
+        once."""
         axes = self._integers("map_axes", 2, 3)
         if config.pooling != "gem":
             return self._node("ReduceMax" if config.pooling == "max" else "ReduceMean", [rows, axes], name, keepdims=0)

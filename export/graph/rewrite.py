@@ -35,7 +35,7 @@ def tensor_names_between(graph: onnx.ModelProto) -> list[str]:
 def with_nodes(
     graph: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], constants: Iterable[onnx.TensorProto]
 ) -> onnx.ModelProto:
-    """A copy of the graph with these nodes in its nodes' place, and those of the constants that they read."""
+    """A copy of the graph with these nodes instead of its own, and with those of the constants that they read."""
     result = onnx.ModelProto()
     result.CopyFrom(graph)
     del result.graph.node[:]
@@ -47,7 +47,8 @@ def with_nodes(
 
 
 def group_of(weight_name: str) -> str:
-    """The residual block or other unit that a convolution's weight belongs to, as in `trunk.4.0` or `branches.1.layer4.2`."""
+    """The residual block or other unit that a convolution's weight belongs to, as in `trunk.4.0` or
+    `branches.1.layer4.2`."""
     parts = weight_name.removeprefix("embedding.model.").split(".")
     if parts[0] == "trunk":
         return ".".join(parts[: 3 if parts[1] in ("4", "5") else 2])

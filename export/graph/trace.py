@@ -1,10 +1,10 @@
 """PyTorch -> one ONNX graph: uint8 `[n, height, width, 3]` RGB in, float32 `[n, dim]` unit rows out.
 
-The trunk (everything up to the branches' last maps) is traced from the model with batch norms folded; the heads, the mirror
-average and the L2 norm are composed (`heads.py`). All operators are standard ones, so that any reader of ONNX takes the graph.
-The maps are named `map_0`, `map_1`, ... and listed in `metadata_props`, where a GPU engine may cut the graph
-(`mgn_deploy/backends/heads/cut.py`). The branches' first convolutions stay `Conv` nodes that read one tensor: TensorRT runs
-such convolutions as one.
+The trunk (everything up to the branches' last maps) is traced from the model with batch norms folded; the heads, the
+mirror average and the L2 norm are composed (`heads.py`). All operators are standard ones, so that any reader of ONNX
+takes the graph. The maps are named `map_0`, `map_1`, ... and listed in `metadata_props`, where a GPU engine may cut the
+graph (`mgn_deploy/backends/heads/cut.py`). The branches' first convolutions stay `Conv` nodes that read one tensor:
+TensorRT runs such convolutions as one.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def _head_tensors(folded: MGN) -> dict[str, np.ndarray]:
 
 
 def _strip_debug_information(graph: onnx.ModelProto) -> None:
-    """The tracer notes file paths and source lines of the machine that it ran on, which would change the graph's hash."""
+    """The tracer notes file paths and source lines of the machine that it ran on, which would change the graph's
+    hash."""
     del graph.metadata_props[:]
     del graph.graph.metadata_props[:]
     for item in (

@@ -48,7 +48,8 @@ def read_calibration_images(
         folder: searched recursively.
         height: of the model's input.
         width: of the model's input.
-        proof_crops: what the bundle is proven on, uint8 `[m, height, width, 3]`: a set that looks otherwise is warned of.
+        proof_crops: what the bundle is proven on, uint8 `[m, height, width, 3]`: a set that looks otherwise is warned
+            of.
         count: images wanted.
         seed: of the choice.
 
@@ -71,7 +72,8 @@ def read_calibration_images(
             crops.append(crop)
     if len(crops) < FEWEST:
         raise UserError(
-            f"{folder} has {len(crops)} readable images that show something ({blank} are of one colour): INT8 is calibrated "
+            f"{folder} has {len(crops)} readable images that show something ({blank} are of one colour): INT8 is "
+            f"calibrated "
             f"on at least {FEWEST}, better {COUNT}, like those that it will see (--calib DIR)"
         )
     pixels = np.stack([crops[index] for index in rng.permutation(len(crops))])

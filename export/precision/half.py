@@ -1,9 +1,9 @@
 """Float32 graph -> float16 or bfloat16 graph, with casts in the graph: TensorRT 11 knows no precision flag.
 
 In half precision: the convolutions with their ReLUs, additions and pools, and so the maps. In float32: the pixels'
-normalisation, instance norms, Q/DQ pairs, the heads from the pooled vectors on (from the maps on where they are averaged), the
-mirror average and the L2 norm, every node whose values would overflow, and all maps where one of them would: fused heads take
-maps of one type.
+normalisation, instance norms, Q/DQ pairs, the heads from the pooled vectors on (from the maps on where they are
+averaged), the mirror average and the L2 norm, every node whose values would overflow, and all maps where one of them
+would: fused heads take maps of one type.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 def to_half(
     graph: onnx.ModelProto, precision: str, ranges: Mapping[str, TensorRange]
 ) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy of the graph in half precision, and the names of the nodes that stay in float32 because they would overflow.
+    """A copy of the graph in half precision, and the names of the nodes that stay in float32 because they would
+    overflow.
 
     Args:
         graph: float32, as `build_graph` or `quantise` makes it.
@@ -76,7 +77,8 @@ def overflowing_nodes(graph: onnx.ModelProto, ranges: Mapping[str, TensorRange])
 
 
 def float32_nodes(graph: onnx.ModelProto) -> list[str]:
-    """Names of the nodes that a graph by `to_half` has in float32 because they would overflow; none of a graph without half precision."""
+    """Names of the nodes that a graph by `to_half` has in float32 because they would overflow; none of a graph without
+    half precision."""
     known = onnx.shape_inference.infer_shapes(graph).graph.value_info
     types = {value.name: value.type.tensor_type.elem_type for value in known}
     either = [node for node in trunk_nodes(graph) if node.op_type not in (*FLOAT32_OPERATORS, "Cast")]
@@ -89,7 +91,8 @@ def _too_large(ranges: Mapping[str, TensorRange]) -> set[str]:
 
 
 class _Rewriter:
-    """Collects nodes whose float inputs are cast to a wanted type; each tensor is cast once, constants are converted."""
+    """Collects nodes whose float inputs are cast to a wanted type; each tensor is cast once, constants are
+    converted."""
 
     def __init__(self, graph: onnx.ModelProto, half: int) -> None:
         self._graph, self._half = graph, half

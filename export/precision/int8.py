@@ -1,4 +1,5 @@
-"""INT8 that keeps the ranking: calibrate, take the best method, and put the fewest blocks back to float that it needs."""
+"""INT8 that keeps the ranking: calibrate, take the best method, and put the fewest blocks back to float that it
+needs."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def build_int8(
     result = Int8(chosen, method, errors, drop(open_graph(chosen)))
     if result.drop > max_drop:
         _log.info(
-            f"INT8 everywhere loses {result.drop:.2f} points, more than {max_drop}: looking for the blocks that lose most"
+            f"INT8 everywhere loses {result.drop:.2f} points, more than {max_drop}: looking for the blocks that lose "
+            f"most"
         )
         result.sweep = _sweep(
             plain, lambda in_float: candidate(plain, method, in_float), open_graph, held_out, reference
@@ -145,7 +147,8 @@ def _put_back(
             low = middle
     if result.drop > max_drop:
         raise UserError(
-            f"no INT8 graph loses at most {max_drop} points: even one block in INT8 loses more; raise --max-drop, or calibrate "
+            f"no INT8 graph loses at most {max_drop} points: even one block in INT8 loses more; raise --max-drop, or "
+            f"calibrate "
             "on more images like those that it will see"
         )
 

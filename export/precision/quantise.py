@@ -2,18 +2,18 @@
 
 The engines' integer kernels differ, and so do the placements in the table of engines (`mgn_deploy/backends/registry.py`):
 
-    TENSORRT      int8 activations, zero point 0 (its parser takes no other); of a residual addition only the skip side is
-                  quantised, so that the convolution on the other side takes the addition into its own kernel
-    TENSORRT_RTX  int8 activations, zero point 0, and float16 between the pairs, also through the additions. A convolution with
-                  a scale for each channel would write float32 and take nothing into its kernel, so a weight has one scale: the
-                  convolutions that an addition reads round by it, the others by channel, with a Mul and the bias after them
-    OPENVINO      TENSORRT's with uint8 activations: with int8 ones its embeddings were off on a CPU without VNNI (2026.4,
-                  mean cosine with ONNX Runtime's of the same graph 0.993 to 0.997, with uint8 ones 0.9999)
-    ONNXRUNTIME   uint8 activations, int8 weights of 7 bits (its AVX2 kernel adds two products in 16 bits), int32 biases,
-                  both sides of an addition quantised
+- tensorrt: int8 activations, zero point 0 (its parser takes no other). Of a residual addition only the skip side is
+  quantised, so that the convolution on the other side takes the addition into its own kernel.
+- tensorrt-rtx: int8 activations, zero point 0, and float16 between the pairs, also through the additions. A convolution
+  with a scale for each channel would write float32 and take nothing into its kernel, so a weight has one scale: the
+  convolutions that an addition reads round by it, the others by channel, with a Mul and the bias after them
+  (docs/decisions).
+- openvino: tensorrt's with uint8 activations: with int8 ones its embeddings are off on a CPU without VNNI.
+- onnxruntime: uint8 activations, int8 weights of 7 bits (its AVX2 kernel adds two products in 16 bits), int32 biases,
+  both sides of an addition quantised.
 
-Weights are int8, symmetric, rounded by output channel except as said. The heads, the mirror average and the L2 norm stay in
-float32.
+Weights are int8, symmetric, rounded by output channel except as said. The heads, the mirror average and the L2 norm
+stay in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from mgn_deploy.export.precision.ranges import TensorRange
 
 
 def conv_groups(graph: onnx.ModelProto) -> list[str]:
-    """The units that are quantised or left in float as one: the stem's convolution and each residual block, in order."""
+    """The units that are quantised or left in float as one: the stem's convolution and each residual block, in
+    order."""
     return list(dict.fromkeys(group_of(node.input[1]) for node in trunk_nodes(graph) if node.op_type == "Conv"))
 
 
@@ -74,7 +75,8 @@ def quantise(
 
 
 def _skip_side(addition: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> int:
-    """Which input of a residual addition is the shortcut: the one that is no convolution's output, or the downsample's."""
+    """Which input of a residual addition is the shortcut: the one that is no convolution's output, or the
+    downsample's."""
     for side, name in enumerate(addition.input):
         producer = producers[name]
         if producer.op_type != "Conv" or "downsample" in producer.input[1]:
@@ -145,14 +147,15 @@ class _Writer:
     def _within_half(self, scale: float, integers: np.ndarray, activation: str) -> np.ndarray:
         """The scale, or as much less as it takes for float16 to hold the convolution's sums; the shares make up for it.
 
-        The output's range is no bound of them: a sum is the output without its bias divided by its channel's share, which may be
-        tiny. But the activation is cut off at its threshold, on any image.
+        The output's range is no bound of them: a sum is the output without its bias divided by its channel's share,
+        which may be tiny. But the activation is cut off at its threshold, on any image.
         """
         largest = np.abs(integers).reshape(len(integers), -1).sum(axis=1).max() * scale * self._thresholds[activation]
         return np.array(scale / max(1.0, largest / LIMIT), np.float32)
 
     def _append_shares(self, node: onnx.NodeProto, shares: np.ndarray) -> None:
-        """What a scale for each channel would have done: its share of the one scale by a Mul, and the bias after that."""
+        """What a scale for each channel would have done: its share of the one scale by a Mul, and the bias after
+        that."""
         bias = (
             numpy_helper.to_array(self._constants[node.input.pop()]) if len(node.input) > 2 else np.zeros_like(shares)
         )

@@ -17,7 +17,8 @@ BATCH = 8
 
 @dataclass
 class TensorRange:
-    """`largest` magnitude, whether any value is negative, and a histogram of magnitudes over 0..`largest`, float64 `[2048]`.
+    """`largest` magnitude, whether any value is negative, and a histogram of magnitudes over 0..`largest`, float64
+    `[2048]`.
 
     The histogram counts only what is not zero: zeros, of which ReLU leaves many, are exact at any scale.
     """
@@ -54,7 +55,7 @@ def measure_ranges(
             largest = float(np.abs(value).max())
             one.largest = max(one.largest, float("inf") if np.isnan(largest) else largest)
             if histograms and not np.isfinite(largest):
-                raise UserError(f"{name} of the graph is not finite on these images: train the weights anew")
+                raise UserError(f"{name} of the graph is not finite on these images: train the weights again")
             one.negative = one.negative or bool(value.min() < 0)
     if not histograms:
         return ranges

@@ -21,8 +21,8 @@ MOST_IMAGES = 256
 FEWEST_IMAGES = 12  # an image and its ten neighbours, and one that is none
 NEIGHBOURS = 10
 
-# Floors by precision: (worst cosine, top-10 agreement, largest change of a coordinate with the batch). INT8's ranking is held by
-# its accuracy budget (`export/int8.py`); its floor here catches an engine that computes something else.
+# Floors by precision: (worst cosine, top-10 agreement, largest change of a coordinate with the batch). INT8's ranking
+# is held by its accuracy budget (`export/int8.py`); its floor here catches an engine that computes something else.
 FLOORS: dict[Precision, tuple[float, float, float]] = {
     "fp32": (0.99999, 0.995, 1e-4),
     "fp16": (0.9999, 0.98, 2e-3),
@@ -31,8 +31,8 @@ FLOORS: dict[Precision, tuple[float, float, float]] = {
 }
 # The share of the reference's mAP and rank-1 that has to be kept where labelled people are ranked.
 KEPT: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
-# Batches in which images are looked for among other neighbours, at other places; an odd one among them. An engine with a shape
-# profile is also tried at its fewest, best and most.
+# Batches in which images are looked for among other neighbours, at other places; an odd one among them. An engine with
+# a shape profile is also tried at its fewest, best and most.
 BATCHES = (1, 3, BATCH, 13)
 DRIFT_IMAGES = 13
 
@@ -140,8 +140,8 @@ def with_ranking(proof: Proof, ranking: Ranking, precision: Precision, allowed: 
 def batch_drift(backend: Backend, crops: np.ndarray, embeddings: np.ndarray, sizes: Sequence[int] = BATCHES) -> float:
     """The largest change of a coordinate when images run in other batch sizes, at other places, among other neighbours.
 
-    Each size sees the crops in two random orders, again and again where it is larger than they are many. An engine whose
-    rows leak into each other is found so (NVIDIA/TensorRT#4813).
+    Each size sees the crops in two random orders, again and again where it is larger than they are many. An engine
+    whose rows leak into each other is found so (NVIDIA/TensorRT#4813).
     """
     rng = np.random.default_rng(0)
     drift = 0.0

@@ -45,8 +45,8 @@ def prove_again(
 ) -> dict[str, Proof]:
     """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
 
-    Proofs of backends that do not run here stay in the bundle as they are; those made here are returned. Without `data` they keep
-    the ranking that was measured before, and what it misses.
+    Proofs of backends that do not run here stay in the bundle as they are; those made here are returned. Without `data`
+    they keep the ranking that was measured before, and what it misses.
 
     Args:
         folder: a bundle with its reference weights.
@@ -91,7 +91,8 @@ def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int)
 def prove_backends(
     bundle: Bundle, pixels: ProofPixels, data: Dataset | None, *, fused_heads: bool = False
 ) -> dict[str, Proof]:
-    """Make a proof for each backend that runs here; the reference is PyTorch with the source weights, batch norms not folded.
+    """Make a proof for each backend that runs here; the reference is PyTorch with the source weights, batch norms not
+    folded.
 
     Raises:
         UserError: the reference's embeddings are not finite, or no engine besides it runs the bundle here.

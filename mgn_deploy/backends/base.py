@@ -16,7 +16,8 @@ from mgn_deploy.machine import Hardware
 
 
 class BatchLimits(NamedTuple):
-    """Images a call that an engine was compiled for. `max` is no limit of the caller's: larger batches are run in parts."""
+    """Images a call that an engine was compiled for. `max` is no limit of the caller's: larger batches are run in
+    parts."""
 
     min: int
     opt: int

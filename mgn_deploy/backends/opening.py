@@ -69,7 +69,8 @@ def compare_with_proof(bundle: Bundle, engine: Backend) -> None:
         return
     sentence = (
         f"{bundle.folder} was proven with {_described(engine.name, proof.backend_version, proof.fused_heads)} on "
-        f"{proof.hardware} and this is {_described(engine.name, engine.version, engine.fused_heads)} on {engine.hardware}"
+        f"{proof.hardware} and this is {_described(engine.name, engine.version, engine.fused_heads)} on "
+        f"{engine.hardware}"
     )
     if engine.compiled and not (same and proof.fused_heads == engine.fused_heads):
         raise CannotRun(f"{sentence}: `mgn-deploy prove {bundle.folder}` proves it here, or pass --allow-unproven")

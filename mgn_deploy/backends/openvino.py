@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from mgn_deploy.backends.base import Backend, refuse_fused_heads
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.machine import this_cpu
-from mgn_deploy.packages import import_problem
 
 
 class OpenVinoBackend(Backend):
@@ -26,7 +26,8 @@ class OpenVinoBackend(Backend):
             "CPU",
             {
                 "PERFORMANCE_HINT": "LATENCY",
-                # Without it OpenVINO runs float32 graphs in bfloat16 on CPUs that have it: precision is the graph's to say.
+                # Without it OpenVINO runs float32 graphs in bfloat16 on CPUs that have it: precision is the graph's to
+                # say.
                 "INFERENCE_PRECISION_HINT": "f32",
             },
         )
@@ -34,7 +35,7 @@ class OpenVinoBackend(Backend):
 
     @classmethod
     def missing(cls) -> str | None:
-        return import_problem("openvino", "cpu")
+        return ENGINES[cls.name].import_problem()
 
     @classmethod
     def open_graph(cls, graph: bytes, config: ModelConfig, *, fused_heads: bool = False) -> OpenVinoBackend:

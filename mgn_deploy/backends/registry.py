@@ -1,7 +1,8 @@
 """The table of engines.
 
 Everything that lists engines follows from `ENGINES`: the order of `auto`, `--backend` and `--engine`, `doctor`, INT8
-placements, which options go with which engine, and the README's table. To add one, write its backend (`base.py`) and its row.
+placements, which options go with which engine, and the README's table. To add one, write its backend (`base.py`) and
+its row.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.packages import import_problem
 
 if TYPE_CHECKING:  # the command line's help reads this table: nothing heavy is imported for it
     from mgn_deploy.backends.base import Backend
@@ -33,9 +35,10 @@ class Placement:
 class Engine:
     """One row of the table.
 
-    `backend` is "module:class". `package` is imported as that name; `distributions` may have installed it, and `extra` does.
-    `int8_for` names the engines whose INT8 graphs it runs; `placement` is that of its own INT8 graph, which `calibrated_by`
-    runs during the export. `plan_options` are the fields of `ExportOptions` that bear on the plans that it builds.
+    `backend` is "module:class". `package` is imported as that name; `distributions` may have installed it, and `extra`
+    does. `int8_for` names the engines whose INT8 graphs it runs; `placement` is that of its own INT8 graph, which
+    `calibrated_by` runs during the export. `plan_options` are the fields of `ExportOptions` that bear on the plans that
+    it builds.
     """
 
     name: str
@@ -57,6 +60,10 @@ class Engine:
     def builds_plans(self) -> bool:
         return bool(self.plan_options)
 
+    def import_problem(self) -> str | None:
+        """Import the engine's package; None, or the sentence that says why it cannot be and what to install."""
+        return import_problem(self.package, self.extra)
+
     def load(self) -> type[Backend]:
         """Import the backend's class; its engine is imported by `missing` and `open`."""
         module, _, name = self.backend.partition(":")
@@ -68,7 +75,8 @@ MEASURED = "measured on CPUs"
 COMPILED = "built and compiled, not yet run on a card"
 _FOLDER = "mgn_deploy.backends"
 
-# In the order in which `auto` tries them: GPUs first, then OpenVINO, which is ahead of ONNX Runtime in INT8 (benchmarks).
+# In the order in which `auto` tries them: GPUs first, then OpenVINO, which is ahead of ONNX Runtime in INT8
+# (benchmarks).
 _ROWS = (
     Engine(
         name="tensorrt",

@@ -14,7 +14,8 @@ from mgn_deploy.packages import import_problem
 
 
 class TorchBackend(Backend):
-    """The float32 weights as they were trained, batch norms not folded, on the first GPU that PyTorch sees or on the CPU."""
+    """The float32 weights as they were trained, batch norms not folded, on the first GPU that PyTorch sees or on the
+    CPU."""
 
     name = "torch"
 

@@ -29,6 +29,14 @@ class Bundle:
     folder: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        config = self.config
+        proven = ", ".join(name for name, proof in self.manifest.proofs.items() if proof.passed) or "none"
+        return (
+            f"Bundle({str(self.folder)!r}, {config.backbone} MGN {config.height}x{config.width}, "
+            f"{self.manifest.precision}, proven: {proven})"
+        )
+
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Bundle:
         """Read and check the manifest.
@@ -50,7 +58,7 @@ class Bundle:
             raise UserError(f"{folder} is not a bundle: {Path(error.filename).name}: {error.strerror}") from None
         if expected != hash_line(content):
             raise UserError(
-                f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy or export the bundle anew"
+                f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy the bundle or export it again"
             )
         return cls(folder, parse_manifest(content, folder / MANIFEST))
 
@@ -66,10 +74,10 @@ class Bundle:
         try:
             content = (self.folder / name).read_bytes()
         except OSError as error:
-            raise UserError(f"{self.folder / name}: {error.strerror}; copy or export the bundle anew") from None
+            raise UserError(f"{self.folder / name}: {error.strerror}; copy the bundle or export it again") from None
         if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
             raise UserError(
-                f"{self.folder / name} is not what was exported (its SHA-256 differs): copy or export the bundle anew"
+                f"{self.folder / name} is not what was exported (its SHA-256 differs): copy the bundle or export it again"
             )
         return content
 
@@ -87,7 +95,8 @@ class Bundle:
         if proof is None:
             proven = [name for name, other in self.manifest.proofs.items() if other.passed]
             raise CannotRun(
-                f"{self.folder} has no proof for {backend} (proven: {', '.join(proven) or 'none'}): export it where {backend} "
+                f"{self.folder} has no proof for {backend} (proven: {', '.join(proven) or 'none'}): export it where "
+                f"{backend} "
                 "is installed, choose a proven --backend, or pass --allow-unproven"
             )
         if not proof.passed:

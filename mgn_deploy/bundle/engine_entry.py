@@ -14,9 +14,9 @@ DEFAULT_BATCH = (1, 8, 64)  # min, opt and max images a call
 class EngineEntry(BaseModel):
     """One plan. Its hash is in the manifest's `files`, under `file`.
 
-    `compute_capability` ("8.6") is what the plan was built for; None: any GPU from Ampere on. `gpu` is the name of the GPU
-    that a `tensorrt` plan was timed on; TensorRT-RTX times nothing, so its plans have none. `batch` is the profile: min, opt
-    and max images a call. A plan with `fused_heads` ends with the feature maps.
+    `compute_capability` ("8.6") is what the plan was built for; None: any GPU from Ampere on. `gpu` is the name of the
+    GPU that a `tensorrt` plan was timed on; TensorRT-RTX times nothing, so its plans have none. `batch` is the profile:
+    min, opt and max images a call. A plan with `fused_heads` ends with the feature maps.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

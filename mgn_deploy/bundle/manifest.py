@@ -50,7 +50,8 @@ class Proof(_Strict):
 
     `top10_agreement` is the mean share of each image's ten nearest neighbours that the reference names too.
     `other_images_cosine` is the reference's mean cosine between different images: the nearer to 1, the less a cosine
-    near 1 says. `batch_drift` is the largest change of a coordinate with the size of the batch, the place in it and the neighbours.
+    near 1 says. `batch_drift` is the largest change of a coordinate with the size of the batch, the position in it and the
+    neighbours.
     """
 
     images: int
@@ -72,8 +73,8 @@ class Proof(_Strict):
 
 
 class BlockError(_Strict):
-    """One block alone in INT8: the mean 1 - cosine that it causes, and the milliseconds an image that it saves, both by the engine
-    that ran the candidates (`export/precision.py`: for TensorRT's graphs ONNX Runtime on the CPU)."""
+    """One block alone in INT8: the mean 1 - cosine that it causes, and the milliseconds an image that it saves, both by
+    the engine that ran the candidates (`export/precision.py`: for TensorRT's graphs ONNX Runtime on the CPU)."""
 
     block: str
     error: float
@@ -83,8 +84,8 @@ class BlockError(_Strict):
 class Quantisation(_Strict):
     """How an INT8 graph was made.
 
-    `errors` is the mean 1 - cosine on held-out calibration images by method; `drop` the points of `drop_of` that INT8 loses;
-    `sweep` and `in_float` are filled where INT8 everywhere lost more than `max_drop`.
+    `errors` is the mean 1 - cosine on held-out calibration images by method; `drop` the points of `drop_of` that INT8
+    loses; `sweep` and `in_float` are filled where INT8 everywhere lost more than `max_drop`.
     """
 
     engine: str
@@ -116,7 +117,8 @@ class Manifest(_Strict):
 
     @property
     def id(self) -> str:
-        """SHA-256 of what determines the embeddings: the same with and without reference weights, whatever was proven."""
+        """SHA-256 of what determines the embeddings: the same with and without reference weights, whatever was
+        proven."""
         content = self.model_dump(
             mode="json", include={"model", "flip", "precision", "preprocessing", "source_weights_sha256"}
         )
@@ -124,7 +126,8 @@ class Manifest(_Strict):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def has_fused_heads(self, backend: str) -> bool:
-        """Whether a backend on a GPU was proven with fused heads here; without a proof, whether its plans were built so."""
+        """Whether a backend on a GPU was proven with fused heads here; without a proof, whether its plans were built
+        so."""
         if backend in self.proofs:
             return self.proofs[backend].fused_heads
         return any(entry.fused_heads for entry in self.engines if entry.engine == backend)

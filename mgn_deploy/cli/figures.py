@@ -1,4 +1,4 @@
-"""`mgn-deploy figures`: curves, attention and ranks."""
+"""`mgn-deploy figures`: curves and attention."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from pathlib import Path
 
 import typer
 
-from mgn_deploy.console import BACKENDS
 from mgn_deploy.errors import UserError
 from mgn_deploy.packages import require_training
 
-app = typer.Typer(help="Draw training curves, attention maps or rank lists as PNG.", no_args_is_help=True)
+app = typer.Typer(help="Draw training curves or attention maps as PNG.", no_args_is_help=True)
 
 
 @app.command()
@@ -50,27 +49,6 @@ def attention(
         raise UserError(f"an image cannot be drawn: {error}") from error
     columns = ["global" if stripes == 1 else f"part-{stripes}" for stripes in model.config.branches]
     draw_attention(crops, attention_maps(model, crops), [file.name for file in files], columns, out)
-    print(out)
-
-
-@app.command()
-def ranks(
-    query: Path = typer.Argument(help="An embedding store, or with --bundle an image or a folder of images."),
-    gallery: Path = typer.Argument(help="Embedding store of the gallery."),
-    out: Path = typer.Option(Path("ranks.png"), "-o", "--out", help="The PNG to write."),
-    k: int = typer.Option(10, "-k", min=1, max=50, help="Neighbours a query."),
-    limit: int = typer.Option(4, min=1, max=64, help="Most queries to draw."),
-    bundle: Path | None = typer.Option(None, help="The bundle to embed image queries with."),
-    backend: str = typer.Option("auto", help=f"Of image queries: {BACKENDS}"),
-) -> None:
-    """Queries beside their nearest (the paper's Figure 4)."""
-    from mgn_deploy.cli.search import open_queries
-    from mgn_deploy.gallery.store import Store
-    from mgn_deploy.report.figures import draw_rank_lists
-    from mgn_deploy.retrieval.search import search
-
-    images = Store.open(gallery)
-    draw_rank_lists(search(open_queries(query, bundle, backend), images, k)[:limit], out)
     print(out)
 
 

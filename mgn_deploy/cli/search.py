@@ -74,7 +74,8 @@ def search(
 
 def open_queries(query: Path, bundle: Path | None, backend: str, allow_unproven: bool = False) -> Queries:
     """Of a store, or of images that the bundle embeds."""
-    from mgn_deploy.gallery.store import MANIFEST, Store
+    from mgn_deploy.gallery.shards import MANIFEST
+    from mgn_deploy.gallery.store import Store
     from mgn_deploy.retrieval.search import Queries
 
     if (query / MANIFEST).is_file():

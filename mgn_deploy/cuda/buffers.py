@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 
-def split_batch(batch: np.ndarray, most: int) -> list[np.ndarray]:
-    """A batch cut into pieces of at most `most` rows; an empty batch has none."""
-    return [batch[at : at + most] for at in range(0, len(batch), most)]
+def split_batch(batch: np.ndarray, max_batch: int) -> list[np.ndarray]:
+    """Split a batch into parts of at most `max_batch` rows; an empty batch has none."""
+    return [batch[at : at + max_batch] for at in range(0, len(batch), max_batch)]
 
 
 def array_of(buffer: Any, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:

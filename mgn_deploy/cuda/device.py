@@ -59,7 +59,8 @@ def this_gpu() -> Gpu:
 
 
 def driver_version() -> str | None:
-    """The installed NVIDIA driver, as "580.65.06", by its management library; None where that is missing (as on Jetson)."""
+    """The installed NVIDIA driver, as "580.65.06", by its management library; None where that is missing (as on
+    Jetson)."""
     try:
         library = ctypes.CDLL(MANAGEMENT)
     except OSError:

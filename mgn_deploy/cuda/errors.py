@@ -45,7 +45,8 @@ def cuda_sentence(message: str) -> str | None:
         return f"the GPU has too little free memory ({found[0]}): use a smaller batch, or end what else runs on it"
     if _sticky(message):
         return (
-            f"the GPU stopped with {found[0]} and this process cannot use it any more: run the same command again, and if "
+            f"the GPU stopped with {found[0]} and this process cannot use it any more: run the same command again, and "
+            f"if "
             "it happens again check the GPU with nvidia-smi and dmesg"
         )
     return f"the GPU's driver refused a call ({found[0]}): run the same command again"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -14,21 +15,30 @@ import numpy as np
 from mgn_deploy.datasets.market1501 import parse_name
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UnreadableImage
-from mgn_deploy.gallery.store import Row, StoreManifest, StoreWriter
+from mgn_deploy.gallery.shards import Row, StoreManifest
+from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING, read_crop
 from mgn_deploy.images.listing import ImageFile, list_images
-from mgn_deploy.images.prefetch import in_order
+from mgn_deploy.images.prefetch import batched, in_order
 from mgn_deploy.progress import Progress
 
 # Rows committed at once: what a power cut can cost, and what a store of a million images is divided into.
 SHARD_ROWS = 1024
 
-Decoded = tuple[ImageFile, np.ndarray | str]
+# An image's row and its crop, uint8 `[height, width, 3]`, or None where the row has an error.
+Decoded = tuple[Row, np.ndarray | None]
 
 
 @dataclass
 class GalleryReport:
-    """What one run did. `failed` are (name, reason) of this run's bad files; `unchanged` were in the store already."""
+    """What one run did.
+
+    Attributes:
+        embedded: images that it embedded.
+        unchanged: images that were in the store already.
+        gone: images of the store that are no longer in the folder; their rows stay.
+        failed: name and reason of each file that it could not read.
+    """
 
     embedded: int = 0
     unchanged: int = 0
@@ -57,7 +67,7 @@ def embed_folder(
         embedder: decides the bundle, and is called with `batch_size` images at a time.
         dtype: of the stored embeddings.
         max_failures: stop after more bad files than this; None: never.
-        progress: called with the files done and to do.
+        progress: called after each batch with the files done and to do.
 
     Raises:
         UserError: no such folder, no image in it, a store of something else, a store in use, a full disk.
@@ -81,18 +91,26 @@ def embed_folder(
         # them as one that was not.
         fresh = [file for file in files if file.name not in writer.known]
         again = [file for file in files if file.name in writer.known and not _is_done(file, writer.known[file.name])]
-        report.unchanged = len(files) - len(fresh) - len(again)
-        shards = [part[at : at + SHARD_ROWS] for part in (fresh, again) for at in range(0, len(part), SHARD_ROWS)]
+        total = len(fresh) + len(again)
+        report.unchanged = len(files) - total
         decoded = in_order(lambda file: _decode(file, embedder.height, embedder.width), fresh + again)
+        images = _until_too_many_fail(decoded, report, max_failures)
         done = 0
-
-        def update(rows: int) -> None:
+        for count in [len(shard) for part in (fresh, again) for shard in batched(part, SHARD_ROWS)]:
+            shard = _Shard(count, embedder.dim, batch_size)
+            try:
+                for embeddings in embedder.backend.stream(shard.batches(islice(images, count))):
+                    report.embedded += shard.add(embeddings)
+                    if progress:
+                        progress("embedding", done + shard.complete(), total)
+            finally:
+                shard.commit(writer)
+            done += len(shard.rows)
             if progress:
-                progress("embedding", done + rows, len(fresh) + len(again))
-
-        for shard in shards:
-            _embed_shard(decoded, len(shard), embedder, batch_size, writer, report, max_failures, update)
-            done += len(shard)
+                progress("embedding", done, total)
+            if max_failures is not None and len(report.failed) > max_failures:
+                name, reason = report.failed[-1]
+                raise GateFailed(f"more than {max_failures} images cannot be read; the last, {name!r}: {reason}")
     if report.failed and not report.embedded and not report.unchanged:
         name, reason = report.failed[0]
         raise GateFailed(
@@ -107,87 +125,75 @@ def _is_done(file: ImageFile, row: Row) -> bool:
 
 
 def _decode(file: ImageFile, height: int, width: int) -> Decoded:
-    if file.problem:
-        return file, file.problem
-    try:
-        return file, read_crop(file.path, height, width)
-    except UnreadableImage as error:
-        return file, str(error)
-
-
-def _embed_shard(
-    decoded: Iterator[Decoded],
-    count: int,
-    embedder: Embedder,
-    batch_size: int,
-    writer: StoreWriter,
-    report: GalleryReport,
-    max_failures: int | None,
-    progress: Callable[[int], None],
-) -> None:
-    """Embed the next `count` files and commit them as one shard; fewer, if interrupted."""
-    rows: list[Row] = []
-    embeddings = np.full((count, embedder.dim), np.nan, np.float32)
-    batch: list[np.ndarray] = []
-    places: list[int] = []  # rows of the batch that is being filled
-    on_their_way = deque[list[int]]()  # those of the batches that the backend has
-
-    def whole() -> int:
-        """Rows before this one are complete."""
-        return min([row for first in [*on_their_way, places] for row in first[:1]], default=len(rows))
-
-    def too_many() -> bool:
-        return max_failures is not None and len(report.failed) > max_failures
-
-    def full_batch() -> np.ndarray:
-        # An engine may round differently at another batch size, and a resumed run must not: copies fill the last batch.
-        images = np.stack(batch + [batch[-1]] * (batch_size - len(batch)))
-        on_their_way.append(places.copy())
-        batch.clear()
-        places.clear()
-        return images
-
-    def batches() -> Iterator[np.ndarray]:
-        for _ in range(count):
-            file, pixels = next(decoded)
-            if isinstance(pixels, str):
-                report.failed.append((file.name, pixels))
-            else:
-                batch.append(pixels)
-                places.append(len(rows))
-            rows.append(_row(file, pixels if isinstance(pixels, str) else None))
-            if len(batch) == batch_size:
-                yield full_batch()
-            progress(whole())
-            if too_many():
-                return
-        if batch:
-            yield full_batch()
-
-    try:
-        for found in embedder.backend.stream(batches()):
-            own = on_their_way[0]
-            embeddings[own] = found[: len(own)]
-            on_their_way.popleft()  # now: Ctrl-C between the two must not count rows that are not there
-            report.embedded += len(own)
-        progress(whole())
-        if too_many():
-            name, reason = report.failed[-1]
-            raise GateFailed(f"more than {max_failures} images cannot be read; the last, {name!r}: {reason}")
-    finally:
-        _commit_new(writer, rows[: whole()], embeddings[: whole()])
-
-
-def _commit_new(writer: StoreWriter, rows: Sequence[Row], embeddings: np.ndarray) -> None:
-    """Commit the rows that say something new: a file that fails again as before is in the store already."""
-    new = [index for index, row in enumerate(rows) if row.error is None or row != writer.known.get(row.name)]
-    if new:
-        writer.commit([rows[index] for index in new], embeddings[new])
-
-
-def _row(file: ImageFile, error: str | None) -> Row:
-    label = parse_name(os.path.basename(file.name))
+    pixels, error = None, file.problem
+    if error is None:
+        try:
+            pixels = read_crop(file.path, height, width)
+        except UnreadableImage as problem:
+            error = str(problem)
     if error is not None:
         error = error.encode("utf-8", "backslashreplace").decode()  # as Parquet keeps it
-    identity, camera = label or (None, None)
-    return Row(file.name, file.size, file.mtime_ns, error, identity, camera)
+    identity, camera = parse_name(os.path.basename(file.name)) or (None, None)
+    return Row(file.name, file.size, file.mtime_ns, error, identity, camera), pixels
+
+
+def _until_too_many_fail(
+    images: Iterable[Decoded], report: GalleryReport, max_failures: int | None
+) -> Iterator[Decoded]:
+    """The images, those that failed noted in the report; no more of them after one failure too many."""
+    for row, pixels in images:
+        if row.error is not None:
+            report.failed.append((row.name, row.error))
+        yield row, pixels
+        if max_failures is not None and len(report.failed) > max_failures:
+            return
+
+
+class _Shard:
+    """The rows of one shard and their embeddings, while a backend that may ask for batches ahead makes them."""
+
+    def __init__(self, count: int, dim: int, batch_size: int) -> None:
+        self.rows: list[Row] = []
+        self._embeddings = np.full((count, dim), np.nan, np.float32)
+        self._batch_size = batch_size
+        self._crops: list[np.ndarray] = []  # of the batch that is being filled
+        self._filling: list[int] = []  # their rows
+        self._in_flight = deque[list[int]]()  # rows of each batch that the backend has
+
+    def batches(self, images: Iterable[Decoded]) -> Iterator[np.ndarray]:
+        """The crops of `images` in batches `[batch_size, height, width, 3]`; each image becomes a row."""
+        for row, pixels in images:
+            if pixels is not None:
+                self._crops.append(pixels)
+                self._filling.append(len(self.rows))
+            self.rows.append(row)
+            if len(self._crops) == self._batch_size:
+                yield self._full_batch()
+        if self._crops:
+            yield self._full_batch()
+
+    def _full_batch(self) -> np.ndarray:
+        # An engine may round differently at another batch size, and a resumed run must not: copies fill the last batch.
+        batch = np.stack(self._crops + [self._crops[-1]] * (self._batch_size - len(self._crops)))
+        self._in_flight.append(self._filling)
+        self._filling = []
+        self._crops.clear()
+        return batch
+
+    def add(self, embeddings: np.ndarray) -> int:
+        """Take the embeddings of the earliest batch that the backend has; how many rows they are."""
+        rows = self._in_flight[0]
+        self._embeddings[rows] = embeddings[: len(rows)]
+        self._in_flight.popleft()  # now: Ctrl-C between the two must not count rows that are not there
+        return len(rows)
+
+    def complete(self) -> int:
+        """How many rows, from the first on, are embedded or failed."""
+        return min([rows[0] for rows in (*self._in_flight, self._filling) if rows], default=len(self.rows))
+
+    def commit(self, writer: StoreWriter) -> None:
+        """Commit the complete rows that say something new: a file that fails as before is in the store already."""
+        rows = self.rows[: self.complete()]
+        new = [index for index, row in enumerate(rows) if row.error is None or row != writer.known.get(row.name)]
+        if new:
+            writer.commit([rows[index] for index in new], self._embeddings[new])

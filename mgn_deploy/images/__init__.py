@@ -1,1 +1,1 @@
-""""""
+"""Image files into the pixels that a network sees."""

@@ -62,7 +62,9 @@ def load_rgb(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Imag
 
 
 def read_crop(source: str | os.PathLike[str] | bytes | Image.Image, height: int, width: int) -> np.ndarray:
-    """The crop as the network takes it: RGB uint8 `[height, width, 3]`, resized by Pillow's antialiased bicubic filter.
+    """Read the crop as the network takes it: RGB uint8 `[height, width, 3]`.
+
+    It is resized by Pillow's antialiased bicubic filter.
 
     Raises:
         UnreadableImage: see `load_rgb`.

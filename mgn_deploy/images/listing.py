@@ -14,7 +14,15 @@ from mgn_deploy.images.decode import EXTENSIONS
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file to embed. `name` is its path below the listed folder; `problem` says why it cannot even be opened."""
+    """A file to embed.
+
+    Attributes:
+        path: where it is.
+        name: its path below the listed folder.
+        size: in bytes.
+        mtime_ns: its modification time, in ns since 1970.
+        problem: why it cannot even be opened, or None.
+    """
 
     path: Path
     name: str
@@ -24,7 +32,7 @@ class ImageFile:
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[ImageFile]:
-    """Every file below `folder` whose extension is an image's, sorted by the bytes of its name.
+    """List every file below `folder` whose extension is an image's, sorted by the bytes of its name.
 
     Symbolic links are followed; one that leads back to a folder above itself is listed as a problem, as are broken
     links, folders that may not be read and files that are no regular files.

@@ -1,22 +1,26 @@
-"""Images decoded on threads ahead of the engine."""
+"""Work on images on threads ahead of the engine."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
 
-def in_order(function: Callable[[T], R], items: Sequence[T], ahead: int = 64) -> Iterator[R]:
-    """`map` on a few threads, at most `ahead` results waiting: decoding overlaps inference, in bounded memory."""
+def in_order(function: Callable[[T], R], items: Iterable[T], ahead: int = 64) -> Iterator[R]:
+    """`map` on a few threads, so that decoding overlaps inference.
+
+    Args:
+        function: called once an item, on a thread; Pillow and NumPy release the GIL for most of their time.
+        items: taken as results are asked for.
+        ahead: most calls begun before their result is asked for, which bounds the memory.
+    """
     workers = min(8, (os.cpu_count() or 1) + 1)
     remaining = iter(items)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
@@ -32,7 +36,7 @@ def in_order(function: Callable[[T], R], items: Sequence[T], ahead: int = 64) ->
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter (itertools.batched of Python 3.12)."""
+    """Lists of `size` items, the last one shorter (Python 3.12's itertools.batched, with lists)."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

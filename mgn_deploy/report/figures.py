@@ -1,4 +1,4 @@
-"""Figures as PNG files: training curves, attention maps (the paper's Figure 5), rank lists (Figure 4)."""
+"""Figures as PNG files: training curves and attention maps (the paper's Figure 5)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
+from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_file
-from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.packages import import_problem
-from mgn_deploy.retrieval.rank_list import RankedImage, RankList, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 120
-FRAMES = {"same": "#1a8f3c", "other": "#d02b2b", "unknown": "#8a8a8a"}
 
 
 def draw_curves(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Losses, learning rate and, where it was evaluated, rank-1 and mAP of a training run, by epoch.
+    """Draw a training run's losses, learning rate and, where it was evaluated, rank-1 and mAP, by epoch.
+
+    Args:
+        run: the run's folder.
+        out: the PNG.
 
     Raises:
+        CannotRun: matplotlib is not installed.
         UserError: `run` holds no `epochs.csv` of a training run, or one without a finished epoch.
     """
     table = Path(run) / "epochs.csv"
@@ -63,14 +65,17 @@ def draw_curves(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Non
 def draw_attention(
     crops: np.ndarray, maps: np.ndarray, names: Sequence[str], columns: Sequence[str], out: str | os.PathLike[str]
 ) -> None:
-    """One row an image: the crop, then each branch's map over it.
+    """Draw a row for each image: the crop, then each branch's map over it.
 
     Args:
         crops: uint8 RGB `[n, height, width, 3]`.
         maps: 0 to 1, `[n, branches, height, width]`.
         names: of the images.
-        columns: of the branches.
+        columns: names of the branches.
         out: the PNG.
+
+    Raises:
+        CannotRun: matplotlib is not installed.
     """
     count, branches = maps.shape[:2]
     height, width = crops.shape[1:3]
@@ -84,40 +89,6 @@ def draw_attention(
             _picture(axes, crop, columns[column] if row == 0 else "")
             axes.imshow(maps[row, column], cmap="jet", alpha=0.5, vmin=0, vmax=1)
     _save(figure, out)
-
-
-def draw_rank_lists(lists: Sequence[RankList], out: str | os.PathLike[str]) -> None:
-    """One row a query: the query, then its results with rank and similarity; green frames are right, red are wrong.
-
-    Raises:
-        UserError: no list.
-    """
-    if not lists:
-        raise UserError("no query to draw")
-    longest = max(len(ranked.results) for ranked in lists)
-    figure = _new_figure(1.05 * (longest + 1), 2.5 * len(lists))
-    grid = figure.subplots(len(lists), longest + 1, squeeze=False)
-    for axes_row, ranked in zip(grid, lists, strict=True):
-        _ranked(axes_row[0], ranked.query, "query", "black")
-        for rank, (axes, result) in enumerate(zip(axes_row[1:], ranked.results, strict=False), start=1):
-            similarity = "" if result.similarity is None else f"  {result.similarity:.2f}"
-            _ranked(axes, result, f"{rank}{similarity}", FRAMES[verdict(ranked.query, result)])
-        for axes in axes_row[1 + len(ranked.results) :]:
-            axes.set_axis_off()
-    _save(figure, out)
-
-
-def _ranked(axes: Axes, image: RankedImage, title: str, colour: str) -> None:
-    try:
-        pixels = np.asarray(load_rgb(image.path).resize((64, 128)))
-    except UnreadableImage:
-        pixels = np.full((128, 64, 3), 220, np.uint8)
-        title += "\n(file gone)"
-    _picture(axes, pixels, title)
-    axes.set_axis_on()
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(color=colour, linewidth=3)
 
 
 def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:

@@ -1,1 +1,1 @@
-""""""
+"""Distances, rank lists and ranking quality."""

@@ -35,7 +35,7 @@ def distance_matrix(
     tile_bytes: int = TILE_BYTES,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Distances [q, g] float32: cosine is 1 - q.g, euclidean is sqrt(max(0, |q|^2 + |g|^2 - 2 q.g)).
+    """Compute the distances [q, g], float32: cosine is 1 - q.g, euclidean is sqrt(max(0, |q|^2 + |g|^2 - 2 q.g)).
 
     Rounding leaves the cosine of two equal rows within about 1e-6 of zero, their euclidean within about 1e-3.
     Memory beyond the result stays below `tile_bytes`, down to a tile of one row by one row. `out` is a
@@ -59,7 +59,7 @@ def distance_matrix(
 def distance_rows(
     query: np.ndarray, gallery: np.ndarray, metric: Metric = "cosine", *, tile_bytes: int = TILE_BYTES
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """The rows of `distance_matrix`, a few queries at a time: (rows, float32 [rows, g]).
+    """Compute the rows of `distance_matrix` a few queries at a time: (rows, float32 [rows, g]).
 
     The array is overwritten by the next. Memory stays below `tile_bytes` where one whole row and one pair of
     embeddings fit.
@@ -84,7 +84,7 @@ def write_distance_matrix(
     told to the user, where a store into a mapped page kills the process with SIGBUS.
 
     Raises:
-        UserError: as `distance_matrix`; a place that cannot be written; a disk without room for it all.
+        UserError: as `distance_matrix`; a file that cannot be written; a disk without room for it all.
     """
     check_embeddings(query, gallery, metric, TILE_BYTES)
     if path.is_dir():
@@ -127,10 +127,10 @@ def top_k(
     excluded: Callable[[slice], np.ndarray] | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k gallery rows of largest inner product, exactly: indices and similarities.
+    """Find the k gallery rows of largest inner product, exactly: indices and similarities.
 
-    Both are [q, k'], int64 and float32, best first, equal similarities by lower gallery index, at the k-th
-    place too; k' = min(k, g). `excluded(rows)` is a bool [rows, g] mask of gallery rows not to return for
+    Both are [q, k'], int64 and float32, best first, equal similarities by lower gallery index, at rank k too;
+    k' = min(k, g). `excluded(rows)` is a bool [rows, g] mask of gallery rows not to return for
     these queries (a slice of the query rows). Where a query runs out of candidates, the index is -1 and the
     similarity -inf. Memory beyond the result stays below `tile_bytes`, down to one query by one gallery row
     (and one mask row).

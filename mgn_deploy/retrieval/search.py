@@ -20,7 +20,14 @@ from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 
 @dataclass(frozen=True)
 class Queries:
-    """Images to look for: their unit embeddings `[n, dim]` and, one each, file, name, identity and camera."""
+    """Images to look for.
+
+    Attributes:
+        bundle_id: of the bundle that embedded them.
+        embeddings: unit rows `[n, dim]`, float32 or float16.
+        paths, names: of the n files.
+        identities, cameras: integers `[n]`; UNKNOWN (-2) where a name gives none.
+    """
 
     bundle_id: str
     embeddings: np.ndarray
@@ -31,11 +38,12 @@ class Queries:
 
     @classmethod
     def of_store(cls, store: Store) -> Queries:
+        """Every embedded image of a store."""
         return cls(
             store.manifest.bundle_id,
             store.embeddings(),
-            [store.path(row) for row in store.rows],
-            [row.name for row in store.rows],
+            [store.path(row) for row in store],
+            [row.name for row in store],
             store.identities(),
             store.cameras(),
         )
@@ -63,8 +71,13 @@ class Queries:
 def search(queries: Queries, gallery: Store, k: int = 10) -> list[RankList]:
     """The k nearest gallery images of each query, best first.
 
-    Left out, as in the Market-1501 protocol: junk (identity -1), and images of the query's identity by the query's camera
-    where the names tell both. The query's own file is left out too.
+    Left out, as in the Market-1501 protocol: junk (identity -1), and images of the query's identity by the query's
+    camera where the names tell both. The query's own file is left out too.
+
+    Args:
+        queries: what to look for.
+        gallery: where to look.
+        k: most results a query.
 
     Raises:
         UserError: the two were embedded by different bundles, or one of them is empty.
@@ -73,7 +86,7 @@ def search(queries: Queries, gallery: Store, k: int = 10) -> list[RankList]:
     if not len(gallery) or not len(queries.embeddings):
         raise UserError(f"{gallery.folder if not len(gallery) else 'the query side'} holds no embedded image")
     identities, cameras = gallery.identities(), gallery.cameras()
-    paths = [gallery.path(row) for row in gallery.rows]
+    paths = [gallery.path(row) for row in gallery]
     excluded = _exclusion(queries, identities, cameras, paths)
     indices, similarities = top_k(queries.embeddings, gallery.embeddings(), k, excluded=excluded)
     lists = []
@@ -94,24 +107,25 @@ def check_same_bundle(bundle_id: str, gallery: Store) -> None:
     """Raise UserError where embeddings of two bundles would be compared."""
     if bundle_id != gallery.manifest.bundle_id:
         raise UserError(
-            f"{gallery.folder} was embedded by bundle {gallery.manifest.bundle_id[:12]} and the queries by {bundle_id[:12]}: "
-            "their embeddings cannot be compared; embed both with one bundle"
+            f"{gallery.folder} was embedded by bundle {gallery.manifest.bundle_id[:12]} and the queries by "
+            f"{bundle_id[:12]}: their embeddings cannot be compared; embed both with one bundle"
         )
 
 
 def _exclusion(
     queries: Queries, identities: np.ndarray, cameras: np.ndarray, paths: list[Path]
 ) -> Callable[[slice], np.ndarray]:
-    places: dict[str, list[int]] = {}
+    """For some rows of the queries, the gallery images to leave out: bool `[rows, len(gallery)]`."""
+    own_files: dict[str, list[int]] = {}
     for index, path in enumerate(paths):
-        places.setdefault(os.path.abspath(path), []).append(index)
+        own_files.setdefault(os.path.abspath(path), []).append(index)
 
     def excluded(rows: slice) -> np.ndarray:
         identity, camera = queries.identities[rows, None], queries.cameras[rows, None]
         mask = (identity == identities) & (camera == cameras) & (identity != UNKNOWN) & (identity != DISTRACTOR)
         mask |= identities == JUNK
         for row, path in enumerate(queries.paths[rows]):
-            mask[row, places.get(os.path.abspath(path), [])] = True
+            mask[row, own_files.get(os.path.abspath(path), [])] = True
         return mask
 
     return excluded

@@ -13,14 +13,12 @@ from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
 from mgn_deploy.retrieval.ranking import RankingMetrics, evaluate_embeddings
 
-# Called with the step's name, images done, images to do.
-
 KEYS = ("rank-1", "rank-5", "rank-10", "mAP", "mINP")
 
 
 @dataclass(frozen=True)
 class Validation:
-    """`measured` of a backend, and of the reference where that was asked for. Fractions, 0 to 1."""
+    """A backend's accuracy, and the PyTorch reference's where that was asked for. Fractions, 0 to 1."""
 
     backend: str
     measured: RankingMetrics
@@ -39,6 +37,7 @@ class Validation:
         return max(abs(differences[key]) for key in ("rank-1", "mAP")) if differences else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the keys backend, measured, reference and difference; the last two may be None."""
         return {
             "backend": self.backend,
             "measured": self.measured.to_dict(),
@@ -56,10 +55,15 @@ def validate(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Validation:
-    """Embed query and gallery with both, and rank.
+    """Embed query and gallery with an engine and, beside it, with the reference, and score both rankings.
 
     Args:
+        data: its query and gallery subsets and, for `multi_query`, that one.
+        embedder: the engine.
+        reference: of `Embedder.open_reference`; None: the engine alone.
         multi_query: avg or max, to pool each query with `data.multi_query`'s images of its person and camera.
+        batch_size: images an engine call.
+        progress: called after each batch with the images done and to do, once for each of the two.
 
     Raises:
         UserError: an image cannot be read, no query has a right answer, or nothing to pool.

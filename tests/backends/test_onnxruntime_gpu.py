@@ -1,4 +1,5 @@
-"""ONNX Runtime's GPU providers: what is refused and said without them, the bound runs on the CPU, and, with a GPU, what runs."""
+"""ONNX Runtime's GPU providers: what is refused and said without them, the bound runs on the CPU, and, with a GPU, what
+runs."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -392,11 +393,12 @@ def test_a_user_without_a_home_folder_gets_the_plan(
 ) -> None:
     """As a container's user without an entry in /etc/passwd."""
 
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+    def no_entry(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
     assert build(graph).content
     assert "no home folder to keep a cache in" in caplog.text
 
@@ -424,7 +426,8 @@ def test_a_batch_that_is_no_profile_is_refused(text: str) -> None:
 
 def test_building_and_running_import_no_pytorch() -> None:
     code = (
-        "import sys, mgn_deploy.backends.tensorrt.builder, mgn_deploy.export.triton, mgn_deploy.backends.tensorrt.runner as backend\n"
+        "import sys, mgn_deploy.backends.tensorrt.builder, mgn_deploy.export.triton, "
+        "mgn_deploy.backends.tensorrt.runner as backend\n"
         "backend.TensorRtRtxBackend.missing()\n"
         "assert 'torch' not in sys.modules"
     )
@@ -433,8 +436,10 @@ def test_building_and_running_import_no_pytorch() -> None:
 
 def test_layers_are_read_from_the_builders_log() -> None:
     text = (
-        "Layers:\nName: conv1 + relu, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,3,8,8], Datatype: Int8, "
-        "Format: (NHWC) Channel major format }], Constants: [], Outputs: [ { Name: y, Dimensions: [-1,4,8,8], Datatype: Half, "
+        "Layers:\nName: conv1 + relu, LayerType: correlation, Inputs: [ "
+        "{ Name: x, Dimensions: [-1,3,8,8], Datatype: Int8, "
+        "Format: (NHWC) Channel major format }], Constants: [], Outputs: [ { Name: y, Dimensions: [-1,4,8,8], "
+        "Datatype: Half, "
         "Format: (Linear) Row major }], TacticName: t, StreamId: 0, Metadata: [ONNX Layer: conv1][ONNX Layer: relu]\n\n"
         "I/O Tensors:\n Name: x, IOMode: Input\n"
     )

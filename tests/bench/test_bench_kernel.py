@@ -1,4 +1,5 @@
-"""`bench.kernel` as far as no GPU is needed: that its contenders compute the same, its arithmetic, its results' form."""
+"""`bench.kernel` as far as no GPU is needed: that its contenders compute the same, its arithmetic, its results'
+form."""
 
 from __future__ import annotations
 
@@ -188,7 +189,8 @@ def refuse(error):
 
 @pytest.fixture
 def result():
-    """A run's result with one case measured by the wall clock: a contender right, one wrong, one broken, one not here."""
+    """A run's result with one case measured by the wall clock: a contender right, one wrong, one broken, one not
+    here."""
     case = small("float16", "nhwc")
     inputs = random_inputs(case, "cpu", 3)
     ways = {

@@ -1,4 +1,5 @@
-"""`bench.gpu_matrix` as far as no GPU is needed: the same rows by engines of the CPU, and what is said of those that do not run."""
+"""`bench.gpu_matrix` as far as no GPU is needed: the same rows by engines of the CPU, and what is said of those that do
+not run."""
 
 from __future__ import annotations
 

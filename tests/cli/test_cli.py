@@ -303,7 +303,7 @@ def test_one_flipped_byte_anywhere_is_refused(bundle, name):
         path.write_bytes(changed)
         sentence = refusal(Embedder.open, bundle, "torch" if name == "reference.safetensors" else "onnxruntime")
         assert "its SHA-256 differs" in sentence
-        assert "copy or export the bundle anew" in sentence
+        assert "copy the bundle or export it again" in sentence
     path.write_bytes(content)
     Bundle.open(bundle)
 

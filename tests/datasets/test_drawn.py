@@ -22,7 +22,7 @@ def dataset(tmp_path_factory):
 
 def test_another_process_draws_the_same_pixels():
     code = (
-        "import hashlib; from mgn_deploy.drawn import draw_crop\n"
+        "import hashlib; from mgn_deploy.datasets.drawn import draw_crop\n"
         "drawn = b''.join(draw_crop(7, camera, 9, seed=5).tobytes() for camera in range(1, 7))\n"
         "print(hashlib.sha256(drawn).hexdigest())"
     )
@@ -110,7 +110,7 @@ def test_a_folder_with_files_is_refused_and_kept(tmp_path):
 
 
 def test_an_interrupted_drawing_leaves_nothing(tmp_path):
-    def interrupt(done, total):
+    def interrupt(step, done, total):
         if done == 5:
             raise KeyboardInterrupt
 
@@ -123,7 +123,7 @@ def test_progress_counts_every_image(tmp_path):
     (tmp_path / "empty").mkdir()
     calls = []
     drawn = draw_market1501(
-        tmp_path / "empty", train_identities=2, test_identities=3, progress=lambda *call: calls.append(call)
+        tmp_path / "empty", train_identities=2, test_identities=3, progress=lambda step, *call: calls.append(call)
     )
     total = drawn.train + drawn.query + drawn.gallery
     assert calls == [(done, total) for done in range(1, total + 1)]

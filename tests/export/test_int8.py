@@ -57,7 +57,8 @@ def test_the_method_with_the_least_error_is_taken_and_a_kept_budget_needs_no_swe
 
 
 def test_the_block_that_int8_breaks_is_found_and_left_in_float(weights, trace, pixels, open_graph, said):
-    """One channel of a block is a thousand times the others, so that one scale for the tensor rounds the others away."""
+    """One channel of a block is a thousand times the others, so that one scale for the tensor rounds the others
+    away."""
     model = load_weights(weights)
     block = model.trunk[4][1]
     for parameter in (block.bn1.weight, block.bn1.bias):

@@ -265,7 +265,8 @@ def additions(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def rescaled(quantised: onnx.ModelProto, node: onnx.NodeProto) -> np.ndarray:
-    """What a quantised convolution multiplies by, in the end: its integers by their scale and, if a Mul follows, the channels' shares."""
+    """What a quantised convolution multiplies by, in the end: its integers by their scale and, if a Mul follows, the
+    channels' shares."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer}
     producers = {output: node for node in quantised.graph.node for output in node.output}
     source = producers[node.input[1]]
@@ -294,7 +295,8 @@ def test_every_convolution_and_residual_addition_reads_what_it_should(graph, ran
     for node, before in zip(found, additions(graph), strict=True):
         assert len(rounded & {*node.input}) == sides, node.name
         if sides < 2:
-            # The convolution on the main side is read as it is, which is what lets it take the addition into its kernel.
+            # The convolution on the main side is read as it is, which is what lets it take the addition into its
+            # kernel.
             main = next(name for name in node.input if name not in rounded and producers[name].op_type == "Conv")
             assert "downsample" not in producers[main].input[1] or not sides
             assert main in before.input
@@ -350,7 +352,8 @@ def test_int8_with_float16_between_keeps_in_float32_what_would_overflow(weights,
 
 
 def test_sums_of_a_channel_with_a_tiny_share_are_within_float16(weights, pixels):
-    """A channel's weights are a thousandth of the others' and all of one sign: its output is small, its sum of integers is not."""
+    """A channel's weights are a thousandth of the others' and all of one sign: its output is small, its sum of integers
+    is not."""
     model, factor = load_weights(weights), 1000
     block = model.trunk[4][1]
     block.conv1.weight.data[1:] *= factor

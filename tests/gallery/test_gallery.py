@@ -19,7 +19,9 @@ import pytest
 from hostile import permissions_apply, png_bomb
 from PIL import Image
 
+from mgn_deploy.backends.onnxruntime.cpu import OnnxRuntimeBackend
 from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import GateFailed, UserError
@@ -32,10 +34,10 @@ SHARD = 8
 # A run in a process of its own, in shards of eight, that dies by SIGKILL just before or after a file gets its name.
 DRIVER = """
 import os, signal, sys
-import mgn_deploy.gallery
 from mgn_deploy.embedder import Embedder
+from mgn_deploy.gallery import embed
 folder, store, bundle, moment, victim = sys.argv[1:]
-mgn_deploy.gallery.SHARD_ROWS = 8
+embed.SHARD_ROWS = 8
 rename = os.replace
 def dying(source, target):
     if moment == "after":
@@ -45,7 +47,7 @@ def dying(source, target):
     if moment == "before":
         rename(source, target)
 os.replace = dying
-mgn_deploy.gallery.embed_folder(folder, store, Embedder.open(bundle, "onnxruntime"))
+embed.embed_folder(folder, store, Embedder.open(bundle, "onnxruntime"))
 """
 
 
@@ -57,6 +59,11 @@ def images(tmp_path) -> Path:
     for number, letter in enumerate("abcdef"):
         draw_crop(number, 1, 0).save(folder / f"{letter}.jpg", quality=90)
     return folder
+
+
+def opened_by(kind: type[OnnxRuntimeBackend], bundle: Bundle) -> Embedder:
+    """The bundle opened by a backend that a test has changed."""
+    return Embedder(kind(bundle.read(GRAPH)), bundle.config, bundle)
 
 
 def names(store: Path) -> list[str]:
@@ -121,18 +128,14 @@ def test_batch_size_does_not_move_rows(images, tmp_path, embedder, batch_size):
 def test_every_engine_call_has_a_full_batch(images, tmp_path, embedder):
     """An engine may round otherwise at another batch size; a store must not depend on where a run was cut off."""
 
-    class CountingBackend:
-        name, version, device = embedder.backend.name, embedder.backend.version, embedder.backend.device
-        sizes: list[int]
-
+    class CountingBackend(OnnxRuntimeBackend):
         def __call__(self, images):
-            self.sizes.append(len(images))
-            return embedder.backend(images)
+            sizes.append(len(images))
+            return super().__call__(images)
 
-    backend = CountingBackend()
-    backend.sizes = []
-    embed_folder(images, tmp_path / "s", Embedder(embedder.bundle, backend), batch_size=4)
-    assert backend.sizes == [4, 4]
+    sizes: list[int] = []
+    embed_folder(images, tmp_path / "s", opened_by(CountingBackend, embedder.bundle), batch_size=4)
+    assert sizes == [4, 4]
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
@@ -393,7 +396,7 @@ def test_store_of_another_dtype_is_refused(images, tmp_path, embedder):
 def test_store_of_another_bundle_is_refused(images, tmp_path, embedder):
     embed_folder(images, tmp_path / "s", embedder)
     manifest = embedder.bundle.manifest.model_copy(update={"source_weights_sha256": "0" * 64})
-    other = Embedder(Bundle(embedder.bundle.folder, manifest), embedder.backend)
+    other = Embedder(embedder.backend, manifest.model, Bundle(embedder.bundle.folder, manifest))
     assert "was made with bundle_id" in refusal(UserError, embed_folder, images, tmp_path / "s", other)
 
 
@@ -463,6 +466,8 @@ def test_run_after_kill_9_at_any_time_ends_with_the_undisturbed_store(
         while not (store / "shard-00000.parquet").exists() and process.poll() is None:
             time.sleep(0.001)
         process.kill()
+    assert process.returncode in (-signal.SIGKILL, 0)  # 0: it was over before it could be killed
+    assert (store / "shard-00000.parquet").exists()
     run_in_small_shards(mixed, store, embedder)
     assert_same_store(store, undisturbed)
 
@@ -471,12 +476,12 @@ def test_run_after_kill_9_at_any_time_ends_with_the_undisturbed_store(
 def test_interrupt_commits_what_was_embedded(mixed, embedder, tmp_path, ahead):
     """Of the batches that a backend has taken ahead, only what came back."""
 
-    def interrupt(done, total):
+    def interrupt(step, done, total):
         if done > 20:
             os.kill(os.getpid(), signal.SIGINT)
 
     if ahead:
-        embedder = Embedder(embedder.bundle, StreamingBackend(embedder))
+        embedder = opened_by(StreamingBackend, embedder.bundle)
     with pytest.raises(KeyboardInterrupt):
         embed_folder(mixed, tmp_path / "s", embedder, progress=interrupt)
     committed = len(names(tmp_path / "s"))
@@ -486,18 +491,17 @@ def test_interrupt_commits_what_was_embedded(mixed, embedder, tmp_path, ahead):
 
 
 def test_engine_failure_commits_what_was_embedded(mixed, embedder, tmp_path):
-    class FailingBackend:
-        name, version, device = embedder.backend.name, embedder.backend.version, embedder.backend.device
+    class FailingBackend(OnnxRuntimeBackend):
         calls = 0
 
         def __call__(self, images):
             self.calls += 1
             if self.calls > 3:
                 raise RuntimeError("engine died")
-            return embedder.backend(images)
+            return super().__call__(images)
 
     with pytest.raises(RuntimeError, match="engine died"):
-        embed_folder(mixed, tmp_path / "s", Embedder(embedder.bundle, FailingBackend()))
+        embed_folder(mixed, tmp_path / "s", opened_by(FailingBackend, embedder.bundle))
     assert len(names(tmp_path / "s")) >= 16
     assert_rows_are_their_files(tmp_path / "s", mixed, embedder)
 
@@ -549,26 +553,19 @@ def test_limit_on_file_sizes_is_a_sentence_and_without_it_the_same_run_goes_on(
 # A backend that has batches on their way, as TensorRT's does
 
 
-class StreamingBackend:
+class StreamingBackend(OnnxRuntimeBackend):
     """ONNX Runtime in a thread, asking for up to two batches before it gives the first one's rows."""
 
-    def __init__(self, embedder: Embedder, dies_after: int | None = None) -> None:
-        backend = embedder.backend
-        self.name, self.version, self.device, self._backend = backend.name, backend.version, backend.device, backend
-        self._dies_after = dies_after
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        [rows] = self.stream([images])
-        return rows
+    dies_after: int | None = None
 
     def stream(self, batches):
         busy, given = deque(), 0
         with ThreadPoolExecutor(1) as pool:
             for images in batches:
-                busy.append(pool.submit(self._backend, images.copy()))
+                busy.append(pool.submit(self, images.copy()))
                 images[:] = 0  # the caller's array is its own again
                 if len(busy) == 2:
-                    if given == self._dies_after:
+                    if given == self.dies_after:
                         raise RuntimeError("engine died")
                     yield busy.popleft().result()
                     given += 1
@@ -576,17 +573,21 @@ class StreamingBackend:
                 yield busy.popleft().result()
 
 
+class DyingBackend(StreamingBackend):
+    dies_after = 2
+
+
 def test_batches_on_their_way_change_no_byte(mixed, embedder, tmp_path):
     embed_folder(mixed, tmp_path / "one", embedder)
-    embed_folder(mixed, tmp_path / "ahead", Embedder(embedder.bundle, StreamingBackend(embedder)))
+    ahead = opened_by(StreamingBackend, embedder.bundle)
+    embed_folder(mixed, tmp_path / "ahead", ahead)
     assert_same_store(tmp_path / "ahead", tmp_path / "one")
     paths = [mixed / name for name in names(tmp_path / "one")]
-    ahead = Embedder(embedder.bundle, StreamingBackend(embedder)).embed(paths, batch_size=3)
-    assert np.array_equal(ahead, embedder.embed(paths, batch_size=3))
+    assert np.array_equal(ahead.embed(paths, batch_size=3), embedder.embed(paths, batch_size=3))
 
 
 def test_an_engine_that_dies_with_batches_on_their_way_loses_only_those(mixed, embedder, tmp_path):
-    ahead = Embedder(embedder.bundle, StreamingBackend(embedder, dies_after=2))
+    ahead = opened_by(DyingBackend, embedder.bundle)
     with pytest.raises(RuntimeError, match="engine died"):
         embed_folder(mixed, tmp_path / "s", ahead)
     assert len(names(tmp_path / "s")) >= 16
@@ -596,7 +597,7 @@ def test_an_engine_that_dies_with_batches_on_their_way_loses_only_those(mixed, e
 def test_too_many_failures_wait_for_the_batches_on_their_way(images, embedder, tmp_path):
     for name in ("b.jpg", "d.jpg"):
         (images / name).write_bytes(b"")
-    ahead = Embedder(embedder.bundle, StreamingBackend(embedder))
+    ahead = opened_by(StreamingBackend, embedder.bundle)
     with pytest.raises(GateFailed, match="more than 1 images"):
         embed_folder(images, tmp_path / "s", ahead, batch_size=1, max_failures=1)
     assert names(tmp_path / "s") == ["a.jpg", "c.jpg"]

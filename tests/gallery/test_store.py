@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,9 +13,10 @@ import pytest
 from hostile import permissions_apply
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_folder
-from mgn_deploy.gallery import store as store_module
-from mgn_deploy.gallery.store import UNKNOWN, Row, Store, StoreManifest, StoreWriter
+from mgn_deploy.gallery import writer as writer_module
+from mgn_deploy.gallery.shards import Row, StoreManifest
+from mgn_deploy.gallery.store import UNKNOWN, Store
+from mgn_deploy.gallery.writer import StoreWriter
 
 MANIFEST = StoreManifest(
     bundle_id="ab" * 32,
@@ -184,6 +183,90 @@ def test_empty_store_is_a_store(tmp_path):
     store = Store.open(tmp_path / "s")
     assert len(store) == 0
     assert store.embeddings().shape == (0, 4)
+
+
+# In a notebook
+
+
+def test_iterating_gives_the_rows_of_embedded_images(tmp_path):
+    write(tmp_path / "s", [ok("a.jpg"), bad("b.jpg")], [ok("c.jpg")])
+    store = Store.open(tmp_path / "s")
+    assert list(store) == [ok("a.jpg"), ok("c.jpg")]
+
+
+def test_a_name_gives_its_embedding_and_its_row(tmp_path):
+    written = write(tmp_path / "s", [ok("a.jpg"), bad("b.jpg")], [ok("c.jpg", camera=3), ok("a.jpg", size=11)])
+    store = Store.open(tmp_path / "s")
+    assert np.array_equal(store["c.jpg"], written[2])
+    assert np.array_equal(store["a.jpg"], written[3])
+    assert (store.row("c.jpg").camera, store.row("a.jpg").size) == (3, 11)
+
+
+def test_an_embedding_is_the_callers_own(tmp_path):
+    written = write(tmp_path / "s", [ok("a.jpg")])
+    store = Store.open(tmp_path / "s")
+    store["a.jpg"][:] = 0
+    assert np.array_equal(store["a.jpg"], written[0])
+
+
+def test_in_tells_what_was_embedded(tmp_path):
+    write(tmp_path / "s", [ok("a.jpg"), bad("b.jpg")])
+    store = Store.open(tmp_path / "s")
+    assert [name in store for name in ("a.jpg", "b.jpg", "none.jpg", 0)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("name", ["b.jpg", "none.jpg"])
+def test_a_name_without_an_embedding_is_a_key_error_that_says_so(tmp_path, name):
+    write(tmp_path / "s", [ok("a.jpg"), bad("b.jpg")])
+    store = Store.open(tmp_path / "s")
+    for look_up in (store.__getitem__, store.row):
+        with pytest.raises(KeyError, match=f"holds no embedding of '{name}'"):
+            look_up(name)
+
+
+@pytest.mark.parametrize("position", [0, slice(0, 1)])
+def test_a_number_is_told_where_to_go(tmp_path, position):
+    write(tmp_path / "s", [ok("a.jpg")])
+    with pytest.raises(TypeError, match=r"by number: \.rows, \.embeddings\(\)"):
+        Store.open(tmp_path / "s")[position]
+
+
+def test_repr_says_what_is_in_the_store(tmp_path):
+    write(tmp_path / "s", [ok(f"{number}.jpg") for number in range(1200)], [bad("b.jpg")])
+    assert repr(Store.open(tmp_path / "s")) == (
+        f"Store('{tmp_path}/s', 1,200 images and 1 failures, float32 [1200, 4], by onnxruntime of bundle abababababab)"
+    )
+
+
+def test_a_frame_has_a_line_for_each_image_and_each_failure(tmp_path):
+    mtime = 1_700_000_000_123_456_789
+    write(
+        tmp_path / "s",
+        [ok("a.jpg", identity=7, camera=2, size=99, mtime_ns=mtime), bad("b.jpg")],
+        [ok("c\udcff.jpg", size=None, mtime_ns=None)],
+    )
+    store = Store.open(tmp_path / "s")
+    frame = store.to_pandas()
+    assert list(frame.columns) == ["path", "status", "error", "identity", "camera", "size", "mtime"]
+    assert frame.path.tolist() == ["a.jpg", "c\udcff.jpg", "b.jpg"]
+    assert frame.path[: len(store)].tolist() == [row.name for row in store]
+    assert frame.status.tolist() == ["ok", "ok", "failed"]
+    assert frame.error.tolist() == [None, None, "the file is empty"]
+    assert (frame.identity[0], frame.camera[0], frame["size"][0], frame.mtime[0].value) == (7, 2, 99, mtime)
+    assert frame.loc[1, ["identity", "camera", "size", "mtime"]].isna().all()
+    assert str(frame.mtime.dtype) == "datetime64[ns, UTC]"
+
+
+def test_a_frame_of_an_empty_store_has_the_same_columns_and_dtypes(tmp_path):
+    enter(tmp_path / "s")
+    write(tmp_path / "t", [ok("a.jpg", identity=1, camera=1)])
+    assert Store.open(tmp_path / "s").to_pandas().dtypes.equals(Store.open(tmp_path / "t").to_pandas().dtypes)
+
+
+def test_without_pandas_a_frame_is_a_sentence(tmp_path, monkeypatch):
+    enter(tmp_path / "s")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert "pip install 'mgn-deploy[pandas]'" in refusal(Store.open(tmp_path / "s").to_pandas)
 
 
 # A killed run
@@ -397,7 +480,8 @@ def test_store_made_otherwise_is_refused(tmp_path, change):
 
 def test_second_process_is_refused_while_the_first_writes(tmp_path):
     script = (
-        "import sys; from mgn_deploy.gallery.store import StoreManifest, StoreWriter\n"
+        "import sys; from mgn_deploy.gallery.shards import StoreManifest\n"
+        "from mgn_deploy.gallery.writer import StoreWriter\n"
         "with StoreWriter(sys.argv[1], StoreManifest.model_validate_json(sys.argv[2])):\n"
         "    print('in', flush=True)\n"
         "    sys.stdin.read()"
@@ -416,54 +500,13 @@ def test_second_process_is_refused_while_the_first_writes(tmp_path):
 
 def test_manifest_is_judged_under_the_lock(tmp_path, monkeypatch):
     """A run that finds no manifest and then waits for the scheduler must not replace the one that another run wrote."""
-    real = store_module.fcntl.flock
+    real = writer_module.fcntl.flock
 
     def other_run_was_faster(descriptor, operation):
         monkeypatch.undo()
         write(tmp_path / "s", [ok("a.jpg")], manifest=MANIFEST.model_copy(update={"backend": "openvino"}))
         real(descriptor, operation)
 
-    monkeypatch.setattr(store_module.fcntl, "flock", other_run_was_faster)
+    monkeypatch.setattr(writer_module.fcntl, "flock", other_run_was_faster)
     assert "was made with backend 'openvino'" in refusal(enter, tmp_path / "s")
     assert Store.open(tmp_path / "s").manifest.backend == "openvino"
-
-
-# Folders that are replaced whole
-
-
-def replace_folder(path, content: str) -> None:
-    with atomic_folder(path, names=["marker"]) as new:
-        (new / "marker").write_text(content)
-
-
-def test_replacing_through_a_link_keeps_the_link(tmp_path):
-    replace_folder(tmp_path / "real", "old")
-    (tmp_path / "link").symlink_to("real")
-    replace_folder(tmp_path / "link", "new")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real/marker").read_text() == "new"
-    assert names_in(tmp_path) == ["link", "real"]
-
-
-def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
-    replace_folder(tmp_path / "out", "old")
-    rename = os.replace
-
-    def failing(source, target):
-        if Path(target).name == "out" and Path(source).suffix == ".tmp":
-            raise OSError(errno.EIO, "Input/output error")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", failing)
-    assert "cannot be written: Input/output error" in refusal(replace_folder, tmp_path / "out", "new")
-    assert (tmp_path / "out/marker").read_text() == "old"
-    assert names_in(tmp_path) == ["out"]
-
-
-def test_folder_of_others_is_not_replaced(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/letter.txt").touch()
-    (tmp_path / "file").touch()
-    for name in ("out", "file"):
-        assert "exists and holds what this command did not write" in refusal(replace_folder, tmp_path / name, "new")
-    assert names_in(tmp_path / "out") == ["letter.txt"]

@@ -239,7 +239,9 @@ def test_png_bomb_is_refused_from_its_header(tmp_path):
     bomb.write_bytes(png_bomb(20_000))
     assert bomb.stat().st_size < 3_000_000
     script = (
-        "import resource, sys, time; from mgn_deploy.errors import UnreadableImage; from mgn_deploy.images.decode import load_rgb\n"
+        "import resource, sys, time\n"
+        "from mgn_deploy.errors import UnreadableImage\n"
+        "from mgn_deploy.images.decode import load_rgb\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; start = time.process_time()\n"
         "try: load_rgb(sys.argv[1])\n"
         "except UnreadableImage as error: print(error)\n"

@@ -11,10 +11,8 @@ from in_process import mgn_deploy
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.images.decode import read_crop
-from mgn_deploy.report.figures import FRAMES, draw_attention, draw_rank_lists
-from mgn_deploy.retrieval.rank_list import RankedImage, RankList
+from mgn_deploy.report.figures import draw_attention
 from mgn_deploy.train.attention import attention_maps
 from mgn_deploy.train.model import Embedding
 from mgn_deploy.train.weights import load_weights
@@ -70,34 +68,6 @@ def test_the_map_is_drawn_over_the_crop(tmp_path):
     assert share(tmp_path / "a.png", "#8080c0") > 0.1
 
 
-def ranked(path: Path, identity: int | None) -> RankedImage:
-    return RankedImage(path, path.name, 0.5, identity, 1)
-
-
-@pytest.mark.parametrize(("identity", "drawn"), [(7, "same"), (8, "other"), (0, "other"), (None, "unknown")], ids=str)
-def test_frames_tell_right_from_wrong(files, tmp_path, identity, drawn):
-    out = tmp_path / "ranks.png"
-    draw_rank_lists([RankList(ranked(files[0], 7), [ranked(files[1], identity)] * 2)], out)
-    for frame, colour in FRAMES.items():
-        assert (share(out, colour) > 0.01) == (frame == drawn), frame
-
-
-def test_a_file_that_is_gone_is_drawn_as_such(tmp_path, files):
-    draw_rank_lists([RankList(ranked(files[0], 7), [ranked(tmp_path / "gone.jpg", 7)])], tmp_path / "r.png")
-    assert share(tmp_path / "r.png", "#dcdcdc") > 0.05
-
-
-def test_ranks_of_a_store_and_of_an_image(embedder, crops, files, bundle_folder, tmp_path):
-    embed_folder(crops, tmp_path / "s", embedder)
-    for query in ((tmp_path / "s",), (files[0], "--bundle", bundle_folder, "--backend", "onnxruntime")):
-        done = mgn_deploy("figures", "ranks", query[0], tmp_path / "s", "-o", tmp_path / "r.png", "-k", 3, *query[1:])
-        assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'r.png'}\n"), done.stderr
-        assert Image.open(tmp_path / "r.png").size[0] > 300
-    done = mgn_deploy("figures", "ranks", files[0], tmp_path / "s", "-o", tmp_path / "r.png")
-    assert done.returncode == 2
-    assert "give --bundle" in done.stderr
-
-
 def test_curves_are_drawn_also_before_the_first_evaluation(tmp_path):
     header = "epoch,seconds,lr,loss,softmax,triplet,images_per_second,rank-1,mAP\n"
     (tmp_path / "epochs.csv").write_text(header)
@@ -110,7 +80,7 @@ def test_curves_are_drawn_also_before_the_first_evaluation(tmp_path):
     assert share(tmp_path / "c.png", "C0") > 0.001
 
 
-@pytest.mark.parametrize("arguments", [("curves", "none"), ("attention", "none", "x.jpg"), ("ranks", "none", "none")])
+@pytest.mark.parametrize("arguments", [("curves", "none"), ("attention", "none", "x.jpg")])
 def test_what_is_not_there_is_one_sentence(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = mgn_deploy("figures", *arguments)

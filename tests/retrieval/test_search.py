@@ -15,7 +15,9 @@ from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.embed import embed_folder
-from mgn_deploy.gallery.store import Row, Store, StoreManifest, StoreWriter
+from mgn_deploy.gallery.shards import Row, StoreManifest
+from mgn_deploy.gallery.store import Store
+from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.retrieval.rank_list import RankList
 from mgn_deploy.retrieval.search import Queries, search
 

@@ -1,4 +1,5 @@
-"""Public checkpoints: the imported model's embedding is the original's, and nothing in a file is passed over in silence."""
+"""Public checkpoints: the imported model's embedding is the original's, and nothing in a file is passed over in
+silence."""
 
 from __future__ import annotations
 

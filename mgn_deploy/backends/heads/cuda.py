@@ -1,4 +1,5 @@
-"""The fused heads on a GPU: an engine's maps, in the buffers where it left them, to embeddings by the stripe-pool-reduce kernel."""
+"""The fused heads on a GPU: an engine's maps, in the buffers where it left them, to embeddings by the
+stripe-pool-reduce kernel."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class MapType:
 class CudaHeads:
     """Maps and weights on the GPU that is current in this thread. One stream at a time.
 
-    `map_addresses` is where an engine has to write its maps, one a branch, for up to `most` images (and as many mirrors).
+    `map_addresses` is where an engine has to write its maps, one a branch, for up to `most` images (and as many
+    mirrors).
 
     Args:
         heads: of the bundle.
@@ -47,7 +49,8 @@ class CudaHeads:
     def __init__(self, heads: FusedHeads, maps: MapType, most: int, device: Any, stream: Any) -> None:
         self._heads, self._maps, self._device, self._stream = heads, maps, device, stream
         self._views = 2 if heads.flip else 1
-        # One by one, and not in a comprehension: cuda-core loses an error that comes while one is left with buffers in it.
+        # One by one, and not in a comprehension: cuda-core loses an error that comes while one is left with buffers in
+        # it.
         self._buffers: list[Any] = []
         for branch in range(len(maps.sizes)):
             self._buffers.append(device.allocate(most * self._views * maps.bytes_of(branch), stream=stream))
@@ -64,7 +67,8 @@ class CudaHeads:
         return [int(buffer.handle) for buffer in self._buffers]
 
     def prepare(self, images: int) -> None:
-        """Plan and, where this machine has not done it before, compile for that many images; `launch` then allocates nothing."""
+        """Plan and, where this machine has not done it before, compile for that many images; `launch` then allocates
+        nothing."""
         from mgn_deploy.kernels.nvrtc import PlannedKernel
         from mgn_deploy.kernels.plan import make_problem
 
@@ -90,7 +94,8 @@ class CudaHeads:
         self._planned[images] = (kernel, workspace)
 
     def launch(self, images: int, embeddings: int, stream: Any) -> None:
-        """From the maps of that many images, for which `prepare` was called, to float32 rows at the address `embeddings`."""
+        """From the maps of that many images, for which `prepare` was called, to float32 rows at the address
+        `embeddings`."""
         from mgn_deploy.kernels.plan import MAX_BRANCHES, Pointers
 
         kernel, workspace = self._planned[images]
@@ -146,7 +151,8 @@ def map_type(dtypes: Sequence[str], layouts: Sequence[str], shapes: Sequence[Seq
     alike = len(set(dtypes)) == len(set(layouts)) == 1
     if not alike or dtypes[0] not in ITEM_BYTES or layouts[0] not in ("nchw", "nhwc"):
         raise UserError(
-            f"the engine writes its maps as {', '.join(dtypes)} in {', '.join(layouts)}, and the kernel of the fused heads "
+            f"the engine writes its maps as {', '.join(dtypes)} in {', '.join(layouts)}, and the kernel of the fused "
+            f"heads "
             "takes them of one type and layout: leave out --fused-heads"
         )
     return MapType(dtypes[0], layouts[0], int(shapes[0][1]), tuple((int(shape[2]), int(shape[3])) for shape in shapes))

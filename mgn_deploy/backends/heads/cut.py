@@ -38,8 +38,8 @@ def cut_heads(graph: onnx.ModelProto, config: ModelConfig) -> tuple[onnx.ModelPr
         config: of the model; one that `check_heads` passed.
 
     Returns:
-        The trunk, uint8 images -> maps `[n or 2n, C, H_b, W_b]` in the order of the branches and in the type that the heads
-        read; and the heads, with weights rounded to that type.
+        The trunk, uint8 images -> maps `[n or 2n, C, H_b, W_b]` in the order of the branches and in the type that the
+        heads read; and the heads, with weights rounded to that type.
     """
     trunk = cut_trunk(graph)
     found = {tensor.name: tensor for tensor in graph.graph.initializer}

@@ -19,8 +19,8 @@ from mgn_deploy.config import ModelConfig
 class FusedHeads:
     """The heads' numbers, all float32; those that go with the maps were rounded to the maps' type at export.
 
-    `weight` is `[F, R, C]`, `bias` `[F, R]`, and so are `scale` and `shift` (neck "relu_norm", else None); `power` is `[F]`
-    (pooling "gem", else None).
+    `weight` is `[F, R, C]`, `bias` `[F, R]`, and so are `scale` and `shift` (neck "relu_norm", else None); `power` is
+    `[F]` (pooling "gem", else None).
     """
 
     config: ModelConfig

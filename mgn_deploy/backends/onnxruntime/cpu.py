@@ -6,9 +6,9 @@ import numpy as np
 
 from mgn_deploy.backends.base import Backend, refuse_fused_heads
 from mgn_deploy.backends.onnxruntime.session import CPU, open_session
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.machine import this_cpu
-from mgn_deploy.packages import import_problem
 
 
 class OnnxRuntimeBackend(Backend):
@@ -25,7 +25,7 @@ class OnnxRuntimeBackend(Backend):
 
     @classmethod
     def missing(cls) -> str | None:
-        return import_problem("onnxruntime", "cpu")
+        return ENGINES[cls.name].import_problem()
 
     @classmethod
     def open_graph(cls, graph: bytes, config: ModelConfig, *, fused_heads: bool = False) -> OnnxRuntimeBackend:

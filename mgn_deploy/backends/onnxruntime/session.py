@@ -1,7 +1,8 @@
 """A session of ONNX Runtime on the providers that were asked for, or a refusal; and runs bound to a device's memory.
 
-ONNX Runtime goes on with the CPU where a provider does not load, and puts there what a provider has no kernel for, with a line
-on stderr at most; `disable_fallback` is about failing runs only (microsoft/onnxruntime#17801, #23647). Here either is an error.
+ONNX Runtime goes on with the CPU where a provider does not load, and puts there what a provider has no kernel for, with
+a line on stderr at most; `disable_fallback` is about failing runs only (microsoft/onnxruntime#17801, #23647). Here
+either is an error.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "Tensorrt
 
 CUDA_OPTIONS = {
     "device_id": "0",
-    # The default times cuDNN's algorithms for each new batch size, and may take another one in the next process: results then
-    # differ in their last bits (onnxruntime#19822), and a resumed `embed` must end with the same bytes.
+    # The default times cuDNN's algorithms for each new batch size, and may take another one in the next process:
+    # results then differ in their last bits (onnxruntime#19822), and a resumed `embed` must end with the same bytes.
     "cudnn_conv_algo_search": "HEURISTIC",
     "use_tf32": "0",  # precision is the graph's to say
 }
@@ -37,7 +38,8 @@ _NO_MEMORY = re.compile(r"Failed to allocate memory for requested buffer")
 
 
 def gpu_provider_problem(provider: str) -> str | None:
-    """Why a GPU provider cannot be asked for here and what to install, or None. CUDA's libraries are loaded on the way."""
+    """Why a GPU provider cannot be asked for here and what to install, or None. CUDA's libraries are loaded on the
+    way."""
     problem = import_problem("onnxruntime", "gpu")
     if problem:
         return problem
@@ -53,7 +55,8 @@ def gpu_provider_problem(provider: str) -> str | None:
 
 @cache
 def cuda_library_problem() -> str | None:
-    """Load CUDA and cuDNN, also from pip's nvidia packages, where ONNX Runtime does not look by itself; or say what is missing."""
+    """Load CUDA and cuDNN, also from pip's nvidia packages, where ONNX Runtime does not look by itself; or say what is
+    missing."""
     import onnxruntime
 
     if not hasattr(onnxruntime, "preload_dlls"):
@@ -87,7 +90,8 @@ def open_session(graph: bytes, providers: Mapping[str, Mapping[str, str]]) -> An
         _refuse_lost(session, providers)
         left = placement(session).get(CPU, [])
         raise CannotRun(
-            f"{', '.join(providers)} cannot run {', '.join(sorted(set(left))) or 'all'} of this graph's operators, and ONNX Runtime would run them "
+            f"{', '.join(providers)} cannot run {', '.join(sorted(set(left))) or 'all'} of this graph's operators, and "
+            f"ONNX Runtime would run them "
             "on the CPU: choose another --backend"
         ) from None
     _refuse_lost(session, providers)
@@ -133,14 +137,16 @@ def _refuse_lost(session: Any, providers: Mapping[str, Mapping[str, str]]) -> No
     lost = [name for name in providers if name not in session.get_providers()]
     if lost:
         raise CannotRun(
-            f"onnxruntime {onnxruntime.__version__} did not load {', '.join(lost)}, and would run on {session.get_providers()[0]} "
-            "instead: install the CUDA, cuDNN and TensorRT that it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'; "
+            f"onnxruntime {onnxruntime.__version__} did not load {', '.join(lost)}, and would run on "
+            f"{session.get_providers()[0]} "
+            "instead: install the CUDA, cuDNN and TensorRT that it was built for (pip install "
+            "'onnxruntime-gpu[cuda,cudnn]'; "
             "https://onnxruntime.ai/docs/install)"
         )
 
 
 def _reason(error: Exception) -> str:
-    """In one line, without the place in ONNX Runtime's source and its error number."""
+    """In one line, without the position in ONNX Runtime's source and its error number."""
     line = " ".join(str(error).split())
     failure = re.search(r"CUDA failure \d+: [^;]*", line)
     if failure:
@@ -163,10 +169,12 @@ def gpu_errors() -> Iterator[None]:
 
 
 class BoundSession:
-    """A session's runs with its images and embeddings in the memory of a device, in buffers that stay for a few batch sizes.
+    """A session's runs with its images and embeddings in the memory of a device, in buffers that stay for a few batch
+    sizes.
 
-    Each batch is copied there once and its embeddings back once, both blocking. The copy is from pageable memory: CUDA moves it
-    by pinned buffers of its own, so that one more copy into a pinned buffer of ours would gain nothing while nothing overlaps it.
+    Each batch is copied there once and its embeddings back once, both blocking. The copy is from pageable memory: CUDA
+    moves it by pinned buffers of its own, so that one more copy into a pinned buffer of ours would gain nothing while
+    nothing overlaps it.
 
     Args:
         session: with input `images` and float32 output `embeddings` `[n, dim]`.
@@ -187,7 +195,8 @@ class BoundSession:
         with gpu_errors():
             binding, buffer = self._bound(images)
             buffer.update_inplace(images)
-            # Binding copies what is not where the graph reads it, then and never again: bound anew, it cannot be a batch behind.
+            # Binding copies what is not where the graph reads it, then and never again: bound for each run, it cannot be a
+            # batch behind.
             binding.bind_ortvalue_input("images", buffer)
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)

@@ -34,8 +34,9 @@ class BuildSettings:
     """What a plan is built for.
 
     `batch`: min, opt and max images a call. `compute_capability`: "8.6", for TensorRT-RTX only, which without it
-    builds for any GPU from Ampere on. `workspace`: bytes of GPU memory that a layer may take for itself; None: all there is.
-    With `fused_heads` the plan ends with the feature maps. `version_compatible` and `hardware_compatible` (other GPUs from Ampere on) are TensorRT's only.
+    builds for any GPU from Ampere on. `workspace`: bytes of GPU memory that a layer may take for itself; None: all
+    there is. With `fused_heads` the plan ends with the feature maps. `version_compatible` and `hardware_compatible`
+    (other GPUs from Ampere on) are TensorRT's only.
     """
 
     engine: TensorRtName
@@ -49,7 +50,8 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """A built plan. `layers` is TensorRT's own table of its layers, as text; `seconds` what building took when it was built."""
+    """A built plan. `layers` is TensorRT's own table of its layers, as text; `seconds` what building took when it was
+    built."""
 
     content: bytes
     settings: BuildSettings
@@ -97,7 +99,8 @@ def build_plans(
         settings: its own `compute_capability` gives way to the list's.
         compute_capabilities: as "8.6".
         use_cache: take plans from the cache and put them there.
-        progress: called as (phase, step, steps), from another thread. What it raises stops the build and goes on to the caller.
+        progress: called as (phase, step, steps), from another thread. What it raises stops the build and goes on to the
+            caller.
 
     Raises:
         CannotRun: the package is not installed, or `tensorrt` finds no GPU.
@@ -140,7 +143,8 @@ def _check(settings: BuildSettings) -> None:
         )
     if rtx and (settings.version_compatible or settings.hardware_compatible):
         raise UserError(
-            "TensorRT-RTX plans run with their own release only, and without a compute capability on any GPU from Ampere on: "
+            "TensorRT-RTX plans run with their own release only, and without a compute capability on any GPU from "
+            "Ampere on: "
             "leave out --version-compatible and --hardware-compatible"
         )
 

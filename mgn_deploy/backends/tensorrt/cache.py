@@ -1,7 +1,9 @@
-"""Built plans on disk, by the hash of all that determines them. An entry that is not what was written is as good as none.
+"""Built plans on disk, by the hash of all that determines them. An entry that is not what was written is as good as
+none.
 
 $XDG_CACHE_HOME/mgn-deploy/plans/KEY.plan    the plan
-$XDG_CACHE_HOME/mgn-deploy/plans/KEY.json    its SHA-256, the seconds that building took, the layer table; and a hash of these
+$XDG_CACHE_HOME/mgn-deploy/plans/KEY.json    its SHA-256, the seconds that building took, the layer table; and a hash of
+these
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def load_plan(key: str) -> tuple[bytes, dict[str, Any]] | None:
 
 
 def save_plan(key: str, plan: bytes, record: dict[str, Any]) -> None:
-    """Put a plan into the cache; the record, written last, makes it valid. A cache that cannot be written is warned of."""
+    """Put a plan into the cache; the record, written last, makes it valid. A cache that cannot be written is warned
+    of."""
     record = {**record, "plan_sha256": hashlib.sha256(plan).hexdigest()}
     content = json.dumps({"record": record, "sha256": _hash(record)}).encode()
     if save(f"{key}.plan", plan):
@@ -58,14 +61,15 @@ def load(name: str) -> bytes:
 
 
 def save(name: str, content: bytes) -> bool:
-    """Write one file of the cache; where that cannot be, say so and go on: what took minutes to make is not thrown away."""
+    """Write one file of the cache; where that cannot be, say so and go on: what took minutes to make is not thrown
+    away."""
     try:
         folder = plan_folder()
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / name) as file:
             file.write(content)
     except (UserError, OSError) as error:
-        _log.warning(f"{name} is not cached ({error}): set XDG_CACHE_HOME to a writable place")
+        _log.warning(f"{name} is not cached ({error}): set XDG_CACHE_HOME to a writable folder")
         return False
     return True
 

@@ -18,7 +18,8 @@ from mgn_deploy.progress import Progress
 # (phase, step, steps)
 
 _one_at_a_time = threading.Lock()
-# Parts of builds that were stopped. TensorRT-RTX 1.7.1 once crashed after one: what its threads may still use is not freed.
+# Parts of builds that were stopped. TensorRT-RTX 1.7.1 once crashed after one: what its threads may still use is not
+# freed.
 _stopped_builds: list[Any] = []
 
 
@@ -59,7 +60,8 @@ def parsed_network(engine: TensorRtName, prepared: PreparedGraph) -> Network:
 
 
 def _write_maps_channels_last(trt: Any, definition: Any) -> None:
-    """Outputs of four dimensions are maps for the fused heads, whose kernel takes them all in one layout: the convolutions' own.
+    """Outputs of four dimensions are maps for the fused heads, whose kernel takes them all in one layout: the
+    convolutions' own.
 
     In TensorRT the channels-last format of 16-bit types is HWC8 (8 channels at a time), that of float32 HWC.
     """

@@ -1,4 +1,4 @@
-"""The one place that knows that TensorRT comes as two packages with one API: `tensorrt` and `tensorrt_rtx`."""
+"""The one module that knows that TensorRT comes as two packages with one API: `tensorrt` and `tensorrt_rtx`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Messages:
 
 
 def one_line(text: str) -> str:
-    """A message of TensorRT in one line, without the place in its source and the category that it wraps some in."""
+    """A message of TensorRT in one line, without the position in its source and the category that it wraps some in."""
     line = " ".join(text.split()).removeprefix("In node -1 with name: and operator: ")
     wrapped = re.search(r"Error Code \d+: [\w /]+\((.*?)\.? In \S+ at \S+\)", line)
     asserted = re.search(r'&& "(.*)"$', line)

@@ -1,4 +1,5 @@
-"""Batches through a TensorRT engine: copies beside computing, one CUDA graph a batch size. All CUDA goes by `cuda-core`.
+"""Batches through a TensorRT engine: copies beside computing, one CUDA graph a batch size. All CUDA goes by
+`cuda-core`.
 
     upload    pinned -> GPU     batch 3 |         batch 4 |
     compute                     batch 2     | batch 3     |
@@ -29,12 +30,12 @@ SLOTS = 2
 class CudaPipeline:
     """One thread's streams, buffers, execution contexts and CUDA graphs.
 
-    A CUDA graph holds on to what its context was set to, so each batch size has a context of its own. They run one after
-    the other and share their working memory.
+    A CUDA graph holds on to what its context was set to, so each batch size has a context of its own. They run one
+    after the other and share their working memory.
 
     Args:
-        engine: with input uint8 `images` `[n, height, width, 3]` and output float32 `embeddings` `[n, dim]`, or, with fused
-            heads, the maps.
+        engine: with input uint8 `images` `[n, height, width, 3]` and output float32 `embeddings` `[n, dim]`, or, with
+            fused heads, the maps.
         engine_name: of the engine.
         dim: of an embedding.
         heads: what follows an engine that ends with the maps.
@@ -46,18 +47,17 @@ class CudaPipeline:
         device = Device(0)
         device.set_current()
         self._engine, self._engine_name, self._dim = engine, engine_name, dim
-        self._fewest, _, most = (int(shape[0]) for shape in engine.get_tensor_profile_shape("images", 0))
-        self._most = most
+        self._min_batch, _, self._max_batch = (int(shape[0]) for shape in engine.get_tensor_profile_shape("images", 0))
         self._image = tuple(engine.get_tensor_shape("images"))[1:]
         self._upload, self._compute, self._download = (device.create_stream() for _ in range(3))
         # Not in a comprehension: cuda-core loses an error that comes while one is left with buffers in it.
         self._slots: list[_Slot] = []
         for _ in range(SLOTS):
-            self._slots.append(_Slot(device, self._compute, self._most, self._image, dim))
+            self._slots.append(_Slot(device, self._compute, self._max_batch, self._image, dim))
         self._memory = device.allocate(max(1, engine.device_memory_size_v2), stream=self._compute)
         self._heads = None
         if heads:
-            self._heads = CudaHeads(heads, engine_maps(engine, engine_name), self._most, device, self._compute)
+            self._heads = CudaHeads(heads, engine_maps(engine, engine_name), self._max_batch, device, self._compute)
         self._contexts: dict[int, Any] = {}
         self._graphs: dict[tuple[int, int], Any] = {}
         self._running = False
@@ -82,10 +82,10 @@ class CudaPipeline:
 
     def _run(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         free, busy = deque(self._slots), deque[tuple[_Slot, int]]()
-        # Rows of the batches that are on their way: their parts, and how many pieces are not back yet.
+        # Rows of the batches that are on their way: their parts, and how many parts are not back yet.
         results: deque[tuple[list[np.ndarray], int]] = deque()
         for batch in batches:
-            parts = split_batch(batch, self._most)
+            parts = split_batch(batch, self._max_batch)
             results.append(([np.empty((0, self._dim), np.float32)] if not parts else [], len(parts)))
             for piece in parts:
                 if not free:
@@ -117,7 +117,7 @@ class CudaPipeline:
         yield from _finished(results)
 
     def _submit(self, slot: _Slot, images: np.ndarray) -> None:
-        rows = max(len(images), self._fewest)
+        rows = max(len(images), self._min_batch)
         slot.images[: len(images)] = images
         slot.images[len(images) : rows] = images[-1]  # where the profile takes no fewer
         bytes_in, bytes_out = rows * int(np.prod(self._image)), rows * self._dim * 4
@@ -161,7 +161,8 @@ class CudaPipeline:
         context = execution_context(self._engine_name, self._engine)
         if context is None:
             raise UserError(
-                f"{title(self._engine_name)} cannot set up the engine: {logger(self._engine_name).messages.first_error()}; "
+                f"{title(self._engine_name)} cannot set up the engine: "
+                f"{logger(self._engine_name).messages.first_error()}; "
                 "where the GPU's memory is full, end what else runs on it"
             )
         context.set_device_memory(int(self._memory.handle), self._memory.size)
@@ -180,15 +181,16 @@ class CudaPipeline:
 
 
 def map_names(engine: Any) -> list[str]:
-    """Of an engine that ends with the maps: its outputs `map_0`, `map_1`, ... in the order of the branches, which need not be
-    the engine's own (https://github.com/pytorch/TensorRT/pull/1646).
+    """Of an engine that ends with the maps: its outputs `map_0`, `map_1`, ... in the order of the branches, which need
+    not be the engine's own (https://github.com/pytorch/TensorRT/pull/1646).
     """
     names = (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
     return sorted(name for name in names if name != "images")
 
 
 def engine_maps(engine: Any, engine_name: TensorRtName) -> MapType:
-    """How it writes its maps. Channels are a multiple of 8, so that 8 channels at a time is channels-last without gaps."""
+    """How it writes its maps. Channels are a multiple of 8, so that 8 channels at a time is channels-last without
+    gaps."""
     trt = import_tensorrt(engine_name)
     layouts = {trt.TensorFormat.LINEAR: "nchw", trt.TensorFormat.HWC8: "nhwc", trt.TensorFormat.HWC: "nhwc"}
     dtypes = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
@@ -201,8 +203,8 @@ def engine_maps(engine: Any, engine_name: TensorRtName) -> MapType:
 
 
 def execution_context(engine_name: TensorRtName, engine: Any) -> Any:
-    """A context without working memory of its own. TensorRT-RTX compiles a shape's kernels before their first run with it,
-    not beside: a CUDA graph would hold the stand-ins for good.
+    """A context without working memory of its own. TensorRT-RTX compiles a shape's kernels before their first run with
+    it, not beside: a CUDA graph would hold the stand-ins for good.
     """
     trt = import_tensorrt(engine_name)
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED

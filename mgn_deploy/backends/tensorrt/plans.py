@@ -19,7 +19,8 @@ _log = logging.getLogger("mgn_deploy")
 
 
 def plan_for(bundle: Bundle, engine: TensorRtName, version: str, gpu: Gpu, fused_heads: bool) -> bytes:
-    """Find or build a plan that runs on this GPU: the bundle's, compared with the manifest's hash, or one built here and cached.
+    """Find or build a plan that runs on this GPU: the bundle's, compared with the manifest's hash, or one built here
+    and cached.
 
     Raises:
         CannotRun: the bundle has none that runs here and none can be built; the sentence says why.
@@ -66,7 +67,8 @@ def misfit(entry: EngineEntry, version: str, gpu: Gpu, fused_heads: bool) -> str
 
 
 def builder_problem(engine: TensorRtName) -> str | None:
-    """Why no plan can be built with what is installed, or None. TensorRT's lean and dispatch runtimes have no builder."""
+    """Why no plan can be built with what is installed, or None. TensorRT's lean and dispatch runtimes have no
+    builder."""
     problem = import_problem_of(engine)
     if problem:
         return problem

@@ -1,4 +1,5 @@
-"""TensorRT, for datacenter GPUs, workstations and Jetson, and TensorRT-RTX, whose plans are built on a machine with no GPU."""
+"""TensorRT, for datacenter GPUs, workstations and Jetson, and TensorRT-RTX, whose plans are built on a machine with no
+GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class TensorRtBackend(Backend):
     Args:
         plan: as TensorRT serializes it. It is code: compare its hash first.
         config: of the model.
-        graph: the ONNX graph that the heads' weights are taken from, where the plan ends with the feature maps; else None.
+        graph: the ONNX graph that the heads' weights are taken from, where the plan ends with the feature maps; else
+            None.
         host_code: the plan brings its own runtime, as version-compatible plans do.
 
     Raises:

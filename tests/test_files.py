@@ -1,0 +1,81 @@
+"""Folders that are replaced whole or not at all, and where the cache is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import atomic_folder, cache_folder
+
+
+def replace_folder(path, content: str) -> None:
+    with atomic_folder(path, names=["marker"]) as new:
+        (new / "marker").write_text(content)
+
+
+def test_replacing_through_a_link_keeps_the_link(tmp_path):
+    replace_folder(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    replace_folder(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/marker").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
+    replace_folder(tmp_path / "out", "old")
+    rename = os.replace
+
+    def failing(source, target):
+        if Path(target).name == "out" and Path(source).suffix == ".tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(UserError, match="cannot be written: Input/output error"):
+        replace_folder(tmp_path / "out", "new")
+    assert (tmp_path / "out/marker").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_folder_of_others_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/letter.txt").touch()
+    (tmp_path / "file").touch()
+    for name in ("out", "file"):
+        with pytest.raises(UserError, match="exists and holds what this command did not write"):
+            replace_folder(tmp_path / name, "new")
+    assert os.listdir(tmp_path / "out") == ["letter.txt"]
+
+
+def test_cache_is_below_xdg_cache_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("plans") == tmp_path / "mgn-deploy" / "plans"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_cache_is_below_the_home_folder_by_default(tmp_path, monkeypatch, value):
+    if value is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("plans").is_relative_to(tmp_path)
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    """As a container's user without an entry in /etc/passwd."""
+
+    def no_entry(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for variable in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    with pytest.raises(UserError, match="no home folder to keep a cache in: set XDG_CACHE_HOME"):
+        cache_folder("plans")
