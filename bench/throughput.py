@@ -50,6 +50,7 @@ class Series:
 @dataclass(frozen=True)
 class Throughput:
     model: str
+    mirror_average: bool  # which doubles the work, of the engine's and of the reference's alike
     backend: str
     batch: int
     images: int
@@ -67,6 +68,7 @@ class Throughput:
         }
         return {
             "model": self.model,
+            "mirror_average": self.mirror_average,
             "backend": self.backend,
             "batch": self.batch,
             "images": self.images,
@@ -120,7 +122,13 @@ def measure(
         f"{cpu_name()}, {usable_cpus()} CPUs ({' '.join(cpu_features())}), {platform.system()} {platform.machine()}"
     )
     return Throughput(
-        model, f"{embedder.backend.name} {embedder.backend.version}", batch_size, len(crops), machine, series
+        model,
+        embedder.bundle.manifest.flip,
+        f"{embedder.backend.name} {embedder.backend.version}",
+        batch_size,
+        len(crops),
+        machine,
+        series,
     )
 
 

@@ -1,7 +1,7 @@
 """The site's generated pages: run by mkdocs-gen-files while the site is built (`make docs`).
 
-index.md, architecture.md and changelog.md are README.md, ARCHITECTURE.md and CHANGELOG.md with their links turned; tables are
-filled in wherever a page marks one (`tables.py`); the command line's reference is what `--help` prints.
+index.md, architecture.md and changelog.md are README.md, ARCHITECTURE.md and CHANGELOG.md with the site's links. Tables
+are filled in wherever a page marks one (`tables.py`). The command line's reference is what `--help` prints.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ from tables import fill  # noqa: E402
 
 COPIES = {"README.md": "index.md", "ARCHITECTURE.md": "architecture.md", "CHANGELOG.md": "changelog.md"}
 HELP_COLUMNS = "110"
+INTRODUCTION = """\
+# Command line
+
+What `mgn-deploy COMMAND --help` prints. Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a
+gate failed (a proof, a tolerance, `--max-failures`), 2 input that cannot be used, 130 interrupted. What `--json` prints
+is described in [JSON output](json.md).
+"""
 
 
 def write_all() -> None:
@@ -53,10 +60,7 @@ def _command_line() -> Iterator[str]:
 
     from mgn_deploy.cli.app import app
 
-    yield "# Command line\n"
-    yield "What `mgn-deploy COMMAND --help` prints. Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a"
-    yield "gate failed (a proof, a tolerance, `--max-failures`), 2 input that cannot be used, 130 interrupted. The JSON that"
-    yield "`--json` prints is described in [JSON output](json.md).\n"
+    yield INTRODUCTION
     for words in _commands(typer.main.get_command(app)):
         yield f"## {' '.join(['mgn-deploy', *words])}\n"
         yield f"```text\n{_help(words)}\n```\n"

@@ -106,7 +106,15 @@ def placements() -> str:
         for engine in ENGINES.values()
         if (placed := engine.placement)
     ]
-    columns = ["`--engine`", "activations", "largest weight", "scales a weight", "additions: quantised", "bias", "between"]
+    columns = [
+        "`--engine`",
+        "activations",
+        "largest weight",
+        "scales a weight",
+        "additions: quantised",
+        "bias",
+        "between",
+    ]
     return _table([*columns, "run by"], rows)
 
 
@@ -131,7 +139,7 @@ def manifest() -> str:
 
 def store_manifest() -> str:
     """Every key of a store's manifest."""
-    from mgn_deploy.gallery.store import StoreManifest
+    from mgn_deploy.gallery.shards import StoreManifest
 
     return _table(["key", "type", "without it"], list(_keys(StoreManifest)))
 
@@ -143,12 +151,16 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
         default = "" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
         yield [f"`{prefix}{name}`", outer, default]
         if inner:
-            yield from _keys(inner, f"{prefix}{name}{'' if outer == 'object' else '[]' if outer == 'array' else '.NAME'}.")
+            yield from _keys(
+                inner, f"{prefix}{name}{'' if outer == 'object' else '[]' if outer == 'array' else '.NAME'}."
+            )
 
 
 def _inner_model(annotation: Any) -> tuple[str, type[BaseModel] | None]:
     """What JSON calls a type, and the model of its items or of itself."""
-    models = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, BaseModel)]
+    models = [
+        one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, BaseModel)
+    ]
     origin = get_origin(annotation)
     if models and origin in (list, tuple):
         return "array", models[0]
@@ -248,9 +260,11 @@ def plans() -> str:
         for plan in content["plans"]:
             by_graph.setdefault(plan["graph"], []).append(plan)
         rows = [[graph, *_plan_cells(same)] for graph, same in by_graph.items()]
-        gpus = ", ".join(dict.fromkeys(f"sm_{plan['compute_capability'].replace('.', '')}" for plan in content["plans"]))
-        title = f"{one.date}, {content['model']}, TensorRT-RTX {content['version']}, plans for {gpus}, built on {content['machine']}"
-        parts.append(f"{title}:\n\n{_table(columns, rows)}")
+        gpus = ", ".join(
+            dict.fromkeys(f"sm_{plan['compute_capability'].replace('.', '')}" for plan in content["plans"])
+        )
+        what = f"{content['model']}, TensorRT-RTX {content['version']}, plans for {gpus}"
+        parts.append(f"{one.date}, {what}, built on {content['machine']}:\n\n{_table(columns, rows)}")
     return "\n\n".join(parts)
 
 
@@ -274,9 +288,15 @@ def training() -> str:
         evaluated = [row for row in csv.DictReader(file) if row["mAP"]]
     best = max(evaluated, key=lambda row: float(row["mAP"]))
     chosen = [row for row in evaluated if int(row["epoch"]) in (5, 10) or int(row["epoch"]) % 20 == 0]
-    chosen = sorted({id(row): row for row in [*chosen, best, evaluated[-1]]}.values(), key=lambda row: int(row["epoch"]))
+    chosen = sorted(
+        {id(row): row for row in [*chosen, best, evaluated[-1]]}.values(), key=lambda row: int(row["epoch"])
+    )
     rows = [
-        [f"{float(row['seconds']) / 60:.1f}", row["epoch"], *(f"{100 * float(row[key]):.1f}" for key in ("rank-1", "mAP"))]
+        [
+            f"{float(row['seconds']) / 60:.1f}",
+            row["epoch"],
+            *(f"{100 * float(row[key]):.1f}" for key in ("rank-1", "mAP")),
+        ]
         for row in chosen
     ]
     return _table(["minutes", "epoch", "rank-1", "mAP"], rows)

@@ -1,4 +1,4 @@
-"""`make docs` builds: every link and anchor leads somewhere, every generated page is made, nothing is asked of another host."""
+"""`make docs` builds: every link leads somewhere, generated pages are made, and nothing is asked of another host."""
 
 from __future__ import annotations
 
