@@ -31,7 +31,7 @@ wheel: $(VENV)/installed-dev
 	$(VENV)/bin/python -m build --wheel
 
 kernels: $(VENV)/installed-dev
-	@echo "== the CUDA kernels for every architecture (needs nvcc, 3 minutes): registers, and no spills"
+	@echo "== the CUDA kernels for every architecture (by NVRTC, 3 minutes): registers, and no spills"
 	$(VENV)/bin/python -m mgn_deploy.kernels.build
 
 clean:
