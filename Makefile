@@ -22,8 +22,6 @@ check: $(VENV)/installed-dev
 
 docs: $(VENV)/installed-dev
 	@echo "== the documentation in build/site (a broken link fails)"
-	rm -rf build/docs-source
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/docs-source .
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 wheel: $(VENV)/installed-dev

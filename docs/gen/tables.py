@@ -23,7 +23,7 @@ BARE, EMBED, EAGER = "bare engine", "embed (files to store)", "PyTorch eager"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 _MARKED = re.compile(r"(<!-- table: ([a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-(.+)-(throughput|precision|plans|training)-(.+)\.(json|csv)")
+_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-(.+)-(throughput|matrix|precision|plans|training)-(.+)\.(json|csv)")
 
 
 class Result(NamedTuple):
@@ -227,14 +227,38 @@ def _throughput_row(content: dict[str, Any]) -> list[str]:
 
 
 def precision() -> str:
-    """Every precision and CPU engine of one model, of the latest file for each model."""
-    columns = ["", "rank-1", "mAP", "mean / worst cosine", "top-10 agreement", "graph, MB", "batch 1", "batch 8"]
+    """Every precision and engine of a model: of `bench/gpu/matrix.py`, and of the bench that it replaced."""
     parts = []
-    for one in results("precision"):
+    for one in [*results("matrix"), *results("precision")]:
         content = one.content()
-        rows = [_precision_row(row) for row in content["rows"]]
-        parts.append(f"{one.date}, {content['machine']}; {content['model']}:\n\n{_table(columns, rows)}")
+        if "bench" in content:
+            batches = list(next(row["speed"] for row in content["rows"] if "speed" in row))
+            rows = [_matrix_row(row, batches) for row in content["rows"] if "speed" in row]
+            machine = content["device"].get("gpu") or content["device"]["cpu"]
+        else:
+            batches, machine = ["1", "8"], content["machine"]
+            rows = [_precision_row(row) for row in content["rows"]]
+        columns = ["", "rank-1", "mAP", "mean / worst cosine", "top-10 agreement", "graph, MB"]
+        columns += [f"batch {batch}" for batch in batches]
+        parts.append(f"{one.date}, {machine}; {content['model']}:\n\n{_table(columns, rows)}")
     return "\n\n".join(parts)
+
+
+def _matrix_row(row: dict[str, Any], batches: Sequence[str]) -> list[str]:
+    proof, heads = row["proof"], " fused heads" if row["fused_heads"] else ""
+    ranking = proof["ranking"]
+    return [
+        f"{row['engine']} {row['precision']}{heads}",
+        *([f"{100 * ranking[key]:.2f}" for key in ("rank1", "mAP")] if ranking else ["", ""]),
+        f"{proof['mean_cosine']:.5f} / {proof['worst_cosine']:.5f}",
+        f"{proof['top10_agreement']:.3f}",
+        f"{row['graph MB']}",
+        *(_speed(row["speed"][batch]) for batch in batches),
+    ]
+
+
+def _speed(measured: dict[str, Any]) -> str:
+    return f"{_rate(measured['images/s'])} ({measured['rivals']['torch fp32']['x']:.1f}x)"
 
 
 def _precision_row(row: dict[str, Any]) -> list[str]:
@@ -246,7 +270,7 @@ def _precision_row(row: dict[str, Any]) -> list[str]:
         closeness = ["", "", ""]
     else:
         closeness = [f"{row['mean cosine']:.5f} / {row['worst cosine']:.5f}", f"{row['top-10']:.3f}", f"{row['MB']}"]
-    accuracy = [f"{row['rank-1']:.1f}", f"{row['mAP']:.2f}"] if "mAP" in row else ["", ""]
+    accuracy = [f"{row['rank-1']:.2f}", f"{row['mAP']:.2f}"] if "mAP" in row else ["", ""]
     return [f"{row['engine']} {row['precision']}", *accuracy, *closeness, *speeds]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,22 @@ def test_every_option_in_the_text_is_one_of_its_command(page):
 def test_the_evidence_that_a_page_names_exists(page):
     tests: list[str] = []
     for span in _SPAN.findall(page.read_text()):
-        words = (
-            shlex.split(span) if span.startswith(("pytest ", "-k ")) else []
-        )  # `-k` alone is of the pytest before it
+        # `-k` alone is of the pytest before it
+        words = shlex.split(span) if span.startswith(("pytest ", "-k ")) else []
         if words[:1] == ["pytest"]:
             tests = names_in(ROOT / words[1])
             assert tests, f"{words[1]} has no tests"
         for wanted in words[words.index("-k") + 1].split(" or ") if "-k" in words else []:
             assert any(wanted in name for name in tests), f"{span}: no such test"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_modules_and_files_that_a_page_names_exist(page):
+    for module in re.findall(r"python -m (mgn_deploy\.[\w.]+)", page.read_text()):
+        assert find_spec(module), f"no module {module}"
+    folders = "mgn_deploy|train|export|kernels|bench|tests"
+    for path in re.findall(rf"`((?:{folders})/[\w/.]+)`", page.read_text()):
+        assert (ROOT / path).exists(), f"no {path}"
 
 
 def names_in(path: Path) -> list[str]:

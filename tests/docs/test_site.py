@@ -17,9 +17,6 @@ pytest.importorskip("material", reason="the site is built by the extra docs")
 def site(tmp_path_factory):
     """The site, built as `make docs` does, into a scratch folder."""
     made = tmp_path_factory.mktemp("site")
-    source = ROOT / "build" / "docs-source"  # where mkdocs.yml has mkdocstrings look for the code
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--upgrade"]
-    subprocess.run([*pip, "--target", source, ROOT], check=True)
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", made]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
