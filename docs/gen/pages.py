@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tables import fill  # noqa: E402
 
 COPIES = {"README.md": "index.md", "ARCHITECTURE.md": "architecture.md", "CHANGELOG.md": "changelog.md"}
-SOURCES = ROOT / "build" / "docs-source"  # as mkdocs.yml has it
 HELP_COLUMNS = "110"
 INTRODUCTION = """\
 # Command line
@@ -34,8 +32,7 @@ is described in [JSON output](json.md).
 
 
 def write_all() -> None:
-    """Write every generated page into the site, and show mkdocstrings where the code is."""
-    _link_sources()
+    """Write every generated page into the site."""
     for source, page in COPIES.items():
         _write(page, _with_links_of_the_site((ROOT / source).read_text()))
     for path in sorted((ROOT / "docs").rglob("*.md")):
@@ -43,15 +40,6 @@ def write_all() -> None:
         if fill(text) != text:
             _write(str(path.relative_to(ROOT / "docs")), fill(text))
     _write("reference/cli.md", "\n".join(_command_line()))
-
-
-def _link_sources() -> None:
-    """Put the five top-level folders under their one import name, as `package-dir` of pyproject.toml does."""
-    shutil.rmtree(SOURCES, ignore_errors=True)
-    package = SOURCES / "mgn_deploy"
-    package.mkdir(parents=True)
-    for part in [*(ROOT / "mgn_deploy").iterdir(), *(ROOT / name for name in ("train", "export", "kernels", "bench"))]:
-        (package / part.name).symlink_to(part)
 
 
 def _write(page: str, text: str) -> None:
