@@ -17,8 +17,7 @@ from mgn_deploy.backends.tensorrt.plans import plan_for
 from mgn_deploy.backends.tensorrt.runner import TensorRtBackend
 from mgn_deploy.bench.gpu.matrix import Cell, cells, engine_problem
 from mgn_deploy.bench.gpu.turns import METHOD, Rivals
-from mgn_deploy.bench.kernel.clock import machine
-from mgn_deploy.bench.kernel.run import sentence
+from mgn_deploy.bench.report import machine, sentence
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.config import ModelConfig
@@ -30,7 +29,6 @@ from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.export.exporter import export_bundle
 from mgn_deploy.export.options import ExportOptions
 from mgn_deploy.export.proof.prove import proof_pixels, prove_again
-from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 from mgn_deploy.train.weights import load_weights, weights_hash, write_untrained_weights
 
 _log = logging.getLogger("mgn_deploy")
@@ -62,7 +60,7 @@ class Matrix:
         self._result: dict[str, Any] = {
             "bench": "matrix",
             "date": datetime.date.today().isoformat(),
-            "device": device(),
+            "device": machine(),
             "model": f"{config.backbone} MGN {config.height}x{config.width}, base width {config.base_width}",
             "weights": {"sha256": weights_hash(self._weights), "random": chosen.weights is None},
             "data": self._data
@@ -180,9 +178,3 @@ def plan_megabytes(bundle: Bundle, embedder: Embedder) -> float | None:
         plan = plan_for(bundle, backend.name, backend.version, this_gpu(), backend.fused_heads)
         return round(len(plan) / 1e6, 1)
     return None
-
-
-def device() -> dict[str, Any]:
-    """The CPU, and the GPU with what drives it where there is one."""
-    cpu = {"cpu": f"{cpu_name()}, {usable_cpus()} CPUs ({' '.join(cpu_features())})", "torch": torch.__version__}
-    return {**(machine() if torch.cuda.is_available() else {}), **cpu}

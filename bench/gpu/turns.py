@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mgn_deploy.backends.base import Backend
-from mgn_deploy.bench.kernel.run import sentence
+from mgn_deploy.bench.report import sentence
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.train.model import MGN, Embedding, fold_batch_norms

@@ -1,4 +1,4 @@
-"""MkDocs' hook: shows mkdocstrings the five top-level folders under their one import name, as `package-dir` has them."""
+"""A hook of MkDocs: the five top-level folders under their one import name, where mkdocstrings looks for them."""
 
 from __future__ import annotations
 
