@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mgn_deploy.bench.report import cpu
 from mgn_deploy.console import print_json, print_table, show_log
 from mgn_deploy.errors import UserError
-from mgn_deploy.machine import cpu_name, usable_cpus
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mgn_deploy.train.model import MGN
 
 DRAWN_IMAGES = 8  # for the ranges, which say what float16 cannot hold
-NOISE = 0.01
 COLUMNS = ("graph", "GPU", "MB", "weights MB", "seconds", "layers", "convolutions", "additions in them", "moved MB")
 MEANING = (
     "weights: what the graph holds of them; moved: activations that all layers read and write for one row of the "
@@ -94,7 +93,7 @@ def run(weights: Path, capabilities: str, batch: str) -> dict[str, Any]:
     config = model.config
     return {
         "model": f"{config.backbone} MGN {config.height}x{config.width}, base width {config.base_width}",
-        "machine": f"{cpu_name()}, {usable_cpus()} CPUs",
+        "machine": cpu(),
         "version": version,
         "batch": settings.batch,
         "plans": rows,
@@ -110,6 +109,7 @@ def moved_bytes(layers: Sequence[dict[str, Any]]) -> int:
 def _graphs(model: MGN) -> Iterator[tuple[str, onnx.ModelProto]]:
     """By name: each precision's, and INT8 as full TensorRT gets it, for comparison."""
     import numpy as np
+    import torch
     from PIL import Image
 
     from mgn_deploy.backends.registry import ENGINES
@@ -120,8 +120,12 @@ def _graphs(model: MGN) -> Iterator[tuple[str, onnx.ModelProto]]:
     from mgn_deploy.export.precision.ranges import measure_ranges
     from mgn_deploy.export.precision.thresholds import thresholds
     from mgn_deploy.images.decode import read_crop
+    from mgn_deploy.train.weights import add_noise
 
-    _tell_branches_apart(model)
+    firsts = [next(branch.parameters()) for branch in model.branches]
+    if all(torch.equal(firsts[0], other) for other in firsts[1:]):
+        _log.info("the weights are untrained: noise makes their branches differ, as training does")
+        add_noise(model)
     graph = build_graph(model)
     size = model.config.height, model.config.width
     crops = np.stack([read_crop(Image.fromarray(person), *size) for person in draw_people(DRAWN_IMAGES)])
@@ -133,25 +137,6 @@ def _graphs(model: MGN) -> Iterator[tuple[str, onnx.ModelProto]]:
         placement = ENGINES[engine].placement
         assert placement is not None
         yield name, quantise(graph, ranges, thresholds(ranges, "max"), placement)
-
-
-def _tell_branches_apart(model: MGN) -> None:
-    """Noise on every parameter of an untrained model: its branches are copies, of which TensorRT keeps one, and it has
-    no biases."""
-    import torch
-
-    firsts = [next(branch.parameters()) for branch in model.branches]
-    if len(firsts) == 1 or not torch.equal(firsts[0], firsts[1]):
-        return
-    _log.info(
-        "these weights are untrained, the branches copies of one another: some noise makes them different, as training "
-        "does"
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(NOISE * noise * (1 if parameter.ndim == 1 else parameter.std()))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

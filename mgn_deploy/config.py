@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mgn_deploy.errors import UserError, first_problem
 
 Ibn = Literal["none", "a"]
 StemPool = Literal["padded", "ceil"]
+GlobalStride = Literal[1, 2]
 Pooling = Literal["max", "avg", "gem"]
 Neck = Literal["relu", "linear", "relu_norm"]
 
@@ -19,13 +22,16 @@ GEM_EPSILON = 1e-6  # the least value that a generalised mean takes, as in fast-
 class ModelConfig(BaseModel):
     """Architecture and input of one MGN (Wang et al. 2018, sections 3.1 and 4.1; defaults are the paper's).
 
-    `backbone` is a torchvision ResNet; `base_width` is the channels of its stem, 64 as published, fewer for a network that a
-    CPU trains in minutes. `branches` holds each branch's number of stripes: 1 is the global branch, N > 1 pools N stripes
-    beside the whole map.
+    `backbone` is a torchvision ResNet; `base_width` is the number of channels of its stem, 64 as published, fewer for a
+    network that a CPU trains in minutes. `branches` holds each branch's number of stripes: 1 is the global branch,
+    N > 1 pools N stripes beside the whole map. `height` and `width` are in pixels; `mean` and `std` are of RGB pixels
+    on the scale of 0 to 1. `num_classes` is the number of identities that the classifiers were trained on; 0: none.
 
-    The last five fields are what public checkpoints have otherwise than the paper (`train/importers`):
+    The last five fields are what public checkpoints do otherwise than the paper (`train/importers`); a config without
+    them is the paper's:
 
-    - `ibn`: "a" puts instance norm on half the channels of each block's first norm in layer1 to layer3 (Pan et al. 2018).
+    - `ibn`: "a" puts instance norm on half the channels of each block's first norm in layer1 to layer3 (Pan et al.
+      2018).
     - `stem_pool`: windows of the stem's 3x3 maximum start one row above even rows ("padded") or at them ("ceil").
     - `global_stride`: of layer4 in branches of one stripe; 1 keeps their maps as large as the other branches'.
     - `pooling`: of whole maps and stripes; "gem" is the generalised mean (mean of x^p)^(1/p) with one p a feature.
@@ -45,7 +51,7 @@ class ModelConfig(BaseModel):
     num_classes: int = Field(0, ge=0)
     ibn: Ibn = "none"
     stem_pool: StemPool = "padded"
-    global_stride: Literal[1, 2] = 2
+    global_stride: GlobalStride = 2
     pooling: Pooling = "max"
     neck: Neck = "relu"
 
@@ -53,16 +59,20 @@ class ModelConfig(BaseModel):
     @classmethod
     def _branches(cls, branches: tuple[int, ...]) -> tuple[int, ...]:
         if not branches or not all(1 <= stripes <= 8 for stripes in branches):
-            raise ValueError("branches needs one number of stripes (1 to 8) a branch, e.g. 1,2,3")
+            raise ValueError("give one number of stripes (1 to 8) a branch, e.g. 1,2,3")
         return branches
 
-    @model_serializer(mode="wrap")
-    def _without_the_papers_choices(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The last five fields are written only where they differ from the paper: a paper's MGN keeps its bytes and hashes."""
-        fields: dict[str, Any] = dump(self)
-        optional = ("ibn", "stem_pool", "global_stride", "pooling", "neck")
-        defaults = {name: type(self).model_fields[name].default for name in optional}
-        return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
+    @classmethod
+    def checked(cls, **fields: Any) -> ModelConfig:
+        """Make a config of values that a user gave.
+
+        Raises:
+            UserError: a field is unknown or out of range; the message names the first one.
+        """
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise UserError(first_problem(error)) from None
 
     @property
     def features_per_branch(self) -> tuple[int, ...]:
@@ -71,6 +81,7 @@ class ModelConfig(BaseModel):
 
     @property
     def features(self) -> int:
+        """Reduced features of all branches: 8 for the paper's MGN."""
         return sum(self.features_per_branch)
 
     @property
@@ -89,10 +100,36 @@ def stripe_rows(height: int, stripes: int) -> list[tuple[int, int]]:
 
 
 def region_rows(height: int, stripes: int) -> list[tuple[int, int]]:
-    """First and past-the-last row of each region that a branch pools: the whole map and, for several stripes, each one."""
+    """First and past-the-last row of each region that a branch pools: the whole map and, for several stripes, each
+    one."""
     return [(0, height), *(stripe_rows(height, stripes) if stripes > 1 else [])]
 
 
 def features_of(stripes: int) -> int:
     """How many regions a branch pools, and so how many reduced features it has."""
     return 1 if stripes == 1 else 1 + stripes
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width in pixels of a `--size` argument, HEIGHTxWIDTH.
+
+    Raises:
+        UserError: the text is not two whole numbers around an x.
+    """
+    try:
+        height, width = (int(side) for side in text.lower().split("x"))
+    except ValueError:
+        raise UserError(f"--size {text}: sizes are like 384x128") from None
+    return height, width
+
+
+def parse_branches(text: str) -> tuple[int, ...]:
+    """Stripes of each branch of a `--branches` argument, as in "1,2,3"; `ModelConfig` checks their range.
+
+    Raises:
+        UserError: the text is not whole numbers between commas.
+    """
+    try:
+        return tuple(int(stripes) for stripes in text.split(","))
+    except ValueError:
+        raise UserError(f"--branches {text}: branches are like 1,2,3") from None

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class UserError(Exception):
     """Input that cannot be used. The message is one sentence: what is wrong, where, how to fix it."""
@@ -21,3 +26,10 @@ class GateFailed(Exception):
 
 class UnreadableImage(Exception):
     """One image that cannot be turned into pixels. The message is the reason, without the path: the caller has it."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first value that a pydantic model refused, and why: "optim.lr: Input should be greater than 0"."""
+    problem = error.errors()[0]
+    key = ".".join(map(str, problem["loc"])) or "the file"
+    return f"{key}: {problem['msg'].removeprefix('Value error, ')}"

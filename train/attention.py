@@ -1,4 +1,4 @@
-"""Where each branch looks: its last feature map, as strength by place (the paper's Figure 5)."""
+"""Where each branch looks: the strength of its last feature map over the image (the paper's Figure 5)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mgn_deploy.train.model import MGN, Embedding
 
 
 def attention_maps(model: MGN, crops: np.ndarray) -> np.ndarray:
-    """The L2 norm over channels at each place of each branch's last map, enlarged to the crop, each map scaled to 0..1.
+    """Compute the L2 norm over the channels of each branch's last map, enlarged to the crop and scaled to 0 to 1.
 
     Args:
         model: in any mode; it is left in eval mode.

@@ -1,4 +1,4 @@
-"""Augmentation of decoded crops, uint8 in and out."""
+"""Augmentation of decoded crops, uint8 in and out (the mirror: section 4.1; the rest is of later recipes)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ ERASE_ASPECT = (0.3, 1 / 0.3)
 
 
 def augment(crop: np.ndarray, options: Augment, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirror, pad and crop, erase: uint8 `[height, width, 3]` -> a new array of the same shape.
+    """Mirror, pad and crop, erase.
 
-    Draws the same number of values from `rng` whatever happens. `mean` (uint8 `[3]`) fills erased rectangles: zero once normalised.
+    Args:
+        crop: RGB uint8 `[height, width, 3]`.
+        options: how often and how much.
+        mean: uint8 `[3]`, what erased rectangles are filled with: zero once normalised.
+        rng: gives the same number of values whatever happens.
+
+    Returns:
+        A new array of the crop's shape and type.
     """
-    mirror, shift, erase, place = rng.random(), rng.random(2), rng.random(), rng.random(4)
+    mirror, shift, erase, rectangle = rng.random(), rng.random(2), rng.random(), rng.random(4)
     crop = crop[:, ::-1].copy() if mirror < options.flip else crop.copy()
     height, width = crop.shape[:2]
     if options.pad:
@@ -27,11 +34,11 @@ def augment(crop: np.ndarray, options: Augment, mean: np.ndarray, rng: np.random
         top, left = (int(value * (2 * options.pad + 1)) for value in shift)
         crop = padded[top : top + height, left : left + width].copy()
     if erase < options.erase:
-        area = height * width * (ERASE_AREA[0] + place[0] * (ERASE_AREA[1] - ERASE_AREA[0]))
+        area = height * width * (ERASE_AREA[0] + rectangle[0] * (ERASE_AREA[1] - ERASE_AREA[0]))
         aspect = math.exp(
-            math.log(ERASE_ASPECT[0]) + place[1] * (math.log(ERASE_ASPECT[1]) - math.log(ERASE_ASPECT[0]))
+            math.log(ERASE_ASPECT[0]) + rectangle[1] * (math.log(ERASE_ASPECT[1]) - math.log(ERASE_ASPECT[0]))
         )
         tall, wide = min(height, round(math.sqrt(area * aspect))), min(width, round(math.sqrt(area / aspect)))
-        top, left = int(place[2] * (height - tall + 1)), int(place[3] * (width - wide + 1))
+        top, left = int(rectangle[2] * (height - tall + 1)), int(rectangle[3] * (width - wide + 1))
         crop[top : top + tall, left : left + wide] = mean
     return crop

@@ -18,9 +18,10 @@ LAST = "last.pt"
 
 @dataclass
 class Position:
-    """Where a run is: `epoch` and `batch` are the next ones. The rest of the randomness is a function of these.
+    """Where a run is. All randomness is a function of the seed and of `epoch` and `batch`, the next ones from 0.
 
-    `losses`: sums over the epoch's batches so far: loss, softmax, triplet.
+    `seconds` is the time trained, `best_map` the highest mAP so far (a fraction; -1: none), and `losses` are sums over
+    the epoch's batches so far: loss, softmax, triplet.
     """
 
     epoch: int = 0
@@ -40,8 +41,14 @@ def save_checkpoint(
 ) -> None:
     """Write `last.pt`, whole or not at all.
 
+    Args:
+        folder: the run's.
+        recipe: what a run that goes on has to equal: recipe, data, number of ranks.
+        model, optimizer, scaler: whose state is saved.
+        at: where the run is.
+
     Raises:
-        UserError: the place is not writable or the disk is full.
+        UserError: the folder is not writable or the disk is full.
     """
     state = {
         "recipe": recipe,
@@ -59,7 +66,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, recipe: str, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> Position:
-    """Restore what `save_checkpoint` wrote; the start of a run where there is none.
+    """Restore what `save_checkpoint` wrote, and return where that run is: at its start, where there is no `last.pt`.
 
     Raises:
         UserError: the file is damaged, or of a run with another recipe or other data.
@@ -70,7 +77,7 @@ def load_checkpoint(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file; the reason goes into the sentence
-        raise UserError(f"{path} is damaged ({type(error).__name__}): delete it to start the run anew") from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}): delete it to start the run again") from None
     if state["recipe"] != recipe:
         raise UserError(
             f"{os.fspath(folder)} holds a run with another recipe or other data: choose another folder for this one"

@@ -1,4 +1,4 @@
-"""Training batches: decoded and augmented on threads while the network computes."""
+"""Training batches, decoded and augmented on threads while the network computes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ BATCHES_AHEAD = 6
 
 
 class TrainingSet:
-    """Labelled images; `classes` are indices in the order of the identities, int64 `[n]`."""
+    """Labelled images; `classes`, int64 `[n]`, are each one's index in the order of the identities' numbers."""
 
     def __init__(self, images: Sequence[LabelledImage], height: int, width: int, mean: Sequence[float]) -> None:
-        """`mean`: of the network's input, fractions, RGB.
+        """Number the classes.
+
+        Args:
+            images: at least two people's.
+            height, width: of the network's input, in pixels.
+            mean: of the network's input, RGB on the scale of 0 to 1; erased pixels get it.
 
         Raises:
             UserError: fewer than two identities.
@@ -41,9 +46,13 @@ class TrainingSet:
     def batches(
         self, chosen: Sequence[np.ndarray], options: Augment, seed: Sequence[int], first: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Crops uint8 `[P * K, height, width, 3]` and classes int64 `[P * K]` of each batch of image indices, from the `first` on.
+        """Yield the crops, uint8 `[P * K, height, width, 3]`, and classes, int64 `[P * K]`, of each batch.
 
-        Augmentation is a function of `seed` and the batch's number alone.
+        Args:
+            chosen: image indices of each batch, as `IdentitySampler.epoch` gives them.
+            options: of the augmentation.
+            seed: what the augmentation depends on, together with the batch's number.
+            first: the first batch that is wanted.
 
         Raises:
             UserError: an image cannot be read.
@@ -54,11 +63,20 @@ class TrainingSet:
         self, chosen: Sequence[np.ndarray], options: Augment, seed: Sequence[int], number: int
     ) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([*seed, number])
-        crops = [augment(self._read(self.images[index]), options, self._mean, rng) for index in chosen[number]]
+        crops = [augment(self._read(index), options, self._mean, rng) for index in chosen[number]]
         return torch.from_numpy(np.stack(crops)), torch.from_numpy(self.classes[chosen[number]])
 
-    def _read(self, image: LabelledImage) -> np.ndarray:
-        try:
-            return read_crop(image.path, self._height, self._width)
-        except UnreadableImage as error:
-            raise UserError(f"{str(image.path)!r} cannot be trained on: {error}") from error
+    def _read(self, index: int) -> np.ndarray:
+        return read_labelled(self.images[index], self._height, self._width)
+
+
+def read_labelled(image: LabelledImage, height: int, width: int) -> np.ndarray:
+    """Read a dataset's image as `read_crop` does: RGB uint8 `[height, width, 3]`.
+
+    Raises:
+        UserError: it cannot be read; unlike a folder's, a dataset's images are all needed.
+    """
+    try:
+        return read_crop(image.path, height, width)
+    except UnreadableImage as error:
+        raise UserError(f"{str(image.path)!r} cannot be used: {error}") from error

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.train import Device
 
 
 class Group:
-    """A context manager: joins torchrun's process group on entering, where there is one.
+    """A context manager that joins torchrun's process group, where there is one.
 
-    `rank` of `ranks`, the process's `device`, and `is_first` for the one that writes files and prints.
+    The process is number `rank` of `ranks` and computes on `device`.
     """
 
-    def __init__(self, device: str = "auto") -> None:
-        """`device`: cpu, cuda, or auto: cuda where there is one.
+    def __init__(self, device: Device = "auto") -> None:
+        """Choose the process's device: with several CUDA devices the one of its local rank.
 
         Raises:
             UserError: cuda was asked for and there is none.
         """
-        if device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"--device {device}: choose auto, cpu or cuda")
+        if device not in get_args(Device):
+            raise UserError(f"--device {device}: choose {', '.join(get_args(Device))}")
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
         cuda = device != "cpu" and torch.cuda.is_available()
@@ -34,10 +36,11 @@ class Group:
 
     @property
     def is_first(self) -> bool:
+        """Tell whether this is the process that writes files and logs."""
         return self.rank == 0
 
     def agree(self, value: float) -> float:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.ranks == 1:
             return value
         shared = torch.tensor([value], dtype=torch.float64, device=self.device)

@@ -1,4 +1,4 @@
-"""A model's accuracy by the Market-1501 protocol, straight from PyTorch."""
+"""Accuracy of a model in PyTorch by the Market-1501 protocol."""
 
 from __future__ import annotations
 
@@ -8,21 +8,31 @@ import numpy as np
 import torch
 
 from mgn_deploy.datasets import Dataset, LabelledImage
-from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.prefetch import batched, in_order
 from mgn_deploy.retrieval.ranking import RankingMetrics
 from mgn_deploy.retrieval.validate import rank_gallery
+from mgn_deploy.train.data import read_labelled
 from mgn_deploy.train.model import MGN, Embedding
 
 
 def evaluate_model(model: MGN, data: Dataset, *, flip: bool = True, batch_size: int = 64) -> RankingMetrics:
-    """Embed query and gallery on the device where the model is, and rank. Leaves the model in the mode it was in."""
+    """Embed query and gallery on the model's device, and rank.
+
+    Args:
+        model: is left in the mode that it was in.
+        data: with query and gallery.
+        flip: average the features of image and mirror (section 4.1).
+        batch_size: images a forward pass.
+
+    Raises:
+        UserError: an image cannot be read, or no query has a right answer.
+    """
     training = model.training
     device = next(model.parameters()).device
     embedding = Embedding(model, flip).to(device)
 
     def embed(images: Sequence[LabelledImage]) -> np.ndarray:
-        crops = in_order(lambda image: read_crop(image.path, model.config.height, model.config.width), images)
+        crops = in_order(lambda image: read_labelled(image, model.config.height, model.config.width), images)
         with torch.inference_mode():
             rows = [
                 embedding(torch.from_numpy(np.stack(batch)).to(device)).cpu() for batch in batched(crops, batch_size)

@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # SIGTERM is what torchrun and job sc
 
 
 class DeferredInterrupt:
-    """A context manager. The first signal sets `wanted`; a second one acts at once, as always."""
+    """A context manager in which the first signal only sets `wanted`; a second one acts at once, as always."""
 
     def __init__(self) -> None:
         self.wanted = False

@@ -1,4 +1,4 @@
-"""What a run writes down: one CSV row an epoch, and the same to TensorBoard."""
+"""The log of a run: one CSV row an epoch, and the same values in TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ FIELDS = ("epoch", "seconds", "lr", "loss", "softmax", "triplet", "images_per_se
 
 
 class RunLog:
-    """Rows of an epoch each. Going on with a run drops rows of epochs that are run again."""
+    """`epochs.csv` and `tensorboard` of a run's folder, a row an epoch."""
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
-        """`first_epoch`: the run's next epoch, counted from 0."""
+        """Open both; rows of epochs that are going to be run again are dropped.
+
+        Args:
+            folder: the run's.
+            first_epoch: the run's next epoch, counted from 0.
+
+        Raises:
+            UserError: TensorBoard is not installed.
+        """
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -35,7 +43,7 @@ class RunLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch + 1)
 
     def write(self, row: dict[str, float]) -> None:
-        """`row`: values by field; `epoch` is counted from 1. Fields that are missing stay empty."""
+        """Add a row: values by `FIELDS`, the epoch counted from 1; missing ones stay empty."""
         self._writer.writerow(row)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -44,5 +52,6 @@ class RunLog:
                 self._board.add_scalar(name, value, int(row["epoch"]))
 
     def close(self) -> None:
+        """Close both files."""
         self._file.close()
         self._board.close()

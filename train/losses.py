@@ -1,7 +1,7 @@
-"""The paper's two losses and where they go (section 3.2).
+"""The paper's two losses and the features that they take (section 3.2).
 
-Softmax: the pooled globals before reduction and the stripe features after it. Batch-hard triplet: the reduced globals.
-Never both on one feature.
+The softmax loss takes the pooled globals before reduction and the stripe features after it, the batch-hard triplet loss
+the reduced globals. No feature is in both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAPER = Loss()
 def batch_hard_triplet(
     features: Tensor, identities: Tensor, margin: float = MARGIN, *, soft_margin: bool = False
 ) -> Tensor:
-    """Mean over the batch of max(0, margin + farthest same identity - nearest other identity), Euclidean.
+    """Average max(0, margin + farthest same identity - nearest other identity), Euclidean, over the batch.
 
     Equation 2 of the paper (after Hermans et al. 2017); its leading minus sign is a slip: the hinge is minimised.
 
@@ -28,7 +28,10 @@ def batch_hard_triplet(
         features: float `[n, d]`.
         identities: integer `[n]`.
         margin: in the features' unit.
-        soft_margin: log(1 + exp(farthest - nearest)) in the hinge's place (Hermans et al. 2017); `margin` is not used.
+        soft_margin: take log(1 + exp(farthest - nearest)) instead of the hinge (Hermans et al. 2017), without margin.
+
+    Returns:
+        A scalar, float32 or wider.
 
     Raises:
         ValueError: the batch holds a single identity, so that no triplet exists.
@@ -45,7 +48,7 @@ def batch_hard_triplet(
 
 
 def pairwise_distances(features: Tensor) -> Tensor:
-    """Euclidean distances `[n, n]` of the rows, in float32 or wider, with a finite gradient at zero."""
+    """Compute the Euclidean distances `[n, n]` of rows `[n, d]`, in float32 or wider; the gradient at 0 is finite."""
     features = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
     squares = features.square().sum(dim=1)
     squared = squares[:, None] + squares[None, :] - 2 * features @ features.T
@@ -53,12 +56,15 @@ def pairwise_distances(features: Tensor) -> Tensor:
 
 
 def mgn_loss(output: MGNOutput, identities: Tensor, options: Loss = PAPER) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the mean softmax loss and the mean triplet loss, and both means, detached, by name.
+    """Add the mean softmax loss and the mean triplet loss, weighted.
 
     Args:
         output: of the model in training mode, with classifiers.
         identities: class indices `[n]`.
         options: weights, margin, label smoothing; the default is the paper's.
+
+    Returns:
+        The sum, and both means, detached, as "softmax" and "triplet".
     """
     softmax = torch.stack(
         [

@@ -6,7 +6,8 @@ Person Re-Identification", ACM MM 2018), sections 3.1 and 4.1, Table 1.
                                               +-> layer3[1:], layer4 (stride 1) -> whole map + 3 stripes Part-3
     each pooled vector -> its own 1x1 conv, batch norm, ReLU -> concatenated in the order of the branches, global first
 
-What public checkpoints do otherwise (strides, pooling, what follows the norm) is in the config, with the paper's as default.
+What public checkpoints do otherwise (strides, pooling, what follows the norm) is in the config; the default is the
+paper's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class MGNOutput:
     `pooled_globals`: z_g of each branch, before reduction, `[n, C]` each: softmax loss.
     `globals`: f_g of each branch, reduced, `[n, reduced_width]` each: triplet loss.
     `stripes`: f_p of every stripe, reduced, `[n, reduced_width]` each: softmax loss.
-    `logits`: of the classifiers over `pooled_globals`, then over `stripes`, `[n, num_classes]` each; empty without classes.
+    `logits`: of the classifiers over `pooled_globals`, then over `stripes`, `[n, num_classes]` each; none without
+    classes.
     """
 
     pooled_globals: list[Tensor]
@@ -60,8 +62,8 @@ def stripe_pool(
 ) -> list[Tensor]:
     """Pool a map `[n, C, H, W]`: the whole of it, then (for more than one) each stripe; `[n, C, 1, 1]` each.
 
-    `kernels/reference.py` is the definition. This is PyTorch's, for training and for what is traced: the whole map is not
-    sliced, as the slice would be an operator of the graph. `powers`, for "gem", is one a region.
+    `kernels/reference.py` is the definition. This is PyTorch's, for training and for what is traced: the whole map is
+    not sliced, as the slice would be an operator of the graph. `powers`, for "gem", is one a region.
     """
     regions = [feature_map]
     if stripes > 1:
@@ -140,7 +142,7 @@ class MGN(nn.Module):
             nn.init.normal_(classifier.weight, std=0.001)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
-        """The last map of each branch: `[n, C, 12, 4]`, `[n, C, 24, 8]`, `[n, C, 24, 8]` for the paper's MGN."""
+        """Return the last map of each branch: `[n, C, 12, 4]`, `[n, C, 24, 8]`, `[n, C, 24, 8]` for the paper's MGN."""
         shared = self.trunk(images)
         return [branch.feature_map(shared) for branch in self.branches]
 
@@ -160,8 +162,8 @@ class MGN(nn.Module):
 class Embedding(nn.Module):
     """What every engine must compute, in PyTorch: uint8 RGB `[n, height, width, 3]` -> unit float32 rows `[n, dim]`.
 
-    Scales and normalises, averages the features of each image and of its mirror (section 4.1; `flip=False` leaves it
-    out), and divides by the L2 norm.
+    It scales and normalises, averages the features of each image and of its mirror (section 4.1; not with
+    `flip=False`), and divides by the L2 norm.
     """
 
     mean: Tensor
@@ -175,7 +177,7 @@ class Embedding(nn.Module):
         self.register_buffer("std", torch.tensor(model.config.std).view(1, 3, 1, 1) * 255)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 `[n, h, w, 3]` -> float32 `[n, 3, h, w]`; with the mirror average `[2n, 3, h, w]`, mirrors last."""
+        """Turn uint8 `[n, h, w, 3]` into float32 `[n, 3, h, w]`; for the mirror average `[2n, ...]`, mirrors last."""
         pixels = (images.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
         return torch.cat([pixels, pixels.flip(3)]) if self.flip else pixels
 
@@ -187,7 +189,7 @@ class Embedding(nn.Module):
 
 
 def resnet_of(config: ModelConfig) -> ResNet:
-    """The ResNet, with random weights, that an MGN of this config is made of.
+    """Make the ResNet, with random weights, that an MGN of this config starts from.
 
     Raises:
         UserError: torchvision has no ResNet of that name.
@@ -196,13 +198,13 @@ def resnet_of(config: ModelConfig) -> ResNet:
 
 
 def count_parameters(model: MGN) -> int:
-    """Trainable parameters without the classifiers, which only training uses (68.8 million for the paper's MGN)."""
+    """Count the parameters without the classifiers, which only training uses (68.8 million for the paper's MGN)."""
     everything = sum(parameter.numel() for parameter in model.parameters())
     return everything - sum(parameter.numel() for parameter in model.classifiers.parameters())
 
 
 def fold_batch_norms(model: MGN) -> MGN:
-    """A copy in eval mode whose batch norms are folded into the convolutions before them (Identity in their place).
+    """Copy a model, in eval mode, with its batch norms folded into the convolutions before them (Identity is left).
 
     Of an IBN only the half that is a batch norm can be. A neck's second norm stays: it comes after the ReLU.
     """
@@ -220,7 +222,7 @@ def fold_batch_norms(model: MGN) -> MGN:
 
 
 def _fold_second_half(conv: nn.Conv2d, norm: IBN) -> nn.Conv2d:
-    """The convolution with an IBN's batch norm folded into its last channels; the bias of the others is zero."""
+    """Fold an IBN's batch norm into the last channels of the convolution before it; the others' bias is zero."""
     weight, bias = nn.utils.fusion.fuse_conv_bn_weights(
         conv.weight[norm.first :],
         None,

@@ -6,19 +6,20 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import UserError, first_problem
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+SHIPPED = Path(__file__).parent / "recipes"
 
 
 class _Table(BaseModel):
@@ -26,27 +27,38 @@ class _Table(BaseModel):
 
 
 class ModelTable(_Table):
+    """The network, as in `ModelConfig`, and what training starts from."""
+
     backbone: str = "resnet50"
     base_width: int = 64
     branches: tuple[int, ...] = (1, 2, 3)
     reduced_width: int = 256
     height: int = 384
     width: int = 128
-    # imagenet, random, or the file of a torchvision ResNet's state dict; or a weights folder to go on from, imported ones too:
-    # then all but height and width is as in that folder.
+    # imagenet, random, or the file of a torchvision ResNet's state dict; or a weights folder to go on from, imported
+    # ones too: then all but height and width is as in that folder.
     init: str = "imagenet"
 
     def config(self, num_classes: int) -> ModelConfig:
-        return ModelConfig(**self.model_dump(exclude={"init"}), num_classes=num_classes)
+        """Make the config of a network for that many identities.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        return ModelConfig.checked(**self.model_dump(exclude={"init"}), num_classes=num_classes)
 
 
 class Batch(_Table):
+    """P x K batches (section 4.1)."""
+
     identities: int = Field(16, ge=2)
     images: int = Field(4, ge=1)
     accumulate: int = Field(1, ge=1)  # batches whose gradients are averaged before a step
 
 
 class Optim(_Table):
+    """The optimizer."""
+
     name: Literal["sgd", "adam"] = "sgd"
     lr: float = Field(0.01, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
@@ -54,6 +66,8 @@ class Optim(_Table):
 
 
 class Schedule(_Table):
+    """How long a run is, and its learning rate over that time."""
+
     epochs: int = Field(80, ge=1)
     kind: Literal["steps", "cosine"] = "steps"
     steps: tuple[int, ...] = ()
@@ -63,6 +77,8 @@ class Schedule(_Table):
 
 
 class Loss(_Table):
+    """The two losses (section 3.2); `margin` is in the features' unit."""
+
     margin: float = Field(1.2, ge=0)
     soft_margin: bool = False
     softmax_weight: float = Field(1.0, ge=0)
@@ -71,12 +87,16 @@ class Loss(_Table):
 
 
 class Augment(_Table):
+    """What training images undergo."""
+
     flip: float = Field(0.5, ge=0, le=1)  # share of images mirrored
     erase: float = Field(0.0, ge=0, le=1)  # share of images with a random rectangle erased (Zhong et al. 2017)
     pad: int = Field(0, ge=0)  # pixels of black around the image before a random crop of the old size
 
 
 class Loop(_Table):
+    """Seed, number formats and evaluation of the loop."""
+
     seed: int = Field(0, ge=0)
     amp: Literal["off", "bf16", "fp16"] = "off"
     compile: bool = False
@@ -84,6 +104,8 @@ class Loop(_Table):
 
 
 class Recipe(_Table):
+    """All that decides a run but the data; the defaults are the paper's, except for `schedule.steps` (none)."""
+
     model: ModelTable = ModelTable()
     batch: Batch = Batch()
     optim: Optim = Optim()
@@ -94,34 +116,38 @@ class Recipe(_Table):
 
 
 def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by name (`paper`, `strong`, `small`) or TOML file, with `table.key=value` overrides applied in order.
+    """Read a shipped recipe (`paper`, `strong`, `cpu`, `small`) or a TOML file, and apply overrides in order.
+
+    Args:
+        name: of a shipped recipe, or the path of a `.toml` file.
+        overrides: as "optim.lr=0.02"; the value is TOML, or a bare word.
 
     Raises:
         UserError: no such recipe, broken TOML, an unknown key (with the nearest known one), or a value out of range.
     """
-    path = Path(name)
-    shipped = files("mgn_deploy.train") / "recipes"
-    if path.suffix == ".toml":
-        if not path.is_file():
+    own = Path(name).suffix == ".toml"
+    path = Path(name) if own else SHIPPED / f"{name}.toml"
+    if not path.is_file():
+        if own:
             raise UserError(f"{path}: no such recipe file")
-        text = path.read_text()
-    elif (shipped / f"{name}.toml").is_file():
-        text = (shipped / f"{name}.toml").read_text()
-    else:
-        known = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir() if entry.name.endswith(".toml"))
-        raise UserError(f"no recipe {str(name)!r}: choose {', '.join(known)}, or give a .toml file")
+        known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
+        raise UserError(f"no recipe {str(name)!r}: choose {known}, or give a .toml file")
     try:
-        content: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not valid TOML: {error}") from None
     for override in overrides:
         _apply(content, override)
     _refuse_unknown(content, str(name))
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"recipe {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"recipe {name}: {first_problem(error)}") from None
+    try:
+        recipe.model.config(num_classes=0)
+    except UserError as error:
+        raise UserError(f"recipe {name}: model.{error}") from None
+    return recipe
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -137,7 +163,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 
 def _refuse_unknown(content: dict[str, Any], where: str) -> None:
-    """Name the nearest known key: pydantic's own message does not."""
+    """Refuse keys that no table has, naming the nearest known one: pydantic's own message does not."""
     known = [f"{table}.{key}" for table, field in Recipe.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]
     for table, keys in content.items():
         for key in keys if isinstance(keys, dict) else [""]:

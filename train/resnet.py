@@ -1,4 +1,4 @@
-"""torchvision's ResNets as an MGN takes them: of any width, with IBN-a, with either alignment of the stem's pooling."""
+"""torchvision's ResNets as an MGN needs them: of any width, with IBN-a, with either alignment of the stem's pooling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ PUBLISHED_WIDTH = 64
 
 
 class IBN(nn.Module):
-    """IBN-a (Pan et al., "Two at Once", ECCV 2018): instance norm on the first half of the channels, batch norm on the rest."""
+    """IBN-a (Pan et al., "Two at Once", ECCV 2018): instance norm on the first half of the channels, batch norm on the
+    others; maps `[n, C, h, w]` in and out."""
 
     IN: nn.InstanceNorm2d
     BN: Any  # BatchNorm2d; Identity once it is folded
@@ -34,7 +35,7 @@ class IBN(nn.Module):
 def build_resnet(
     name: str, base_width: int = PUBLISHED_WIDTH, ibn: Ibn = "none", stem_pool: StemPool = "padded"
 ) -> ResNet:
-    """A torchvision ResNet with random weights; another `base_width` than 64 scales the channels of every stage.
+    """Make a torchvision ResNet with random weights; another `base_width` than 64 scales the channels of every stage.
 
     Raises:
         UserError: torchvision has no ResNet of that name.
@@ -54,19 +55,19 @@ def build_resnet(
 
 
 def feature_channels(resnet: ResNet) -> int:
-    """Channels of the last map: 2048 for ResNet-50, 512 for ResNet-18."""
+    """Return the number of channels of the last map: 2048 for ResNet-50, 512 for ResNet-18."""
     return resnet.fc.in_features
 
 
 def remove_stride(block: nn.Module) -> None:
-    """Stride 1 in a residual block: in whichever convolution strides, and in the downsample."""
+    """Set stride 1 in a residual block: in whichever convolution strides, and in the downsample."""
     for module in block.modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
 
 
 def _scale_width(resnet: ResNet, base_width: int) -> None:
-    """Every stage anew with its channels scaled by base_width / 64, initialised as torchvision does."""
+    """Make every stage again with its channels scaled by base_width / 64, initialised as torchvision does."""
     block = type(resnet.layer1[0])
     resnet.inplanes = base_width
     resnet.conv1 = nn.Conv2d(3, base_width, 7, stride=2, padding=3, bias=False)

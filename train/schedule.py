@@ -1,4 +1,4 @@
-"""Optimizers and learning rates of the recipes."""
+"""The optimizers and learning rates of the recipes (the paper's: section 4.1)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mgn_deploy.train.recipe import Optim, Schedule
 
 
 def make_optimizer(model: nn.Module, options: Optim) -> torch.optim.Optimizer:
-    """SGD with momentum (the paper's) or Adam, over every parameter."""
+    """Make SGD with momentum (the paper's) or Adam, over every parameter."""
     if options.name == "sgd":
         return torch.optim.SGD(
             model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
@@ -20,7 +20,7 @@ def make_optimizer(model: nn.Module, options: Optim) -> torch.optim.Optimizer:
 
 
 def rate_factor(schedule: Schedule, done: float) -> float:
-    """What the learning rate is multiplied by when the share `done` (0 to 1) of the run is over."""
+    """Return what the learning rate is multiplied by when the share `done` (0 to 1) of the run is over."""
     if done < schedule.warm_up:
         return max(0.01, done / schedule.warm_up)
     if schedule.kind == "cosine":

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.errors import UserError
+from mgn_deploy.train import Device
 from mgn_deploy.train.checkpoint import load_checkpoint, save_checkpoint
 from mgn_deploy.train.data import TrainingSet
 from mgn_deploy.train.distributed import Group
@@ -43,7 +44,11 @@ AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Step:
-    """One batch, done: number `batch` of `batches` in `epoch` of `epochs`, counted from 1; its losses; pace and time left."""
+    """One batch that is done, number `batch` of `batches` in `epoch` of `epochs`, counted from 1.
+
+    `loss`, `softmax` and `triplet` are this batch's, of rank 0; `images_per_second` is over all ranks since this start
+    of the run, and `seconds_left` is until the run's end at that pace.
+    """
 
     epoch: int
     epochs: int
@@ -64,20 +69,23 @@ def train(
     recipe: Recipe,
     out: str | os.PathLike[str],
     *,
-    device: str = "auto",
+    device: Device = "auto",
     on_step: OnStep = lambda step: None,
 ) -> MGN:
     """Train an MGN, or go on with the run that `out` holds; under `torchrun`, on every rank's device.
 
     Writes `out/weights` (the last), `out/best` (of the highest mAP), `out/last.pt` (the state), `out/epochs.csv` and
-    `out/tensorboard`. On Ctrl-C or SIGTERM the state is saved before KeyboardInterrupt is raised.
+    `out/tensorboard`. On Ctrl-C or SIGTERM the state is saved before KeyboardInterrupt is raised. Rank 0 logs what the
+    data are and, after each epoch, its losses, pace and accuracy.
 
     Args:
-        data: `train` is trained on; `query` and `gallery`, where there are any, are ranked every `loop.evaluate_every` epochs.
+        data: `train` is trained on; `query` and `gallery`, where there are any, are ranked every `loop.evaluate_every`
+            epochs.
         recipe: see `train/recipe.py`.
         out: the run's folder.
-        device: cpu, cuda, or auto: cuda where there is one.
-        on_step: called after every batch, on rank 0.
+        device: where to train.
+        on_step: called after every batch, on rank 0. It gets a `Step` and not the three values of `Progress`, because
+            a caller who plots losses or stops a run early needs the losses.
 
     Returns:
         The model after the last step, in eval mode.
@@ -86,6 +94,13 @@ def train(
         UserError: unusable data, a run of another recipe, or a loss that is not finite (the message names the step).
     """
     with Group(device) as group, DeferredInterrupt() as interrupt:
+        if group.is_first:
+            for note in data.notes:
+                _log.warning(note)
+            _log.info(
+                f"{len(data.train)} training images, {len(data.query)} queries, {len(data.gallery)} gallery images of "
+                f"{data.root}"
+            )
         run = _Run(data, recipe, Path(out), group, on_step)
         while not run.over():
             run.epoch(interrupt)
@@ -93,7 +108,7 @@ def train(
 
 
 class _Run:
-    """A run's parts, and where it is (`at`)."""
+    """The parts of a run, and where it is (`at`)."""
 
     def __init__(self, data: Dataset, recipe: Recipe, out: Path, group: Group, on_step: OnStep) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -125,13 +140,14 @@ class _Run:
         self.normalise = Embedding(self.model, flip=False).to(group.device).normalise
         self.log = RunLog(out, self.at.epoch) if group.is_first else None
         self.started, self.earlier, self.images_here = time.monotonic(), self.at.seconds, 0
+        self.seconds_left = 0.0  # as of the last batch
 
     def seconds(self) -> float:
-        """Time trained, over all starts of the run."""
+        """Return the time trained, over all starts of the run."""
         return self.earlier + time.monotonic() - self.started
 
     def share(self) -> float:
-        """How much of the run is done, 0 to 1, by batches or by the time limit, whichever is further."""
+        """Return how much of the run is done, 0 to 1, by batches or by the time limit, whichever is further."""
         schedule, batches = self.recipe.schedule, len(self.sampler)
         share = (self.at.epoch * batches + self.at.batch) / (schedule.epochs * batches)
         if schedule.max_seconds:
@@ -139,13 +155,14 @@ class _Run:
         return share
 
     def over(self) -> bool:
+        """Tell whether all epochs are done, or the time."""
         return self.at.epoch >= self.recipe.schedule.epochs or self.share() >= 1
 
     def epoch(self, interrupt: DeferredInterrupt) -> None:
-        """The rest of the epoch that the run is in, its row of the log, and a checkpoint.
+        """Train for the rest of the epoch that the run is in, log it, and save the state.
 
         Raises:
-            KeyboardInterrupt: it was wanted; the state is saved.
+            KeyboardInterrupt: the user wants to stop; the state is saved.
         """
         at, recipe = self.at, self.recipe
         start, images = time.monotonic(), 0
@@ -174,7 +191,7 @@ class _Run:
             self._end_epoch(images / (time.monotonic() - start))
 
     def _forward_backward(self, crops: Tensor, classes: Tensor) -> tuple[float, float, float]:
-        """Adds a batch's gradients; returns its loss, softmax and triplet."""
+        """Add a batch's gradients, and return its loss, softmax and triplet."""
         device, loop = self.group.device, self.recipe.loop
         images = self.normalise(crops.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, AMP[loop.amp], enabled=loop.amp != "off"):
@@ -184,7 +201,7 @@ class _Run:
         if not math.isfinite(losses[0]):
             raise UserError(
                 f"the loss is {losses[0]} in epoch {self.at.epoch + 1}, batch {self.at.batch + 1}: lower optim.lr "
-                f"({self.recipe.optim.lr}), or use loop.amp=bf16 in fp16's place"
+                f"({self.recipe.optim.lr}), or use loop.amp=bf16 instead of fp16"
             )
         self.scaler.scale(loss / self.recipe.batch.accumulate).backward()
         return losses
@@ -198,7 +215,8 @@ class _Run:
         left = (1 - share) * schedule.epochs * batches * images / pace
         if schedule.max_seconds:
             left = min(left, schedule.max_seconds - self.seconds())
-        self.on_step(Step(at.epoch + 1, schedule.epochs, at.batch, batches, *losses, pace, max(0.0, left)))
+        self.seconds_left = max(0.0, left)
+        self.on_step(Step(at.epoch + 1, schedule.epochs, at.batch, batches, *losses, pace, self.seconds_left))
 
     def _end_epoch(self, images_per_second: float) -> None:
         at = self.at
@@ -213,14 +231,19 @@ class _Run:
         }
         wanted = self.over() or at.epoch % self.recipe.loop.evaluate_every == 0
         if self.log:
+            _log.info(
+                f"epoch {at.epoch:3d}/{self.recipe.schedule.epochs}  loss {means[0]:.3f} (softmax {means[1]:.3f}, "
+                f"triplet {means[2]:.3f})  {images_per_second:.1f} images/s, {self.seconds_left / 60:.1f} min left"
+            )
             if self.data.query and wanted:
                 row |= self._evaluate()
             self.log.write(row)
         self._save()
 
     def _evaluate(self) -> dict[str, float]:
+        """Rank the held-out people, and keep the weights if they are the best so far."""
         metrics = evaluate_model(self.model, self.data)
-        _log.info(f"epoch {self.at.epoch}: rank-1 {100 * metrics.rank[1]:.2f}%, mAP {100 * metrics.mAP:.2f}%")
+        _log.info(f"epoch {self.at.epoch:3d}  rank-1 {100 * metrics.rank[1]:.2f}%, mAP {100 * metrics.mAP:.2f}%")
         if metrics.mAP > self.at.best_map:
             self.at.best_map = metrics.mAP
             save_weights(self.model, self.out / BEST)
@@ -232,6 +255,7 @@ class _Run:
             save_checkpoint(self.out, self.fingerprint, self.model, self.optimizer, self.scaler, self.at)
 
     def finish(self) -> MGN:
+        """Write the last weights."""
         if self.log:
             self.log.close()
             save_weights(self.model, self.out / WEIGHTS)
@@ -239,7 +263,8 @@ class _Run:
 
 
 def _first_model(recipe: Recipe, num_classes: int) -> MGN:
+    """Make the network that a run starts from."""
     table, seed = recipe.model, recipe.loop.seed
     if Path(table.init).is_dir():
         return fine_tuned_model(table.init, num_classes, table.height, table.width, seed)
-    return new_model(table.config(num_classes), None if table.init == "random" else table.init, seed)
+    return new_model(table.config(num_classes), table.init, seed)

@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.train.model import MGN, resnet_of
+from mgn_deploy.train.tensor_file import read_tensor_file
+
+_log = logging.getLogger("mgn_deploy")
 
 CONFIG = "config.json"
 TENSORS = "mgn.safetensors"
 IMPORT = "import.json"
 
+NOISE = 0.1  # of a parameter's spread
+
 
 def save_weights(model: MGN, folder: str | os.PathLike[str], imported: dict[str, Any] | None = None) -> None:
     """Write the model's config and tensors; the folder appears whole or not at all, replacing an earlier one.
 
-    `imported`: where the weights are from (`train/importers`), kept beside them and no part of their hash.
+    Args:
+        model: on any device, in any memory format.
+        folder: the weights folder.
+        imported: where the weights are from (`train/importers`), kept beside them and no part of their hash.
+
+    Raises:
+        UserError: the folder holds something else, may not be written, or the disk is full.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_folder(Path(folder), names=(CONFIG, TENSORS, IMPORT)) as new:
@@ -38,7 +49,7 @@ def save_weights(model: MGN, folder: str | os.PathLike[str], imported: dict[str,
 
 
 def load_weights(folder: str | os.PathLike[str]) -> MGN:
-    """The model of a weights folder, in eval mode, on the CPU.
+    """Read the model of a weights folder, in eval mode, on the CPU.
 
     Raises:
         UserError: not a weights folder, an unknown key in the config, or tensors that are not this model's.
@@ -46,42 +57,47 @@ def load_weights(folder: str | os.PathLike[str]) -> MGN:
     folder = Path(folder)
     if not (folder / TENSORS).is_file() or not (folder / CONFIG).is_file():
         raise UserError(
-            f"{folder} is not a weights folder: it needs {CONFIG} and {TENSORS}, as `mgn-deploy init` and `demo` write them"
+            f"{folder} is not a weights folder: it needs {CONFIG} and {TENSORS}, as `mgn-deploy init`, `train` and "
+            "`import` write them"
         )
     try:
         config = ModelConfig.model_validate_json((folder / CONFIG).read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"{folder / CONFIG}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
-        ) from None
-    try:
-        tensors = load_file(folder / TENSORS)
-    except SafetensorError as error:
-        raise UserError(f"{folder / TENSORS} is not a whole safetensors file ({error}): copy it anew") from None
-    model = MGN(config)
+        raise UserError(f"{folder / CONFIG}: {first_problem(error)}") from None
+    tensors = read_tensor_file(folder / TENSORS)
+    model = empty_model(config)
     problem = _first_difference(model, tensors)
     if problem:
         raise UserError(f"{folder / TENSORS} does not fit its {CONFIG}: {problem}")
-    model.load_state_dict(tensors)
+    model.to_empty(device="cpu").load_state_dict(tensors)
     return model.eval()
 
 
 def weights_hash(folder: str | os.PathLike[str]) -> str:
-    """SHA-256 over the hashes of the config and the tensors of a weights folder."""
+    """SHA-256 over the hashes of the config and the tensors of a weights folder, in hex."""
     digest = hashlib.sha256()
     for name in (CONFIG, TENSORS):
         digest.update(f"{name} {sha256_file(Path(folder) / name)}\n".encode())
     return digest.hexdigest()
 
 
-def new_model(config: ModelConfig, init: str | os.PathLike[str] | None = None, seed: int = 0) -> MGN:
-    """An untrained MGN: random weights, or a ResNet's ImageNet weights copied to the trunk and every branch.
+def empty_model(config: ModelConfig) -> MGN:
+    """Make a model that has names and shapes but no storage: fast, for tensors that come from a file.
+
+    Raises:
+        UserError: torchvision has no ResNet of the config's name.
+    """
+    with torch.device("meta"):
+        return MGN(config)
+
+
+def new_model(config: ModelConfig, init: str | os.PathLike[str] = "random", seed: int = 0) -> MGN:
+    """Make an untrained MGN. Its branches are copies of one another, as training starts (section 4.1).
 
     Args:
         config: the model.
-        init: None for random weights; "imagenet" for torchvision's default weights (downloaded once, by torchvision); or
-            a local `.pth` / `.safetensors` file of a torchvision ResNet's state dict.
+        init: "random"; "imagenet" for torchvision's default weights (downloaded once, by torchvision), copied to the
+            trunk and every branch; or a local `.pth` or `.safetensors` file of a torchvision ResNet's state dict.
         seed: of the random weights (of the reductions and classifiers in any case).
 
     Raises:
@@ -90,35 +106,57 @@ def new_model(config: ModelConfig, init: str | os.PathLike[str] | None = None, s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         resnet = resnet_of(config)
-        if init is not None:
+        if str(init) != "random":
             _load_resnet(resnet, config.backbone, init)
         return MGN(config, resnet)
 
 
-def part_branches(model: MGN, seed: int = 0) -> None:
-    """Move each branch's parameters by a tenth of their spread, as training would make them differ.
+def write_untrained_weights(
+    folder: str | os.PathLike[str], config: ModelConfig, init: str | os.PathLike[str] = "random", seed: int = 0
+) -> None:
+    """Write the weights folder of an untrained MGN; random weights get noise, so that no branch is another's copy.
 
-    In an untrained model the branches are copies of one another, which an engine may compute once: of a ResNet-50 MGN's 103
-    convolutions OpenVINO 2026.4 then runs 62 (README, Figures). Speeds of such weights are nobody's.
+    Args:
+        folder: the weights folder.
+        config, init, seed: as in `new_model`.
+
+    Raises:
+        UserError: as `new_model` and `save_weights`.
+    """
+    model = new_model(config, init, seed)
+    if str(init) == "random":
+        add_noise(model, seed)
+    save_weights(model, folder)
+    _log.info(
+        f"{os.fspath(folder)}: {config.backbone} MGN {config.branches} at {config.height}x{config.width}, {init} "
+        "weights, not trained"
+    )
+
+
+def add_noise(model: MGN, seed: int = 0) -> None:
+    """Move every parameter by a tenth of its spread, so that the branches differ as after training.
+
+    In an untrained model the branches are copies of one another, of which an engine may compute one: the speed of such
+    weights is not that of trained ones.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.branches.parameters():
+        for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.1 * noise * (1 if parameter.ndim == 1 else parameter.std()))
+            parameter.add_(NOISE * noise * (1 if parameter.ndim == 1 else parameter.std()))
 
 
 def fine_tuned_model(folder: str | os.PathLike[str], num_classes: int, height: int, width: int, seed: int = 0) -> MGN:
-    """The model of a weights folder for another input size and other people: same network, same weights.
+    """Make the model of a weights folder for another input size and other people: same network, same weights.
 
     Its classifiers are kept where there are as many classes; else they are new, random by `seed`.
 
     Raises:
-        UserError: not a weights folder, or one that is damaged.
+        UserError: not a weights folder, one that is damaged, or a size out of range.
     """
     trained = load_weights(folder)
-    config = trained.config.model_copy(update={"num_classes": num_classes, "height": height, "width": width})
-    model = new_model(ModelConfig.model_validate(config.model_dump()), seed=seed)
+    changes = {"num_classes": num_classes, "height": height, "width": width}
+    model = new_model(ModelConfig.checked(**{**trained.config.model_dump(), **changes}), seed=seed)
     state = trained.state_dict()
     if trained.config.num_classes != num_classes:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("classifiers.")}
@@ -128,7 +166,7 @@ def fine_tuned_model(folder: str | os.PathLike[str], num_classes: int, height: i
 
 
 def _load_resnet(resnet: nn.Module, backbone: str, init: str | os.PathLike[str]) -> None:
-    state = _download_imagenet(backbone) if str(init) == "imagenet" else _read_state_dict(Path(init))
+    state = _download_imagenet(backbone) if str(init) == "imagenet" else _read_resnet(Path(init))
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     own = {name: tensor for name, tensor in resnet.state_dict().items() if not name.startswith("fc.")}
     wrong = sorted(name for name in own.keys() ^ state.keys() if not name.endswith("num_batches_tracked"))
@@ -140,7 +178,7 @@ def _load_resnet(resnet: nn.Module, backbone: str, init: str | os.PathLike[str])
     resnet.load_state_dict(state, strict=False)
 
 
-def _download_imagenet(backbone: str) -> dict[str, torch.Tensor]:
+def _download_imagenet(backbone: str) -> dict[str, Tensor]:
     import torchvision
 
     weights = torchvision.models.get_model_weights(backbone).DEFAULT
@@ -148,30 +186,23 @@ def _download_imagenet(backbone: str) -> dict[str, torch.Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a proxy's page in place of the file, a damaged file in torch's cache
         raise UserError(
-            f"torchvision's ImageNet weights of {backbone} cannot be downloaded ({error}): fetch {weights.url} elsewhere "
-            "and give the file with --init FILE, or start from random weights with --init random"
+            f"torchvision's ImageNet weights of {backbone} cannot be downloaded ({error}): fetch {weights.url} "
+            "elsewhere and give the file with --init FILE, or start from random weights with --init random"
         ) from None
 
 
-def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+def _read_resnet(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; --init takes random, imagenet or the file of a torchvision ResNet's state dict"
         )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a foreign file; the reason goes into the sentence
-        raise UserError(
-            f"{path} cannot be read as weights ({type(error).__name__}); it must hold tensors only"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    state = read_tensor_file(path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} is not a state dict (a mapping from names to tensors)")
     return state
 
 
-def _first_difference(model: MGN, tensors: dict[str, torch.Tensor]) -> str | None:
+def _first_difference(model: MGN, tensors: dict[str, Tensor]) -> str | None:
     own = model.state_dict()
     for name in own:
         if name not in tensors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -108,37 +107,3 @@ class Network:
         runs = {"eager_us": eager.run, "graph_us": graphed(eager).run}
         seconds = in_turns(runs, self._clock, 10, True)
         return {"rows": rows, **{name: 1e6 * statistics.median(each) for name, each in seconds.items()}}
-
-
-def machine() -> dict[str, Any]:
-    """Describe the GPU and what drives it."""
-    import platform
-
-    properties = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        driver = None
-    return {
-        "gpu": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "memory_bytes": properties.total_memory,
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "nvrtc": _nvrtc(),
-    }
-
-
-def _nvrtc() -> str | None:
-    try:
-        from cuda.bindings import nvrtc
-    except ImportError:  # the kernel's contenders say so
-        return None
-    _, major, minor = nvrtc.nvrtcVersion()
-    return f"{major}.{minor}"

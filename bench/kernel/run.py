@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mgn_deploy.bench.kernel.cases import Case, Inputs, all_cases, random_inputs, right_answer
-from mgn_deploy.bench.kernel.clock import Clock, CudaClock, Network, ceilings, in_turns, machine
+from mgn_deploy.bench.kernel.clock import Clock, CudaClock, Network, ceilings, in_turns
 from mgn_deploy.bench.kernel.contenders import NAMES, Contender, check, makers
+from mgn_deploy.bench.report import machine, sentence
 from mgn_deploy.errors import CannotRun
 
 _log = logging.getLogger("mgn_deploy")
@@ -202,11 +203,6 @@ def add_share(row: dict[str, Any], network: dict[str, Any]) -> None:
     for found in row["contenders"].values():
         if "cold_us" in found:
             found["of_network"] = round(found["cold_us"] / network["graph_us"], 5)
-
-
-def sentence(error: Exception) -> str:
-    """Say what went wrong in one line of sensible length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.bundle.engine_entry import EngineEntry
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import atomic_file
 from mgn_deploy.machine import Hardware
 
@@ -50,8 +50,8 @@ class Proof(_Strict):
 
     `top10_agreement` is the mean share of each image's ten nearest neighbours that the reference names too.
     `other_images_cosine` is the reference's mean cosine between different images: the nearer to 1, the less a cosine
-    near 1 says. `batch_drift` is the largest change of a coordinate with the size of the batch, the position in it and the
-    neighbours.
+    near 1 says. `batch_drift` is the largest change of a coordinate with the size of the batch, the position in it and
+    the neighbours.
     """
 
     images: int
@@ -164,5 +164,4 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{path}: {first_problem(error)}") from None

@@ -123,7 +123,7 @@ def run_demo(
     from mgn_deploy.retrieval.validate import validate
     from mgn_deploy.train.evaluate import evaluate_model
     from mgn_deploy.train.recipe import load_recipe
-    from mgn_deploy.train.trainer import WEIGHTS, Step, train
+    from mgn_deploy.train.trainer import WEIGHTS, train
     from mgn_deploy.train.weights import new_model
 
     start = time.monotonic()
@@ -143,14 +143,7 @@ def run_demo(
     _log.info(f"2/6 training a small MGN (ResNet-18 of half width, {config.height}x{config.width}) from random weights")
     untrained = evaluate_model(new_model(config, seed=seed), data)
 
-    def report(step: Step) -> None:
-        if step.batch == step.batches:
-            _log.info(
-                f"    epoch {step.epoch:2d}/{step.epochs}  loss {step.loss:6.3f}  (softmax {step.softmax:.3f}, "
-                f"triplet {step.triplet:.3f})  {step.images_per_second:.0f} images/s, {step.seconds_left:.0f} s left"
-            )
-
-    train(data, recipe, out / "run", on_step=report)
+    train(data, recipe, out / "run")
 
     _log.info("3/6 exporting to ONNX, and proving every engine that is installed against PyTorch")
     export_bundle(weights, bundle, ExportOptions(proof_images=people / "query"))

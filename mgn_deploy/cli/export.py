@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from mgn_deploy.console import print_json, print_table, progress, say
-from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.errors import GateFailed
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
@@ -30,34 +30,14 @@ def init(
     seed: int = typer.Option(0, help="Of the random weights."),
 ) -> None:
     """Write the weights of an untrained MGN."""
-    from pydantic import ValidationError
+    from mgn_deploy.config import ModelConfig, parse_branches, parse_size
 
-    from mgn_deploy.config import ModelConfig
-
-    try:
-        height, width = (int(side) for side in size.lower().split("x"))
-        config = ModelConfig(
-            backbone=backbone,
-            height=height,
-            width=width,
-            branches=tuple(int(stripes) for stripes in branches.split(",")),
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except ValueError:
-        raise UserError(f"--size {size} --branches {branches}: sizes are like 384x128, branches like 1,2,3") from None
-
+    height, width = parse_size(size)
+    config = ModelConfig.checked(backbone=backbone, height=height, width=width, branches=parse_branches(branches))
     require_training()
-    from mgn_deploy.train.weights import new_model, part_branches, save_weights
+    from mgn_deploy.train.weights import write_untrained_weights
 
-    model = new_model(config, None if start == "random" else start, seed)
-    if start == "random":
-        part_branches(model, seed)
-    save_weights(model, out)
-    say(
-        f"{out}: {backbone} MGN {config.branches} at {height}x{width}, {'random' if start == 'random' else start} weights, not trained"
-    )
+    write_untrained_weights(out, config, start, seed)
     print(out)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mgn_deploy.console import print_json, say
-from mgn_deploy.errors import UserError
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ def import_checkpoint(
     checkpoint: Path = typer.Argument(help="A public MGN's .pth, .pt or .safetensors."),
     out: Path = typer.Option(..., "-o", "--out", help="The weights folder to write."),
     source: str = typer.Option(
-        "auto", "--from", help="Whose code wrote it: auto, fastreid, seathiefwang, levyfan, gnayuohz or layumi-style."
+        "auto", "--from", help="Whose code wrote it: auto, fastreid, seathiefwang, levyfan or gnayuohz."
     ),
     pool: str | None = typer.Option(None, help="max, avg or gem, where the checkpoint does not tell."),
     global_stride: int | None = typer.Option(None, help="Of the global branch's layer4: 1 or 2."),
@@ -28,22 +27,15 @@ def import_checkpoint(
     json: bool = typer.Option(False, "--json", help="Print what was read, assumed and dropped as JSON."),
 ) -> None:
     """Turn a public MGN checkpoint into a weights folder; what its tensors do not tell is assumed, and said."""
-    try:
-        height, width = (int(side) for side in size.lower().split("x")) if size else (384, 128)
-    except ValueError:
-        raise UserError(f"--size {size}: sizes are like 384x128") from None
+    from mgn_deploy.config import parse_size
+
+    pixels = parse_size(size) if size else None
     require_training()
     from mgn_deploy.train.importers.importing import import_checkpoint as run
 
-    report = run(
-        checkpoint,
-        out,
-        source,
-        pooling=pool,
-        global_stride=global_stride,
-        stem_pool=stem_pool,
-        size=(height, width) if size else None,
-    )
+    # The library checks the choices.
+    choices: Any = {"pooling": pool, "global_stride": global_stride, "stem_pool": stem_pool, "size": pixels}
+    report = run(checkpoint, out, source, **choices)  # type: ignore[arg-type]
     _tell(report)
     if json:
         print_json({"weights": str(out), **report.json()})

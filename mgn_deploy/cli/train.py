@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgn_deploy.console import progress, say
+from mgn_deploy.console import progress
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 def train(
     data: str = typer.Option(
         ...,
-        help="KIND:DIR; market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, or folder: any in Market's layout.",
+        help="KIND:DIR; market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, or folder: any in Market's "
+        "layout.",
     ),
     out: Path = typer.Option(..., "-o", "--out", help="The run's folder; a run that is there goes on."),
     recipe: str = typer.Option("paper", help="paper, strong, cpu, small, or a .toml file."),
     overrides: list[str] = typer.Option([], "--set", help="Override a key of the recipe: --set optim.lr=0.02."),
     device: str = typer.Option("auto", help="auto, cpu or cuda."),
 ) -> None:
-    """Train an MGN; run again it goes on where it stopped. For several GPUs: torchrun --nproc-per-node N -m mgn_deploy train ..."""
+    """Train an MGN; run again it goes on where it stopped.
+
+    For several GPUs: torchrun --nproc-per-node N -m mgn_deploy train ...
+    """
     require_training()
     from mgn_deploy.datasets import open_data
     from mgn_deploy.train.recipe import load_recipe
@@ -33,24 +37,12 @@ def train(
     from mgn_deploy.train.trainer import train as run
 
     chosen = load_recipe(recipe, overrides)
-    first = os.environ.get("RANK", "0") == "0"
     images = open_data(data, ("train", "query", "gallery"))
-    if first:
-        for note in images.notes:
-            say(note)
-        say(
-            f"{len(images.train)} training images, {len(images.query)} queries, {len(images.gallery)} gallery images of {images.root}"
-        )
     with progress("batches") as bar:
 
         def report(step: Step) -> None:
             bar("training", (step.epoch - 1) * step.batches + step.batch, step.epochs * step.batches)
-            if step.batch == step.batches:
-                say(
-                    f"epoch {step.epoch:3d}/{step.epochs}  loss {step.loss:.3f} (softmax {step.softmax:.3f}, triplet {step.triplet:.3f})  "
-                    f"{step.images_per_second:.1f} images/s, {step.seconds_left / 60:.1f} min left"
-                )
 
-        run(images, chosen, out, device=device, on_step=report)
-    if first:
+        run(images, chosen, out, device=device, on_step=report)  # type: ignore[arg-type]
+    if os.environ.get("RANK", "0") == "0":
         print(out / WEIGHTS)

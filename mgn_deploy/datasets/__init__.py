@@ -21,15 +21,17 @@ KINDS = ("market1501", "dukemtmc", "cuhk03-labeled", "cuhk03-detected", "msmt17"
 
 
 def open_data(spec: str, subsets: Collection[Subset] = ("query", "gallery")) -> Dataset:
-    """The wanted subsets of the dataset of a `--data` argument, `KIND:DIR`; see `KINDS`.
+    """List the wanted subsets of the dataset of a `--data` argument, `KIND:DIR`.
 
     A count that is not the published one is no error but one of the dataset's `notes`.
 
     Args:
+        spec: one of `KINDS`, a colon, and the folder.
         subsets: of train, query, gallery and multi-query; the others are left empty and need not exist.
 
     Raises:
-        UserError: no such kind of dataset, a folder that is not one, a wanted subset that is missing, empty or malformed.
+        UserError: no such kind of dataset, a folder that does not hold it, or a wanted subset that is missing, empty or
+            malformed.
     """
     kind, _, folder = spec.partition(":")
     _check_kind(spec, kind, folder)

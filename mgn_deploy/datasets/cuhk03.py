@@ -4,8 +4,8 @@ DIR/cuhk03_new_protocol_config_labeled.mat          the split: MATLAB 5, of the 
 DIR/cuhk03_release/cuhk-03.mat or DIR/cuhk-03.mat   the crops: MATLAB 7.3, which is HDF5; needed once
 DIR/images_labeled/1_001_1_01.png                   the same crops, extracted: camera pair, person, view, image
 
-or CUHK03-NP, the same split in Market-1501 layout. `detected` in the place of `labeled`: the detector's boxes in that
-of the hand-drawn ones.
+or CUHK03-NP, which is the same split in Market-1501 layout. `labeled` are crops of hand-drawn boxes; the names with
+`detected` in its stead are those of a detector's boxes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image
 
 from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Subset
 from mgn_deploy.datasets.market1501 import is_market1501, open_market1501
-from mgn_deploy.datasets.place import find_root, list_folder
+from mgn_deploy.datasets.roots import find_root, list_folder
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder
 from mgn_deploy.packages import import_problem
@@ -34,15 +34,20 @@ _log = logging.getLogger("mgn_deploy")
 Crops = Literal["labeled", "detected"]
 
 RAW = ("cuhk-03.mat", "cuhk03_release/cuhk-03.mat")
-SAID_EVERY = 2000  # crops between sentences
+LOG_EVERY = 2000  # crops
 
 _NAME = re.compile(r"\d+_\d+_(\d+)_\d+\.png")
 
 
 def open_cuhk03(root: str | os.PathLike[str], subsets: Collection[Subset], *, crops: Crops) -> Dataset:
-    """List the wanted subsets (of train, query and gallery), in the split's order. Extracts the crops where they are not yet.
+    """List the wanted subsets (of train, query and gallery), in the split's order.
+
+    The crops are extracted from the raw file the first time, which takes minutes.
 
     Args:
+        root: the folder with the split, the one above it or one with it inside; or a folder of CUHK03-NP.
+        subsets: those to list; the others are left empty.
+        crops: "labeled" for the hand-drawn boxes, "detected" for the detector's.
 
     Raises:
         UserError: no such folder, no split or crops, a file that cannot be read, a package to read it with missing, or
@@ -86,7 +91,7 @@ def _is_cuhk03(crops: Crops, folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Split:
-    """`names` and `labels` of all crops; `indices` into them, from 0, of each subset."""
+    """The file of the split: names and labels (int64 `[n]`, from 1) of all crops, and each subset's indices, from 0."""
 
     names: list[str]
     labels: np.ndarray
@@ -120,7 +125,7 @@ class _Split:
         return cls(names, labels, indices)
 
     def rows(self, subset: Subset) -> Iterator[tuple[str, int, int]]:
-        """Name, identity and camera of each crop of a subset."""
+        """Yield name, identity and camera of each crop of a subset."""
         for index in self.indices[subset]:
             match = _NAME.fullmatch(self.names[index])
             assert match is not None  # `read` looked
@@ -140,7 +145,7 @@ def _extract(root: Path, folder: Path, crops: Crops) -> None:
         for name, pixels in _read_crops(source, crops):
             Image.fromarray(pixels).save(new / name)
             count += 1
-            if count % SAID_EVERY == 0:
+            if count % LOG_EVERY == 0:
                 _log.info(f"{count:,} crops extracted")
         if not count:
             raise UserError(f"{source} holds no {crops} crops")
@@ -148,10 +153,10 @@ def _extract(root: Path, folder: Path, crops: Crops) -> None:
 
 
 def _read_crops(source: Path, crops: Crops) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and pixels, uint8 RGB `[height, width, 3]`, of each crop.
+    """Yield name and pixels, uint8 RGB `[height, width, 3]`, of each crop.
 
-    The file holds references: a cell of the five camera pairs, each a cell `[people, 10]`, the first five of a row being
-    view 1. HDF5 has the axes in reverse. Cells of people with fewer images are empty.
+    The file holds references: a cell of the five camera pairs, each a cell `[people, 10]`, the first five of a row
+    being view 1. HDF5 has the axes in reverse. Cells of people with fewer images are empty.
     """
     import h5py
 

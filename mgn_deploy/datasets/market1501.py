@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Subset
-from mgn_deploy.datasets.place import find_root, list_folder
+from mgn_deploy.datasets.roots import find_root, list_folder
 from mgn_deploy.errors import UserError
-
-JUNK = -1
-DISTRACTOR = 0
 
 FOLDERS: dict[Subset, str] = {
     "train": "bounding_box_train",
@@ -34,18 +31,20 @@ _NAME = re.compile(r"(-1|\d{1,9})_c(\d{1,4})(?!\d)")
 
 
 class Label(NamedTuple):
+    """What a file name says: a person's number and a camera's."""
+
     identity: int
     camera: int
 
 
 def parse_name(name: str) -> Label | None:
-    """Identity and camera of a file name, or None where the name is not Market-1501's."""
+    """Read identity and camera from a file name; None where the name is not Market-1501's."""
     match = _NAME.match(name)
     return Label(int(match[1]), int(match[2])) if match else None
 
 
 def is_market1501(folder: Path) -> bool:
-    """Whether any of the three subsets' folders is in it."""
+    """Tell whether a folder holds one of the three subsets' folders."""
     return any(os.path.isdir(folder / FOLDERS[subset]) for subset in ("train", "query", "gallery"))
 
 

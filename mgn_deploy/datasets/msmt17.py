@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Subset
-from mgn_deploy.datasets.place import find_root, list_folder
+from mgn_deploy.datasets.roots import find_root, list_folder
 from mgn_deploy.errors import UserError
 
 LISTS: dict[Subset, tuple[str, ...]] = {
@@ -30,7 +30,7 @@ _LINE = re.compile(r"((?:[^/]+/)*[^/_]+_[^/_]+_(\d{1,4})_[^/]+) (\d{1,9})")
 def open_msmt17(root: str | os.PathLike[str], subsets: Collection[Subset]) -> Dataset:
     """List the wanted subsets (of train, query and gallery), in the lists' order; `train` is list_train and list_val.
 
-    Identities are the lists' plus 1: 0 is a person there, and a distractor here.
+    Identities are the lists' plus 1: 0 is a person there, and `DISTRACTOR` here.
 
     Raises:
         UserError: no such folder; a list or folder is missing, a list empty, a line malformed, a listed image missing.

@@ -13,7 +13,7 @@ from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Subset
 
 
 class Size(NamedTuple):
-    """Images, junk and distractors among them, and identities, which these are not."""
+    """How many images a subset has, junk and distractors included, and of how many people."""
 
     images: int
     identities: int
@@ -30,7 +30,7 @@ PUBLISHED: dict[str, dict[Subset, Size]] = {
 
 
 def count_notes(kind: str, data: Dataset, subsets: Collection[Subset]) -> list[str]:
-    """A sentence for each of these subsets whose size is not the published one; none for a kind without published sizes."""
+    """Say for each of these subsets whose size is not the published one what it has; a kind without sizes has none."""
     return [
         f"{subset} has {_words(found)}; the published {kind} has {_words(size)}"
         for subset, size in PUBLISHED.get(kind, {}).items()

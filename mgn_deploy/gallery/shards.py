@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import UserError, first_problem
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -109,9 +109,7 @@ def read_manifest(folder: Path) -> StoreManifest:
     try:
         return StoreManifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is not an embedding store's: {field}: {first['msg']}") from None
+        raise UserError(f"{path} is not an embedding store's: {first_problem(error)}") from None
 
 
 def shard_name(number: int, kind: Literal["npy", "parquet"]) -> str:

@@ -16,11 +16,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK
 from mgn_deploy.errors import UserError
 from mgn_deploy.retrieval.distance import TILE_BYTES, distance_rows
 
-JUNK = -1
-DISTRACTOR = 0
 BLOCK_ROWS = 32  # their sorted copy stays in a core's cache
 
 

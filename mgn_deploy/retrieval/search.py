@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mgn_deploy.datasets.market1501 import DISTRACTOR, JUNK, parse_name
+from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK
+from mgn_deploy.datasets.market1501 import parse_name
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.store import UNKNOWN, Store

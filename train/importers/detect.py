@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 from torch import Tensor
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.train.importers import fastreid, levyfan, seathiefwang
+from mgn_deploy.train.importers import SourceName, fastreid, levyfan, seathiefwang
 from mgn_deploy.train.importers.source import Source
 
-NAMES = ("auto", "fastreid", "seathiefwang", "levyfan", "gnayuohz", "layumi-style")
 
-
-def detect(tensors: dict[str, Tensor], wanted: str = "auto") -> Source:
-    """The source of these tensors.
+def detect(tensors: dict[str, Tensor], wanted: SourceName = "auto") -> Source:
+    """Tell the source of these tensors.
 
     Raises:
-        UserError: no MGN, one of code that is not known here, one that our model cannot be, or another one than `wanted`.
+        UserError: no MGN, one of code that is not known here, one that our model cannot be, or another one than
+            `wanted`.
     """
-    if wanted not in NAMES:
-        raise UserError(f"--from {wanted}: choose one of {', '.join(NAMES)}")
+    if wanted not in get_args(SourceName):
+        raise UserError(f"--from {wanted}: choose one of {', '.join(get_args(SourceName))}")
     for module in (seathiefwang, fastreid, levyfan):
         source = module.recognise(tensors)
         if source is None:
             continue
-        if wanted == "layumi-style":
-            raise UserError(f"layumi's code has no MGN: this looks like {source.title}, so use --from {source.name}")
         if wanted not in ("auto", source.name):
             raise UserError(f"this looks like {source.title}, not like {wanted}: use --from {source.name}")
         return source
@@ -34,7 +32,7 @@ def detect(tensors: dict[str, Tensor], wanted: str = "auto") -> Source:
 
 
 def _explanation(tensors: dict[str, Tensor]) -> str:
-    """Why tensors that are no known MGN are none."""
+    """Say why these tensors, which are no known MGN, cannot be imported."""
     if "trunk.0.weight" in tensors:
         return "this is mgn-deploy's own model already: `mgn-deploy export` takes the weights folder that it is from"
     if "backbone.conv1.weight" in tensors and any(key.startswith("heads.") for key in tensors):

@@ -1,7 +1,7 @@
 """JDAI-CV/fast-reid, meta-architecture MGN, in two of its three generations of heads.
 
-Read in fastreid/modeling/meta_arch/mgn.py, heads/*.py, layers/pooling.py and configs/ of commits 95a3c62a (2020) to 1dce15ef
-(the newest). The checkpoints of the model zoo (`*_mgn_R50-ibn.pth`) are of the first generation.
+Sources: fastreid/modeling/meta_arch/mgn.py, heads/*.py, layers/pooling.py and configs/ of commits 95a3c62a (2020) to
+1dce15ef (the newest). The checkpoints of the model zoo (`*_mgn_R50-ibn.pth`) are of the first generation.
 
 Input: RGB, Pillow's bicubic, 0 to 255 minus PIXEL_MEAN by PIXEL_STD: as ours.
 """
@@ -61,7 +61,7 @@ EMBEDDING_HEAD = replace(
 
 
 def recognise(tensors: dict[str, Tensor]) -> Source | None:
-    """The generation of a fast-reid MGN; None for anything else.
+    """Tell which generation of fast-reid's MGN wrote the tensors; None for anything else.
 
     Raises:
         UserError: a fast-reid MGN that our model cannot be.
@@ -78,8 +78,8 @@ def recognise(tensors: dict[str, Tensor]) -> Source | None:
     _refuse_other_blocks(tensors)
     if "b1_head.bnneck.weight" in tensors:
         raise UserError(
-            "a fast-reid MGN with ReductionHead (bottleneck, LeakyReLU and bnneck; a short time of 2020), which is not supported: "
-            "none is known to be published"
+            "a fast-reid MGN with ReductionHead (bottleneck, LeakyReLU and bnneck; a short time of 2020), which is not "
+            "supported: none is known to be published"
         )
     if "b1_head.bottleneck.1.weight" not in tensors:
         raise UserError(

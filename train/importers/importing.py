@@ -1,7 +1,7 @@
 """A public checkpoint -> a weights folder whose embeddings are the original's.
 
-Every tensor of the file is used, or dropped by a rule that has a reason, or the file is refused: no lenient loading. What no
-tensor tells is taken as the public code has it, and said.
+Every tensor of the file is used, or dropped by a rule that has a reason, or the file is refused: no lenient loading.
+What no tensor tells is assumed to be as in the public code, and reported.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgn_deploy.config import ModelConfig
+from mgn_deploy.config import GlobalStride, ModelConfig, Pooling, StemPool
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import sha256_file
+from mgn_deploy.train.importers import SourceName
 from mgn_deploy.train.importers.detect import detect
 from mgn_deploy.train.importers.reading import read_checkpoint
 from mgn_deploy.train.importers.settings import Assumption, settings
 from mgn_deploy.train.importers.source import Source
 from mgn_deploy.train.model import GEM_POWER, MGN
-from mgn_deploy.train.weights import save_weights
+from mgn_deploy.train.weights import empty_model, save_weights
 
 
 @dataclass(frozen=True)
 class Dropped:
+    """Tensors, by their names in the file, that are not used, and why."""
+
     reason: str
     names: list[str]
 
@@ -35,7 +38,11 @@ class Dropped:
 class Report:
     """What an import made of a checkpoint; also in the weights folder, as `import.json`.
 
-    `order`: our eight features as numbers of the source's. `filled`: their names of counters that the file lacks, set to 0.
+    - `source`, `title`: whose code wrote it, as in `--from` and for people.
+    - `checkpoint`, `sha256`: the file's name and hash.
+    - `read`: what of the model the tensors told; `given`: what the caller said; `assumed`: what neither did.
+    - `dropped`: tensors that are not used; `filled`: counters that the file lacks, by its names, set to 0.
+    - `evaluation`: how the source's own figures were made.
     """
 
     source: str
@@ -47,21 +54,21 @@ class Report:
     given: dict[str, Any]
     dropped: list[Dropped]
     filled: list[str]
-    order: list[int]
     evaluation: str
 
     def json(self) -> dict[str, Any]:
+        """Return what `import.json` holds."""
         return asdict(self)
 
 
 def import_checkpoint(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    source: str = "auto",
+    source: SourceName = "auto",
     *,
-    pooling: str | None = None,
-    global_stride: int | None = None,
-    stem_pool: str | None = None,
+    pooling: Pooling | None = None,
+    global_stride: GlobalStride | None = None,
+    stem_pool: StemPool | None = None,
     size: tuple[int, int] | None = None,
 ) -> Report:
     """Write the weights folder of a public MGN checkpoint.
@@ -69,13 +76,13 @@ def import_checkpoint(
     Args:
         path: a file of `torch.save` or safetensors.
         out: the weights folder; it appears whole, replacing an earlier one.
-        source: whose code wrote it (`detect.NAMES`), by which the guess is checked.
-        pooling: max, avg or gem; global_stride: 1 or 2; stem_pool: padded or ceil; size: height and width in pixels. They
-            replace what is assumed.
+        source: whose code wrote it; another one than the tensors tell is refused.
+        pooling, global_stride, stem_pool: as in `ModelConfig`, in the place of what the public code does.
+        size: height and width of the input in pixels; None: 384 and 128.
 
     Raises:
-        UserError: the file cannot be read, is of no code that is known here, has a tensor too many, too few or of another
-            shape, has values that no trained network has, or a choice is asked for.
+        UserError: the file cannot be read, is of no code that is known here, has a tensor too many, too few or of
+            another shape, has values that no trained network has, or does not tell how it pools and `pooling` is None.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path)
@@ -85,7 +92,7 @@ def import_checkpoint(
         given = {"pooling": pooling, "global_stride": global_stride, "stem_pool": stem_pool, "size": size}
         given = {name: value for name, value in given.items() if value is not None}
         config, read, assumed = settings(found, checkpoint.tensors, given)
-        model = _empty_model(config)
+        model = empty_model(config)
         tensors, filled = _translate(found, checkpoint.tensors, model)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -103,21 +110,14 @@ def import_checkpoint(
         given=given,
         dropped=dropped,
         filled=filled,
-        order=list(found.order),
         evaluation=found.evaluation,
     )
     save_weights(model, out, report.json())
     return report
 
 
-def _empty_model(config: ModelConfig) -> MGN:
-    """The model's names and shapes without storage."""
-    with torch.device("meta"):
-        return MGN(config)
-
-
 def _translate(source: Source, tensors: dict[str, Tensor], model: MGN) -> tuple[dict[str, Tensor], list[str]]:
-    """Our tensors from theirs, and the names of counters that are not in the file."""
+    """Make our tensors from theirs, and list the counters that are not in the file."""
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".powers")}
     ours: dict[str, Tensor] = {}
     unknown = []
@@ -146,8 +146,8 @@ def _translate(source: Source, tensors: dict[str, Tensor], model: MGN) -> tuple[
     for own, tensor in expected.items():
         if tensor.shape != ours[own].shape:
             raise UserError(
-                f"{source.theirs(own)} has shape {list(ours[own].shape)} where a {model.config.backbone} of this width needs "
-                f"{list(tensor.shape)}"
+                f"{source.theirs(own)} has shape {list(ours[own].shape)} where a {model.config.backbone} of this width "
+                f"needs {list(tensor.shape)}"
             )
     if model.config.pooling == "gem":
         powers = _powers(source, tensors, model.config).split(list(model.config.features_per_branch))
@@ -156,7 +156,7 @@ def _translate(source: Source, tensors: dict[str, Tensor], model: MGN) -> tuple[
 
 
 def _powers(source: Source, tensors: dict[str, Tensor], config: ModelConfig) -> Tensor:
-    """The powers of the generalised mean `[F]`; where the file has none, the fixed one."""
+    """Return the powers of the generalised mean, float32 `[features]`; where the file has none, the fixed one."""
     powers = {name: tensors[name] for name in source.powers if name in tensors}
     for name, power in powers.items():
         if power.numel() != 1 or power.item() <= 0:

@@ -1,6 +1,7 @@
 """levyfan/reid-mgn and its forks, and GNAYUOHZ/ReID-MGN, where one reduction serves all eight features.
 
-Read in mgn/mgn.py, mgn/market1501.py of commits 9f0daacf and b6a91f01, and in GNAYUOHZ's network.py, data.py of 0e452a09.
+Sources: mgn/mgn.py and mgn/market1501.py of commits 9f0daacf and b6a91f01, and GNAYUOHZ's network.py and data.py of
+0e452a09. levyfan concatenates its features branch by branch, as we do; GNAYUOHZ, like the others, globals first.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ GNAYUOHZ = replace(
 
 
 def recognise(tensors: dict[str, Tensor]) -> Source | None:
-    """Which of them, or None for anything else.
+    """Tell which of them wrote the tensors; None for anything else.
 
     Raises:
         UserError: branches that were never trained.

@@ -1,5 +1,6 @@
-"""seathiefwang/MGN-pytorch. Read in model/mgn.py, trainer.py, option.py, data/ of commit 4c4acfdf and README of 384e8200.
+"""seathiefwang/MGN-pytorch.
 
+Sources: model/mgn.py, trainer.py, option.py and data/ of commit 4c4acfdf, README.md of 384e8200.
 Input: RGB, bicubic 384x128, ImageNet's mean and deviation; features of image and mirror summed, then L2: as ours.
 """
 
@@ -32,12 +33,12 @@ SOURCE = Source(
     global_stride=2,
     stem_pool="padded",
     evaluation=(
-        "its README's mAP 93.8 is with re-ranking (82.5 without, another run); it averages image and mirror as here and ranks "
-        "by Euclidean distance of unit rows, which is the order of cosine similarity"
+        "its README's mAP 93.8 is with re-ranking (82.5 without, another run); it averages image and mirror as here "
+        "and ranks by Euclidean distance of unit rows, which is the order of cosine similarity"
     ),
 )
 
 
 def recognise(tensors: dict[str, Tensor]) -> Source | None:
-    """This source, or None for anything else."""
+    """Tell whether this code wrote the tensors; None if not."""
     return SOURCE if "backone.0.weight" in tensors else None

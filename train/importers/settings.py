@@ -1,11 +1,10 @@
-"""Which model a checkpoint is: what its tensors tell, what was asked for, and what is assumed."""
+"""The config of a checkpoint's model: what its tensors tell, what the user said, and what is assumed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from mgn_deploy.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
@@ -27,7 +26,7 @@ ROWS = 96  # 16 rows of pixels are one of the map; 2 and 3 stripes must be whole
 
 @dataclass(frozen=True)
 class Assumption:
-    """What no tensor tells. `option` changes it."""
+    """A property of the model that no tensor tells, the value that is assumed, and the option that changes it."""
 
     what: str
     value: Any
@@ -37,7 +36,12 @@ class Assumption:
 def settings(
     source: Source, tensors: dict[str, Tensor], given: dict[str, Any]
 ) -> tuple[ModelConfig, dict[str, Any], list[Assumption]]:
-    """The model, what of it was read from the tensors, and what was assumed.
+    """Work out the model's config, what of it was read from the tensors, and what was assumed.
+
+    Args:
+        source: whose code wrote the checkpoint.
+        tensors: by the source's names.
+        given: what the user said of `pooling`, `global_stride`, `stem_pool` and `size`.
 
     Raises:
         UserError: a part that decides this is missing or is none of ours, or how it pools is told by nothing.
@@ -83,15 +87,8 @@ def settings(
             raise UserError(f"{source.pixels[1]} is not positive")
     elif source.pixels:
         assumed.append(Assumption("mean and deviation of pixels", "ImageNet's", "mean and std in config.json"))
-    try:
-        config = ModelConfig.model_validate(
-            {name: read[name] for name in ("backbone", "base_width", "reduced_width", "ibn", "neck")}
-            | {"height": height, "width": width, "mean": mean, "std": std}
-            | choices
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    of_tensors = {name: read[name] for name in ("backbone", "base_width", "reduced_width", "ibn", "neck")}
+    config = ModelConfig.checked(**of_tensors, height=height, width=width, mean=mean, std=std, **choices)
     return config, read, assumed
 
 
@@ -108,7 +105,7 @@ def _backbone(source: Source, tensors: dict[str, Tensor]) -> str:
 
 
 def _filters(tensors: dict[str, Tensor], name: str) -> int:
-    """Output channels of a convolution."""
+    """Count the output channels of a convolution."""
     if name not in tensors:
         raise UserError(f"lacks {name}")
     if tensors[name].ndim != 4:
@@ -117,7 +114,7 @@ def _filters(tensors: dict[str, Tensor], name: str) -> int:
 
 
 def _pixel_values(tensors: dict[str, Tensor], name: str) -> tuple[float, float, float]:
-    """Three numbers on the scale of 0 to 1, rounded to what float32 keeps of 0 to 255."""
+    """Scale three numbers of 0 to 255 to 0 to 1, rounded to what float32 keeps of them."""
     values = [round(value / 255, 7) for value in tensors[name].flatten().tolist()]
     if len(values) != 3:
         raise UserError(f"{name} has {len(values)} values, not one a colour")

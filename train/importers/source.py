@@ -1,17 +1,17 @@
 """What a source says about its checkpoints, and what the public MGNs have in common.
 
 All of them cut a torchvision-like ResNet as we do: `backbone.N` is our `trunk.N`. Their branches are
-`Sequential(Sequential(*layer3[1:]), layer4)`, which numbers layer3's blocks from 0 where ours keep torchvision's numbers.
+`Sequential(Sequential(*layer3[1:]), layer4)`, which numbers layer3's blocks from 0; ours keep torchvision's numbers,
+from 1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from mgn_deploy.config import Neck, Pooling, StemPool
+from mgn_deploy.config import GlobalStride, Neck, Pooling, StemPool
 
 # Our reductions in the order of the embedding (Table 1): f_g^G, f_g^P2, f_p0..1^P2, f_g^P3, f_p0..2^P3.
 REDUCTIONS = tuple(
@@ -25,10 +25,15 @@ MOST_BLOCKS = 36  # of layer3, in ResNet-152
 class Source:
     """One kind of checkpoint.
 
-    `table`: (their prefix, ours); where theirs stands twice, its tensors are copied.
-    `powers`: names of the GeM powers in the order of our features. `dropped`: names that only training uses, and why.
-    `pooling`, `global_stride`, `stem_pool`: what the public code does where no tensor tells; a pooling of None is asked for.
-    `order`: our features, as the numbers of theirs. `evaluation`: how the source's own figures were made.
+    - `name`, `title`: as in `--from`, and for people.
+    - `backbone`, `branch`: prefixes of the trunk's tensors and, before the branch's number, of the branches'.
+    - `table`: pairs of their prefix and ours; where theirs stands twice, its tensors are copied.
+    - `dropped`: names of tensors that only training uses, each with the reason.
+    - `neck`, `pooling`, `global_stride`, `stem_pool`: what the public code does where no tensor tells (`ModelConfig`);
+      with a pooling of None the user has to say it.
+    - `evaluation`: how the source's own figures were made.
+    - `powers`: names of the GeM powers, in the order of our features.
+    - `pixels`: names of the pixels' mean and standard deviation, on the scale of 0 to 255.
     """
 
     name: str
@@ -39,26 +44,29 @@ class Source:
     dropped: dict[str, str]
     neck: Neck
     pooling: Pooling | None
-    global_stride: Literal[1, 2]
+    global_stride: GlobalStride
     stem_pool: StemPool
     evaluation: str
     powers: tuple[str, ...] = ()
-    pixels: tuple[str, ...] = ()  # names of the mean and the standard deviation, on the scale of 0 to 255
-    order: tuple[int, ...] = field(default=(0, 1, 3, 4, 2, 5, 6, 7))
+    pixels: tuple[str, ...] = ()
 
     def ours(self, theirs: str) -> list[str]:
-        """Our names of one of their tensors; none where the table does not know it."""
+        """List our names of one of their tensors: none where the table does not have it."""
         return [ours + theirs[len(prefix) :] for prefix, ours in self.table if theirs.startswith(prefix)]
 
     def theirs(self, ours: str) -> str:
-        """Their name of one of our tensors."""
+        """Translate the name of one of our tensors.
+
+        Raises:
+            KeyError: the table does not have it.
+        """
         for prefix, own in self.table:
             if ours.startswith(own):
                 return prefix + ours[len(own) :]
         raise KeyError(ours)
 
     def blocks(self, tensors: dict[str, Tensor]) -> tuple[int, int, int, int]:
-        """Residual blocks of layer1 to layer4."""
+        """Count the residual blocks of layer1 to layer4."""
 
         def count(prefix: str) -> int:
             return len({key[len(prefix) :].split(".")[0] for key in tensors if key.startswith(prefix)})
@@ -73,7 +81,7 @@ class Source:
 
 
 def network_table(backbone: str, branch: str) -> tuple[tuple[str, str], ...]:
-    """Trunk and branches: `backbone.N`, `b1` to `b3`."""
+    """Make the table of trunk and branches: `backbone.N`, and the branch's prefix with 1 to 3."""
     table = [(f"{backbone}.{index}.", f"trunk.{index}.") for index in (0, 1, 4, 5, 6)]
     for number in range(3):
         theirs, ours = f"{branch}{number + 1}", f"branches.{number}"

@@ -1,4 +1,4 @@
-"""The folder that is meant, where the one that was given is a level too high or too low."""
+"""Finding a dataset's root where the folder that was given is a level too high or too low."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from mgn_deploy.errors import UserError
 
 
 def find_root(given: str | os.PathLike[str], is_root: Callable[[Path], bool], layout: str) -> Path:
-    """The folder that has the layout: `given` itself, or else the only one of its parent and its own folders.
+    """Find the folder that has the layout: `given` itself, or else the only one of its parent and its own folders.
 
     Args:
+        given: the folder that the user named.
         is_root: whether a folder has the layout.
-        layout: what such a folder holds, for the sentence.
+        layout: what such a folder holds, for error messages.
 
     Raises:
         UserError: `given` is not a folder that may be listed, or no folder or several have the layout.
@@ -35,7 +36,7 @@ def find_root(given: str | os.PathLike[str], is_root: Callable[[Path], bool], la
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What a folder holds, in the order of the names' bytes.
+    """List what a folder holds, in the order of the names' bytes.
 
     Raises:
         UserError: it may not be read.
