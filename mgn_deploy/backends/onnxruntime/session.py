@@ -22,7 +22,7 @@ from mgn_deploy.cuda.errors import cuda_errors
 from mgn_deploy.errors import CannotRun
 from mgn_deploy.packages import import_problem
 
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 CUDA_OPTIONS = {
     "device_id": "0",
@@ -139,7 +139,7 @@ def _refuse_lost(session: Any, providers: Mapping[str, Mapping[str, str]]) -> No
         raise CannotRun(
             f"onnxruntime {onnxruntime.__version__} did not load {', '.join(lost)}, and would run on "
             f"{session.get_providers()[0]} "
-            "instead: install the CUDA, cuDNN and TensorRT that it was built for (pip install "
+            "instead: install the CUDA and cuDNN that it was built for (pip install "
             "'onnxruntime-gpu[cuda,cudnn]'; "
             "https://onnxruntime.ai/docs/install)"
         )
