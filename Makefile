@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test check wheel kernels clean
+.PHONY: demo test check docs wheel kernels clean
 
 demo: $(VENV)/installed-all-cpu
 	@echo "== mgn-deploy demo: draw people, train, export, prove, embed, validate (about 3 minutes)"
@@ -20,12 +20,16 @@ check: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	MYPYPATH=build/types $(VENV)/bin/mypy -p mgn_deploy
 
+docs: $(VENV)/installed-dev
+	@echo "== the documentation in build/site (a broken link fails)"
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(VENV)/bin/python -m mkdocs build --strict --quiet
+
 wheel: $(VENV)/installed-dev
 	@echo "== a wheel in dist/"
 	$(VENV)/bin/python -m build --wheel
 
 kernels: $(VENV)/installed-dev
-	@echo "== the CUDA kernels for every architecture (needs nvcc, 3 minutes): registers, and no spills"
+	@echo "== the CUDA kernels for every architecture (by NVRTC, 3 minutes): registers, and no spills"
 	$(VENV)/bin/python -m mgn_deploy.kernels.build
 
 clean:

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mgn_deploy.bench.report import cpu
 from mgn_deploy.console import print_json, print_table, show_log
 from mgn_deploy.errors import UserError
-from mgn_deploy.machine import cpu_name, usable_cpus
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def run(weights: Path, capabilities: str, batch: str) -> dict[str, Any]:
     config = model.config
     return {
         "model": f"{config.backbone} MGN {config.height}x{config.width}, base width {config.base_width}",
-        "machine": f"{cpu_name()}, {usable_cpus()} CPUs",
+        "machine": cpu(),
         "version": version,
         "batch": settings.batch,
         "plans": rows,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -21,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.backends.base import Backend
+from mgn_deploy.bench.report import cpu
 from mgn_deploy.datasets.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
-from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -50,6 +49,7 @@ class Series:
 @dataclass(frozen=True)
 class Throughput:
     model: str
+    mirror_average: bool  # which doubles the work, of the engine's and of the reference's alike
     backend: str
     batch: int
     images: int
@@ -67,6 +67,7 @@ class Throughput:
         }
         return {
             "model": self.model,
+            "mirror_average": self.mirror_average,
             "backend": self.backend,
             "batch": self.batch,
             "images": self.images,
@@ -116,11 +117,14 @@ def measure(
         one.ratio = statistics.median(rate / bare for rate, bare in zip(one.rates, series[BARE].rates, strict=True))
     config = embedder.bundle.config
     model = f"{config.backbone} MGN {config.height}x{config.width} {embedder.bundle.manifest.precision}"
-    machine = (
-        f"{cpu_name()}, {usable_cpus()} CPUs ({' '.join(cpu_features())}), {platform.system()} {platform.machine()}"
-    )
     return Throughput(
-        model, f"{embedder.backend.name} {embedder.backend.version}", batch_size, len(crops), machine, series
+        model,
+        embedder.bundle.manifest.flip,
+        f"{embedder.backend.name} {embedder.backend.version}",
+        batch_size,
+        len(crops),
+        cpu(),
+        series,
     )
 
 

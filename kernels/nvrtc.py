@@ -1,5 +1,5 @@
-"""`stripe_pool_reduce.cu` on a GPU without a compiler at the user's: NVRTC builds the kernels of a problem on first
-use, by `cuda-core`, and keeps the machine code on disk.
+"""`stripe_pool_reduce.cu` on a GPU without a compiler at the user's: NVRTC compiles the kernels of a problem on first
+use, by `cuda-core`, and the machine code is kept on disk.
 
 $XDG_CACHE_HOME/mgn-deploy/kernels/KEY.cubin   machine code of one problem's kernels for one architecture
 $XDG_CACHE_HOME/mgn-deploy/kernels/KEY.json    its SHA-256 and the kernels' names in it
@@ -15,27 +15,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mgn_deploy.cuda.errors import cuda_sentence
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_file, cache_folder
-from mgn_deploy.kernels.plan import (
-    AUTO,
-    FUSED,
-    Device,
-    Params,
-    Plan,
-    Pointers,
-    Problem,
-    fused_launch,
-    launches,
-    params_of,
-    plan_on,
-)
+from mgn_deploy.kernels.params import Params, Pointers, params_of
+from mgn_deploy.kernels.plan import Device, Plan, Problem, fused_launch, launches, plan_on
 
-FOLDER = Path(__file__).parent
+SOURCE = Path(__file__).with_name("stripe_pool_reduce.cu")
 KEPT_ARGUMENTS = 8  # of a planned kernel: a pipeline's sets of buffers, and what an allocator gives in turns
+UNUSED_FUNCTION = 177  # NVRTC's warning, of functions that the chosen kernels do not call
 INSTALL = "pip install cuda-core nvidia-cuda-nvrtc"
 
 
@@ -58,40 +48,57 @@ def compile_kernels(kernels: tuple[str, ...], arch: str) -> MachineCode:
         CannotRun: NVRTC is not installed.
         UserError: it does not compile for that architecture, or the cache folder cannot be written.
     """
-    problem = nvrtc_problem()
-    if problem:
-        raise CannotRun(problem)
-    from cuda.bindings import nvrtc
-    from cuda.core import Program, ProgramOptions
-
-    _, *version = nvrtc.nvrtcVersion()
-    source, header = (FOLDER / f"stripe_pool_reduce.{ending}" for ending in ("cu", "h"))
-    facts = [*kernels, arch, str(version), source.read_text(), header.read_text()]
-    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()
+    version = ".".join(map(str, _version()))
+    key = hashlib.sha256("\0".join([*kernels, arch, version, SOURCE.read_text()]).encode()).hexdigest()
     code = _load(key)
     if code is None:
-        options = ProgramOptions(
-            std="c++17",
-            arch=arch,
-            include_path=[str(FOLDER)],
-            diag_suppress=177,  # functions that these kernels do not call
-        )
-        try:
-            built = Program(source.read_text(), "c++", options).compile("cubin", name_expressions=kernels)
-        except Exception as error:  # cuda-core's classes for NVRTC's errors are private
-            reason = next((line for line in str(error).splitlines() if "error" in line), str(error).strip())
-            raise UserError(
-                f"NVRTC {'.'.join(map(str, version))} does not compile the kernels for {arch} ({reason.strip()}): install one that is "
-                "as new as the GPU"
-            ) from error
-        symbols = {name: _text(symbol) for name, symbol in built.symbol_mapping.items()}
-        code = MachineCode(bytes(built.code), symbols)
+        code = compile_uncached(kernels, arch)
         _save(key, code)
     return code
 
 
+def compile_uncached(kernels: tuple[str, ...], arch: str, log: TextIO | None = None) -> MachineCode:
+    """Compile as `compile_kernels` does, without the cache.
+
+    Args:
+        kernels: names in C++.
+        arch: `sm_90`.
+        log: gets NVRTC's warnings and what ptxas says of each kernel's registers and stack.
+
+    Raises:
+        CannotRun: NVRTC is not installed.
+        UserError: it does not compile for that architecture.
+    """
+    version = _version()
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        std="c++17", arch=arch, diag_suppress=UNUSED_FUNCTION, ptxas_options=None if log is None else ["-v"]
+    )
+    try:
+        built = Program(SOURCE.read_text(), "c++", options).compile("cubin", name_expressions=kernels, logs=log)
+    except Exception as error:  # cuda-core's classes for NVRTC's errors are private
+        reason = next((line for line in str(error).splitlines() if "error" in line), str(error)).strip()
+        raise UserError(
+            f"NVRTC {'.'.join(map(str, version))} does not compile the kernels for {arch} ({reason}): install one that "
+            "is as new as the GPU"
+        ) from error
+    return MachineCode(bytes(built.code), {name: _text(symbol) for name, symbol in built.symbol_mapping.items()})
+
+
+def _version() -> tuple[int, int]:
+    """Of NVRTC; CannotRun where it is not installed."""
+    problem = nvrtc_problem()
+    if problem:
+        raise CannotRun(problem)
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return major, minor
+
+
 def nvrtc_problem() -> str | None:
-    """Why kernels cannot be compiled here and what to install, or None."""
+    """Say why kernels cannot be compiled here and what to install, or return None."""
     try:
         from cuda.bindings import nvrtc
 
@@ -107,7 +114,7 @@ def _text(symbol: bytes | str) -> str:
 
 
 def _load(key: str) -> MachineCode | None:
-    """None where there is none or it is damaged: then it is compiled again."""
+    """Read from the cache; None where there is none or it is damaged: then it is compiled again."""
     folder = cache_folder("kernels")
     try:
         record = json.loads((folder / f"{key}.json").read_bytes())
@@ -123,7 +130,9 @@ def _save(key: str, code: MachineCode) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME to a writable place") from None
+        raise UserError(
+            f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
     with atomic_file(folder / f"{key}.cubin") as file:
         file.write(code.cubin)
     with atomic_file(folder / f"{key}.json") as file:
@@ -135,11 +144,12 @@ class PlannedKernel:
     """One problem, planned and compiled for a device: `workspace_bytes` says what it needs, `launch` starts it.
 
     Args:
-        problem: of `plan.make_problem`.
+        problem: what to compute.
         device_id: the GPU, which must be current in the calling thread.
 
     Raises:
-        UserError: NVRTC is not installed; or the path fused is asked for where the device has no cooperative launch.
+        CannotRun: NVRTC is not installed.
+        UserError: the kernels do not compile, or the path "fused" is asked for without cooperative launch.
     """
 
     def __init__(self, problem: Problem, device_id: int = 0) -> None:
@@ -151,10 +161,10 @@ class PlannedKernel:
         device.set_current()
         arch, properties = f"sm_{device.arch}", device.properties
         fused, resident = fused_launch(problem), 0
-        if properties.cooperative_launch and problem.path in (AUTO, FUSED):
+        if properties.cooperative_launch and problem.path in ("auto", "fused"):
             kernel = _loaded((fused.kernel,), arch, device_id)[fused.kernel]
             resident = kernel.occupancy.max_active_blocks_per_multiprocessor(fused.threads, fused.shared)
-        if problem.path == FUSED and not resident:
+        if problem.path == "fused" and not resident:
             raise UserError("this GPU has no cooperative launch, which the path fused needs: use the path auto")
         major, minor = device.compute_capability
         self.plan = plan_on(problem, Device(properties.multiprocessor_count, 10 * major + minor, resident))
@@ -166,17 +176,18 @@ class PlannedKernel:
     @property
     def workspace_bytes(self) -> int:
         """Of device memory, aligned to 16 bytes; its first `plan.BARRIER_BYTES` zero before the first launch."""
-        return int(self.plan.workspace_bytes)
+        return self.plan.workspace_bytes
 
     def launch(self, pointers: Pointers, stream: int) -> None:
         """Start it on a stream (the driver's handle). Nothing is allocated: it can be captured in a CUDA graph.
 
         Raises:
+            ValueError: an address is missing or off its alignment.
             UserError: the driver refuses.
         """
         from cuda.bindings import driver
 
-        arguments = self._arguments(bytes(pointers))
+        arguments = self._arguments(pointers)
         for one, function in self._functions:
             where = (*one.grid, one.threads, 1, 1, one.shared, driver.CUstream(stream), ctypes.addressof(arguments))
             if one.cooperative:
@@ -187,15 +198,16 @@ class PlannedKernel:
                 raise UserError(cuda_sentence(status.name) or f"the GPU's driver refused a kernel ({status.name})")
 
 
-def arguments_by_addresses(problem: Problem, plan: Plan) -> Callable[[bytes], ctypes.Array[Any]]:
-    """`bytes(pointers)` -> what the driver takes as the kernels' arguments: an array of one pointer, to their `Params`.
+def arguments_by_addresses(problem: Problem, plan: Plan) -> Callable[[Pointers], ctypes.Array[Any]]:
+    """Return a function that makes the arguments as the driver takes them: an array of one pointer, to `Params`.
 
-    Making these takes longer than a small problem's kernel, so the last ones are kept. The driver copies them at a launch.
+    Making these takes longer than a small problem's kernel, so the last ones are kept. The driver copies them at a
+    launch. The function raises ValueError as `params_of` does.
     """
 
     @lru_cache(maxsize=KEPT_ARGUMENTS)
-    def arguments(addresses: bytes) -> ctypes.Array[Any]:
-        params = params_of(problem, plan, Pointers.from_buffer_copy(addresses))
+    def arguments(pointers: Pointers) -> ctypes.Array[Any]:
+        params = params_of(problem, plan, pointers)
         # Pointers hold on to what they point at, which an array of bare addresses would not. cuda-core's own launch()
         # takes no structure by value: https://github.com/NVIDIA/cuda-python/issues/2343
         return (ctypes.POINTER(Params) * 1)(ctypes.pointer(params))
@@ -205,7 +217,7 @@ def arguments_by_addresses(problem: Problem, plan: Plan) -> Callable[[bytes], ct
 
 @lru_cache(maxsize=256)
 def _loaded(kernels: tuple[str, ...], arch: str, device_id: int) -> dict[str, Any]:
-    """`cuda.core.Kernel`s by name, loaded once a device."""
+    """Return `cuda.core.Kernel`s by name, loaded once a device."""
     from cuda.core import ObjectCode
 
     code = compile_kernels(kernels, arch)

@@ -1,84 +1,142 @@
-"""Which kernels of `stripe_pool_reduce.cu` compute a problem, over which grids, told what: the C API's plans in Python.
+"""Which kernels of `stripe_pool_reduce.cu` compute a problem, and over which grids.
 
-For kernels that NVRTC compiled (`kernels/nvrtc.py`), where there is no host code to call. `tests/test_kernel_host.py`
-holds every number here against the C code's.
+The only planner: `kernels/nvrtc.py` and `kernels/pycuda_.py` launch by it on a GPU, `tests/emulator` on a CPU. It needs
+neither a GPU nor a CUDA package.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise, product
 
-from mgn_deploy.config import Neck, Pooling, stripe_rows
+from mgn_deploy.config import features_of, region_rows
 
-# Their places are the values of the enums in stripe_pool_reduce.h.
-DTYPES = ("float32", "float16", "bfloat16")
-LAYOUTS = ("nchw", "nhwc")
-POOLINGS: tuple[Pooling, ...] = ("max", "avg", "gem")
-NECKS: tuple[Neck, ...] = ("relu", "linear", "relu_norm")
-OUTPUTS = ("features", "embeddings", "mirror_embeddings")
+# By each name, what the kernels' source calls it. What becomes a number in Params is numbered in the source's order.
+TYPES = {"float32": "float", "float16": "Half", "bfloat16": "Bfloat"}
+LAYOUTS = {"nchw": "kNchw", "nhwc": "kNhwc"}
+POOLINGS = {"max": "kMax", "avg": "kAvg", "gem": "kGem"}
+NECKS = {"relu": "kRelu", "linear": "kLinear", "relu_norm": "kReluNorm"}
+OUTPUTS = {"features": "kFeatures", "embeddings": "kEmbeddings", "mirror_embeddings": "kMirrorEmbeddings"}
 PATHS = ("auto", "fused", "rows", "tiles")
-AUTO, FUSED, ROWS, TILES = range(4)
 
-MAX_BRANCHES, MAX_REGIONS, MAX_RUNS, MAX_BATCH, MAX_ROWS = 4, 9, 15, 1024, 8
-BARRIER_BYTES = 256
-THREADS, WARPS, TILE, MMA_THREADS, MMA_DEPTH = 256, 8, 64, 128, 64
-TILE_CHANNELS = (32, 64)  # of the pool, by layout
-MMA_SHARED, FMA_SHARED, RUN_SHARED = 18432, 8704, 2048  # bytes
-TYPES = ("float", "Half", "Bfloat")
+MAX_BRANCHES, MAX_STRIPES, MAX_BATCH = 4, 8, 1024
+MAX_REGIONS, MAX_RUNS = 1 + MAX_STRIPES, 2 * MAX_STRIPES - 1
+MAX_PIXELS = 1 << 24  # of a map
+MAX_ROWS = 8  # images that the paths "fused" and "rows" take
+BARRIER_BYTES = 256  # at a workspace's beginning
 
-
-class Problem(ctypes.Structure):
-    """`mgn_spr_problem`."""
-
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("dtype", "layout", "pooling", "neck", "output", "path")),
-        *((name, ctypes.c_int) for name in ("batch", "channels", "reduced", "branches")),
-        *((name, ctypes.c_int * MAX_BRANCHES) for name in ("stripes", "heights", "widths")),
-    )
+THREADS, WARPS = 256, 8
+TILE = 64  # images and outputs of a block of the path "tiles"
+MMA_THREADS, MMA_DEPTH, MMA_STRIDE = 128, 64, 72
+FMA_DEPTH, FMA_STRIDE = 16, 68
+TILE_CHANNELS = {"nchw": 32, "nhwc": 64}  # of the pool
+# Bytes of dynamic shared memory: two tiles of 16-bit numbers, two of float32; for each run and warp of the NHWC pool a
+# 32-bit word a channel (16-bit maxima fill half); a float32 for each warp of the epilogue.
+MMA_SHARED, FMA_SHARED = 2 * TILE * MMA_STRIDE * 2, 2 * FMA_DEPTH * FMA_STRIDE * 4
+RUN_SHARED, EPILOGUE_SHARED = WARPS * TILE_CHANNELS["nhwc"] * 4, WARPS * 4
 
 
-class Plan(ctypes.Structure):
-    """`mgn_spr_plan`."""
+@dataclass(frozen=True)
+class Problem:
+    """The heads of a batch of maps, `[batch, channels, H, W]` or `[batch, H, W, channels]`.
 
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("path", "tensor_cores", "splits", "depth", "fused_blocks", "reserved")),
-        *((name, ctypes.c_longlong) for name in ("pooled_offset", "partial_offset", "workspace_bytes")),
-    )
+    Args:
+        dtype: of maps and weight: "float32", "float16" or "bfloat16".
+        layout: of the maps: "nchw" or "nhwc".
+        batch: rows of the maps, 1 to 1024, mirrors counted.
+        channels: a multiple of 8.
+        reduced: R, the width of a feature after its reduction, a multiple of 16.
+        branches: each map's number of stripes, 1 to 8, of up to four maps.
+        sizes: each map's height and width, at most 2^24 pixels.
+        pooling: "max", "avg" or "gem".
+        neck: "relu", "linear" or "relu_norm".
+        output: "features" `[batch, F * R]` of the maps' type, rounded once after float32 sums; "embeddings", float32
+            unit rows of the same shape; or "mirror_embeddings" `[batch / 2, F * R]`, float32 unit rows of the average
+            with the mirror: image n's mirror is row n + batch / 2.
+        path: "fused", one cooperative launch, and "rows", the same arithmetic in three launches, both for a batch of up
+            to 8; "tiles", three launches with matrix tiles, on tensor cores where the maxima are of 16 bits; or "auto".
 
+    Raises:
+        ValueError: it is not one that the kernels take.
+    """
 
-class Pointers(ctypes.Structure):
-    """`mgn_spr_pointers`."""
+    dtype: str
+    layout: str
+    batch: int
+    channels: int
+    reduced: int
+    branches: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+    _: KW_ONLY
+    pooling: str = "max"
+    neck: str = "relu"
+    output: str = "features"
+    path: str = "auto"
 
-    _fields_ = (
-        ("maps", ctypes.c_void_p * MAX_BRANCHES),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "scale", "shift", "power", "workspace", "output")),
-    )
+    def __post_init__(self) -> None:
+        wrong = self._wrong()
+        if wrong:
+            raise ValueError(f"stripe_pool_reduce: {wrong}")
 
+    def _wrong(self) -> str | None:
+        choices = {
+            "dtype": TYPES,
+            "layout": LAYOUTS,
+            "pooling": POOLINGS,
+            "neck": NECKS,
+            "output": OUTPUTS,
+            "path": PATHS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                return f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}"
+        if not 1 <= self.batch <= MAX_BATCH:
+            return f"a batch of {self.batch} is not 1 to {MAX_BATCH}"
+        if self.output == "mirror_embeddings" and self.batch % 2:
+            return f"a batch of {self.batch} is not images and as many mirrors"
+        if self.path in ("fused", "rows") and self.batch > MAX_ROWS:
+            return f"the path {self.path} is for batches up to {MAX_ROWS}, not {self.batch}"
+        if self.channels < 8 or self.channels % 8:
+            return f"{self.channels} channels are not a multiple of 8"
+        if self.reduced < 16 or self.reduced % 16:
+            return f"a reduced width of {self.reduced} is not a multiple of 16"
+        if not 1 <= len(self.branches) <= MAX_BRANCHES or not all(1 <= n <= MAX_STRIPES for n in self.branches):
+            return f"branches {self.branches} are not 1 to {MAX_BRANCHES}, each of 1 to {MAX_STRIPES} stripes"
+        maps_fit = all(height >= 1 and width >= 1 and height * width <= MAX_PIXELS for height, width in self.sizes)
+        if len(self.sizes) != len(self.branches) or not maps_fit:
+            return f"maps of {list(self.sizes)} are not one a branch of 1 to 2^24 pixels"
+        return None
 
-class Branch(ctypes.Structure):
-    """`Branch` of the kernels."""
+    @property
+    def features(self) -> int:
+        """F, the number of pooled vectors of an image."""
+        return sum(map(features_of, self.branches))
 
-    _fields_ = (
-        ("map", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("pixels", "first_feature", "regions", "runs")),
-        *((name, ctypes.c_int * MAX_RUNS) for name in ("run_begin", "run_end")),
-        *((name, ctypes.c_int * MAX_REGIONS) for name in ("region_begin", "region_end", "region_pixels")),
-    )
+    @property
+    def rows(self) -> int:
+        """Rows of the output."""
+        return self.batch // 2 if self.output == "mirror_embeddings" else self.batch
 
+    @property
+    def pooled_type(self) -> str:
+        """What the kernels store pooled vectors as: a maximum is one of the map's numbers, a mean is not."""
+        return TYPES[self.dtype] if self.pooling == "max" else "float"
 
-class Params(ctypes.Structure):
-    """`Params` of the kernels, their only argument."""
+    @property
+    def channel_tiles(self) -> int:
+        return -(-self.channels // TILE_CHANNELS[self.layout])
 
-    _fields_ = (
-        ("branch", Branch * MAX_BRANCHES),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "scale", "shift", "power")),
-        *((name, ctypes.c_void_p) for name in ("barrier", "pooled", "partial", "output")),
-        *((name, ctypes.c_int) for name in ("branches", "batch", "channels", "reduced", "features")),
-        *((name, ctypes.c_int) for name in ("neck", "output_kind", "channel_tiles", "pool_items", "splits", "depth")),
-    )
+    @property
+    def pool_items(self) -> int:
+        """Blocks of the pool: one a tile of channels, branch and row of the maps."""
+        return self.channel_tiles * len(self.branches) * self.batch
+
+    def row_runs(self, branch: int) -> list[tuple[int, int]]:
+        """The runs of a branch's map, first and past-the-last row: see the picture in stripe_pool_reduce.cu."""
+        regions = region_rows(self.sizes[branch][0], self.branches[branch])
+        if self.pooling == "gem":  # each region has a power of its own, so no two can share a run
+            return regions
+        return list(pairwise(sorted({border for region in regions for border in region})))
 
 
 @dataclass(frozen=True)
@@ -92,6 +150,64 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How a problem is computed on a device.
+
+    `path` is never "auto". In "tiles" the sum over channels has `splits` parts of `depth` channels, each by its own
+    block, on `tensor_cores` or not. `fused_blocks` is the grid of "fused". Offsets are in bytes from the start of the
+    workspace.
+    """
+
+    path: str
+    tensor_cores: bool
+    splits: int
+    depth: int
+    fused_blocks: int
+    pooled_offset: int
+    partial_offset: int
+    workspace_bytes: int
+
+
+def plan_on(problem: Problem, device: Device) -> Plan:
+    """Plan a problem for a device.
+
+    "auto" takes "fused" (or, without cooperative launch, "rows") up to 8 images and "tiles" above. No measurement has
+    set that border.
+    """
+    channels, narrow = problem.channels, problem.pooled_type != "float"
+    path = problem.path
+    if path == "auto":
+        path = "tiles" if problem.batch > MAX_ROWS else "fused" if device.resident_blocks else "rows"
+    splits, depth, fused_blocks = 1, channels, 0
+    dim = problem.features * problem.reduced
+    if path == "tiles":  # two blocks a multiprocessor, but at least four steps of 64 channels a block
+        tiles = problem.features * -(-problem.reduced // TILE) * -(-problem.batch // TILE)
+        wanted = min(2 * device.multiprocessors // tiles, channels // (4 * MMA_DEPTH))
+        if wanted > 1:
+            depth = _round_up(-(-channels // wanted), MMA_DEPTH)
+            splits = -(-channels // depth)
+    if path == "fused":  # no more blocks than have something to do
+        useful = max(problem.pool_items, dim // WARPS)
+        fused_blocks = min(useful, device.multiprocessors * device.resident_blocks)
+    pooled_bytes = (2 if narrow else 4) * problem.features * problem.batch * channels
+    partial_offset = BARRIER_BYTES + _round_up(pooled_bytes, 256)
+    return Plan(
+        path=path,
+        tensor_cores=path == "tiles" and narrow and device.capability >= (80 if problem.dtype == "bfloat16" else 75),
+        splits=splits,
+        depth=depth,
+        fused_blocks=fused_blocks,
+        pooled_offset=BARRIER_BYTES,
+        partial_offset=partial_offset,
+        workspace_bytes=partial_offset + _round_up(4 * splits * problem.batch * dim, 256),
+    )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel: its name in C++ without namespace, blocks, threads a block, bytes of dynamic shared memory."""
 
@@ -102,183 +218,47 @@ class Launch:
     cooperative: bool = False
 
 
-def features_of(stripes: int) -> int:
-    return 1 if stripes == 1 else 1 + stripes
-
-
-def make_problem(
-    dtype: str,
-    layout: str,
-    batch: int,
-    channels: int,
-    reduced: int,
-    branches: Sequence[int],
-    sizes: Sequence[tuple[int, int]],
-    *,
-    pooling: Pooling = "max",
-    neck: Neck = "relu",
-    output: str = "features",
-    path: str = "auto",
-) -> Problem:
-    """The problem by its names; `sizes` are each map's height and width.
-
-    Raises:
-        ValueError: it is not one that the kernels take.
-    """
-    wrong = _wrong(layout, batch, channels, reduced, branches, sizes, output, path)
-    if wrong:
-        raise ValueError(f"stripe_pool_reduce: {wrong}")
-    empty = [0] * (MAX_BRANCHES - len(branches))
-    return Problem(
-        DTYPES.index(dtype),
-        LAYOUTS.index(layout),
-        POOLINGS.index(pooling),
-        NECKS.index(neck),
-        OUTPUTS.index(output),
-        PATHS.index(path),
-        batch,
-        channels,
-        reduced,
-        len(branches),
-        (ctypes.c_int * MAX_BRANCHES)(*branches, *empty),
-        (ctypes.c_int * MAX_BRANCHES)(*(height for height, _ in sizes), *empty),
-        (ctypes.c_int * MAX_BRANCHES)(*(width for _, width in sizes), *empty),
-    )
-
-
-def _wrong(
-    layout: str,
-    batch: int,
-    channels: int,
-    reduced: int,
-    branches: Sequence[int],
-    sizes: Sequence[tuple[int, int]],
-    output: str,
-    path: str,
-) -> str | None:
-    if not 1 <= batch <= MAX_BATCH:
-        return f"a batch of {batch} is not 1 to {MAX_BATCH}"
-    if output == "mirror_embeddings" and batch % 2:
-        return f"a batch of {batch} is not images and as many mirrors"
-    if path in ("fused", "rows") and batch > MAX_ROWS:
-        return f"the path {path} is for batches up to {MAX_ROWS}, not {batch}"
-    if channels < 8 or channels % 8:
-        return f"{channels} channels are not a multiple of 8"
-    if reduced < 16 or reduced % 16:
-        return f"a reduced width of {reduced} is not a multiple of 16"
-    if not 1 <= len(branches) <= MAX_BRANCHES or not all(1 <= stripes <= 8 for stripes in branches):
-        return f"branches {tuple(branches)} are not 1 to {MAX_BRANCHES}, each of 1 to 8 stripes"
-    if len(sizes) != len(branches) or not all(h >= 1 and w >= 1 and h * w <= 1 << 24 for h, w in sizes):
-        return f"maps of {list(sizes)} are not one a branch of 1 to 2^24 pixels"
-    return None
-
-
-def plan_on(problem: Problem, device: Device) -> Plan:
-    """The plan of `mgn_spr_plan_for` on such a device."""
-    batch, channels, reduced = problem.batch, problem.channels, problem.reduced
-    features = sum(features_of(problem.stripes[b]) for b in range(problem.branches))
-    dim, exact, narrow = features * reduced, POOLINGS[problem.pooling] == "max", problem.dtype > 0
-    path = problem.path
-    if path == AUTO:
-        path = TILES if batch > MAX_ROWS else FUSED if device.resident_blocks else ROWS
-    least = 80 if DTYPES[problem.dtype] == "bfloat16" else 75
-    plan = Plan(path, path == TILES and exact and narrow and device.capability >= least, 1, channels)
-    if path == TILES:
-        tiles = features * -(-reduced // TILE) * -(-batch // TILE)
-        splits = min(2 * device.multiprocessors // tiles, channels // (4 * MMA_DEPTH))
-        if splits > 1:
-            part = -(-channels // splits)
-            plan.depth = -(-part // MMA_DEPTH) * MMA_DEPTH
-            plan.splits = -(-channels // plan.depth)
-    if path == FUSED:
-        items = -(-channels // TILE_CHANNELS[problem.layout]) * problem.branches * batch
-        plan.fused_blocks = min(max(items, dim // WARPS), device.multiprocessors * device.resident_blocks)
-    plan.pooled_offset = BARRIER_BYTES
-    plan.partial_offset = BARRIER_BYTES + _aligned((2 if exact and narrow else 4) * features * batch * channels)
-    plan.workspace_bytes = plan.partial_offset + _aligned(4 * plan.splits * batch * dim)
-    return plan
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 256) * 256
-
-
-def cut(branch: Branch, stripes: int, height: int, width: int, run_a_region: bool) -> None:
-    """The runs and regions of a map: see the picture in stripe_pool_reduce.cu."""
-    rows = [(0, height), *(stripe_rows(height, stripes) if stripes > 1 else [])]
-    if run_a_region:
-        runs = rows
-    else:
-        borders = sorted({border for region in rows for border in region})
-        runs = list(pairwise(borders))
-    branch.pixels, branch.regions, branch.runs = height * width, len(rows), len(runs)
-    for index, (first, last) in enumerate(runs):
-        branch.run_begin[index], branch.run_end[index] = first * width, last * width
-    for index, (first, last) in enumerate(rows):
-        own = [index] if run_a_region else [i for i, run in enumerate(runs) if first <= run[0] and run[1] <= last]
-        branch.region_begin[index], branch.region_end[index] = own[0], own[-1] + 1
-        branch.region_pixels[index] = (last - first) * width
-
-
-def params_of(problem: Problem, plan: Plan, pointers: Pointers) -> Params:
-    """What the kernels are told."""
-    params = Params(
-        **{name: getattr(problem, name) for name in ("branches", "batch", "channels", "reduced", "neck")},
-        **{name: getattr(pointers, name) for name in ("weight", "bias", "scale", "shift", "power", "output")},
-        output_kind=problem.output,
-        splits=plan.splits,
-        depth=plan.depth,
-    )
-    for index in range(problem.branches):
-        branch = params.branch[index]
-        branch.map = pointers.maps[index]
-        branch.first_feature = params.features
-        cut(
-            branch,
-            problem.stripes[index],
-            problem.heights[index],
-            problem.widths[index],
-            POOLINGS[problem.pooling] == "gem",
-        )
-        params.features += branch.regions
-    params.channel_tiles = -(-problem.channels // TILE_CHANNELS[problem.layout])
-    params.pool_items = params.channel_tiles * problem.branches * problem.batch
-    workspace = pointers.workspace or 0
-    params.barrier, params.pooled = workspace, workspace + plan.pooled_offset
-    params.partial = workspace + plan.partial_offset
-    return params
-
-
-def fused_launch(problem: Problem) -> Launch:
-    """The fused kernel of a problem, its grid left at 1: what a device's `resident_blocks` is asked for."""
-    kind = f"{TYPES[problem.dtype]}, {problem.layout}, {problem.pooling}"
-    return Launch(f"fused_kernel<{kind}>", (1, 1, 1), THREADS, _pool_shared(problem), cooperative=True)
-
-
 def launches(problem: Problem, plan: Plan) -> list[Launch]:
-    """In order, on one stream."""
-    fused, params = fused_launch(problem), params_of(problem, plan, Pointers())
-    if plan.path == FUSED:
-        return [Launch(fused.kernel, (plan.fused_blocks, 1, 1), THREADS, fused.shared, cooperative=True)]
-    kind = TYPES[problem.dtype]
-    pooled = kind if POOLINGS[problem.pooling] == "max" else "float"
-    dim = params.features * problem.reduced
-    tiles = (-(-problem.reduced // TILE), -(-problem.batch // TILE), params.features * plan.splits)
-    if plan.path == ROWS:
-        reduce = Launch(f"rows_kernel<{kind}, {pooled}>", (dim // WARPS, 1, 1), THREADS, 0)
-    elif plan.tensor_cores:
-        reduce = Launch(f"mma_kernel<{kind}>", tiles, MMA_THREADS, MMA_SHARED)
+    """List the kernels of a plan, in order, on one stream."""
+    kind, pooled = TYPES[problem.dtype], problem.pooled_type
+    if plan.path == "fused":
+        return [fused_launch(problem, plan.fused_blocks)]
+    if plan.path == "rows":
+        outputs = problem.features * problem.reduced
+        reduce = Launch(f"rows_kernel<{kind}, {pooled}>", (outputs // WARPS, 1, 1), THREADS, 0)
     else:
-        reduce = Launch(f"fma_kernel<{kind}, {pooled}>", tiles, THREADS, FMA_SHARED)
-    rows = problem.batch // 2 if OUTPUTS[problem.output] == "mirror_embeddings" else problem.batch
+        tiles = (-(-problem.reduced // TILE), -(-problem.batch // TILE), problem.features * plan.splits)
+        if plan.tensor_cores:
+            reduce = Launch(f"mma_kernel<{kind}>", tiles, MMA_THREADS, MMA_SHARED)
+        else:
+            reduce = Launch(f"fma_kernel<{kind}, {pooled}>", tiles, THREADS, FMA_SHARED)
     return [
-        Launch(fused.kernel.replace("fused", "pool"), (params.pool_items, 1, 1), THREADS, fused.shared),
+        Launch(_pooling_kernel("pool", problem), (problem.pool_items, 1, 1), THREADS, _pool_shared(problem)),
         reduce,
-        Launch(f"epilogue_kernel<{kind}>", (rows, 1, 1), THREADS, WARPS * 4),
+        Launch(f"epilogue_kernel<{kind}>", (problem.rows, 1, 1), THREADS, EPILOGUE_SHARED),
     ]
 
 
+def fused_launch(problem: Problem, blocks: int = 1) -> Launch:
+    """Return the fused kernel of a problem; `Device.resident_blocks` is asked of a GPU for one block of it."""
+    return Launch(_pooling_kernel("fused", problem), (blocks, 1, 1), THREADS, _pool_shared(problem), cooperative=True)
+
+
+def all_kernels() -> list[str]:
+    """Name all kernels that a plan can have."""
+    found = set()
+    for dtype, layout, pooling, path in product(TYPES, LAYOUTS, POOLINGS, PATHS[1:]):
+        problem = Problem(dtype, layout, 1, 8, 16, (1,), ((1, 1),), pooling=pooling, path=path)
+        for capability in (70, 80):  # without and with tensor cores
+            found |= {one.kernel for one in launches(problem, plan_on(problem, Device(1, capability, 1)))}
+    return sorted(found)
+
+
+def _pooling_kernel(name: str, problem: Problem) -> str:
+    return f"{name}_kernel<{TYPES[problem.dtype]}, {LAYOUTS[problem.layout]}, {POOLINGS[problem.pooling]}>"
+
+
 def _pool_shared(problem: Problem) -> int:
-    params = params_of(problem, Plan(), Pointers())
-    runs = max(params.branch[index].runs for index in range(problem.branches))
-    return runs * RUN_SHARED if LAYOUTS[problem.layout] == "nhwc" else WARPS * 4
+    if problem.layout == "nchw":
+        return EPILOGUE_SHARED  # the pool needs none; the fused kernel's epilogue does
+    return RUN_SHARED * max(len(problem.row_runs(branch)) for branch in range(len(problem.branches)))

@@ -1,11 +1,12 @@
 """`stripe_pool_reduce.cu` for pipelines that hold PyCUDA's `GPUArray`s.
 
-    problem = make_problem("float16", "nhwc", 2 * n, 2048, 256, (1, 2, 3), sizes, output="mirror_embeddings")
+    problem = Problem("float16", "nhwc", 2 * n, 2048, 256, (1, 2, 3), sizes, output="mirror_embeddings")
     heads = PycudaKernel(problem)                             # with the pipeline's context current
     heads.launch(maps, weight, bias, embeddings, stream)      # as often as wanted; allocates nothing
 
 The kernels are loaded by PyCUDA into its current context: `nvrtc.PlannedKernel` would make the device's primary context
-current, and PyCUDA's own (`pycuda.autoinit`) is another one. PyCUDA has no cooperative launch: there is no path "fused".
+current, and PyCUDA's own (`pycuda.autoinit`) is another one. PyCUDA has no cooperative launch, so the path "fused" is
+refused.
 """
 
 from __future__ import annotations
@@ -16,22 +17,8 @@ from typing import Any
 
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.kernels.nvrtc import compile_kernels
-from mgn_deploy.kernels.plan import (
-    DTYPES,
-    FUSED,
-    LAYOUTS,
-    NECKS,
-    OUTPUTS,
-    POOLINGS,
-    Device,
-    Params,
-    Pointers,
-    Problem,
-    features_of,
-    launches,
-    params_of,
-    plan_on,
-)
+from mgn_deploy.kernels.params import Params, Pointers, params_of
+from mgn_deploy.kernels.plan import Device, Problem, launches, plan_on
 
 TYPESTRS = {"float32": ("<f4",), "float16": ("<f2",), "bfloat16": ("<u2", "<V2")}  # NumPy has no bfloat16: its bits
 
@@ -41,12 +28,12 @@ class PycudaKernel:
     launches belong on one stream at a time.
 
     Raises:
-        UserError: PyCUDA or NVRTC is not installed, no context is current, the driver does not take the machine code, or
-            the path fused is asked for.
+        CannotRun: PyCUDA or NVRTC is not installed.
+        UserError: no context is current, the driver does not take the machine code, or the path fused is asked for.
     """
 
     def __init__(self, problem: Problem) -> None:
-        if problem.path == FUSED:
+        if problem.path == "fused":
             raise UserError("PyCUDA has no cooperative launch, which the path fused needs: use the path auto")
         try:
             from pycuda import driver
@@ -87,44 +74,65 @@ class PycudaKernel:
         """Start it on a `pycuda.driver.Stream`; the context must be current.
 
         Args:
-            maps: one `GPUArray` a branch, `[n, C, H, W]` or, for "nhwc", `[n, H, W, C]`; of bfloat16 as its bits in uint16.
+            maps: one `GPUArray` a branch, `[n, C, H, W]` or, for "nhwc", `[n, H, W, C]`; of bfloat16 its bits.
             weight: `[F, R, C]` of the maps' type; `bias`, `scale`, `shift` `[F, R]` and `powers` `[F]` are float32.
-            output: written: `[n, F * R]` of the maps' type for features, else float32 `[n, or n / 2 for mirrors, F * R]`.
+            output: written, as `Problem.output` says.
 
         Raises:
             ValueError: an array has another shape, type or order, or begins off 16 bytes.
         """
-        pointers = pointers_to(self.problem, maps, weight, bias, output, scale, shift, powers)
-        pointers.workspace = int(self._workspace)
+        workspace = int(self._workspace)
+        pointers = pointers_to(self.problem, workspace, maps, weight, bias, output, scale, shift, powers)
         params = bytes(params_of(self.problem, self.plan, pointers))
         for one, function in zip(self._launches, self._functions, strict=True):
             function.prepared_async_call(one.grid, (one.threads, 1, 1), stream, params, shared_size=one.shared)
 
 
 def pointers_to(
-    problem: Problem, maps: Sequence[Any], weight: Any, bias: Any, output: Any, scale: Any, shift: Any, powers: Any
+    problem: Problem,
+    workspace: int,
+    maps: Sequence[Any],
+    weight: Any,
+    bias: Any,
+    output: Any,
+    scale: Any = None,
+    shift: Any = None,
+    powers: Any = None,
 ) -> Pointers:
-    """All but the workspace, of arrays that have `__cuda_array_interface__`, as `GPUArray`s do."""
-    dtype, branches = DTYPES[problem.dtype], problem.stripes[: problem.branches]
-    if len(maps) != len(branches):
-        raise ValueError(f"stripe_pool_reduce: {len(maps)} maps are not the {len(branches)} of the problem")
-    batch, channels, features = problem.batch, problem.channels, sum(map(features_of, branches))
-    pointers = Pointers()
-    for index, map_ in enumerate(maps):
-        pixels = (problem.heights[index], problem.widths[index])
-        shape = (batch, *pixels, channels) if LAYOUTS[problem.layout] == "nhwc" else (batch, channels, *pixels)
-        pointers.maps[index] = _address(f"map {index}", map_, shape, dtype)
-    by_feature = (features, problem.reduced)
-    pointers.weight = _address("weight", weight, (*by_feature, channels), dtype)
-    pointers.bias = _address("bias", bias, by_feature)
-    if NECKS[problem.neck] == "relu_norm":
-        pointers.scale, pointers.shift = _address("scale", scale, by_feature), _address("shift", shift, by_feature)
-    if POOLINGS[problem.pooling] == "gem":
-        pointers.power = _address("powers", powers, (features,))
-    rows = batch // 2 if OUTPUTS[problem.output] == "mirror_embeddings" else batch
-    kind = dtype if OUTPUTS[problem.output] == "features" else "float32"
-    pointers.output = _address("output", output, (rows, features * problem.reduced), kind)
-    return pointers
+    """Find the addresses of arrays that have `__cuda_array_interface__`, as `GPUArray`s do.
+
+    Args:
+        problem: what to compute.
+        workspace: address of the plan's workspace.
+        maps: and all after it: as `PycudaKernel.launch` takes them.
+
+    Raises:
+        ValueError: an array has another shape, type or order, or begins off 16 bytes.
+    """
+    if len(maps) != len(problem.branches):
+        raise ValueError(f"stripe_pool_reduce: {len(maps)} maps are not the {len(problem.branches)} of the problem")
+    batch, channels = problem.batch, problem.channels
+    map_addresses = []
+    for index, (map_, pixels) in enumerate(zip(maps, problem.sizes, strict=True)):
+        shape = (batch, *pixels, channels) if problem.layout == "nhwc" else (batch, channels, *pixels)
+        map_addresses.append(_address(f"map {index}", map_, shape, problem.dtype))
+    by_feature = (problem.features, problem.reduced)
+    normed, gem = problem.neck == "relu_norm", problem.pooling == "gem"
+    return Pointers(
+        tuple(map_addresses),
+        weight=_address("weight", weight, (*by_feature, channels), problem.dtype),
+        bias=_address("bias", bias, by_feature),
+        scale=_address("scale", scale, by_feature) if normed else None,
+        shift=_address("shift", shift, by_feature) if normed else None,
+        power=_address("powers", powers, (problem.features,)) if gem else None,
+        workspace=workspace,
+        output=_address(
+            "output",
+            output,
+            (problem.rows, problem.features * problem.reduced),
+            problem.dtype if problem.output == "features" else "float32",
+        ),
+    )
 
 
 def _address(name: str, array: Any, shape: tuple[int, ...], dtype: str = "float32") -> int:

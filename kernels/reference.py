@@ -1,9 +1,8 @@
-"""The definition of stripe-pool-reduce in NumPy: what the ONNX function and every kernel are tested against. In PyTorch it is
-what `torch_op.py` does on the CPU.
+"""The definition of stripe-pool-reduce, in NumPy: the ONNX operators, PyTorch's and every kernel are tested against it.
 
 Section 3.1 of the paper: each branch's last map is max-pooled over the whole map and over N equal horizontal stripes,
 and every pooled vector is reduced by its own 1x1 convolution, batch norm (folded into `weight` and `bias`) and ReLU.
-Public checkpoints pool by mean or generalised mean, and have no ReLU, or another norm after it (`mgn_deploy/config.py`).
+Public checkpoints pool by mean or generalised mean and have no ReLU or another norm after it (`mgn_deploy/config.py`).
 """
 
 from __future__ import annotations
@@ -12,19 +11,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mgn_deploy.config import GEM_EPSILON, Neck, Pooling, stripe_rows
+from mgn_deploy.config import GEM_EPSILON, Neck, Pooling, features_of, region_rows
 
 
 def stripe_pool(
     feature_map: np.ndarray, stripes: int, pooling: Pooling = "max", powers: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """A map `[n, C, H, W]` pooled: whole, then (for more than one) each stripe; `[n, C]` each.
+    """Pool a map `[n, C, H, W]`: the whole of it, then (for more than one) each stripe; `[n, C]` each.
 
-    Maxima are of the map's dtype, means float64. NaN propagates, as in torch. `powers`, for "gem", is one a pooled vector.
+    Maxima are of the map's dtype, means float64. NaN propagates, as in torch. `powers`, for "gem", is one a region.
+
+    Raises:
+        ValueError: a generalised mean has not as many powers as regions.
     """
-    regions = [feature_map]
-    if stripes > 1:
-        regions += [feature_map[:, :, first:last] for first, last in stripe_rows(feature_map.shape[2], stripes)]
+    regions = [feature_map[:, :, first:last] for first, last in region_rows(feature_map.shape[2], stripes)]
     if pooling == "max":
         return [region.max(axis=(2, 3)) for region in regions]
     if pooling == "avg":
@@ -50,7 +50,7 @@ def stripe_pool_reduce(
     scale: np.ndarray | None = None,
     shift: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Features `[n, F * R]`, float64, of the branches' maps.
+    """Compute the features `[n, F * R]`, float64, of the branches' maps.
 
     Args:
         maps: one `[n, C, H_b, W_b]` a branch.
@@ -59,10 +59,13 @@ def stripe_pool_reduce(
         bias: `[F, 1, R]`.
         pooling: of every region; `powers` `[F]` goes with "gem".
         neck: what follows weight and bias; `scale` and `shift` `[F, 1, R]`, the second norm, go with "relu_norm".
+
+    Raises:
+        ValueError: powers, scale or shift are missing.
     """
     pooled, first = [], 0
     for map_, stripes in zip(maps, branches, strict=True):
-        features = 1 if stripes == 1 else 1 + stripes
+        features = features_of(stripes)
         pooled += stripe_pool(map_, stripes, pooling, None if powers is None else powers[first : first + features])
         first += features
     reduced = np.stack(pooled).astype(np.float64) @ np.asarray(weight, np.float64) + bias  # [F, n, R]
@@ -77,7 +80,10 @@ def stripe_pool_reduce(
 
 
 def embed(features: np.ndarray, flip: bool) -> np.ndarray:
-    """Mirror average (images first, mirrors last; section 4.1) and L2 norm: `[2n or n, d]` -> unit rows `[n, d]`."""
+    """Average with the mirrors (images first, mirrors last; section 4.1) and divide by the L2 norm.
+
+    `[2n, d]`, or `[n, d]` without `flip`, -> unit rows `[n, d]`; a row of zeros stays one.
+    """
     if flip:
         half = len(features) // 2
         features = (features[:half] + features[half:]) / 2

@@ -1,6 +1,7 @@
 // Stripe-pool-reduce: the heads of an MGN (section 3.1 of Wang et al. 2018), from the branches' last maps to features
-// or unit embeddings. `kernels/reference.py` is the definition, `stripe_pool_reduce.h` the C API, `host_shim.h` runs
-// it on a CPU.
+// or unit embeddings. `kernels/reference.py` is the definition; `kernels/plan.py` says which of these kernels run for a
+// problem, over what grids and with which Params; `kernels/nvrtc.py` compiles and launches them. `tests/emulator` runs
+// them on a CPU.
 //
 //   map of branch b              pooled                  partial                     output
 //   [n, C, H, W] or              [F, n, C]               [splits, n, F * R]          [n or n / 2, F * R]
@@ -45,27 +46,32 @@
 //                 64 loads, go out together. Loads of 4 bytes side by side are whole lines as those of 16 would be, and
 //                 bias and output need no alignment.
 
-#include "stripe_pool_reduce.h"
-
 namespace {
 
+// `kernels/plan.py` has the same numbers, names and structures; the build for the emulator compares them.
+enum Layout { kNchw, kNhwc };
+enum Pooling { kMax, kAvg, kGem };
+enum Neck { kRelu, kLinear, kReluNorm };
+enum Output { kFeatures, kEmbeddings, kMirrorEmbeddings };
+
+constexpr int kMaxBranches = 4, kMaxStripes = 8;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTileChannels[2] = {32, 64};  // of the pool, NCHW and NHWC
-constexpr int kMaxRegions = 1 + MGN_SPR_MAX_STRIPES;
-constexpr int kMaxRuns = 2 * MGN_SPR_MAX_STRIPES - 1;  // 2N different borders at most
-constexpr int kMaxImages = 8;                          // that the small-batch reduction takes
+constexpr int kMaxRegions = 1 + kMaxStripes;
+constexpr int kMaxRuns = 2 * kMaxStripes - 1;  // 2N different borders at most
+constexpr int kMaxImages = 8;                  // that the small-batch reduction takes
 constexpr int kTile = 64;
 constexpr int kMmaThreads = 128, kMmaDepth = 64, kMmaStride = kMmaDepth + 8;  // + 8: fragments from 32 different banks
 constexpr int kFmaDepth = 16, kFmaStride = kTile + 4;
-constexpr int kColumns = 8;  // of an output's row, in a thread's registers
+constexpr int kColumns = 8;           // of an output's row, in a thread's registers
 constexpr float kGemEpsilon = 1e-6f;  // mgn_deploy/config.py
 constexpr float kNormEpsilon = 1e-12f;
 
 struct Half { unsigned short bits; };
 struct Bfloat { unsigned short bits; };
 
-// What a kernel is told; `kernels/plan.py` has the same in ctypes. Pointers are of the type that the kernel is for.
+// What a kernel is told, its only argument. Pointers are of the type that the kernel is for.
 struct Branch {
     const void* map;
     int pixels;  // H * W
@@ -77,7 +83,7 @@ struct Branch {
 };
 
 struct Params {
-    Branch branch[MGN_SPR_MAX_BRANCHES];
+    Branch branch[kMaxBranches];
     const void* weight;
     const float *bias, *scale, *shift, *power;
     unsigned* barrier;
@@ -92,7 +98,7 @@ struct Params {
 
 }  // namespace
 
-// The instructions that C++ has no name for. The host shim has the same ones in plain C++; all else is one body.
+// The instructions that C++ has no name for. The emulator's header has the same ones in plain C++; all else is shared.
 #ifdef MGN_HOST_SHIM
 #include "host_shim.h"
 #else
@@ -254,7 +260,7 @@ template <class T, int POOLING>
 struct Pool;
 
 template <class T>
-struct Pool<T, MGN_SPR_MAX> {
+struct Pool<T, kMax> {
     using Stored = T;  // a maximum is one of the map's numbers
     using Sum = unsigned;
     static constexpr int kNumbers = 2;  // never converted, and half the instructions, shuffles and shared memory
@@ -272,7 +278,7 @@ struct FloatPool {
 };
 
 template <>
-struct Pool<float, MGN_SPR_MAX> : FloatPool {
+struct Pool<float, kMax> : FloatPool {
     static __device__ __forceinline__ float start() { return __uint_as_float(0xff800000u); }  // -inf
     static __device__ __forceinline__ float add(float sum, float x, float) { return max_nan(sum, x); }
     static __device__ __forceinline__ float join(float a, float b) { return max_nan(a, b); }
@@ -280,13 +286,13 @@ struct Pool<float, MGN_SPR_MAX> : FloatPool {
 };
 
 template <class T>
-struct Pool<T, MGN_SPR_AVG> : FloatPool {
+struct Pool<T, kAvg> : FloatPool {
     static __device__ __forceinline__ float add(float sum, float x, float) { return sum + x; }
     static __device__ __forceinline__ float stored(float sum, int pixels, float) { return sum / pixels; }
 };
 
 template <class T>
-struct Pool<T, MGN_SPR_GEM> : FloatPool {
+struct Pool<T, kGem> : FloatPool {
     static __device__ __forceinline__ float add(float sum, float x, float power) {
         return sum + powf(max_nan(x, kGemEpsilon), power);
     }
@@ -327,7 +333,7 @@ __device__ __forceinline__ typename P::Sum add_pixels(typename P::Sum sum, const
 // Loads of 16 bytes that a thread of the pool has under way. A generalised mean waits for its powers, not for memory,
 // and each one unrolled takes registers.
 template <int POOLING>
-constexpr int kLoadsAhead = POOLING == MGN_SPR_GEM ? 1 : 4;
+constexpr int kLoadsAhead = POOLING == kGem ? 1 : 4;
 
 // ---- Pool: one block, one image, one branch, one tile of channels; all regions of it.
 
@@ -335,7 +341,7 @@ template <class T, int POOLING>
 __device__ __forceinline__ void pool_nhwc(const Params& p, int item, void* memory) {
     using P = Pool<T, POOLING>;
     using Sum = typename P::Sum;
-    constexpr int kTileC = kTileChannels[MGN_SPR_NHWC], kPixels = kThreads / (kTileC / 8);
+    constexpr int kTileC = kTileChannels[kNhwc], kPixels = kThreads / (kTileC / 8);
     constexpr int kSums = 8 / P::kNumbers, kTileSums = kTileC / P::kNumbers;
     constexpr int kAhead = (kLoadsAhead<POOLING> + Octet<T>::kLoads - 1) / Octet<T>::kLoads;
     const int tile = item % p.channel_tiles, image = item / p.channel_tiles / p.branches;
@@ -350,7 +356,7 @@ __device__ __forceinline__ void pool_nhwc(const Params& p, int item, void* memor
     const long long step = static_cast<long long>(kPixels) * p.channels;
 
     for (int run = 0; run < branch.runs; ++run) {
-        const float power = POOLING == MGN_SPR_GEM ? p.power[branch.first_feature + run] : 0.0f;
+        const float power = POOLING == kGem ? p.power[branch.first_feature + run] : 0.0f;
         Sum sum[kSums];
 #pragma unroll
         for (int j = 0; j < kSums; ++j) sum[j] = P::start();
@@ -389,7 +395,7 @@ __device__ __forceinline__ void pool_nhwc(const Params& p, int item, void* memor
         }
         const int c = tile * kTileC + s * P::kNumbers;
         if (c < p.channels) {
-            const float power = POOLING == MGN_SPR_GEM ? p.power[feature] : 0.0f;
+            const float power = POOLING == kGem ? p.power[feature] : 0.0f;
             const long long row = static_cast<long long>(feature) * p.batch + image;
             static_cast<Sum*>(p.pooled)[(row * p.channels + c) / P::kNumbers] =
                 P::stored(sum, branch.region_pixels[region], power);
@@ -436,7 +442,7 @@ __device__ __forceinline__ void pool_nchw(const Params& p, int item) {
     using P = Pool<T, POOLING>;
     const int tile = item % p.channel_tiles, image = item / p.channel_tiles / p.branches;
     const Branch& branch = p.branch[item / p.channel_tiles % p.branches];
-    const int lane = threadIdx.x % 8, channel = tile * kTileChannels[MGN_SPR_NCHW] + threadIdx.x / 8;
+    const int lane = threadIdx.x % 8, channel = tile * kTileChannels[kNchw] + threadIdx.x / 8;
     const bool inside = channel < p.channels;
     const T* plane = static_cast<const T*>(branch.map) +
                      (static_cast<long long>(image) * p.channels + (inside ? channel : 0)) * branch.pixels;
@@ -445,7 +451,7 @@ __device__ __forceinline__ void pool_nchw(const Params& p, int item) {
     const int end = mine < branch.regions ? branch.region_end[mine] : 0;
     auto whole = P::start(), stripe = P::start();
     for (int run = 0; run < branch.runs; ++run) {
-        const float power = POOLING == MGN_SPR_GEM ? p.power[branch.first_feature + run] : 0.0f;
+        const float power = POOLING == kGem ? p.power[branch.first_feature + run] : 0.0f;
         const int length = inside ? branch.run_end[run] - branch.run_begin[run] : 0;
         auto sum = sum_range<T, POOLING>(plane + branch.run_begin[run], length, lane, power);
 #pragma unroll
@@ -460,7 +466,7 @@ __device__ __forceinline__ void pool_nchw(const Params& p, int item) {
         if constexpr (P::kNumbers == 2) {
             pooled[at] = T{static_cast<unsigned short>(P::join(sum, sum >> 16))};
         } else {
-            const float power = POOLING == MGN_SPR_GEM ? p.power[feature] : 0.0f;
+            const float power = POOLING == kGem ? p.power[feature] : 0.0f;
             pooled[at] = P::stored(sum, branch.region_pixels[region], power);
         }
     };
@@ -470,7 +476,7 @@ __device__ __forceinline__ void pool_nchw(const Params& p, int item) {
 
 template <class T, int LAYOUT, int POOLING>
 __device__ __forceinline__ void pool_item(const Params& p, int item, void* shared) {
-    if constexpr (LAYOUT == MGN_SPR_NHWC) {
+    if constexpr (LAYOUT == kNhwc) {
         pool_nhwc<T, POOLING>(p, item, shared);
     } else {
         pool_nchw<T, POOLING>(p, item);
@@ -698,7 +704,7 @@ __device__ __forceinline__ void reduced_values(const Params& p, int image, int m
     for (int c = 0; c < kColumns; ++c) {
         const int column = first + c * kThreads;
         if (column < dim) bias[c] = p.bias[column];
-        if (column < dim && p.neck == MGN_SPR_RELU_NORM) scale[c] = p.scale[column], shift[c] = p.shift[column];
+        if (column < dim && p.neck == kReluNorm) scale[c] = p.scale[column], shift[c] = p.shift[column];
     }
 #pragma unroll 1
     for (int split = 0; split < p.splits; split += AHEAD) {
@@ -728,8 +734,8 @@ __device__ __forceinline__ void reduced_values(const Params& p, int image, int m
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             sum[k][c] += bias[c];
-            if (p.neck != MGN_SPR_LINEAR) sum[k][c] = max_nan(sum[k][c], 0.0f);
-            if (p.neck == MGN_SPR_RELU_NORM) sum[k][c] = fmaf(sum[k][c], scale[c], shift[c]);
+            if (p.neck != kLinear) sum[k][c] = max_nan(sum[k][c], 0.0f);
+            if (p.neck == kReluNorm) sum[k][c] = fmaf(sum[k][c], scale[c], shift[c]);
         }
         value[c] = images == 1 ? sum[0][c] : 0.5f * (sum[0][c] + sum[1][c]);
     }
@@ -739,7 +745,7 @@ template <class T, int AHEAD>
 __device__ __forceinline__ void finish_row(const Params& p, int row, float* shared) {
     constexpr int kStep = kColumns * kThreads;
     const int dim = p.features * p.reduced, mine = threadIdx.x;
-    const int mirror = p.output_kind == MGN_SPR_MIRROR_EMBEDDINGS ? row + p.batch / 2 : row;
+    const int mirror = p.output_kind == kMirrorEmbeddings ? row + p.batch / 2 : row;
     T* features = static_cast<T*>(p.output) + static_cast<long long>(row) * dim;
     float* embedding = static_cast<float*>(p.output) + static_cast<long long>(row) * dim;
     float value[kColumns] = {}, squares = 0.0f;
@@ -748,7 +754,7 @@ __device__ __forceinline__ void finish_row(const Params& p, int row, float* shar
         reduced_values<AHEAD>(p, row, mirror, first, value);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) squares = fmaf(value[c], value[c], squares);  // 0 beyond the row
-        if (p.output_kind == MGN_SPR_FEATURES) {
+        if (p.output_kind == kFeatures) {
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) {
                 if (first + c * kThreads < dim) features[first + c * kThreads] = round_to(value[c], T{});
@@ -758,7 +764,7 @@ __device__ __forceinline__ void finish_row(const Params& p, int row, float* shar
             for (int c = 0; c < kColumns; ++c) embedding[first + c * kThreads] = value[c];
         }
     }
-    if (p.output_kind == MGN_SPR_FEATURES) return;
+    if (p.output_kind == kFeatures) return;
 #pragma unroll
     for (int apart = 16; apart; apart /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, apart);
     if (mine % 32 == 0) shared[mine / 32] = squares;
@@ -819,296 +825,9 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constan
         reduce_row<T, typename Pool<T, POOLING>::Stored>(p, output);
     }
     wait_for_all_blocks(p.barrier);
-    const int rows = p.output_kind == MGN_SPR_MIRROR_EMBEDDINGS ? p.batch / 2 : p.batch;
+    const int rows = p.output_kind == kMirrorEmbeddings ? p.batch / 2 : p.batch;
 #pragma unroll 1
     for (int row = blockIdx.x; row < rows; row += gridDim.x) finish_row<T, 1>(p, row, reinterpret_cast<float*>(shared));
 }
 
 }  // namespace
-
-#ifndef __CUDACC_RTC__  // ---- The host's side; `kernels/plan.py` has the same in Python, for kernels of NVRTC.
-
-#ifndef MGN_HOST_SHIM
-#include <cuda_runtime_api.h>
-#endif
-
-namespace {
-
-// Bytes of shared memory.
-constexpr int kMmaShared = 2 * kTile * kMmaStride * 2;
-constexpr int kFmaShared = 2 * kFmaDepth * kFmaStride * 4;
-constexpr int kRunShared = kWarps * kTileChannels[MGN_SPR_NHWC] * 4;  // of a run, NHWC; maxima of 16 bits fill half
-
-int features_of(int stripes) { return stripes == 1 ? 1 : 1 + stripes; }
-
-int total_features(const mgn_spr_problem& problem) {
-    int features = 0;
-    for (int b = 0; b < problem.branches; ++b) features += features_of(problem.stripes[b]);
-    return features;
-}
-
-int check(const mgn_spr_problem& problem) {
-    if (problem.dtype < MGN_SPR_FLOAT32 || problem.dtype > MGN_SPR_BFLOAT16) return MGN_SPR_BAD_DTYPE;
-    if (problem.layout < MGN_SPR_NCHW || problem.layout > MGN_SPR_NHWC) return MGN_SPR_BAD_LAYOUT;
-    if (problem.pooling < MGN_SPR_MAX || problem.pooling > MGN_SPR_GEM) return MGN_SPR_BAD_POOLING;
-    if (problem.neck < MGN_SPR_RELU || problem.neck > MGN_SPR_RELU_NORM) return MGN_SPR_BAD_NECK;
-    if (problem.output < MGN_SPR_FEATURES || problem.output > MGN_SPR_MIRROR_EMBEDDINGS) return MGN_SPR_BAD_OUTPUT;
-    if (problem.batch < 1 || problem.batch > MGN_SPR_MAX_BATCH) return MGN_SPR_BAD_BATCH;
-    if (problem.output == MGN_SPR_MIRROR_EMBEDDINGS && problem.batch % 2) return MGN_SPR_BAD_BATCH;
-    if (problem.path < MGN_SPR_AUTO || problem.path > MGN_SPR_TILES) return MGN_SPR_BAD_PATH;
-    const bool few = problem.path == MGN_SPR_FUSED || problem.path == MGN_SPR_ROWS;
-    if (few && problem.batch > kMaxImages) return MGN_SPR_BAD_PATH;
-    if (problem.channels < 8 || problem.channels % 8) return MGN_SPR_BAD_CHANNELS;
-    if (problem.reduced < 16 || problem.reduced % 16) return MGN_SPR_BAD_REDUCED;
-    if (problem.branches < 1 || problem.branches > MGN_SPR_MAX_BRANCHES) return MGN_SPR_BAD_BRANCHES;
-    for (int b = 0; b < problem.branches; ++b) {
-        if (problem.stripes[b] < 1 || problem.stripes[b] > MGN_SPR_MAX_STRIPES) return MGN_SPR_BAD_BRANCHES;
-        if (problem.heights[b] < 1 || problem.widths[b] < 1) return MGN_SPR_BAD_MAP;
-        if (static_cast<long long>(problem.heights[b]) * problem.widths[b] > 1 << 24) return MGN_SPR_BAD_MAP;
-    }
-    return MGN_SPR_OK;
-}
-
-// The rows of stripe i of N are floor(i H / N) to ceil((i + 1) H / N), as in mgn_deploy/config.py.
-void cut(Branch& branch, int stripes, int height, int width, bool run_a_region) {
-    branch.regions = features_of(stripes);
-    branch.pixels = height * width;
-    int first[kMaxRegions] = {0}, last[kMaxRegions] = {height};
-    for (int i = 0; i + 1 < branch.regions; ++i) {
-        first[1 + i] = i * height / stripes;
-        last[1 + i] = ((i + 1) * height + stripes - 1) / stripes;
-    }
-    branch.runs = 0;
-    if (run_a_region) {
-        for (int region = 0; region < branch.regions; ++region) {
-            branch.run_begin[region] = first[region] * width;
-            branch.run_end[region] = last[region] * width;
-            branch.region_begin[region] = region;
-            branch.region_end[region] = region + 1;
-        }
-        branch.runs = branch.regions;
-    } else {
-        for (int row = 0; row < height;) {  // from border to border
-            int border = height;
-            for (int region = 0; region < branch.regions; ++region) {
-                if (first[region] > row && first[region] < border) border = first[region];
-                if (last[region] > row && last[region] < border) border = last[region];
-            }
-            for (int region = 0; region < branch.regions; ++region) {
-                if (first[region] == row) branch.region_begin[region] = branch.runs;
-                if (last[region] == border) branch.region_end[region] = branch.runs + 1;
-            }
-            branch.run_begin[branch.runs] = row * width;
-            branch.run_end[branch.runs] = border * width;
-            ++branch.runs;
-            row = border;
-        }
-    }
-    for (int region = 0; region < branch.regions; ++region) {
-        branch.region_pixels[region] = (last[region] - first[region]) * width;
-    }
-}
-
-Params params_of(const mgn_spr_problem& problem, const mgn_spr_plan& plan, const mgn_spr_pointers& pointers) {
-    Params p = {};
-    p.branches = problem.branches, p.batch = problem.batch, p.channels = problem.channels, p.reduced = problem.reduced;
-    p.features = 0;
-    for (int b = 0; b < problem.branches; ++b) {
-        p.branch[b].map = pointers.maps[b];
-        p.branch[b].first_feature = p.features;
-        cut(p.branch[b], problem.stripes[b], problem.heights[b], problem.widths[b], problem.pooling == MGN_SPR_GEM);
-        p.features += p.branch[b].regions;
-    }
-    p.neck = problem.neck, p.output_kind = problem.output;
-    const int tile = kTileChannels[problem.layout];
-    p.channel_tiles = (problem.channels + tile - 1) / tile;
-    p.pool_items = p.channel_tiles * problem.branches * problem.batch;
-    p.splits = plan.splits, p.depth = plan.depth;
-    p.weight = pointers.weight, p.bias = pointers.bias;
-    p.scale = pointers.scale, p.shift = pointers.shift, p.power = pointers.power;
-    char* workspace = static_cast<char*>(pointers.workspace);
-    p.barrier = reinterpret_cast<unsigned*>(workspace);
-    p.pooled = workspace + plan.pooled_offset;
-    p.partial = reinterpret_cast<float*>(workspace + plan.partial_offset);
-    p.output = pointers.output;
-    return p;
-}
-
-int pool_shared(const Params& p, int layout) {
-    int runs = 1;  // never nothing: the epilogue's few sums are in the same memory
-    for (int b = 0; b < p.branches; ++b) runs = p.branch[b].runs > runs ? p.branch[b].runs : runs;
-    return layout == MGN_SPR_NHWC ? runs * kRunShared : kWarps * 4;
-}
-
-// The kernels of one problem.
-using Kernel = void (*)(Params);
-struct Kernels { Kernel pool, rows, mma, fma, epilogue, fused; };
-
-template <class T, int LAYOUT, int POOLING>
-Kernels kernels_for() {
-    using Stored = typename Pool<T, POOLING>::Stored;
-    Kernels kernels = {pool_kernel<T, LAYOUT, POOLING>, rows_kernel<T, Stored>, nullptr, fma_kernel<T, Stored>,
-                       epilogue_kernel<T>, fused_kernel<T, LAYOUT, POOLING>};
-    if constexpr (sizeof(Stored) == 2) kernels.mma = mma_kernel<T>;
-    return kernels;
-}
-
-template <class T, int LAYOUT>
-Kernels kernels_for(int pooling) {
-    if (pooling == MGN_SPR_MAX) return kernels_for<T, LAYOUT, MGN_SPR_MAX>();
-    if (pooling == MGN_SPR_AVG) return kernels_for<T, LAYOUT, MGN_SPR_AVG>();
-    return kernels_for<T, LAYOUT, MGN_SPR_GEM>();
-}
-
-template <class T>
-Kernels kernels_for(const mgn_spr_problem& problem) {
-    return problem.layout == MGN_SPR_NCHW ? kernels_for<T, MGN_SPR_NCHW>(problem.pooling)
-                                          : kernels_for<T, MGN_SPR_NHWC>(problem.pooling);
-}
-
-Kernels all_kernels_for(const mgn_spr_problem& problem) {
-    if (problem.dtype == MGN_SPR_FLOAT16) return kernels_for<Half>(problem);
-    if (problem.dtype == MGN_SPR_BFLOAT16) return kernels_for<Bfloat>(problem);
-    return kernels_for<float>(problem);
-}
-
-cudaError_t launch(Kernel kernel, dim3 grid, int threads, int shared, const Params& p, cudaStream_t stream) {
-    void* arguments[] = {const_cast<Params*>(&p)};
-    return cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared, stream);
-}
-
-long long aligned(long long bytes) { return (bytes + 255) / 256 * 256; }
-
-struct Device {
-    int sms;                // multiprocessors
-    int capability;         // 10 * major + minor
-    int resident_blocks;    // of the problem's fused kernel on one of them; 0 where there is no cooperative launch
-};
-
-void plan_on(const mgn_spr_problem& problem, const Device& device, mgn_spr_plan* plan) {
-    const int features = total_features(problem), dim = features * problem.reduced;
-    *plan = {};
-    plan->path = problem.path;
-    if (problem.path == MGN_SPR_AUTO) {
-        plan->path = problem.batch > kMaxImages ? MGN_SPR_TILES : device.resident_blocks ? MGN_SPR_FUSED : MGN_SPR_ROWS;
-    }
-    const bool exact = problem.pooling == MGN_SPR_MAX;
-    plan->tensor_cores = plan->path == MGN_SPR_TILES && exact && problem.dtype != MGN_SPR_FLOAT32 &&
-                         device.capability >= (problem.dtype == MGN_SPR_BFLOAT16 ? 80 : 75);
-    plan->splits = 1, plan->depth = problem.channels;
-    if (plan->path == MGN_SPR_TILES) {  // two blocks an SM, but at least four steps of 64 channels a block
-        const int tiles = features * ((problem.reduced + kTile - 1) / kTile) * ((problem.batch + kTile - 1) / kTile);
-        const int wanted = 2 * device.sms / tiles, most = problem.channels / (4 * kMmaDepth);
-        const int splits = wanted < most ? wanted : most;
-        if (splits > 1) {
-            plan->depth = ((problem.channels + splits - 1) / splits + kMmaDepth - 1) / kMmaDepth * kMmaDepth;
-            plan->splits = (problem.channels + plan->depth - 1) / plan->depth;
-        }
-    }
-    if (plan->path == MGN_SPR_FUSED) {  // no more blocks than have something to do
-        const int tile = kTileChannels[problem.layout];
-        const int items = (problem.channels + tile - 1) / tile * problem.branches * problem.batch;
-        const int useful = items > dim / kWarps ? items : dim / kWarps;
-        const int resident = device.sms * device.resident_blocks;
-        plan->fused_blocks = useful < resident ? useful : resident;
-    }
-    const long long size = exact && problem.dtype != MGN_SPR_FLOAT32 ? 2 : 4;
-    plan->pooled_offset = MGN_SPR_BARRIER_BYTES;
-    plan->partial_offset = plan->pooled_offset + aligned(size * features * problem.batch * problem.channels);
-    plan->workspace_bytes = plan->partial_offset + aligned(4LL * plan->splits * problem.batch * dim);
-}
-
-}  // namespace
-
-extern "C" int mgn_spr_plan_for(const mgn_spr_problem* problem, mgn_spr_plan* plan) {
-    if (!problem || !plan) return MGN_SPR_BAD_POINTER;
-    if (const int wrong = check(*problem)) return wrong;
-    int index = 0, major = 0, minor = 0, cooperative = 0;
-    Device device = {};
-    cudaError_t error = cudaGetDevice(&index);
-    if (!error) error = cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index);
-    if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-    if (!error) error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, index);
-    device.capability = 10 * major + minor;
-    if (!error && cooperative) {
-        const int shared = pool_shared(params_of(*problem, {}, {}), problem->layout);
-        const Kernel fused = all_kernels_for(*problem).fused;
-        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&device.resident_blocks, fused, kThreads, shared);
-    }
-    if (error) return MGN_SPR_CUDA_ERROR + error;
-    if (problem->path == MGN_SPR_FUSED && !device.resident_blocks) return MGN_SPR_NOT_COOPERATIVE;
-    plan_on(*problem, device, plan);
-    return MGN_SPR_OK;
-}
-
-extern "C" int mgn_spr_launch(const mgn_spr_problem* problem, const mgn_spr_plan* plan,
-                              const mgn_spr_pointers* pointers, cudaStream_t stream) {
-    if (!problem || !plan || !pointers) return MGN_SPR_BAD_POINTER;
-    if (const int wrong = check(*problem)) return wrong;
-    size_t addresses = reinterpret_cast<size_t>(pointers->weight) | reinterpret_cast<size_t>(pointers->workspace);
-    bool missing = !pointers->weight || !pointers->workspace || !pointers->bias || !pointers->output;
-    for (int b = 0; b < problem->branches; ++b) {
-        addresses |= reinterpret_cast<size_t>(pointers->maps[b]);
-        missing |= !pointers->maps[b];
-    }
-    missing |= problem->neck == MGN_SPR_RELU_NORM && (!pointers->scale || !pointers->shift);
-    missing |= problem->pooling == MGN_SPR_GEM && !pointers->power;
-    if (missing || addresses % 16) return MGN_SPR_BAD_POINTER;
-
-    const Params p = params_of(*problem, *plan, *pointers);
-    const Kernels kernels = all_kernels_for(*problem);
-    const int shared = pool_shared(p, problem->layout), dim = p.features * p.reduced;
-    if (plan->path == MGN_SPR_FUSED) {
-        void* arguments[] = {const_cast<Params*>(&p)};
-        const dim3 grid(plan->fused_blocks), block(kThreads);
-        const cudaError_t error = cudaLaunchCooperativeKernel(kernels.fused, grid, block, arguments, shared, stream);
-        return error ? MGN_SPR_CUDA_ERROR + error : MGN_SPR_OK;
-    }
-    cudaError_t error = launch(kernels.pool, dim3(p.pool_items), kThreads, shared, p, stream);
-    const dim3 tiles((p.reduced + kTile - 1) / kTile, (p.batch + kTile - 1) / kTile, p.features * p.splits);
-    if (error) return MGN_SPR_CUDA_ERROR + error;
-    if (plan->path == MGN_SPR_ROWS) {
-        error = launch(kernels.rows, dim3(dim / kWarps), kThreads, 0, p, stream);
-    } else if (plan->tensor_cores) {
-        error = launch(kernels.mma, tiles, kMmaThreads, kMmaShared, p, stream);
-    } else {
-        error = launch(kernels.fma, tiles, kThreads, kFmaShared, p, stream);
-    }
-    if (error) return MGN_SPR_CUDA_ERROR + error;
-    const int rows = problem->output == MGN_SPR_MIRROR_EMBEDDINGS ? problem->batch / 2 : problem->batch;
-    error = launch(kernels.epilogue, dim3(rows), kThreads, kWarps * 4, p, stream);
-    return error ? MGN_SPR_CUDA_ERROR + error : MGN_SPR_OK;
-}
-
-extern "C" const char* mgn_spr_error(int status) {
-    switch (status) {
-        case MGN_SPR_OK: return "no error";
-        case MGN_SPR_BAD_DTYPE: return "dtype is not one of mgn_spr_dtype";
-        case MGN_SPR_BAD_LAYOUT: return "layout is not one of mgn_spr_layout";
-        case MGN_SPR_BAD_POOLING: return "pooling is not one of mgn_spr_pooling";
-        case MGN_SPR_BAD_NECK: return "neck is not one of mgn_spr_neck";
-        case MGN_SPR_BAD_OUTPUT: return "output is not one of mgn_spr_output";
-        case MGN_SPR_BAD_PATH: return "path is not one of mgn_spr_path, or is for batches up to 8";
-        case MGN_SPR_BAD_BRANCHES: return "branches must be 1 to 4, each of 1 to 8 stripes";
-        case MGN_SPR_BAD_BATCH: return "batch must be 1 to 1024, and even where mirrors are averaged";
-        case MGN_SPR_BAD_CHANNELS: return "channels must be a multiple of 8";
-        case MGN_SPR_BAD_REDUCED: return "reduced must be a multiple of 16";
-        case MGN_SPR_BAD_MAP: return "heights and widths must be at least 1, their product at most 2^24";
-        case MGN_SPR_BAD_POINTER:
-            return "a needed pointer is null, or maps, weight or workspace are not 16-byte aligned";
-        case MGN_SPR_NOT_COOPERATIVE: return "this device has no cooperative launch, which the fused path needs";
-        default:
-            if (status < MGN_SPR_CUDA_ERROR) return "not a status of stripe-pool-reduce";
-            return cudaGetErrorString(static_cast<cudaError_t>(status - MGN_SPR_CUDA_ERROR));
-    }
-}
-
-#ifdef MGN_HOST_SHIM  // what kernels/plan.py must agree with
-extern "C" int shim_params(const mgn_spr_problem* problem, const mgn_spr_plan* plan, const mgn_spr_pointers* pointers,
-                           Params* params) {
-    *params = params_of(*problem, *plan, *pointers);
-    return sizeof(Params);
-}
-#endif
-#endif

@@ -7,28 +7,17 @@ has a gradient in every tensor argument, that of a maximum going to the first pi
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from mgn_deploy.config import GEM_EPSILON, Neck, Pooling, stripe_rows
+from mgn_deploy.config import GEM_EPSILON, region_rows
 from mgn_deploy.kernels.nvrtc import PlannedKernel
-from mgn_deploy.kernels.plan import (
-    BARRIER_BYTES,
-    DTYPES,
-    FUSED,
-    MAX_BRANCHES,
-    NECKS,
-    POOLINGS,
-    Pointers,
-    features_of,
-    make_problem,
-)
+from mgn_deploy.kernels.plan import BARRIER_BYTES, Problem
+from mgn_deploy.kernels.torch_heads import Heads, wide
 
 
 @torch.library.custom_op("mgn_deploy::stripe_pool_reduce", mutates_args=(), device_types="cpu")
@@ -43,11 +32,11 @@ def stripe_pool_reduce(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """Features `[n, F * R]` of the branches' maps, in the maps' dtype; sums are in float32 or wider.
+    """Compute the features `[n, F * R]` of the branches' maps, in the maps' dtype; sums are in float32 or wider.
 
     Args:
-        maps: one `[n, C, H_b, W_b]` a branch, of one dtype: float32, float16, bfloat16 (on the CPU also float64). On CUDA
-            each is read as it lies, contiguous or channels-last, if all of them lie the same way, and is copied otherwise.
+        maps: one `[n, C, H_b, W_b]` a branch, of one dtype: float32, float16, bfloat16 (on the CPU also float64). On
+            CUDA they are read as they lie, contiguous or channels-last, if all lie the same way, and copied otherwise.
         branches: number of stripes of each branch.
         weight: `[F, R, C]` in the maps' dtype: each pooled vector's 1x1 convolution, norms folded in.
         bias: `[F, R]`, as are `scale` and `shift`, which go with the neck "relu_norm"; float32.
@@ -57,123 +46,16 @@ def stripe_pool_reduce(
     Raises:
         ValueError: shapes, devices or choices do not fit each other; on CUDA also what `kernels/plan.py` refuses.
     """
-    _check(maps, branches, weight, bias, pooling, neck, powers, scale, shift)
-    return _forward(maps, branches, weight, bias, pooling, neck, powers, scale, shift)
-
-
-def _check(
-    maps: Sequence[Tensor],
-    branches: Sequence[int],
-    weight: Tensor,
-    bias: Tensor,
-    pooling: str,
-    neck: str,
-    powers: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> None:
-    if pooling not in POOLINGS or neck not in NECKS:
-        raise ValueError(
-            f"stripe_pool_reduce: pooling {pooling!r} is not of {POOLINGS} or neck {neck!r} not of {NECKS}"
-        )
-    if not maps or len(maps) != len(branches) or any(stripes < 1 for stripes in branches):
-        raise ValueError("stripe_pool_reduce: needs one number of stripes, at least 1, for each of one or more maps")
-    features = sum(map(features_of, branches))
-    n, channels = maps[0].shape[:2]
-    if weight.dim() != 3 or weight.shape[0] != features or weight.shape[2] != channels:
-        raise ValueError(f"stripe_pool_reduce: weight is {list(weight.shape)}, needs [{features}, R, {channels}]")
-    for map_ in maps:
-        if map_.dim() != 4 or map_.shape[:2] != maps[0].shape[:2] or map_.dtype != weight.dtype:
-            raise ValueError(
-                f"stripe_pool_reduce: a map is {map_.dtype} {list(map_.shape)}, "
-                f"needs {weight.dtype} [{n}, {channels}, H, W]"
-            )
-    vectors = {"bias": bias, "scale": scale, "shift": shift} if neck == "relu_norm" else {"bias": bias}
-    for name, vector in vectors.items():
-        if vector is None or vector.shape != weight.shape[:2]:
-            raise ValueError(f"stripe_pool_reduce: {name} needs the shape {list(weight.shape[:2])}")
-    if pooling == "gem" and (powers is None or powers.shape != weight.shape[:1]):
-        raise ValueError(f"stripe_pool_reduce: the pooling gem needs powers of shape [{features}]")
-    # PyTorch looks at one of them to choose the kernel, which would read another's host address as the GPU's.
-    own = {f"map {index}": map_ for index, map_ in enumerate(maps)} | {"weight": weight, "bias": bias}
-    for name, tensor in {**own, "powers": powers, "scale": scale, "shift": shift}.items():
-        if tensor is not None and tensor.device != maps[0].device:
-            raise ValueError(f"stripe_pool_reduce: {name} is on {tensor.device}, needs {maps[0].device} as map 0 is")
-
-
-def _rows(map_: Tensor, stripes: int) -> list[tuple[int, int]]:
-    """Of each region: the whole map, then the stripes."""
-    return [(0, map_.shape[2]), *(stripe_rows(map_.shape[2], stripes) if stripes > 1 else [])]
-
-
-def _wide(x: Tensor) -> Tensor:
-    """As sums are made: float32, or float64 where it is that already."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _pool(
-    maps: Sequence[Tensor], branches: Sequence[int], pooling: str, powers: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Pooled vectors `[F, n, C]`, and for "max" where in its map each maximum is: `[n, C]` each, row * W + column."""
-    pooled: list[Tensor] = []
-    places: list[Tensor] = []
-    for map_, stripes in zip(maps, branches, strict=True):
-        for first, last in _rows(map_, stripes):
-            region = map_[:, :, first:last]
-            if pooling == "max":
-                vector, place = functional.adaptive_max_pool2d(region, 1, return_indices=True)
-                places.append(place.flatten(1) + first * map_.shape[3])
-                vector = vector.flatten(1)
-            elif pooling == "avg":
-                vector = _wide(region).mean((2, 3))
-            else:
-                assert powers is not None
-                power = powers[len(pooled)]
-                vector = _wide(region).clamp(min=GEM_EPSILON).pow(power).mean((2, 3)).pow(1 / power)
-            pooled.append(_wide(vector))
-    return torch.stack(pooled), places
-
-
-def _products(pooled: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`[F, n, R]`, before what the neck adds."""
-    return torch.baddbmm(_wide(bias).unsqueeze(1), pooled, _wide(weight).transpose(1, 2))
-
-
-def _forward(
-    maps: Sequence[Tensor],
-    branches: Sequence[int],
-    weight: Tensor,
-    bias: Tensor,
-    pooling: str,
-    neck: str,
-    powers: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
-    reduced = _products(_pool(maps, branches, pooling, powers)[0], weight, bias)
-    if neck != "linear":
-        reduced = reduced.relu()
-    if neck == "relu_norm":
-        assert scale is not None
-        assert shift is not None
-        reduced = reduced * scale.unsqueeze(1) + shift.unsqueeze(1)
-    return reduced.transpose(0, 1).flatten(1).to(maps[0].dtype)
+    heads = Heads(maps, branches, weight, bias, pooling, neck, powers, scale, shift)
+    heads.check()
+    return heads.features()
 
 
 @stripe_pool_reduce.register_fake
-def _fake(
-    maps: Sequence[Tensor],
-    branches: Sequence[int],
-    weight: Tensor,
-    bias: Tensor,
-    pooling: str = "max",
-    neck: str = "relu",
-    powers: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    _check(maps, branches, weight, bias, pooling, neck, powers, scale, shift)
-    return maps[0].new_empty((maps[0].shape[0], weight.shape[0] * weight.shape[1]))
+def _fake(*arguments: Any, **named: Any) -> Tensor:
+    heads = Heads(*arguments, **named)
+    heads.check()
+    return heads.maps[0].new_empty((heads.maps[0].shape[0], heads.weight.shape[0] * heads.weight.shape[1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -183,20 +65,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    """The pooled vectors are made again: keeping them would cost memory that training is short of, and making them is
-    one pass over the maps."""
+    """Compute the gradients of all arguments.
+
+    The pooled vectors are computed again: keeping them would cost memory that training is short of, and computing them
+    is one pass over the maps.
+    """
     maps = list(ctx.saved_tensors[: ctx.maps])
     weight, bias, powers, scale, _ = ctx.saved_tensors[ctx.maps :]
-    pooled, places = _pool(maps, ctx.branches, ctx.pooling, powers)
-    products = _products(pooled, weight, bias)
-    of_reduced = _wide(gradient).reshape(-1, *weight.shape[:2]).transpose(0, 1)  # [F, n, R]
+    heads = Heads(maps, ctx.branches, weight, bias, ctx.pooling, ctx.neck, powers, scale)
+    pooled, places = heads.pooled()
+    products = heads.products(pooled)
+    of_reduced = wide(gradient).reshape(-1, *weight.shape[:2]).transpose(0, 1)  # [F, n, R]
     of_scale = of_shift = of_powers = None
     if ctx.neck == "relu_norm":
         of_scale, of_shift = (of_reduced * products.relu()).sum(1), of_reduced.sum(1)
         of_reduced = of_reduced * scale.unsqueeze(1)
     if ctx.neck != "linear":
         of_reduced = torch.where(products > 0, of_reduced, 0)
-    of_pooled = torch.bmm(of_reduced, _wide(weight))  # [F, n, C]
+    of_pooled = torch.bmm(of_reduced, wide(weight))  # [F, n, C]
     of_weight = torch.bmm(of_reduced.transpose(1, 2), pooled).to(weight.dtype)
     of_bias = of_reduced.sum(1).to(bias.dtype)
 
@@ -205,7 +91,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     for map_, stripes in zip(maps, ctx.branches, strict=True):
         width = map_.shape[3]
         of_map = of_pooled.new_zeros(map_.shape)
-        for first, last in _rows(map_, stripes):
+        for first, last in region_rows(map_.shape[2], stripes):
             of_vector = of_pooled[feature]
             if ctx.pooling == "max":
                 # One region at a time: a pixel may be the maximum of several, and sums keep their order.
@@ -214,7 +100,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
             elif ctx.pooling == "avg":
                 of_map[:, :, first:last] += (of_vector / ((last - first) * width))[:, :, None, None]
             else:
-                region, power = _wide(map_[:, :, first:last]), powers[feature]
+                region, power = wide(map_[:, :, first:last]), powers[feature]
                 bounded, vector = region.clamp(min=GEM_EPSILON), pooled[feature]
                 steep = (of_vector * vector.pow(1 - power) / ((last - first) * width))[:, :, None, None]
                 of_map[:, :, first:last] += torch.where(region >= GEM_EPSILON, steep * bounded.pow(power - 1), 0)
@@ -232,76 +118,22 @@ stripe_pool_reduce.register_autograd(_backward, setup_context=_setup_context)
 
 
 @stripe_pool_reduce.register_kernel("cuda")
-def _cuda(
-    maps: Sequence[Tensor],
-    branches: Sequence[int],
-    weight: Tensor,
-    bias: Tensor,
-    pooling: Pooling = "max",
-    neck: Neck = "relu",
-    powers: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    _check(maps, branches, weight, bias, pooling, neck, powers, scale, shift)
-    device = maps[0].device
+def _cuda(*arguments: Any, **named: Any) -> Tensor:
+    given = Heads(*arguments, **named)
+    given.check()
+    device = given.maps[0].device
     with torch.cuda.device(device):
         # Held until the launch: copies must not be freed before it; after it, the allocator keeps them for this stream.
-        shape, inputs = arrange(maps, branches, weight, bias, powers, scale, shift)
-        planned = _planned(shape, pooling, neck, device.index)
+        heads = given.arranged()
+        planned = _planned(heads.problem(), device.index)
         workspace = torch.empty(planned.workspace_bytes, dtype=torch.uint8, device=device)
-        if planned.plan.path == FUSED:  # the others have no barrier
+        if planned.plan.path == "fused":  # the others have no barrier
             workspace[:BARRIER_BYTES].zero_()
-        features = maps[0].new_empty((maps[0].shape[0], weight.shape[0] * weight.shape[1]))
-        planned.launch(pointers_to(inputs, workspace, features), torch.cuda.current_stream(device).cuda_stream)
+        features = heads.maps[0].new_empty((planned.problem.rows, heads.weight.shape[0] * heads.weight.shape[1]))
+        planned.launch(heads.pointers(workspace, features), torch.cuda.current_stream(device).cuda_stream)
     return features
 
 
-def arrange(
-    maps: Sequence[Tensor],
-    branches: Sequence[int],
-    weight: Tensor,
-    bias: Tensor,
-    powers: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[tuple[Any, ...], dict[str, list[Tensor | None]]]:
-    """The arguments of `plan.make_problem` before its choices, and the inputs as the kernels read them: dense,
-    aligned, the small ones in float32; copies where they are otherwise."""
-    dtype = str(maps[0].dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ValueError(f"stripe_pool_reduce: maps on CUDA are of {', '.join(DTYPES)}, not {dtype}")
-    last = all(map_.is_contiguous(memory_format=torch.channels_last) for map_ in maps)
-    format_ = torch.channels_last if last else torch.contiguous_format
-    sizes = tuple((int(map_.shape[2]), int(map_.shape[3])) for map_ in maps)
-    n, channels = maps[0].shape[:2]
-    shape = (dtype, "nhwc" if last else "nchw", int(n), int(channels), int(weight.shape[1]), tuple(branches), sizes)
-    inputs: dict[str, list[Tensor | None]] = {
-        "maps": [_aligned(map_.contiguous(memory_format=format_)) for map_ in maps],
-        "weight": [_aligned(weight.contiguous())],
-        "vectors": [None if one is None else one.float().contiguous() for one in (bias, scale, shift, powers)],
-    }
-    return shape, inputs
-
-
-def pointers_to(inputs: dict[str, list[Tensor | None]], workspace: Tensor, output: Tensor) -> Pointers:
-    """Where the kernels find what `arrange` made."""
-
-    def addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
-        return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-    unused = [None] * (MAX_BRANCHES - len(inputs["maps"]))
-    return Pointers(
-        (ctypes.c_void_p * MAX_BRANCHES)(*addresses(inputs["maps"]), *unused),
-        *addresses([*inputs["weight"], *inputs["vectors"], workspace, output]),
-    )
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The kernels load 16 bytes at a time, which a slice of a batch may begin off."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 @lru_cache(maxsize=256)
-def _planned(shape: tuple[Any, ...], pooling: Pooling, neck: Neck, device_id: int) -> PlannedKernel:
-    return PlannedKernel(make_problem(*shape, pooling=pooling, neck=neck), device_id)
+def _planned(problem: Problem, device_id: int) -> PlannedKernel:
+    return PlannedKernel(problem, device_id)

@@ -10,8 +10,9 @@ from mgn_deploy.errors import GateFailed, UserError
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a gate failed, 2 unusable input, 130 interrupted."""
-    # PyTorch's OpenMP threads burn their core while they wait, unless told before it is loaded. Where another process wants
-    # the core too, a training step took 8 s instead of 1 (measured: 2 cores, one of them busy); alone it makes no difference.
+    # PyTorch's OpenMP threads burn their core while they wait, unless told before it is loaded. Where another process
+    # wants the core too, a training step took 8 s instead of 1 (measured: 2 cores, one of them busy); alone it makes no
+    # difference.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from mgn_deploy.cli.app import app

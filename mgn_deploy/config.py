@@ -77,7 +77,7 @@ class ModelConfig(BaseModel):
     @property
     def features_per_branch(self) -> tuple[int, ...]:
         """Reduced features of each branch: the global one and, for N > 1, one a stripe."""
-        return tuple(1 if stripes == 1 else 1 + stripes for stripes in self.branches)
+        return tuple(map(features_of, self.branches))
 
     @property
     def features(self) -> int:
@@ -97,6 +97,17 @@ def stripe_rows(height: int, stripes: int) -> list[tuple[int, int]]:
     ceil((i+1)*H/N), so neighbours share a row: this is torch's adaptive pooling, which public MGNs use.
     """
     return [(i * height // stripes, -(-(i + 1) * height // stripes)) for i in range(stripes)]
+
+
+def region_rows(height: int, stripes: int) -> list[tuple[int, int]]:
+    """First and past-the-last row of each region that a branch pools: the whole map and, for several stripes, each
+    one."""
+    return [(0, height), *(stripe_rows(height, stripes) if stripes > 1 else [])]
+
+
+def features_of(stripes: int) -> int:
+    """How many regions a branch pools, and so how many reduced features it has."""
+    return 1 if stripes == 1 else 1 + stripes
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -16,7 +16,8 @@ _INSTRUCTION_SETS = (
 
 
 class Hardware(BaseModel):
-    """What an engine runs on. Two machines with one CPU name may have other instruction sets, and INT8 sums differ by them.
+    """What an engine runs on. Two machines with one CPU name may have other instruction sets, and INT8 sums differ by
+    them.
 
     `gpu`, `compute_capability` ("8.6") and `driver` ("580.65.06") are None where no GPU is used.
     """

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
-from mgn_deploy.config import GEM_EPSILON, ModelConfig, Neck, stripe_rows
+from mgn_deploy.config import GEM_EPSILON, ModelConfig, Neck, Pooling, features_of, stripe_rows
 from mgn_deploy.train.resnet import IBN, build_resnet, feature_channels, remove_stride
 
 GEM_POWER = 3.0  # Radenovic et al. 2019, section 3.2: where training starts, and what a fixed GeM uses
@@ -57,6 +57,28 @@ class Reduction(nn.Sequential):
         super().__init__(conv, nn.BatchNorm2d(reduced_width), *rest)
 
 
+def stripe_pool(
+    feature_map: Tensor, stripes: int, pooling: Pooling = "max", powers: Tensor | None = None
+) -> list[Tensor]:
+    """Pool a map `[n, C, H, W]`: the whole of it, then (for more than one) each stripe; `[n, C, 1, 1]` each.
+
+    `kernels/reference.py` is the definition. This is PyTorch's, for training and for what is traced: the whole map is
+    not sliced, as the slice would be an operator of the graph. `powers`, for "gem", is one a region.
+    """
+    regions = [feature_map]
+    if stripes > 1:
+        regions += [feature_map[:, :, first:last] for first, last in stripe_rows(feature_map.shape[2], stripes)]
+    if pooling == "max":
+        return [region.amax((2, 3), keepdim=True) for region in regions]
+    if pooling == "avg":
+        return [region.mean((2, 3), keepdim=True) for region in regions]
+    assert powers is not None
+    return [
+        region.clamp(min=GEM_EPSILON).pow(power).mean((2, 3), keepdim=True).pow(1 / power)
+        for region, power in zip(regions, powers, strict=True)
+    ]
+
+
 class Branch(nn.Module):
     """One branch after the shared trunk: its own layer3[1:] and layer4, and a reduction for every pooled vector."""
 
@@ -70,7 +92,7 @@ class Branch(nn.Module):
         self.layer4 = copy.deepcopy(resnet.layer4)
         if stripes > 1 or config.global_stride == 1:
             remove_stride(self.layer4[0])
-        features = 1 if stripes == 1 else 1 + stripes
+        features = features_of(stripes)
         if config.pooling == "gem":
             self.powers = nn.Parameter(torch.full((features,), GEM_POWER))
         channels = feature_channels(resnet)
@@ -82,18 +104,8 @@ class Branch(nn.Module):
 
     def pool(self, feature_map: Tensor) -> list[Tensor]:
         """The whole map, then each stripe, pooled: `[n, C, 1, 1]` each."""
-        regions = [feature_map]
-        if self.stripes > 1:
-            rows = stripe_rows(feature_map.shape[2], self.stripes)
-            regions += [feature_map[:, :, first:last] for first, last in rows]
-        if self.pooling == "max":
-            return [region.amax((2, 3), keepdim=True) for region in regions]
-        if self.pooling == "avg":
-            return [region.mean((2, 3), keepdim=True) for region in regions]
-        return [
-            region.clamp(min=GEM_EPSILON).pow(power).mean((2, 3), keepdim=True).pow(1 / power)
-            for region, power in zip(regions, self.powers, strict=True)
-        ]
+        powers = self.powers if self.pooling == "gem" else None
+        return stripe_pool(feature_map, self.stripes, self.pooling, powers)
 
     def reduce(self, pooled: list[Tensor]) -> list[Tensor]:
         """One reduced vector `[n, reduced_width]` for each pooled one."""

@@ -100,11 +100,11 @@ def cells(precisions: list[str], engines: list[str]) -> list[Cell]:
     found = []
     for precision in precisions:
         for fused_heads in (False, True) if precision == "fp16" else (False,):
-            of_precision = [
-                Cell(precision, fused_heads, placement_for(one) if precision == "int8" else None, one)
-                for one in engines
+            able = [one for one in engines if TABLE[one].fused_heads or not fused_heads]
+            row = [
+                Cell(precision, fused_heads, placement_for(one) if precision == "int8" else None, one) for one in able
             ]
-            found += sorted(of_precision, key=lambda cell: str(cell.placement))
+            found += sorted(row, key=lambda cell: str(cell.placement))
     return found
 
 

@@ -17,10 +17,9 @@ from mgn_deploy.backends.tensorrt.plans import plan_for
 from mgn_deploy.backends.tensorrt.runner import TensorRtBackend
 from mgn_deploy.bench.gpu.matrix import Cell, cells, engine_problem
 from mgn_deploy.bench.gpu.turns import METHOD, Rivals
-from mgn_deploy.bench.kernel.clock import machine
-from mgn_deploy.bench.kernel.run import sentence
-from mgn_deploy.bench.precision import describe
+from mgn_deploy.bench.report import machine, sentence
 from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.cuda.device import this_gpu
 from mgn_deploy.datasets import open_data
@@ -30,13 +29,11 @@ from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.export.exporter import export_bundle
 from mgn_deploy.export.options import ExportOptions
 from mgn_deploy.export.proof.prove import proof_pixels, prove_again
-from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 from mgn_deploy.train.weights import load_weights, weights_hash, write_untrained_weights
 
 _log = logging.getLogger("mgn_deploy")
 
 DRAWN_IDENTITIES = 16  # to calibrate on where no images are given: 128 crops
-OF_PROOF = {"images", "image_source", "drawn", "other_images_cosine", "batch_drift", "backend_version", "hardware"}
 
 
 class Matrix:
@@ -63,7 +60,7 @@ class Matrix:
         self._result: dict[str, Any] = {
             "bench": "matrix",
             "date": datetime.date.today().isoformat(),
-            "device": device(),
+            "device": machine(),
             "model": f"{config.backbone} MGN {config.height}x{config.width}, base width {config.base_width}",
             "weights": {"sha256": weights_hash(self._weights), "random": chosen.weights is None},
             "data": self._data
@@ -143,8 +140,11 @@ class Matrix:
         if engine not in manifest.proofs:
             raise UserError("it runs and has no proof: the log says why")
         proof = manifest.proofs[engine]
-        row = describe((engine, manifest.precision), embedder)
-        row |= {"plan MB": plan_megabytes(bundle, embedder), "proof": proof.model_dump(include=OF_PROOF)}
+        row: dict[str, Any] = {
+            "graph MB": round(manifest.files[GRAPH].size / 1e6, 1),
+            "plan MB": plan_megabytes(bundle, embedder),
+            "proof": proof.model_dump(mode="json", exclude={"passed", "misses"}),
+        }
         row |= {"missed": proof.misses} if proof.misses else {}
         if manifest.quantisation:
             row["quantisation"] = manifest.quantisation.model_dump()
@@ -178,9 +178,3 @@ def plan_megabytes(bundle: Bundle, embedder: Embedder) -> float | None:
         plan = plan_for(bundle, backend.name, backend.version, this_gpu(), backend.fused_heads)
         return round(len(plan) / 1e6, 1)
     return None
-
-
-def device() -> dict[str, Any]:
-    """The CPU, and the GPU with what drives it where there is one."""
-    cpu = {"cpu": f"{cpu_name()}, {usable_cpus()} CPUs ({' '.join(cpu_features())})", "torch": torch.__version__}
-    return {**(machine() if torch.cuda.is_available() else {}), **cpu}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mgn_deploy.backends.base import Backend
-from mgn_deploy.bench.kernel.run import sentence
+from mgn_deploy.bench.report import sentence
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.train.model import MGN, Embedding, fold_batch_norms
@@ -25,14 +25,14 @@ FEWEST_ROUNDS = 3
 REFERENCE = "torch fp32"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHOD = {
-    "images/s": f"{CALLS} batches from host memory to embeddings in host memory, as `embed` gives them: what an engine can overlap, it does; "
-    "median over the rounds",
+    "images/s": f"{CALLS} batches from host memory to embeddings in host memory, as `embed` gives them: what an engine "
+    "can overlap, it does; median over the rounds",
     "latency ms": f"one batch alone, host to host; median over the rounds and {CALLS} calls in each",
     "x": "the row's images/s over the rival's in the same round; median over the rounds",
     "rounds": "each round runs the engine and all its rivals one after the other; the first round is not counted",
     REFERENCE: "PyTorch eager as `mgn-deploy` runs it, batch norms not folded, TF32 off",
-    "other rivals": "batch norms folded; in 16 bits the network is channels-last; torch_compile is mode reduce-overhead (CUDA graphs), compiled "
-    "for each batch; beside INT8 they are fp16's",
+    "other rivals": "batch norms folded; in 16 bits the network is channels-last; torch_compile is mode "
+    "reduce-overhead (CUDA graphs), compiled for each batch; beside INT8 they are fp16's",
 }
 
 
@@ -46,6 +46,9 @@ class TorchRival:
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # batches x types; beyond its limit it refuses
             self._run = torch.compile(embedding, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        return map(self, batches)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

@@ -1,6 +1,6 @@
-"""The fused heads against PyTorch's and TensorRT's on a GPU: right first, then fast, and how near to what the GPU can do.
+"""The fused heads against PyTorch's and TensorRT's on a GPU: if they are right, how fast, how near to the hardware.
 
-`python -m mgn_deploy.bench.kernel --out FILE` measures the paper's heads (2048 channels to 256, maps of 12x4, 24x8, 24x8)
+`python -m mgn_deploy.bench.kernel --out FILE` measures the paper's heads (2048 channels to 256, maps of 12x4 and 24x8)
 in float16, bfloat16 and float32, NHWC and NCHW, for 1 to 512 images, with features or embeddings as the result.
 """
 
@@ -31,9 +31,9 @@ RIVALS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: all is measured; 1: something failed or was wrong; 2: it cannot run here."""
+    """Measure and print; return 0 if all is measured, 1 if something failed or was wrong, 2 if it cannot run here."""
     parser = argparse.ArgumentParser(prog="python -m mgn_deploy.bench.kernel", description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON of everything, rewritten after each case")
+    parser.add_argument("--out", type=Path, help="JSON of everything, written again after each case")
     parser.add_argument("--minutes", type=float, default=30, help="no case is begun after that time (30)")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     show_log()
@@ -71,8 +71,10 @@ def _torch_problem() -> str | None:
 
 
 def table(result: dict[str, Any]) -> tuple[str, list[list[str]]]:
-    """The title and the rows for people: times in us with the L2 cache emptied; the rivals' over the kernel's. All are in
-    CUDA graphs but where a column says otherwise."""
+    """Make the title and the rows for people: times in us with the L2 cache emptied, the rivals' over the kernel's.
+
+    All are in CUDA graphs but where a column says otherwise.
+    """
     limits, gpu = result["ceilings"], result["machine"]["gpu"]
     rates = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in limits["operations_per_second"].items())
     title = (
@@ -98,7 +100,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def faults(result: dict[str, Any]) -> list[str]:
-    """What failed, is wrong, or is the kernel's and gave other bits the second time."""
+    """List what failed, is wrong, or is the kernel's and gave other bits the second time."""
     found = []
     for row in result["cases"]:
         name = f"{row['dtype']} {row['layout']} {row['output']} {row['images']}"
@@ -114,7 +116,7 @@ def faults(result: dict[str, Any]) -> list[str]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What the table does not say."""
+    """Say what the table does not."""
     said = [f"{who} is left out: {why}" for who, why in result["left_out"].items()]
     if result["not_begun"]:
         said.append(f"{len(result['not_begun'])} cases were not begun: --minutes were over, or the GPU was lost")

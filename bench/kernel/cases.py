@@ -9,13 +9,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from mgn_deploy.config import stripe_rows
-from mgn_deploy.kernels.plan import features_of
+from mgn_deploy.config import features_of
+from mgn_deploy.train.model import stripe_pool
 
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# ||result - reference|| / ||reference||, the reference in float64. What sums in float32 may err by, whatever the maps' type:
-# their numbers and maxima are exact. TF32's 10 bits would be 3e-4 off.
+# ||result - reference|| / ||reference||, the reference in float64: what sums in float32 may err by, whatever the maps'
+# type, as their numbers and maxima are exact. TF32's 10 bits would be 3e-4 off.
 EXACT = 1e-5
 # The most that one rounding to the type moves a number by, of its own size: half a unit of the last of 11 and 8 bits.
 # Of float32 it is in EXACT.
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """The fewest that must move: each map, the weights and the bias read once, the result written once."""
+        """Fewest bytes that must move: each map, the weights and the bias read once, the result written once."""
         size = DTYPES[self.dtype].itemsize
         maps = self.rows * self.channels * sum(height * width for height, width in self.sizes)
         weight, bias = self.features * self.reduced * self.channels, self.features * self.reduced
@@ -62,12 +62,12 @@ class Case:
 
     @property
     def operations(self) -> int:
-        """Of the reductions, a multiply-add being two."""
+        """Operations of the reductions, a multiply-add being two."""
         return 2 * self.rows * self.features * self.reduced * self.channels
 
 
 def all_cases(images: Sequence[int] = IMAGES) -> list[Case]:
-    """What matters most first: a run whose time is up has it."""
+    """List all cases, what matters most first: a run whose time is up has it."""
     first = [
         ("float16", "nhwc", "mirror_embeddings"),
         ("float16", "nchw", "mirror_embeddings"),
@@ -80,7 +80,7 @@ def all_cases(images: Sequence[int] = IMAGES) -> list[Case]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Maps `[rows, C, H, W]`, laid out as the case says; weight `[F, R, C]` of the maps' dtype; bias `[F, R]`, float32."""
+    """Maps `[rows, C, H, W]`, laid out as the case says, weight `[F, R, C]` of their dtype, bias `[F, R]`, float32."""
 
     maps: list[Tensor]
     weight: Tensor
@@ -88,7 +88,7 @@ class Inputs:
 
 
 def random_inputs(case: Case, device: str, seed: int) -> Inputs:
-    """Normally distributed numbers. The bias is one that the maps' dtype can hold, for heads that add it in that dtype."""
+    """Draw normally distributed numbers. The maps' dtype can hold the bias, for heads that add it in that dtype."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(device).manual_seed(seed)
     format_ = torch.channels_last if case.layout == "nhwc" else torch.contiguous_format
     maps = [
@@ -103,22 +103,24 @@ def random_inputs(case: Case, device: str, seed: int) -> Inputs:
 
 
 def tolerance(case: Case, roundings: int) -> float:
-    """Of the error of a result whose numbers were rounded that often to the maps' type on their way."""
+    """Bound the error of a result whose numbers were rounded that often to the maps' type on their way."""
     return EXACT + roundings * ROUNDING[case.dtype]
 
 
 def right_answer(case: Case, inputs: Inputs) -> Tensor:
-    """The result in float64. Maxima are exact in any dtype, so the maps stay in theirs."""
+    """Compute the result in float64: `[rows, F * R]` features or `[images, F * R]` embeddings.
+
+    Maxima are exact in any dtype, so the maps stay in theirs.
+    """
     pooled: list[Tensor] = []
     for map_, stripes in zip(inputs.maps, case.branches, strict=True):
-        regions = [(0, map_.shape[2]), *(stripe_rows(map_.shape[2], stripes) if stripes > 1 else [])]
-        pooled += [map_[:, :, first:last].amax((2, 3)).double() for first, last in regions]
+        pooled += [vector.flatten(1).double() for vector in stripe_pool(map_, stripes)]
     reduced = torch.einsum("fnc,frc->nfr", torch.stack(pooled), inputs.weight.double()) + inputs.bias.double()
     return finish(reduced.relu().flatten(1), case.output)
 
 
 def finish(features: Tensor, output: str) -> Tensor:
-    """What `train.model.Embedding` does after the network: mirror average (images first, mirrors last) and L2 norm."""
+    """Do what `train.model.Embedding` does after the network: mirror average (images first, mirrors last), L2 norm."""
     if output == "features":
         return features
     half = len(features) // 2

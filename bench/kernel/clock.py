@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +18,11 @@ _HEAD_START = 200_000  # cycles, some 0.1 ms: what the host may run ahead, so th
 
 
 class CudaClock:
-    """Events around a run. In front of it, on the same stream: 0.1 ms of nothing, and then for a cold run a read of more
-    than the L2 cache holds (reading leaves nothing to be written back later), for a warm run the run itself."""
+    """Events around a run; returns seconds.
+
+    In front of it, on the same stream, go 0.1 ms of nothing and then, for a cold run, a read of more than the L2 cache
+    holds (reading leaves nothing to be written back later), for a warm run the run itself.
+    """
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -42,7 +44,7 @@ class CudaClock:
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], clock: Clock, turns: int, cold: bool) -> dict[str, list[float]]:
-    """Seconds of each run in each turn, all of them once a turn; the first turn is not counted."""
+    """Measure the seconds of each run in each turn, all of them once a turn; the first turn is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns + 1):
         for name, run in runs.items():
@@ -53,7 +55,7 @@ def in_turns(runs: Mapping[str, Callable[[], object]], clock: Clock, turns: int,
 
 
 def ceilings(clock: Clock, turns: int = 20) -> dict[str, Any]:
-    """What no kernel can be faster than, and what two events with nothing between them show."""
+    """Measure what no kernel can be faster than, and what two events with nothing between them show."""
     found = {
         "copy_bytes_per_second": _copy_rate(clock, turns),
         "operations_per_second": {name: _matrix_rate(clock, turns, dtype) for name, dtype in DTYPES.items()},
@@ -64,14 +66,14 @@ def ceilings(clock: Clock, turns: int = 20) -> dict[str, Any]:
 
 
 def _copy_rate(clock: Clock, turns: int) -> float:
-    """Of a copy of 2 GiB on the device, bytes read and bytes written."""
+    """Measure a copy of 2 GiB on the device: bytes read and bytes written a second."""
     source = torch.empty(1 << 29, device="cuda").normal_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / _median(lambda: target.copy_(source), clock, turns, True)
 
 
 def _matrix_rate(clock: Clock, turns: int, dtype: torch.dtype) -> float:
-    """Of a product of two random matrices, a multiply-add being two operations; float32 is without tf32 (`main` says so)."""
+    """Measure a product of two random matrices: operations a second, a multiply-add being two; float32 is not tf32."""
     a, b, product = (torch.empty(8192, 8192, dtype=dtype, device="cuda").normal_() for _ in range(3))
     return 2 * 8192**3 / _median(lambda: torch.matmul(a, b, out=product), clock, turns, False)
 
@@ -93,7 +95,7 @@ class Network:
         self._known: dict[int, dict[str, Any]] = {}
 
     def times(self, rows: int) -> dict[str, Any]:
-        """Medians of a forward of `rows` images (mirrors counted), launch by launch and in a CUDA graph, in us."""
+        """Return the medians in us of a forward of `rows` images (mirrors counted), plain and in a CUDA graph."""
         if rows not in self._known:
             self._known[rows] = self._measure(rows)
         return self._known[rows]
@@ -105,37 +107,3 @@ class Network:
         runs = {"eager_us": eager.run, "graph_us": graphed(eager).run}
         seconds = in_turns(runs, self._clock, 10, True)
         return {"rows": rows, **{name: 1e6 * statistics.median(each) for name, each in seconds.items()}}
-
-
-def machine() -> dict[str, Any]:
-    """The GPU and what drives it."""
-    import platform
-
-    properties = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        driver = None
-    return {
-        "gpu": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "memory_bytes": properties.total_memory,
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "nvrtc": _nvrtc(),
-    }
-
-
-def _nvrtc() -> str | None:
-    try:
-        from cuda.bindings import nvrtc
-    except ImportError:  # the kernel's contenders say so
-        return None
-    _, major, minor = nvrtc.nvrtcVersion()
-    return f"{major}.{minor}"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mgn_deploy.bench.kernel.cases import Case, Inputs, finish, tolerance
-from mgn_deploy.config import stripe_rows
-from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS, PATHS, make_problem
+from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS
+from mgn_deploy.train.model import stripe_pool
 
 NAMES = {
     "kernel": "stripe_pool_reduce.cu, the path that its plan takes, launched by itself",
@@ -29,17 +29,20 @@ NAMES = {
     "compiled_graph": "the same by torch.compile in a CUDA graph",
     "lean_graph": "PyTorch eager reading each map once and reducing in one batched product, in a CUDA graph",
     "lean_compiled_graph": "the same by torch.compile in a CUDA graph",
-    "tensorrt": "a TensorRT or TensorRT-RTX engine of the heads alone, not in a CUDA graph; NHWC maps through a Transpose; "
-    "weights, bias and products are of the maps' type, where exports go on in float32 after the maxima: a faster rival, as "
-    "there is less to move and to compute, than the engine that ships",
+    "tensorrt": "a TensorRT or TensorRT-RTX engine of the heads alone, not in a CUDA graph; NHWC maps through a "
+    "Transpose; weights, bias and products are of the maps' type, where exports go on in float32 after the maxima: a "
+    "faster rival, as there is less to move and to compute, than the engine that ships",
 }
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`run` starts it on the current stream and returns where the result will be; `poison` spoils what it has to write.
-    `facts` go into the results. `roundings` is how often it may round to the maps' type: PyTorch and TensorRT the product,
-    the sum with the bias and the sum with the mirror."""
+    """One way to compute a case's heads.
+
+    `run` starts it on the current stream and returns where the result will be; `poison` spoils what it has to write.
+    `facts` go into the results. `roundings` is how often it may round to the maps' type: PyTorch and TensorRT round the
+    product, the sum with the bias and the sum with the mirror.
+    """
 
     run: Callable[[], Tensor]
     poison: Callable[[], object] = lambda: None
@@ -48,7 +51,7 @@ class Contender:
 
 
 class Heads(nn.Module):
-    """As the branches of `train.model.MGN` have them: each region pooled by itself, a 1x1 convolution for each."""
+    """The heads as the branches of `train.model.MGN` have them: each region pooled alone, a 1x1 convolution each."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__()
@@ -59,19 +62,16 @@ class Heads(nn.Module):
     def forward(self, *maps: Tensor) -> Tensor:
         reduced: list[Tensor] = []
         for map_, stripes in zip(maps, self.case.branches, strict=True):
-            regions = [map_]
-            if stripes > 1:
-                regions += [map_[:, :, first:last] for first, last in stripe_rows(map_.shape[2], stripes)]
-            for region in regions:
-                vector, feature = region.amax((2, 3), keepdim=True), len(reduced)
+            for vector in stripe_pool(map_, stripes):
+                feature = len(reduced)
                 product = nn.functional.conv2d(vector, self.weights[feature], self.biases[feature])
                 reduced.append(product.relu().flatten(1))
         return finish(torch.cat(reduced, dim=1), self.case.output)
 
 
 class LeanHeads(nn.Module):
-    """Each map read once, as the whole map's maxima are those of its stripes, and all reductions in one product. Heights
-    must be multiples of the stripes."""
+    """The heads as PyTorch can have them fastest: each map is read once, as the whole map's maxima are those of its
+    stripes, and all reductions are one product. Heights must be multiples of the stripes."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__()
@@ -106,15 +106,15 @@ class Kernel:
 
     def __init__(self, case: Case, inputs: Inputs, path: str = "auto") -> None:
         from mgn_deploy.kernels.nvrtc import PlannedKernel
-        from mgn_deploy.kernels.torch_op import arrange, pointers_to
+        from mgn_deploy.kernels.torch_heads import Heads as Arguments
 
-        shape, self._arranged = arrange(inputs.maps, case.branches, inputs.weight, inputs.bias, None, None, None)
+        self._arguments = Arguments(inputs.maps, case.branches, inputs.weight, inputs.bias).arranged()
         self._device = inputs.weight.device
-        self._planned = PlannedKernel(make_problem(*shape, output=case.output, path=path), self._device.index or 0)
+        self._planned = PlannedKernel(self._arguments.problem(case.output, path), self._device.index or 0)
         self._workspace = torch.zeros(self._planned.workspace_bytes, dtype=torch.uint8, device=self._device)
         dtype = inputs.weight.dtype if case.output == "features" else torch.float32
         self._result = torch.empty(case.images, case.features * case.reduced, dtype=dtype, device=self._device)
-        self._pointers = pointers_to(self._arranged, self._workspace, self._result)
+        self._pointers = self._arguments.pointers(self._workspace, self._result)
 
     def run(self) -> Tensor:
         self._planned.launch(self._pointers, torch.cuda.current_stream(self._device).cuda_stream)
@@ -126,7 +126,7 @@ class Kernel:
 
     def contender(self) -> Contender:
         plan = self._planned.plan
-        facts = {"path": PATHS[plan.path], "splits": plan.splits, "tensor_cores": bool(plan.tensor_cores)}
+        facts = {"path": plan.path, "splits": plan.splits, "tensor_cores": plan.tensor_cores}
         return Contender(self.run, self.poison, facts, roundings=1)
 
 
@@ -135,7 +135,7 @@ def module(heads: Callable[..., Tensor], inputs: Inputs) -> Contender:
 
 
 def graphed(contender: Contender) -> Contender:
-    """Its work captured in a CUDA graph; the result is where the capture put it."""
+    """Capture a contender's work in a CUDA graph; the result is where the capture put it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -158,7 +158,7 @@ def graphed(contender: Contender) -> Contender:
 
 
 def makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:
-    """How to make each contender of a case on a GPU; making one may fail."""
+    """Return how to make each contender of a case on a GPU; making one may fail."""
     torch.compiler.reset()  # else the ninth shape would be refused
     heads, lean = Heads(case, inputs), LeanHeads(case, inputs)
     # For this very shape: code for any batch is slower.
@@ -182,8 +182,11 @@ def makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:
 
 
 def check(contender: Contender, expected: Tensor, case: Case) -> dict[str, Any]:
-    """Two runs into spoilt memory: `error` of the first against float64, whether both have the same bits, and in `wrong`
-    why the contender may not be timed."""
+    """Run twice into spoilt memory.
+
+    Returns:
+        `error` of the first run against float64, `bit_equal` of both, in `wrong` why the contender may not be timed.
+    """
     results = []
     for _ in range(2):
         contender.poison()

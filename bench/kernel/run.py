@@ -1,4 +1,4 @@
-"""The run of `bench.kernel`: case by case, first whether each contender is right, then its times, in turns with the others."""
+"""The run of `bench.kernel`: case by case, first if each contender is right, then its times, in turns with others."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mgn_deploy.bench.kernel.cases import Case, Inputs, all_cases, random_inputs, right_answer
-from mgn_deploy.bench.kernel.clock import Clock, CudaClock, Network, ceilings, in_turns, machine
+from mgn_deploy.bench.kernel.clock import Clock, CudaClock, Network, ceilings, in_turns
 from mgn_deploy.bench.kernel.contenders import NAMES, Contender, check, makers
+from mgn_deploy.bench.report import machine, sentence
 from mgn_deploy.errors import CannotRun
 
 _log = logging.getLogger("mgn_deploy")
@@ -26,24 +27,24 @@ TURNS = 40
 METHOD = {
     "cold_us": "median GPU time between two CUDA events, the L2 cache emptied before each run by reading other memory",
     "warm_us": "the same right after another run over the same inputs",
-    "head start": "0.1 ms of waiting on the GPU goes before each run, the host launches meanwhile: what it cannot launch in "
-    "that time (eager's many kernels) shows, and Python's part of a launch may where the work is small",
-    "headline": "kernel_graph, as the pipeline launches the kernel inside a CUDA graph; its rivals are those named ..._graph",
+    "head start": "0.1 ms of waiting on the GPU goes before each run, the host launches meanwhile: what it cannot "
+    "launch in that time (eager's many kernels) shows, and Python's part of a launch may where the work is small",
+    "headline": "kernel_graph, as the pipeline launches the kernel inside a CUDA graph; its rivals are named ..._graph",
     "turns": f"each contender once a turn, {TURNS} turns counted",
     "bytes": "each map, weight and bias once, the result once",
-    "floor_us": "the larger of bytes over the measured copy rate (bytes read + written) and operations over the measured "
-    "rate of an 8192^3 matrix product of that dtype",
-    "error": "||result - reference|| / ||reference||, reference in float64, of fresh random inputs into poisoned memory; at most "
-    "1e-5 and, in 16 bits, a rounding: of the kernel one, of its rivals three",
+    "floor_us": "the larger of bytes over the measured copy rate (bytes read + written) and operations over the "
+    "measured rate of an 8192^3 matrix product of that dtype",
+    "error": "||result - reference|| / ||reference||, reference in float64, of fresh random inputs into poisoned "
+    "memory; at most 1e-5 and, in 16 bits, a rounding: of the kernel one, of its rivals three",
     "of_network": "cold_us over the time of the whole ResNet-50 MGN's forward (float16, channels-last, CUDA graph)",
 }
 
 
 def run(minutes: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """All cases that are begun within `minutes`; `save` gets the result after each of them.
+    """Measure all cases that are begun within `minutes`; `save` gets the result after each of them.
 
-    What fails is in the result as a sentence: a contender's `failed`, a case's `failed`, or, where the GPU can be used no
-    more, `stopped`.
+    What fails is in the result as a sentence: a contender's `failed`, a case's `failed`, or, where the GPU can be used
+    no more, `stopped`.
     """
     deadline = time.monotonic() + 60 * minutes
     # float32 means float32: cuDNN's convolutions are tf32 unless told otherwise.
@@ -118,7 +119,7 @@ def _makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:
 
 
 def _free() -> None:
-    """What a case took. After a sticky error there is nothing to free, and asking for it fails, too."""
+    """Free what a case took. After a sticky error there is nothing to free, and asking for it fails, too."""
     gc.collect()
     with contextlib.suppress(RuntimeError):
         torch.cuda.empty_cache()
@@ -144,7 +145,7 @@ def measure_case(
     clock: Clock,
     turns: int,
 ) -> dict[str, Any]:
-    """One row of the result. Who cannot run here at all goes into `left_out` and is not asked again."""
+    """Measure one row of the result. Who cannot run here at all goes into `left_out` and is not asked again."""
     expected = right_answer(case, inputs)
     found: dict[str, dict[str, Any]] = {}
     ready: dict[str, Callable[[], Tensor]] = {}
@@ -177,14 +178,14 @@ def _summary(kind: str, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def floor_of(case: Case, limits: dict[str, Any]) -> tuple[float, str]:
-    """Seconds that no version can be much faster than, and whether bytes or operations say so."""
+    """Return the seconds that no version can be much faster than, and whether bytes or operations say so."""
     moving = case.bytes / limits["copy_bytes_per_second"]
     reckoning = case.operations / limits["operations_per_second"][case.dtype]
     return (moving, "bytes") if moving >= reckoning else (reckoning, "operations")
 
 
 def add_figures(row: dict[str, Any], case: Case, limits: dict[str, Any]) -> None:
-    """What the times are worth: bytes/s over the copy's, time over the floor."""
+    """Add what the times are worth: bytes/s over the copy's, time over the floor."""
     floor, bound = floor_of(case, limits)
     row |= {"floor_us": round(1e6 * floor, 3), "bound": bound}
     for found in row["contenders"].values():
@@ -204,13 +205,8 @@ def add_share(row: dict[str, Any], network: dict[str, Any]) -> None:
             found["of_network"] = round(found["cold_us"] / network["graph_us"], 5)
 
 
-def sentence(error: Exception) -> str:
-    """What went wrong, in one line of sensible length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def describe(row: dict[str, Any]) -> str:
-    """A line of progress."""
+    """Make a line of progress of a row."""
     name = f"{row['dtype']} {row['layout']} {row['output']} {row['images']}"
     if "failed" in row:
         return f"{name}: {row['failed']}"

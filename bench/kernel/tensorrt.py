@@ -1,7 +1,8 @@
 """The heads as TensorRT or TensorRT-RTX does them: an engine of nothing but the nodes of `export/graph/heads.py`.
 
-In half precision that is a faster rival than what ships, as there is less to move and to compute: weights, bias, product and
-sum are of the maps' type here, while exports cast the maxima to float32 and keep weights and bias in it (`export/half.py`).
+In half precision that is a faster rival than what ships, as there is less to move and to compute: weights, bias,
+product and sum are of the maps' type here, while exports cast the maxima to float32 and keep weights and bias in it
+(`export/precision/half.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Float32 graph -> INT8 graph by explicit QuantizeLinear / DequantizeLinear pairs around the convolutions.
 
-The engines' integer kernels differ, and so do the placements in the table of engines (`mgn_deploy/backends/registry.py`):
+The engines' integer kernels differ, and so do the placements in the table of engines
+(`mgn_deploy/backends/registry.py`):
 
 - tensorrt: int8 activations, zero point 0 (its parser takes no other). Of a residual addition only the skip side is
   quantised, so that the convolution on the other side takes the addition into its own kernel.

@@ -77,7 +77,8 @@ class Bundle:
             raise UserError(f"{self.folder / name}: {error.strerror}; copy the bundle or export it again") from None
         if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:
             raise UserError(
-                f"{self.folder / name} is not what was exported (its SHA-256 differs): copy the bundle or export it again"
+                f"{self.folder / name} is not what was exported (its SHA-256 differs): "
+                "copy the bundle or export it again"
             )
         return content
 

@@ -50,8 +50,8 @@ class Proof(_Strict):
 
     `top10_agreement` is the mean share of each image's ten nearest neighbours that the reference names too.
     `other_images_cosine` is the reference's mean cosine between different images: the nearer to 1, the less a cosine
-    near 1 says. `batch_drift` is the largest change of a coordinate with the size of the batch, the position in it and the
-    neighbours.
+    near 1 says. `batch_drift` is the largest change of a coordinate with the size of the batch, the position in it and
+    the neighbours.
     """
 
     images: int

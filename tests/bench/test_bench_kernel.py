@@ -1,5 +1,4 @@
-"""`bench.kernel` as far as no GPU is needed: that its contenders compute the same, its arithmetic, its results'
-form."""
+"""`bench.kernel` as far as no GPU is needed: that its contenders compute the same, its arithmetic, its results."""
 
 from __future__ import annotations
 
@@ -189,8 +188,7 @@ def refuse(error):
 
 @pytest.fixture
 def result():
-    """A run's result with one case measured by the wall clock: a contender right, one wrong, one broken, one not
-    here."""
+    """A run's result with one case measured by the wall clock: contenders right, wrong, broken and not here."""
     case = small("float16", "nhwc")
     inputs = random_inputs(case, "cpu", 3)
     ways = {
@@ -392,6 +390,20 @@ def test_the_suite_takes_no_tests_and_a_pytest_that_breaks_down_for_none_passed(
     for arguments, code in (([str(tmp_path)], 0), (["no/such/file.py"], 4)):
         found = gpu_suite.run_pytest(*arguments)
         assert (found["exit"], found["passed"], found["failed"]) == (code, 0, 0)
+
+
+def test_the_suite_finds_the_tests_that_need_a_gpu_in_all_folders():
+    folders = {path.parent.name for path in gpu_suite.gpu_test_files()}
+    assert {"kernels", "backends"} <= folders
+
+
+def test_the_sanitizers_run_the_operator_in_every_type_and_layout_on_both_paths():
+    command = [*gpu_suite.PYTEST, *gpu_suite.SANITIZED, "--collect-only"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    collected = {line.partition("[")[2] for line in done.stdout.splitlines() if "::" in line}
+    types, layouts, batches = ("dtype0", "dtype1", "dtype2"), ("True", "False"), ("2]", "9]")
+    features = {f"{dtype}-max-{last}-{n}" for dtype in types for last in layouts for n in batches}
+    assert collected == features | {f"{dtype}-2-mirror_embeddings]" for dtype in types}
 
 
 @pytest.mark.skipif(gpu_problem() is None, reason="this machine has a GPU")

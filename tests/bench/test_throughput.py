@@ -7,12 +7,9 @@ import shutil
 import statistics
 
 import pytest
-import typer
 from in_process import mgn_deploy
 
 import mgn_deploy.bench.throughput as throughput
-from mgn_deploy.bench.precision import REFERENCE, ROWS, main
-from mgn_deploy.datasets.drawn import draw_market1501
 from mgn_deploy.errors import UserError
 from mgn_deploy.export.exporter import export_bundle
 from mgn_deploy.export.options import ExportOptions
@@ -99,20 +96,3 @@ def test_the_table_names_model_engine_and_machine(bundle_folder, crops):
     assert done.returncode == 0, done.stderr
     for word in ("bare engine", "embed (files to store)", "median", "resnet18 MGN", "openvino", "CPUs"):
         assert word in " ".join(done.stdout.split())
-
-
-@pytest.mark.slow
-def test_precisions_of_every_cpu_engine_stand_beside_pytorch(weights, crops, tmp_path, capsys):
-    draw_market1501(tmp_path / "people", train_identities=1, test_identities=6)
-    data = ("--data", f"market1501:{tmp_path / 'people'}", "--calib", crops, "--max-drop", "100")
-    small = ("--images", "8", "--rounds", "1")
-    command = typer.Typer()
-    command.command()(main)
-    arguments = ["--weights", weights, *data, *small, "--json"]
-    command(list(map(str, arguments)), standalone_mode=False)
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [(row["engine"], row["precision"]) for row in rows] == [REFERENCE, *ROWS]
-    assert all(0 < row["mAP"] <= 100 and row["mean cosine"] > 0.98 for row in rows)
-    assert all(row["img/s b1"] > 0 and row["x torch b8"] > 0 for row in rows)
-    sizes = {(row["engine"], row["precision"]): row["MB"] for row in rows}
-    assert sizes["openvino", "int8"] < sizes["openvino", "bf16"] < sizes["openvino", "fp32"]

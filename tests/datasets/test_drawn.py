@@ -10,8 +10,8 @@ import numpy
 import pytest
 from PIL import Image
 
-from mgn_deploy.datasets.drawn import draw_crop, draw_market1501, draw_people
 from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK
+from mgn_deploy.datasets.drawn import draw_crop, draw_market1501, draw_people
 from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.errors import UserError
 

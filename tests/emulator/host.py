@@ -1,34 +1,45 @@
 """`stripe_pool_reduce.cu` compiled for the CPU through `host_shim.h`: how its tests run it where there is no GPU.
 
-Slow, as a simulation is: a check of what the kernels compute, not a way to compute it.
+The kernels are launched as on a GPU: by `kernels/plan.py`, with what `kernels/nvrtc.py` would hand the driver. Slow, as
+a simulation is: a check of what the kernels compute, not a way to compute it.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from mgn_deploy.config import Neck, Pooling
+from mgn_deploy.config import GEM_EPSILON, Neck, Pooling
 from mgn_deploy.kernels import plan
-from mgn_deploy.kernels.plan import (
-    BARRIER_BYTES,
-    DTYPES,
-    MAX_BRANCHES,
-    OUTPUTS,
-    Params,
-    Plan,
-    Pointers,
-    Problem,
-    features_of,
-    make_problem,
-)
+from mgn_deploy.kernels.nvrtc import SOURCE, arguments_by_addresses
+from mgn_deploy.kernels.params import Branch, Params, Pointers
+from mgn_deploy.kernels.plan import BARRIER_BYTES, Device, Launch, Plan, Problem, all_kernels, launches, plan_on
 
-SOURCE = Path(plan.__file__).with_name("stripe_pool_reduce.cu")
+# What the kernels' source has as constants and enumerators, by what `kernels/plan.py` has.
+CONSTANTS = {
+    "kMaxBranches": plan.MAX_BRANCHES,
+    "kMaxStripes": plan.MAX_STRIPES,
+    "kMaxImages": plan.MAX_ROWS,
+    "kThreads": plan.THREADS,
+    "kWarps": plan.WARPS,
+    "kTile": plan.TILE,
+    "kMmaThreads": plan.MMA_THREADS,
+    "kMmaDepth": plan.MMA_DEPTH,
+    "kMmaStride": plan.MMA_STRIDE,
+    "kFmaDepth": plan.FMA_DEPTH,
+    "kFmaStride": plan.FMA_STRIDE,
+    **{f"kTileChannels[{name}]": plan.TILE_CHANNELS[key] for key, name in plan.LAYOUTS.items()},
+    **{name: number for names in (plan.NECKS, plan.OUTPUTS) for number, name in enumerate(names.values())},
+    "kGemEpsilon": f"{GEM_EPSILON}f",
+}
 
 
 def build_host(folder: Path, compiler: str = "g++", sanitize: bool = False, source: Path = SOURCE) -> Path:
@@ -36,35 +47,49 @@ def build_host(folder: Path, compiler: str = "g++", sanitize: bool = False, sour
     kernels' or, to see what the simulation notices, a copy with a fault in it.
 
     Raises:
-        RuntimeError: the compiler fails, with what it says. A warning is a failure.
+        RuntimeError: the compiler fails, with what it says: also where it warns, or where the source has other
+            constants or structures than `kernels/plan.py` and `kernels/params.py`.
     """
-    library = folder / ("stripe_pool_reduce_sanitized.so" if sanitize else "stripe_pool_reduce.so")
-    how = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else ["-O2"]
+    unit = folder / "kernels.cpp"
+    unit.write_text(translation_unit(source))
+    library = folder / ("kernels_sanitized.so" if sanitize else "kernels.so")
+    how = ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else ["-O2"]
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     # Jumping between stacks is what the fibers do; a fortified longjmp takes it for an attack.
-    always = [
-        "-std=c++17",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-U_FORTIFY_SOURCE",
-        "-fPIC",
-        "-shared",
-    ]
-    headers = ["-I", str(SOURCE.parent), "-I", str(Path(__file__).parent)]
-    command = [compiler, "-x", "c++", *always, *how, *headers, "-DMGN_HOST_SHIM", str(source), "-o", str(library)]
+    always = ["-std=c++17", *warnings, "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-I", str(Path(__file__).parent)]
+    command = [compiler, *always, *how, str(unit), "-o", str(library)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
     return library
 
 
+@cache
+def host_library() -> Path:
+    """Build the kernels once a process, for as long as it lives."""
+    folder = tempfile.TemporaryDirectory(prefix="mgn-emulator-")
+    atexit.register(folder.cleanup)
+    return build_host(Path(folder.name))
+
+
+def translation_unit(source: Path) -> str:
+    """The kernels, what they must agree on with Python, and each kernel under its name for `shim_launch`."""
+    facts = [f"{name} == {value}" for name, value in CONSTANTS.items()]
+    for structure in (Branch, Params):
+        name = structure.__name__
+        facts.append(f"sizeof({name}) == {ctypes.sizeof(structure)}")
+        facts += [f"offsetof({name}, {field}) == {getattr(structure, field).offset}" for field, _ in structure._fields_]
+    agreed = "".join(f"static_assert({fact});\n" for fact in facts)
+    kernels = "".join(f'const shim::Kernel kernel_{i}("{name}", {name});\n' for i, name in enumerate(all_kernels()))
+    return f'#define MGN_HOST_SHIM\n#include "{source}"\n{agreed}{kernels}'
+
+
 def rounded(numbers: np.ndarray, dtype: str) -> np.ndarray:
     """Numbers as `dtype` has them, to nearest even, as float32."""
-    return _numbers(_bits(numbers, dtype), dtype)
+    return _numbers(bits(numbers, dtype), dtype)
 
 
-def _bits(numbers: np.ndarray, dtype: str) -> np.ndarray:
+def bits(numbers: np.ndarray, dtype: str) -> np.ndarray:
     """As stored: float32, float16, or bfloat16's bits in uint16."""
     exact = np.ascontiguousarray(numbers, np.float32)
     if dtype != "bfloat16":
@@ -82,41 +107,38 @@ def _numbers(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 
 class HostKernel:
-    """The C API on a simulated device.
+    """The kernels on a simulated device.
 
     Args:
         library: of `build_host`.
-        multiprocessors, capability, cooperative: of the device, as its plans see it.
+        multiprocessors, capability, cooperative: of the device, as plans see it.
     """
 
     def __init__(self, library: Path, multiprocessors: int = 2, capability: int = 90, cooperative: bool = True) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.library.mgn_spr_error.restype = ctypes.c_char_p
         self.library.shim_allocate.restype = ctypes.c_void_p
         self.library.shim_allocate.argtypes = [ctypes.c_size_t]
         self.library.shim_free.argtypes = [ctypes.c_void_p]
-        self._device = (multiprocessors, capability, int(cooperative))
+        self.device = Device(multiprocessors, capability, int(cooperative))
+        self.launched: list[Launch] = []  # of the last `launch`
 
     def plan(self, problem: Problem) -> Plan:
-        plan = Plan()
-        self.library.shim_device(*self._device)
-        self._check(self.library.mgn_spr_plan_for(ctypes.byref(problem), ctypes.byref(plan)))
-        return plan
+        return plan_on(problem, self.device)
 
-    def params(self, problem: Problem, plan: Plan, pointers: Pointers) -> Params:
-        """What the C code tells its kernels."""
-        params = Params()
-        size = self.library.shim_params(
-            ctypes.byref(problem), ctypes.byref(plan), ctypes.byref(pointers), ctypes.byref(params)
-        )
-        assert size == ctypes.sizeof(Params)
-        return params
+    def launch(self, problem: Problem, plan: Plan, pointers: Pointers, order: int = 0) -> None:
+        """Run a plan's kernels. An `order` other than 0 seeds the turns that warps take.
 
-    def take_launches(self) -> list[tuple[int, ...]]:
-        """Grid (3), threads, shared bytes and whether cooperative, of each launch since the last call."""
-        numbers = (ctypes.c_int * 600)()
-        count = self.library.shim_take_launches(numbers, 100)
-        return [tuple(numbers[6 * i : 6 * i + 6]) for i in range(count)]
+        Raises:
+            ValueError: an address is missing or off its alignment.
+        """
+        (params,) = arguments_by_addresses(problem, plan)(pointers)
+        self.library.shim_order(order)
+        self.launched = launches(problem, plan)
+        for one in self.launched:
+            grid = (ctypes.c_uint * 3)(*one.grid)
+            how = (grid, one.threads, ctypes.c_size_t(one.shared), int(one.cooperative), params)
+            if self.library.shim_launch(one.kernel.encode(), *how):
+                raise RuntimeError(f"{one.kernel} is not in the library")
 
     def run(
         self,
@@ -137,48 +159,39 @@ class HostKernel:
         order: int = 0,
     ) -> np.ndarray:
         """Arguments and result as those of `reference.stripe_pool_reduce`, in float32: maps `[n, C, H, W]` and weight
-        `[F, C, R]` are rounded to `dtype` and laid out here. An `order` other than 0 seeds the turns that warps take.
+        `[F, C, R]` are rounded to `dtype` and laid out here.
 
         Raises:
             ValueError: the problem is not one that the kernels take.
-            RuntimeError: the C API returned an error.
         """
-        batch, channels = maps[0].shape[:2]
-        reduced, features = weight.shape[2], sum(map(features_of, branches))
-        sizes = [(map_.shape[2], map_.shape[3]) for map_ in maps]
+        sizes = tuple(map_.shape[2:] for map_ in maps)
         choices = {"pooling": pooling, "neck": neck, "output": output, "path": path}
-        problem = make_problem(dtype, layout, batch, channels, reduced, branches, sizes, **choices)  # type: ignore[arg-type]
+        problem = Problem(dtype, layout, *maps[0].shape[:2], weight.shape[2], tuple(branches), sizes, **choices)
         plan = self.plan(problem)
-        rows = batch // 2 if OUTPUTS[problem.output] == "mirror_embeddings" else batch
-        stored_as = np.float32 if output != "features" or dtype == "float32" else np.uint16
-        result = np.empty((rows, features * reduced), stored_as)
+        result_type = "float32" if output != "features" else dtype
+        result = bits(np.full((problem.rows, problem.features * problem.reduced), np.nan), result_type)
         with ExitStack() as stack:
 
-            def device(data: np.ndarray | None) -> int | None:
-                return None if data is None else self._copy(stack, data)
+            def device(data: np.ndarray) -> int:
+                return self._copy(stack, data)
 
-            def float32(data: np.ndarray | None) -> np.ndarray | None:
-                return None if data is None else np.ascontiguousarray(data, np.float32)
+            def vector(data: np.ndarray | None) -> int | None:
+                return None if data is None else device(np.asarray(data, np.float32))
 
             in_layout = [map_.transpose(0, 2, 3, 1) if layout == "nhwc" else map_ for map_ in maps]
-            addresses = [device(_bits(map_, dtype)) for map_ in in_layout] + [None] * (MAX_BRANCHES - len(maps))
             # All bits set is NaN in every type: what is read before it was written shows.
             workspace = np.full(plan.workspace_bytes, 0xFF, np.uint8)
             workspace[:BARRIER_BYTES] = 0
-            unwritten = np.full(result.nbytes, 0xFF, np.uint8)
             pointers = Pointers(
-                (ctypes.c_void_p * MAX_BRANCHES)(*addresses),
-                device(_bits(weight.transpose(0, 2, 1), dtype)),
-                *(device(float32(data)) for data in (bias, scale, shift, powers)),
+                tuple(device(bits(map_, dtype)) for map_ in in_layout),
+                device(bits(weight.transpose(0, 2, 1), dtype)),
+                *(vector(data) for data in (bias, scale, shift, powers)),
                 device(workspace),
-                device(unwritten),
+                device(result),
             )
-            self.library.shim_order(order)
-            arguments = (ctypes.byref(problem), ctypes.byref(plan), ctypes.byref(pointers), None)
-            self._check(self.library.mgn_spr_launch(*arguments))
+            self.launch(problem, plan, pointers, order)
             ctypes.memmove(result.ctypes.data, pointers.output, result.nbytes)
-        kind = "float32" if stored_as is np.float32 else DTYPES[problem.dtype]
-        return _numbers(result.view(np.float16) if kind == "float16" else result, kind)
+        return _numbers(result, result_type)
 
     def _copy(self, stack: ExitStack, data: np.ndarray) -> int:
         """Into memory of exactly that size from the library's own allocator, which a sanitizer watches."""
@@ -186,7 +199,3 @@ class HostKernel:
         stack.callback(self.library.shim_free, address)
         ctypes.memmove(address, np.ascontiguousarray(data).ctypes.data, data.nbytes)
         return address
-
-    def _check(self, status: int) -> None:
-        if status:
-            raise RuntimeError(self.library.mgn_spr_error(status).decode())

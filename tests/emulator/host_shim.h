@@ -21,8 +21,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -96,14 +98,14 @@ struct Machine {
     dim3 grid, block_size;
     unsigned order = 0;  // 0: one after another; else a seed
     std::mt19937 random;
-    std::vector<std::vector<int>> launches;  // grid, threads, shared bytes, cooperative
     std::vector<char*> stacks;  // kept from launch to launch
     ~Machine() {
         for (char* stack : stacks) std::free(stack);
     }
 };
 
-inline Machine machine;
+// Not inline, as `kernels` below: libraries that a process loads side by side would share one.
+static Machine machine;
 
 #ifdef SHIM_ASAN
 inline void to_scheduler(bool for_ever = false) {
@@ -212,10 +214,9 @@ inline void run_blocks(std::vector<Block>& blocks) {
     }
 }
 
-inline int run_grid(dim3 grid, dim3 block_size, size_t shared, bool together, std::function<void()> body) {
+inline void run_grid(dim3 grid, dim3 block_size, size_t shared, bool together, std::function<void()> body) {
     if (block_size.x % 32 || block_size.y != 1 || block_size.z != 1) fail("blocks are whole warps, in one dimension");
     if (shared > 48 * 1024) fail("more shared memory than a block gets without asking");
-    machine.launches.push_back({int(grid.x), int(grid.y), int(grid.z), int(block_size.x), int(shared), together});
     machine.grid = grid, machine.block_size = block_size, machine.body = std::move(body);
     const size_t count = size_t(grid.x) * grid.y * grid.z, words = (shared + 15) / 16;
     std::vector<Block> blocks;
@@ -232,8 +233,17 @@ inline int run_grid(dim3 grid, dim3 block_size, size_t shared, bool together, st
             blocks.clear();
         }
     }
-    return 0;
 }
+
+// What shim_launch can start, by name; `host.py` writes a Kernel for each that a plan may name.
+static std::map<std::string, std::function<void(const void*)>> kernels;
+
+struct Kernel {
+    template <class P>
+    Kernel(const char* name, void (*kernel)(P)) {
+        kernels[name] = [kernel](const void* params) { kernel(*static_cast<const P*>(params)); };
+    }
+};
 
 // Every lane shows its words and gets a view of all lanes'.
 inline const uint32_t (*exchange(const uint32_t* words, int count))[12] {
@@ -302,44 +312,6 @@ inline float __shfl_xor_sync(unsigned mask, float x, int apart) {
     return __uint_as_float(__shfl_xor_sync(mask, __float_as_uint(x), apart));
 }
 
-// ---- The CUDA runtime that the launch code calls: a device of two multiprocessors.
-
-typedef int cudaError_t;
-typedef CUstream_st* cudaStream_t;
-enum cudaDeviceAttr {
-    cudaDevAttrMultiProcessorCount,
-    cudaDevAttrComputeCapabilityMajor,
-    cudaDevAttrComputeCapabilityMinor,
-    cudaDevAttrCooperativeLaunch
-};
-
-namespace shim {
-inline int attributes[4] = {2, 9, 0, 1};
-}
-
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-    *value = shim::attributes[which];
-    return 0;
-}
-template <class K>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, size_t) {
-    *blocks = 1;
-    return 0;
-}
-inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CUDA runtime"; }
-template <class P>
-cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
-    const P& params = *static_cast<const P*>(arguments[0]);
-    return shim::run_grid(grid, block, shared, false, [&] { kernel(params); });
-}
-template <class P>
-cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P), dim3 grid, dim3 block, void** arguments, size_t shared,
-                                        cudaStream_t) {
-    const P& params = *static_cast<const P*>(arguments[0]);
-    return shim::run_grid(grid, block, shared, true, [&] { kernel(params); });
-}
-
 // ---- The instructions that the kernels use by name.
 
 namespace {
@@ -404,15 +376,14 @@ extern "C" void shim_order(unsigned order) {
 }
 extern "C" void* shim_allocate(size_t bytes) { return std::malloc(bytes); }
 extern "C" void shim_free(void* memory) { std::free(memory); }
-extern "C" int shim_take_launches(int* into, int most) {  // six numbers each
-    const int count = std::min<int>(most, shim::machine.launches.size());
-    for (int i = 0; i < count; ++i) std::copy_n(shim::machine.launches[i].begin(), 6, into + 6 * i);
-    shim::machine.launches.clear();
-    return count;
-}
-extern "C" void shim_device(int multiprocessors, int capability, int cooperative) {
-    const int values[4] = {multiprocessors, capability / 10, capability % 10, cooperative};
-    std::copy(values, values + 4, shim::attributes);
+
+// `params` is what the kernel takes; 1: there is no kernel of that name.
+extern "C" int shim_launch(const char* name, const unsigned* grid, unsigned threads, size_t shared, int together,
+                           const void* params) {
+    const auto found = shim::kernels.find(name);
+    if (found == shim::kernels.end()) return 1;
+    shim::run_grid(dim3(grid[0], grid[1], grid[2]), dim3(threads), shared, together, [&] { found->second(params); });
+    return 0;
 }
 
 #endif

@@ -1,4 +1,4 @@
-"""Stripe-pool-reduce: the definition against a loop over every pixel, the ONNX function against it."""
+"""Stripe-pool-reduce: the definition against a loop over every pixel, the ONNX heads against it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
+from mgn_deploy.config import ModelConfig, features_of
 from mgn_deploy.export.graph import heads
 from mgn_deploy.kernels.reference import embed, stripe_pool, stripe_pool_reduce
 from mgn_deploy.train.model import Embedding, fold_batch_norms
@@ -31,7 +32,7 @@ CASES = [
 def random_case(branches, sizes, n=2, channels=5, reduced=4, seed=0):
     rng = np.random.default_rng(seed)
     maps = [rng.normal(size=(n, channels, *size)).astype(np.float32) for size in sizes]
-    features = sum(1 if stripes == 1 else 1 + stripes for stripes in branches)
+    features = sum(map(features_of, branches))
     weight = rng.normal(size=(features, channels, reduced)).astype(np.float32)
     bias = rng.normal(size=(features, 1, reduced)).astype(np.float32)
     return maps, weight, bias
@@ -40,7 +41,7 @@ def random_case(branches, sizes, n=2, channels=5, reduced=4, seed=0):
 def random_choices(branches, reduced=4, seed=1) -> dict[str, np.ndarray]:
     """Powers, and the scales and shifts of a norm after the ReLU."""
     rng = np.random.default_rng(seed)
-    features = sum(1 if stripes == 1 else 1 + stripes for stripes in branches)
+    features = sum(map(features_of, branches))
     return {
         "powers": rng.uniform(1.5, 4.5, features).astype(np.float32),
         "scale": rng.normal(size=(features, 1, reduced)).astype(np.float32),
@@ -89,42 +90,37 @@ def plain_loop(
     return np.array(rows)
 
 
-def function_model(branches, sizes, channels=5, reduced=4, pooling="max", neck="relu") -> onnx.ModelProto:
-    """A model that is nothing but one call of the function."""
-    features = sum(1 if stripes == 1 else 1 + stripes for stripes in branches)
-    maps = [
-        helper.make_tensor_value_info(f"map_{index}", onnx.TensorProto.FLOAT, ["n", channels, *size])
-        for index, size in enumerate(sizes)
-    ]
-    inputs = [
-        *maps,
-        helper.make_tensor_value_info("weight", onnx.TensorProto.FLOAT, [features, channels, reduced]),
-        helper.make_tensor_value_info("bias", onnx.TensorProto.FLOAT, [features, 1, reduced]),
-    ]
+def heads_model(branches, sizes, channels=5, reduced=4, pooling="max", neck="relu", flip=False) -> onnx.ModelProto:
+    """A graph of nothing but the heads, with the features as an output beside the embeddings."""
+    config = ModelConfig(branches=branches, reduced_width=reduced, pooling=pooling, neck=neck)
+
+    def value(name, *shape):
+        return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+    inputs = [value(f"map_{index}", "n", channels, *size) for index, size in enumerate(sizes)]
+    inputs.append(value("heads.weight", config.features, channels, reduced))
+    inputs.append(value("heads.bias", config.features, 1, reduced))
     if pooling == "gem":
-        inputs.append(helper.make_tensor_value_info("power", onnx.TensorProto.FLOAT, [features]))
+        inputs.append(value("heads.power", config.features))
     if neck == "relu_norm":
-        vectors = [features, 1, reduced]
-        inputs += [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, vectors) for name in ("scale", "shift")]
-    output = helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["n", features * reduced])
-    call = helper.make_node(heads.NAME, [one.name for one in inputs], ["features"], domain=heads.DOMAIN)
-    graph = helper.make_graph([call], "heads", inputs, [output])
-    function = heads.stripe_pool_reduce(branches, [size[0] for size in sizes], pooling, neck)
-    model = helper.make_model(
-        graph,
-        functions=[function],
-        ir_version=10,
-        opset_imports=[helper.make_opsetid("", heads.OPSET), helper.make_opsetid(heads.DOMAIN, 1)],
-    )
+        inputs += [value(name, config.features, 1, reduced) for name in ("heads.scale", "heads.shift")]
+    outputs = [value(heads.FEATURES, "n", config.dim), value("embeddings", "images", config.dim)]
+    nodes, constants = heads.head_nodes(config, [size[0] for size in sizes], flip)
+    graph = helper.make_graph(nodes, "heads", inputs, outputs, constants)
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", heads.OPSET)])
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def run_onnxruntime(model: onnx.ModelProto, maps, weight, bias, **extra) -> np.ndarray:
+def feed(maps, weight, bias, **extra):
+    numbers = {f"heads.{name}": values for name, values in {"weight": weight, "bias": bias, **extra}.items()}
+    return {**{f"map_{index}": map_ for index, map_ in enumerate(maps)}, **numbers}
+
+
+def run_onnxruntime(model: onnx.ModelProto, *arrays, **extra) -> list[np.ndarray]:
+    """Features and embeddings."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(
-        None, {**{f"map_{i}": map_ for i, map_ in enumerate(maps)}, "weight": weight, "bias": bias, **extra}
-    )[0]
+    return session.run(None, feed(*arrays, **extra))
 
 
 @pytest.mark.parametrize(("branches", "sizes"), CASES)
@@ -136,20 +132,19 @@ def test_the_definition_is_a_plain_loop(branches, sizes):
 
 
 @pytest.mark.parametrize(("branches", "sizes"), CASES)
-@pytest.mark.parametrize("n", [1, 3])
-def test_the_onnx_function_is_the_definition(branches, sizes, n):
+@pytest.mark.parametrize(("n", "flip"), [(1, False), (3, False), (6, True)])
+def test_the_onnx_heads_are_the_definition(branches, sizes, n, flip):
     maps, weight, bias = random_case(branches, sizes, n)
     expected = stripe_pool_reduce(maps, branches, weight, bias)
-    np.testing.assert_allclose(
-        run_onnxruntime(function_model(branches, sizes), maps, weight, bias), expected, atol=1e-5
-    )
+    features, embeddings = run_onnxruntime(heads_model(branches, sizes, flip=flip), maps, weight, bias)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    np.testing.assert_allclose(embeddings, embed(expected, flip), atol=1e-6)
 
 
 @pytest.mark.parametrize(("branches", "sizes"), CASES)
 def test_onnxs_own_evaluator_agrees(branches, sizes):
     maps, weight, bias = random_case(branches, sizes)
-    inputs = {**{f"map_{i}": map_ for i, map_ in enumerate(maps)}, "weight": weight, "bias": bias}
-    found = ReferenceEvaluator(function_model(branches, sizes)).run(None, inputs)[0]
+    found = ReferenceEvaluator(heads_model(branches, sizes)).run(None, feed(maps, weight, bias))[0]
     np.testing.assert_allclose(found, stripe_pool_reduce(maps, branches, weight, bias), atol=1e-5)
 
 
@@ -162,10 +157,10 @@ def test_other_poolings_and_necks_are_a_plain_loop_too(branches, sizes, pooling,
     expected = plain_loop(maps, branches, weight, bias, pooling, neck, **choices)
     found = stripe_pool_reduce(maps, branches, weight, bias, pooling=pooling, neck=neck, **choices)
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    onnx_function = function_model(branches, sizes, pooling=pooling, neck=neck)
+    model = heads_model(branches, sizes, pooling=pooling, neck=neck)
     extra = {"power": choices["powers"]} if pooling == "gem" else {}
     extra |= {name: choices[name] for name in ("scale", "shift") if neck == "relu_norm"}
-    np.testing.assert_allclose(run_onnxruntime(onnx_function, maps, weight, bias, **extra), expected, atol=2e-5)
+    np.testing.assert_allclose(run_onnxruntime(model, maps, weight, bias, **extra)[0], expected, atol=2e-5)
 
 
 def test_a_generalised_mean_needs_its_powers():
@@ -175,14 +170,12 @@ def test_a_generalised_mean_needs_its_powers():
 
 
 def test_the_papers_heads_are_these_operators():
-    """Bundles of the paper's MGN keep their bytes, whatever else the function can be."""
-    function = heads.stripe_pool_reduce((1, 2), (3, 6))
-    assert list(function.input) == ["map_0", "map_1", "weight", "bias"]
-    stripe = ["Constant", "Constant", "Slice", "ReduceMax"]
-    after = ["Concat", "MatMul", "Add", "Relu", "Transpose", "Reshape"]
-    assert [node.op_type for node in function.node] == (
-        ["Constant"] * 4 + ["ReduceMax", *stripe, *stripe, "Max"] + ["Unsqueeze"] * 4 + after
-    )
+    """Bundles of the paper's MGN keep their bytes, whatever else the heads can be."""
+    nodes, _ = heads.head_nodes(ModelConfig(branches=(1, 2)), (3, 6), flip=True)
+    assert [node.op_type for node in nodes] == [
+        *["ReduceMax", "Slice", "ReduceMax", "Slice", "ReduceMax", "Max", *["Unsqueeze"] * 4, "Concat"],
+        *["MatMul", "Add", "Relu", "Transpose", "Reshape", "Reshape", "ReduceMean", "ReduceL2", "Max", "Div"],
+    ]
 
 
 def test_maps_of_negative_numbers_keep_their_maxima():
@@ -192,7 +185,7 @@ def test_maps_of_negative_numbers_keep_their_maxima():
     expected = plain_loop(maps, (1, 2), weight, bias)
     assert (stripe_pool(maps[1], 2)[1] < 0).all()
     np.testing.assert_allclose(
-        run_onnxruntime(function_model((1, 2), ((4, 2), (5, 2))), maps, weight, bias), expected, atol=1e-5
+        run_onnxruntime(heads_model((1, 2), ((4, 2), (5, 2))), maps, weight, bias)[0], expected, atol=1e-5
     )
 
 
@@ -200,7 +193,7 @@ def test_infinite_pixels_stay_infinite():
     maps, weight, bias = random_case((2,), ((4, 2),))
     maps[0][0, 0, 0, 0] = np.inf
     weight = np.abs(weight)
-    found = run_onnxruntime(function_model((2,), ((4, 2),)), maps, weight, bias).reshape(2, 3, 4)
+    found = run_onnxruntime(heads_model((2,), ((4, 2),)), maps, weight, bias)[0].reshape(2, 3, 4)
     assert np.isposinf(found[0, :2]).all()  # the whole map and its first stripe
     assert np.isfinite(found[0, 2]).all()
     assert np.isfinite(found[1]).all()

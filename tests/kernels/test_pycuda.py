@@ -1,21 +1,19 @@
-"""The kernel's door for PyCUDA: what it is told, with what runs it simulated; on a GPU the whole of it."""
+"""The kernels for PyCUDA: what they are told, on the emulator; on a GPU the whole of it."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import shutil
 import sys
 
 import numpy as np
 import pytest
-from emulator.host import HostKernel, build_host, rounded
+from emulator.host import HostKernel, bits, host_library, rounded
 
 from mgn_deploy.cuda.device import gpu_problem
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.kernels import nvrtc
-from mgn_deploy.kernels.plan import BARRIER_BYTES, DTYPES, FUSED, LAYOUTS, Device, make_problem, plan_on
-from mgn_deploy.kernels.plan import launches as launches_of
+from mgn_deploy.kernels.plan import BARRIER_BYTES, LAYOUTS, TYPES, Device, Problem, launches, plan_on
 from mgn_deploy.kernels.pycuda_ import PycudaKernel, pointers_to
 from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
 
@@ -36,15 +34,13 @@ class Shown:
         return {**facts, "data": (array.ctypes.data, False)}
 
 
-def stored(numbers, dtype):
-    """As a `GPUArray` holds them: bfloat16 as its bits."""
-    if dtype == "bfloat16":
-        return (rounded(numbers, dtype).view(np.uint32) >> 16).astype(np.uint16)
-    return numbers.astype(dtype)
-
-
 def numbers_of(array):
     return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array.astype(np.float64)
+
+
+def shown(arrays):
+    on_gpu = {name: Shown(array) for name, array in arrays.items() if name != "maps"}
+    return {**on_gpu, "maps": [Shown(map_) for map_ in arrays["maps"]]}
 
 
 def a_case(dtype, layout, n, pooling, neck, output, channels=40, reduced=16, seed=0):
@@ -68,19 +64,17 @@ def a_case(dtype, layout, n, pooling, neck, output, channels=40, reduced=16, see
     )
     if output != "features":
         expected = embed(expected, output == "mirror_embeddings")
-    problem = make_problem(dtype, layout, n, channels, reduced, BRANCHES, SIZES, output=output, **choices)
+    problem = Problem(dtype, layout, n, channels, reduced, BRANCHES, SIZES, output=output, **choices)
     in_layout = [map_.transpose(0, 2, 3, 1) if layout == "nhwc" else map_ for map_ in maps]
     arrays = {
-        "maps": [np.ascontiguousarray(stored(map_, dtype)) for map_ in in_layout],
-        "weight": stored(weight, dtype),
+        "maps": [bits(map_, dtype) for map_ in in_layout],
+        "weight": bits(weight, dtype),
         "bias": bias,
-        "output": np.full(expected.shape, np.nan, np.float32 if output != "features" else np.float64),
+        "output": bits(np.full(expected.shape, np.nan), dtype if output == "features" else "float32"),
         "scale": scale,
         "shift": shift,
         "powers": powers,
     }
-    if output == "features":
-        arrays["output"] = stored(arrays["output"], dtype)
     return problem, arrays, expected
 
 
@@ -90,10 +84,10 @@ def check(found, expected, dtype):
 
 
 @pytest.fixture(scope="module")
-def simulated(tmp_path_factory):
+def emulated():
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return HostKernel(build_host(tmp_path_factory.mktemp("kernel")))
+    return HostKernel(host_library(), cooperative=False)
 
 
 CASES = [
@@ -106,19 +100,16 @@ CASES = [
 
 @pytest.mark.parametrize(("n", "pooling", "neck", "output"), CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_the_kernels_are_told_gives_the_definitions_result(simulated, dtype, layout, n, pooling, neck, output):
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_the_kernels_are_told_gives_the_definitions_result(emulated, dtype, layout, n, pooling, neck, output):
     problem, arrays, expected = a_case(dtype, layout, n, pooling, neck, output)
-    plan = plan_on(problem, Device(2, 90, resident_blocks=0))
-    assert plan.path != FUSED
-    shown = {name: Shown(array) for name, array in arrays.items() if name != "maps"}
-    pointers = pointers_to(problem, [Shown(map_) for map_ in arrays["maps"]], **shown)
+    plan = emulated.plan(problem)
+    assert plan.path != "fused"
     workspace = np.full(plan.workspace_bytes + 16, 0xFF, np.uint8)
     workspace = workspace[-workspace.ctypes.data % 16 :][: plan.workspace_bytes]
     workspace[:BARRIER_BYTES] = 0
-    pointers.workspace = workspace.ctypes.data
-    status = simulated.library.mgn_spr_launch(*(ctypes.byref(one) for one in (problem, plan, pointers)), None)
-    assert status == 0
+    pointers = pointers_to(problem, workspace.ctypes.data, **shown(arrays))
+    emulated.launch(problem, plan, pointers)
     check(arrays["output"], expected, dtype)
 
 
@@ -126,8 +117,8 @@ def test_what_the_kernels_are_told_gives_the_definitions_result(simulated, dtype
 def test_its_kernels_are_in_the_machine_code_of_a_jetson(n, tmp_path, monkeypatch):
     pytest.importorskip("cuda.core")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    problem = make_problem("float16", "nhwc", n, 2048, 256, BRANCHES, ((12, 4), (24, 8), (24, 8)))
-    kernels = tuple(one.kernel for one in launches_of(problem, plan_on(problem, Device(16, 87, resident_blocks=0))))
+    problem = Problem("float16", "nhwc", n, 2048, 256, BRANCHES, ((12, 4), (24, 8), (24, 8)))
+    kernels = tuple(one.kernel for one in launches(problem, plan_on(problem, Device(16, 87, resident_blocks=0))))
     assert len(kernels) == 3
     code = nvrtc.compile_kernels(kernels, "sm_87")
     for kernel in kernels:
@@ -152,39 +143,38 @@ def off_by_one_number(array):
 def test_an_array_that_does_not_fit_is_named(name, change, message):
     problem, arrays, _ = a_case("float16", "nhwc", 2, "max", "relu", "embeddings")
     arrays[name] = change(arrays[name])
-    shown = {name: Shown(array) for name, array in arrays.items() if name != "maps"}
     with pytest.raises(ValueError, match=message):
-        pointers_to(problem, [Shown(map_) for map_ in arrays["maps"]], **shown)
+        pointers_to(problem, 256, **shown(arrays))
 
 
 def test_an_array_in_host_memory_is_refused():
     problem, arrays, _ = a_case("float16", "nhwc", 2, "max", "relu", "embeddings")
     with pytest.raises(ValueError, match="map 0 is ndarray and no array on the GPU"):
-        pointers_to(problem, *arrays.values())
+        pointers_to(problem, 256, **arrays)
 
 
 def test_one_map_too_few_is_refused():
     problem, arrays, _ = a_case("float16", "nhwc", 2, "max", "relu", "embeddings")
     with pytest.raises(ValueError, match="2 maps are not the 3 of the problem"):
-        pointers_to(problem, arrays.pop("maps")[:2], *arrays.values())
+        pointers_to(problem, 256, arrays.pop("maps")[:2], **arrays)
 
 
 def test_without_pycuda_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycuda", None)
-    problem = make_problem("float16", "nhwc", 2, 40, 16, BRANCHES, SIZES)
+    problem = Problem("float16", "nhwc", 2, 40, 16, BRANCHES, SIZES)
     with pytest.raises(CannotRun, match=r"PyCUDA cannot be imported .*: pip install pycuda, which compiles it"):
         PycudaKernel(problem)
 
 
 def test_the_path_that_pycuda_cannot_launch_is_refused():
-    problem = make_problem("float16", "nhwc", 2, 40, 16, BRANCHES, SIZES, path="fused")
+    problem = Problem("float16", "nhwc", 2, 40, 16, BRANCHES, SIZES, path="fused")
     with pytest.raises(UserError, match="PyCUDA has no cooperative launch"):
         PycudaKernel(problem)
 
 
 @pytest.fixture(params=["own", "primary"])
 def context(request):
-    """PyCUDA's own context, as pycuda.autoinit makes one, or the device's primary one, which PyTorch and TensorRT use."""
+    """PyCUDA's own context, as pycuda.autoinit makes one, or the device's primary one, as PyTorch and TensorRT use."""
     from pycuda import driver
 
     driver.init()
@@ -203,7 +193,7 @@ def context(request):
 @pytest.mark.skipif(gpu_problem() is not None, reason="needs a CUDA device")
 @pytest.mark.parametrize(("n", "pooling", "neck", "output"), CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_gpu_arrays_give_the_definitions_result_twice_the_same(context, dtype, layout, n, pooling, neck, output):
     from pycuda import driver, gpuarray
 

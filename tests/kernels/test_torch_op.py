@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from emulator.host import HostKernel, build_host
+from emulator.host import HostKernel, host_library
 from torch.library import opcheck
 
+from mgn_deploy.config import features_of
 from mgn_deploy.kernels import torch_op
-from mgn_deploy.kernels.plan import BARRIER_BYTES, FUSED, NECKS, POOLINGS, features_of, make_problem
+from mgn_deploy.kernels.plan import BARRIER_BYTES, NECKS, POOLINGS
 from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
+from mgn_deploy.kernels.torch_heads import Heads as OpArguments
 
 torch.set_num_threads(1)
 
@@ -243,16 +244,16 @@ def test_a_given_tensor_that_the_choices_do_not_use_is_on_the_maps_device_too():
 
 
 @pytest.fixture(scope="module")
-def simulated(tmp_path_factory):
+def emulated():
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return HostKernel(build_host(tmp_path_factory.mktemp("kernel")))
+    return HostKernel(host_library())
 
 
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize(("pooling", "neck"), [("max", "relu"), ("avg", "linear"), ("gem", "relu_norm")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_cuda_is_told_gives_the_same_on_the_simulated_device(simulated, dtype, pooling, neck, last):
+def test_what_cuda_is_told_gives_the_same_on_the_emulator(emulated, dtype, pooling, neck, last):
     """All of the CUDA implementation but the driver's calls. The weight begins off 16 bytes, as a slice may."""
     given = arguments(pooling, neck, dtype, n=3)
     format_ = torch.channels_last if last else torch.contiguous_format
@@ -260,17 +261,14 @@ def test_what_cuda_is_told_gives_the_same_on_the_simulated_device(simulated, dty
     odd = torch.zeros(given["weight"].numel() + 1, dtype=dtype)[1:].view_as(given["weight"])
     given["weight"] = odd.copy_(given["weight"])
     assert given["weight"].data_ptr() % 16
-    rest = {name: given[name] for name in ("weight", "bias", "powers", "scale", "shift")}
-    shape, inputs = torch_op.arrange(given["maps"], BRANCHES, *rest.values())
-    assert shape[1] == ("nhwc" if last else "nchw")
-    problem = make_problem(*shape, pooling=pooling, neck=neck)
-    plan = simulated.plan(problem)
+    heads = OpArguments(**given).arranged()
+    problem = heads.problem()
+    assert problem.layout == ("nhwc" if last else "nchw")
+    plan = emulated.plan(problem)
     workspace = torch.full((plan.workspace_bytes,), 255, dtype=torch.uint8)
     workspace[:BARRIER_BYTES] = 0
     features = torch.full((3, 8 * 16), torch.nan, dtype=dtype)
-    pointers = torch_op.pointers_to(inputs, workspace, features)
-    status = simulated.library.mgn_spr_launch(*(ctypes.byref(one) for one in (problem, plan, pointers)), None)
-    assert status == 0
+    emulated.launch(problem, plan, heads.pointers(workspace, features))
     torch.testing.assert_close(features, op(given), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=2e-5)
 
 
@@ -305,21 +303,21 @@ def test_cuda_passes_pytorchs_own_checks_of_an_operator():
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_cuda_graph_of_the_fused_path_gives_the_same_bits_again_and_again(dtype, n, output):
-    """In one workspace that nobody clears: the kernel has to leave its barrier as it found it, and trust nothing else there."""
+    """In one workspace that nobody clears: the kernel has to leave its barrier as it was and trust nothing else."""
     from cuda.core import Device
 
     from mgn_deploy.kernels.nvrtc import PlannedKernel
 
     given = arguments(dtype=dtype, n=n, channels=264, reduced=48, device="cuda")
-    shape, inputs = torch_op.arrange(given["maps"], BRANCHES, given["weight"], given["bias"], None, None, None)
-    kernel = PlannedKernel(make_problem(*shape, output=output, path="fused"), given["weight"].device.index)
-    assert kernel.plan.path == FUSED
+    heads = OpArguments(**given).arranged()
+    kernel = PlannedKernel(heads.problem(output, "fused"), given["weight"].device.index)
+    assert kernel.plan.path == "fused"
     workspace = torch.zeros(kernel.workspace_bytes, dtype=torch.uint8, device="cuda")
     expected = definition(given) if output == "features" else embed(definition(given), True)
     result = torch.full(
         expected.shape, torch.nan, dtype=dtype if output == "features" else torch.float32, device="cuda"
     )
-    pointers = torch_op.pointers_to(inputs, workspace, result)
+    pointers = heads.pointers(workspace, result)
     torch.cuda.synchronize()  # what is above is on PyTorch's stream
 
     stream = Device(given["weight"].device.index).create_stream()

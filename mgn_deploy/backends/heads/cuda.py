@@ -70,12 +70,12 @@ class CudaHeads:
         """Plan and, where this machine has not done it before, compile for that many images; `launch` then allocates
         nothing."""
         from mgn_deploy.kernels.nvrtc import PlannedKernel
-        from mgn_deploy.kernels.plan import make_problem
+        from mgn_deploy.kernels.plan import Problem
 
         if images in self._planned:
             return
         config, maps = self._heads.config, self._maps
-        problem = make_problem(
+        problem = Problem(
             maps.dtype,
             maps.layout,
             images * self._views,
@@ -96,17 +96,13 @@ class CudaHeads:
     def launch(self, images: int, embeddings: int, stream: Any) -> None:
         """From the maps of that many images, for which `prepare` was called, to float32 rows at the address
         `embeddings`."""
-        from mgn_deploy.kernels.plan import MAX_BRANCHES, Pointers
+        from mgn_deploy.kernels.params import Pointers
 
         kernel, workspace = self._planned[images]
-        unused = [None] * (MAX_BRANCHES - len(self._buffers))
-        addresses = [None if buffer is None else int(buffer.handle) for buffer in self._numbers]
-        pointers = Pointers(
-            (ctypes.c_void_p * MAX_BRANCHES)(*self.map_addresses, *unused),
-            *addresses,
-            int(workspace.handle),
-            embeddings,
-        )
+        weight, bias, *optional = self._numbers
+        scale, shift, power = (None if buffer is None else int(buffer.handle) for buffer in optional)
+        own = (int(weight.handle), int(bias.handle), scale, shift, power)
+        pointers = Pointers(tuple(self.map_addresses), *own, int(workspace.handle), embeddings)
         kernel.launch(pointers, int(stream.handle))
 
     def _upload(self, values: np.ndarray | None) -> Any:

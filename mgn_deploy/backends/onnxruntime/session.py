@@ -195,8 +195,8 @@ class BoundSession:
         with gpu_errors():
             binding, buffer = self._bound(images)
             buffer.update_inplace(images)
-            # Binding copies what is not where the graph reads it, then and never again: bound for each run, it cannot be a
-            # batch behind.
+            # Binding copies what is not where the graph reads it, then and never again: bound for each run, it cannot
+            # be a batch behind.
             binding.bind_ortvalue_input("images", buffer)
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU through kernels/host_shim.h, against the definition in kernels/reference.py."""
+"""The CUDA kernels, run on the CPU by tests/emulator, against the definition in kernels/reference.py."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import re
 import shutil
 import subprocess
 import sys
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator.host import SOURCE, HostKernel, build_host, rounded
+from emulator.host import HostKernel, build_host, host_library, rounded
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mgn_deploy.kernels import plan as python_plan
+from mgn_deploy.config import features_of
+from mgn_deploy.kernels.nvrtc import SOURCE
+from mgn_deploy.kernels.plan import LAYOUTS, NECKS, PATHS, POOLINGS, TYPES, Problem
 from mgn_deploy.kernels.reference import embed, stripe_pool, stripe_pool_reduce
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
-DTYPES, LAYOUTS, PATHS = python_plan.DTYPES, python_plan.LAYOUTS, ("fused", "rows", "tiles")
+PATHS = PATHS[1:]  # but "auto"
 # Half the distance to the next number, over the number: what one rounding may change.
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 TINIEST = {"float32": 0.0, "float16": 2.0**-25, "bfloat16": 2.0**-134}
@@ -33,20 +35,15 @@ FEW_EXAMPLES = settings(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return build_host(tmp_path_factory.mktemp("kernel"), COMPILER)
-
-
-@pytest.fixture(scope="session")
-def kernel(library):
-    return HostKernel(library)
+@pytest.fixture(scope="module")
+def kernel():
+    return HostKernel(host_library())
 
 
 def random_case(branches, sizes, n=2, channels=24, reduced=16, dtype="float32", pooling="max", neck="relu", seed=0):
     """Arguments of the definition, and of `HostKernel.run`, that `dtype` can hold."""
     rng = np.random.default_rng(seed)
-    features = sum(map(python_plan.features_of, branches))
+    features = sum(map(features_of, branches))
     # A GeM of numbers mostly above its epsilon, as after a ReLU.
     shift = 1.5 if pooling == "gem" else 0.0
     case = {
@@ -96,23 +93,24 @@ def problems(draw):
         "n": draw(st.integers(1, 8 if path != "tiles" else 70)) if len(branches) < 3 else draw(st.integers(1, 3)),
         "channels": 8 * draw(st.integers(1, 12)),
         "reduced": 16 * draw(st.integers(1, 5)),
-        "dtype": draw(st.sampled_from(DTYPES)),
-        "pooling": draw(st.sampled_from(python_plan.POOLINGS)),
-        "neck": draw(st.sampled_from(python_plan.NECKS)),
+        "dtype": draw(st.sampled_from(list(TYPES))),
+        "pooling": draw(st.sampled_from(list(POOLINGS))),
+        "neck": draw(st.sampled_from(list(NECKS))),
         "seed": draw(st.integers(0, 1000)),
-    }, {"layout": draw(st.sampled_from(LAYOUTS)), "path": path}
+    }, {"layout": draw(st.sampled_from(list(LAYOUTS))), "path": path}
 
 
 @FEW_EXAMPLES
-@given(problem=problems())
-def test_any_problem_gives_the_definitions_features(kernel, problem):
+@given(problem=problems(), multiprocessors=st.integers(1, 150), capability=st.sampled_from([70, 75, 80, 120]))
+def test_any_problem_gives_the_definitions_features_on_any_device(problem, multiprocessors, capability):
     what, how = problem
+    kernel = HostKernel(host_library(), multiprocessors, capability)
     check_features(kernel, random_case(**what), what["dtype"], **how)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_the_papers_heads_in_small(kernel, dtype, layout, path):
     """Three branches of 12x4 and 24x8 maps; the sum over channels goes in several tiles and parts."""
     case = random_case((1, 2, 3), ((12, 4), (24, 8), (24, 8)), 2, 520, 16, dtype)
@@ -120,7 +118,7 @@ def test_the_papers_heads_in_small(kernel, dtype, layout, path):
 
 
 @pytest.mark.parametrize("output", ["embeddings", "mirror_embeddings"])
-@pytest.mark.parametrize("neck", python_plan.NECKS)
+@pytest.mark.parametrize("neck", NECKS)
 @pytest.mark.parametrize("path", PATHS)
 def test_embeddings_are_unit_rows_of_each_image_with_its_own_mirror(kernel, path, neck, output):
     case = random_case((1, 3), ((3, 2), (7, 2)), n=6, reduced=48, dtype="float16", neck=neck)
@@ -178,53 +176,46 @@ def test_every_barriers_absence_would_be_noticed(tmp_path):
 
 
 def results_differ(kernel) -> bool:
-    for path in PATHS:
-        for layout in LAYOUTS:
-            for dtype in ("float32", "float16"):
-                case = random_case((2, 3), ((5, 3), (7, 5)), n=4, channels=136, dtype=dtype)
-                how = {"dtype": dtype, "layout": layout, "path": path, "output": "embeddings"}
-                results = [kernel.run(**case, **how, order=order) for order in range(4)]
-                if any(not np.array_equal(results[0], result) for result in results[1:]):
-                    return True
+    for path, layout, dtype in product(PATHS, LAYOUTS, ("float32", "float16")):
+        case = random_case((2, 3), ((5, 3), (7, 5)), n=4, channels=136, dtype=dtype)
+        how = {"dtype": dtype, "layout": layout, "path": path, "output": "embeddings"}
+        first = kernel.run(**case, **how)
+        if any(not np.array_equal(first, kernel.run(**case, **how, order=order)) for order in (1, 2, 3)):
+            return True
     return False
 
 
-def test_the_sum_over_channels_is_split_only_where_blocks_are_few(library):
+def test_the_sum_over_channels_is_split_only_where_blocks_are_few():
     case = random_case((1,), ((2, 2),), n=9, channels=1024)
-    many = HostKernel(library, multiprocessors=132)
-    many.take_launches()
-    check_features(many, case, "float32", path="tiles")
-    assert [launch[2] for launch in many.take_launches()] == [1, 4, 1]  # depth of the grid: one feature in four parts
-    few = HostKernel(library, multiprocessors=1)
-    check_features(few, case, "float32", path="tiles")
-    assert [launch[2] for launch in few.take_launches()] == [1, 2, 1]
+    for multiprocessors, parts in ((132, 4), (1, 2)):
+        kernel = HostKernel(host_library(), multiprocessors)
+        check_features(kernel, case, "float32", path="tiles")
+        assert [one.grid[2] for one in kernel.launched] == [1, parts, 1]  # one feature
 
 
-def test_more_parts_than_the_epilogue_loads_at_once(library):
+def test_more_parts_than_the_epilogue_loads_at_once():
     """Five, and four are under way together; mirrors are read alongside."""
     case = random_case((1,), ((2, 2),), n=10, channels=1600)
-    many = HostKernel(library, multiprocessors=132)
-    many.take_launches()
+    many = HostKernel(host_library(), multiprocessors=132)
     check_features(many, case, "float32", path="tiles")
-    assert many.take_launches()[1][2] == 5
+    assert many.launched[1].grid[2] == 5
     found = many.run(**case, path="tiles", output="mirror_embeddings")
     np.testing.assert_allclose(found, embed(stripe_pool_reduce(**case), flip=True), rtol=0, atol=2e-6)
 
 
-def test_bfloat16_without_its_tensor_cores(library):
-    """Turing has none for bfloat16: plain multiply-adds, the same answer."""
-    case = random_case((2,), ((4, 3),), n=9, channels=72, dtype="bfloat16")
-    turing = HostKernel(library, capability=75)
-    turing.take_launches()
-    check_features(turing, case, "bfloat16", path="tiles")
-    assert turing.take_launches()[1][3] == 256
-    check_features(HostKernel(library, capability=80), case, "bfloat16", path="tiles")
-    assert turing.take_launches()[1][3] == 128
+@pytest.mark.parametrize(("dtype", "least"), [("float16", 75), ("bfloat16", 80)])
+def test_tensor_cores_and_plain_multiply_adds_give_the_same_answer(dtype, least):
+    """Volta's and Turing's tensor cores do not take all types."""
+    case = random_case((2,), ((4, 3),), n=9, channels=72, dtype=dtype)
+    for capability, reduction in ((least - 5, "fma"), (least, "mma")):
+        kernel = HostKernel(host_library(), capability=capability)
+        check_features(kernel, case, dtype, path="tiles")
+        assert kernel.launched[1].kernel.startswith(f"{reduction}_kernel")
 
 
 def pooled_only(kernel, maps, branches, dtype, layout, path="rows"):
     """Pooled vectors `[n, F, C]`, seen through reductions that are the identity."""
-    channels, features = maps[0].shape[1], sum(map(python_plan.features_of, branches))
+    channels, features = maps[0].shape[1], sum(map(features_of, branches))
     case = {
         "maps": maps,
         "branches": branches,
@@ -237,7 +228,7 @@ def pooled_only(kernel, maps, branches, dtype, layout, path="rows"):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_maxima_are_the_maps_own_numbers(kernel, dtype, layout, path):
     """Negative, subnormal and largest numbers come out as they went in: no bit is rounded on the way."""
     rng = np.random.default_rng(3)
@@ -261,7 +252,7 @@ def test_every_finite_half_passes_unchanged(kernel):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("pixel", [0, 7, 34])
 def test_nan_reaches_the_regions_that_hold_it_and_no_other(kernel, pixel, dtype, layout, path):
     """7 rows in 3 stripes: rows 2 and 4 are in two of them."""
@@ -274,7 +265,7 @@ def test_nan_reaches_the_regions_that_hold_it_and_no_other(kernel, pixel, dtype,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("infinity", [np.inf, -np.inf])
 def test_infinities_are_numbers_like_others(kernel, infinity, dtype, layout):
     case = random_case((1, 2), ((2, 3), (4, 3)), dtype=dtype, neck="linear")
@@ -287,7 +278,7 @@ def test_infinities_are_numbers_like_others(kernel, infinity, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_negative_zero_is_more_than_what_is_negative(kernel, dtype, layout):
     """As a number: to compare bits, or to begin at the least of them, would take -1 or -0.5."""
     map_ = np.full((1, 16, 4, 2), -1.0, np.float32)
@@ -308,109 +299,37 @@ def test_stripes_that_share_rows_or_outnumber_them(kernel, branches, size, layou
         check_features(kernel, case, dtype, layout=layout, path="fused")
 
 
-def test_paths_are_taken_by_batch(kernel, library):
+def test_paths_are_taken_by_batch(kernel):
     def taken(kernel, n):
-        problem = python_plan.make_problem("float16", "nhwc", n, 64, 16, (2,), ((4, 2),))
-        return python_plan.PATHS[kernel.plan(problem).path]
+        return kernel.plan(Problem("float16", "nhwc", n, 64, 16, (2,), ((4, 2),))).path
 
     assert [taken(kernel, n) for n in (1, 8, 9, 1024)] == ["fused", "fused", "tiles", "tiles"]
-    assert taken(HostKernel(library, cooperative=False), 8) == "rows"
-
-
-def plain(structure) -> bytes:
-    return bytes(memoryview(structure).cast("B"))
-
-
-@FEW_EXAMPLES
-@given(problem=problems(), output=st.sampled_from(python_plan.OUTPUTS), auto=st.booleans(), data=st.data())
-def test_python_plans_and_tells_the_kernels_what_c_does(library, problem, output, auto, data):
-    """The same plan, the same bytes for the kernels, the same grids: NVRTC's kernels are launched by Python's."""
-    what, how = problem
-    n = what["n"] * 2 if output == "mirror_embeddings" else what["n"]
-    problem = python_plan.make_problem(
-        what["dtype"], how["layout"], n, what["channels"] * 16, what["reduced"], what["branches"], what["sizes"],
-        pooling=what["pooling"], neck=what["neck"], output=output, path="auto" if auto or n > 8 else how["path"],
-    )  # fmt: skip
-    device = python_plan.Device(data.draw(st.integers(1, 150)), data.draw(st.sampled_from([75, 80, 90, 120])), 1)
-    kernel = HostKernel(library, device.multiprocessors, device.capability)
-    plan = kernel.plan(problem)
-    assert plain(python_plan.plan_on(problem, device)) == plain(plan)
-    pointers = python_plan.Pointers((ctypes.c_void_p * 4)(16, 32, 48, 64), 80, 96, 112, 128, 144, 160, 176)
-    for unused in range(problem.branches, 4):
-        pointers.maps[unused] = None
-    assert plain(python_plan.params_of(problem, plan, pointers)) == plain(kernel.params(problem, plan, pointers))
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("output", python_plan.OUTPUTS)
-def test_python_launches_what_c_does(kernel, output, dtype, path):
-    case = random_case((1, 3), ((3, 2), (7, 2)), n=4, dtype=dtype, pooling="max")
-    for layout in LAYOUTS:
-        kernel.take_launches()
-        kernel.run(**case, dtype=dtype, layout=layout, path=path, output=output)
-        problem = python_plan.make_problem(
-            dtype, layout, 4, 24, 16, (1, 3), ((3, 2), (7, 2)), output=output, path=path
-        )  # fmt: skip
-        expected = python_plan.launches(problem, kernel.plan(problem))
-        found = [(*one.grid, one.threads, one.shared, int(one.cooperative)) for one in expected]
-        assert kernel.take_launches() == found
-
-
-def test_problems_that_are_none_are_refused_by_their_field(kernel):
-    good = python_plan.make_problem("float32", "nchw", 2, 8, 16, (1, 2), ((2, 2), (2, 2)))
-    wrong = {
-        "dtype": 3, "layout": 2, "pooling": -1, "neck": 3, "output": 3, "path": 4, "batch": 1025, "channels": 12,
-        "reduced": 8, "branches": 5,
-    }  # fmt: skip
-    sentences = set()
-    for field, value in wrong.items():
-        bad = python_plan.Problem.from_buffer_copy(good)
-        setattr(bad, field, value)
-        with pytest.raises(RuntimeError) as failure:
-            kernel.plan(bad)
-        sentences.add(str(failure.value))
-    assert len(sentences) == len(wrong)
+    assert taken(HostKernel(host_library(), cooperative=False), 8) == "rows"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"batch": 0}, "batch"),
-        ({"batch": 3, "output": "mirror_embeddings"}, "mirrors"),
-        ({"batch": 9, "path": "rows"}, "up to 8"),
-        ({"channels": 20}, "multiple of 8"),
-        ({"reduced": 24}, "multiple of 16"),
-        ({"branches": (1, 9)}, "stripes"),
-        ({"sizes": ((0, 2), (2, 2))}, "pixels"),
-    ],
+    ("constant", "other"),
+    [("kTile = 64", "kTile = 32"), ("float *bias, *scale", "float *scale, *bias"), ("kNchw, kNhwc", "kNhwc, kNchw")],
 )
-def test_python_refuses_the_same_problems_by_name(change, message):
-    good = {"batch": 2, "channels": 8, "reduced": 16, "branches": (1, 2), "sizes": ((2, 2), (2, 2))}
-    python_plan.make_problem("float32", "nchw", **good)
-    with pytest.raises(ValueError, match=message):
-        python_plan.make_problem("float32", "nchw", **{**good, **change})
-
-
-def test_pointers_off_their_alignment_are_refused(kernel):
-    problem = python_plan.make_problem("float32", "nchw", 1, 8, 16, (1,), ((2, 2),))
-    plan = kernel.plan(problem)
-    for maps, weight in ((8, 16), (16, 8), (None, 16)):
-        pointers = python_plan.Pointers((ctypes.c_void_p * 4)(maps), weight, 16, None, None, None, 16, 16)
-        status = kernel.library.mgn_spr_launch(ctypes.byref(problem), ctypes.byref(plan), ctypes.byref(pointers), None)
-        assert "16-byte aligned" in kernel.library.mgn_spr_error(status).decode()
+def test_a_source_that_disagrees_with_the_planner_does_not_build(tmp_path, constant, other):
+    source = SOURCE.read_text()
+    assert source.count(constant) == 1
+    changed = tmp_path / "changed.cu"
+    changed.write_text(source.replace(constant, other))
+    with pytest.raises(RuntimeError, match="static assertion failed"):
+        build_host(tmp_path, COMPILER, source=changed)
 
 
 SANITIZED = """
 import sys
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 import numpy as np
 from emulator.host import HostKernel
-from test_kernel_host import DTYPES, LAYOUTS, PATHS, check_features, random_case
+from test_kernels import LAYOUTS, PATHS, TYPES, random_case
 kernel = HostKernel(Path(sys.argv[1]))
 rng = np.random.default_rng(5)
-for dtype in DTYPES:
+for dtype in TYPES:
     for layout in LAYOUTS:
         for path in PATHS:
             branches = tuple(int(x) for x in rng.integers(1, 9, rng.integers(1, 4)))
@@ -418,8 +337,8 @@ for dtype in DTYPES:
             n, channels = int(rng.integers(1, 4)), 8 * int(rng.integers(1, 15))
             pooling = ("max", "avg", "gem")[rng.integers(3)]
             case = random_case(branches, sizes, n, channels, 16 * int(rng.integers(1, 6)), dtype, pooling)
-            check_features(kernel, case, dtype, layout=layout, path=path)
-            kernel.run(**case, dtype=dtype, layout=layout, path=path, output="embeddings")
+            output = "features" if layout == "nchw" else "embeddings"
+            kernel.run(**case, dtype=dtype, layout=layout, path=path, output=output)
 print("clean")
 """
 
@@ -460,8 +379,9 @@ def test_sanitizers_watch_what_kernels_read(sanitized):
     script = SANITIZED.split("rng =")[0] + (
         "case = random_case((2,), ((4, 2),), n=1)\n"
         "copy = kernel._copy\n"
-        "kernel._copy = lambda stack, data: copy(stack, data.reshape(-1)[:-4] if data.shape == (1, 24, 4, 2) else data)\n"
-        "check_features(kernel, case, 'float32', layout='nchw', path='rows')\n"
+        "short = lambda data: data.reshape(-1)[:-4] if data.shape == (1, 24, 4, 2) else data\n"
+        "kernel._copy = lambda stack, data: copy(stack, short(data))\n"
+        "kernel.run(**case, path='rows')\n"
     )
     result = run_sanitized(script, str(sanitized))
     assert "heap-buffer-overflow" in result.stderr
