@@ -1,4 +1,4 @@
-"""The MGNs of public repositories, written anew from descriptions of them: their module names, their order of
+"""The MGNs of public repositories, written from descriptions of them: their module names, their order of
 operations.
 
 Nothing here uses `mgn_deploy.train.model`: what an importer makes is compared with these.

@@ -74,6 +74,8 @@ def test_keys_are_overridden_in_order():
         ("optim.lr=-1", "optim.lr: Input should be greater than 0"),
         ("optim.name=lamb", "optim.name: Input should be 'sgd' or 'adam'"),
         ("batch.identities=1", "batch.identities: Input should be greater than or equal to 2"),
+        ("model.height=8", "model.height: Input should be greater than or equal to 32"),
+        ("model.branches=[9]", "model.branches: give one number of stripes (1 to 8) a branch"),
         ("lr=1", "give table.key=value"),
         ("optim.lr", "give table.key=value"),
     ],
@@ -102,6 +104,12 @@ def test_a_file_is_a_recipe(tmp_path):
 def test_a_broken_file_is_one_sentence(tmp_path, text, sentence):
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(UserError, match=sentence):
+        load_recipe(tmp_path / "mine.toml")
+
+
+def test_a_file_that_is_no_text_is_one_sentence(tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not valid TOML"):
         load_recipe(tmp_path / "mine.toml")
 
 

@@ -77,7 +77,7 @@ def import_checkpoint(
         path: a file of `torch.save` or safetensors.
         out: the weights folder; it appears whole, replacing an earlier one.
         source: whose code wrote it; another one than the tensors tell is refused.
-        pooling, global_stride, stem_pool: as in `ModelConfig`, in the place of what the public code does.
+        pooling, global_stride, stem_pool: as in `ModelConfig`, instead of what the public code does.
         size: height and width of the input in pixels; None: 384 and 128.
 
     Raises:
