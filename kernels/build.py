@@ -14,10 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-
-from mgn_deploy.console import show_log
+from mgn_deploy.console import print_table, show_log
 from mgn_deploy.errors import UserError
 from mgn_deploy.kernels.nvrtc import compile_uncached
 from mgn_deploy.kernels.plan import all_kernels
@@ -77,13 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
         except UserError as error:
             print(error, file=sys.stderr)
             return error.exit_code
-    table = Table(title="registers a thread; spilled bytes, where there are any")
-    table.add_column("kernel", no_wrap=True)
-    for arch in uses:
-        table.add_column(f"sm_{arch}", justify="right")
-    for kernel in all_kernels():
-        table.add_row(kernel, *(_cell(of_arch[kernel]) for of_arch in uses.values()))
-    Console().print(table)
+    rows = [[kernel, *(_cell(of_arch[kernel]) for of_arch in uses.values())] for kernel in all_kernels()]
+    columns = ["kernel", *(f"sm_{arch}" for arch in uses)]
+    print_table(columns, rows, "registers a thread; spilled bytes, where there are any")
     spilled = sum(use.spilled for of_arch in uses.values() for use in of_arch.values())
     if spilled:
         print(f"{spilled} bytes are spilled", file=sys.stderr)
