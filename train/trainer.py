@@ -95,8 +95,6 @@ def train(
     """
     with Group(device) as group, DeferredInterrupt() as interrupt:
         if group.is_first:
-            for note in data.notes:
-                _log.warning(note)
             _log.info(
                 f"{len(data.train)} training images, {len(data.query)} queries, {len(data.gallery)} gallery images of "
                 f"{data.root}"
