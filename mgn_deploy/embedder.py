@@ -16,7 +16,7 @@ from PIL import Image
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.backends.opening import open_backend
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.engine_entry import MAX_BATCH
+from mgn_deploy.choices import MAX_BATCH
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
 from mgn_deploy.images.decode import read_crop

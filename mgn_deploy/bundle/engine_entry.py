@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 TensorRtName = Literal["tensorrt", "tensorrt-rtx"]
 Batch = Annotated[int, Field(ge=1)]
 DEFAULT_BATCH = (1, 8, 64)  # min, opt and max images a call
-MAX_BATCH = 4096  # images a call: beyond, activations take more memory than GPUs have
 
 
 class EngineEntry(BaseModel):

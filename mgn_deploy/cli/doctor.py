@@ -15,7 +15,6 @@ import mgn_deploy
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.cli.options import Json
 from mgn_deploy.console import print_json, print_table
-from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 from mgn_deploy.packages import TRAINING_PACKAGES, import_problem
 
 _log = logging.getLogger("mgn_deploy")
@@ -64,6 +63,8 @@ def examine() -> list[Finding]:
 
 def machine_facts() -> dict[str, Any]:
     """The machine as far as it bears on inference."""
+    from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
+
     return {
         "mgn-deploy": mgn_deploy.__version__,
         "Python": platform.python_version(),

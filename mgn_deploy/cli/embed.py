@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from mgn_deploy.choices import Dtype
 from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Json, out
 from mgn_deploy.console import print_json, progress, say
-from mgn_deploy.gallery import Dtype
 
 
 def embed(

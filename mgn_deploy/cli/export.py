@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgn_deploy.backends.registry import EXPORT_ENGINES
-from mgn_deploy.bundle.manifest import Precision
+from mgn_deploy.choices import Precision
 from mgn_deploy.cli.options import Bundle, EngineName, Json, ProofData, ProofImages, out
 from mgn_deploy.console import percent, print_json, print_table, progress
 from mgn_deploy.packages import require_training

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from mgn_deploy.choices import DEFAULT_TOLERANCE, QueryPooling
 from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Data, Json
 from mgn_deploy.console import percent, print_json, print_table, progress
-from mgn_deploy.retrieval import DEFAULT_TOLERANCE, QueryPooling
 
 
 def validate(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 
 from mgn_deploy.backends.registry import ENGINES, EXPORT_ENGINES
-from mgn_deploy.bundle.engine_entry import MAX_BATCH
+from mgn_deploy.choices import MAX_BATCH
 
 if TYPE_CHECKING:  # a type checker does not know what the table holds
     BackendName: TypeAlias = str

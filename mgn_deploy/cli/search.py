@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgn_deploy.choices import Metric
 from mgn_deploy.cli.options import AllowUnproven, Backend, Json, QueryBundle, out
 from mgn_deploy.console import print_json, print_table, progress, say
-from mgn_deploy.retrieval import Metric
 
 if TYPE_CHECKING:
     from mgn_deploy.retrieval.rank_list import RankList

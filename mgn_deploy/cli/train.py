@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgn_deploy.choices import Device
 from mgn_deploy.cli.options import Data, Json, out
 from mgn_deploy.console import is_first_process, print_json, progress
 from mgn_deploy.packages import require_training
-from mgn_deploy.train import Device
 
 if TYPE_CHECKING:
     from mgn_deploy.train.trainer import Step

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgn_deploy.choices import GlobalStride, Pooling, SourceName, StemPool
 from mgn_deploy.cli.options import Json, Seed, out
-from mgn_deploy.config import GlobalStride, Pooling, StemPool
 from mgn_deploy.console import print_json, say
 from mgn_deploy.packages import require_training
-from mgn_deploy.train.importers import SourceName
 
 if TYPE_CHECKING:
     from mgn_deploy.train.importers.importing import Report

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from mgn_deploy.choices import Dtype
 from mgn_deploy.datasets.market1501 import parse_name
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UnreadableImage
-from mgn_deploy.gallery import Dtype
 from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING, read_crop

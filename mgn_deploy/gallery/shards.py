@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mgn_deploy.choices import Dtype
 from mgn_deploy.errors import UserError, first_problem
-from mgn_deploy.gallery import Dtype
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

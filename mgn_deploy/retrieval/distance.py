@@ -17,10 +17,10 @@ from typing import get_args
 
 import numpy as np
 
+from mgn_deploy.choices import Metric
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval import Metric
 
 TILE_BYTES = 256 << 20
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from mgn_deploy.choices import QueryPooling
 from mgn_deploy.datasets import Dataset, LabelledImage, Subset
 from mgn_deploy.errors import UserError
-from mgn_deploy.retrieval import QueryPooling
 
 POOLING: dict[QueryPooling, Callable[..., Any]] = {"avg": np.mean, "max": np.max}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mgn_deploy.choices import Metric
 from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK
 from mgn_deploy.datasets.market1501 import parse_name
 from mgn_deploy.embedder import Embedder
@@ -17,7 +18,6 @@ from mgn_deploy.gallery.shards import MANIFEST
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval import Metric
 from mgn_deploy.retrieval.distance import top_k, write_distance_matrix
 from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from mgn_deploy.choices import DEFAULT_TOLERANCE, QueryPooling
 from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import GateFailed
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval import DEFAULT_TOLERANCE, QueryPooling
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
 from mgn_deploy.retrieval.ranking import RankingMetrics, evaluate_embeddings
 

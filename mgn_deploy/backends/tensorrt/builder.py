@@ -21,7 +21,8 @@ from mgn_deploy.backends.tensorrt.cache import cache_key, load, load_plan, save,
 from mgn_deploy.backends.tensorrt.graph import PreparedGraph, prepare
 from mgn_deploy.backends.tensorrt.network import build_network, parsed_network, quiet
 from mgn_deploy.backends.tensorrt.package import import_problem_of, import_tensorrt, logger, title
-from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, MAX_BATCH, EngineEntry, TensorRtName
+from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, EngineEntry, TensorRtName
+from mgn_deploy.choices import MAX_BATCH
 from mgn_deploy.cuda.device import Gpu, gpu_problem, this_gpu
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.progress import Progress
