@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test check wheel kernels clean
+.PHONY: demo test check docs wheel kernels clean
 
 demo: $(VENV)/installed-all-cpu
 	@echo "== mgn-deploy demo: draw people, train, export, prove, embed, validate (about 3 minutes)"
@@ -19,6 +19,10 @@ check: $(VENV)/installed-dev
 	rm -rf build
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	MYPYPATH=build/types $(VENV)/bin/mypy -p mgn_deploy
+
+docs: $(VENV)/installed-dev
+	@echo "== the documentation in build/site (a broken link fails)"
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 wheel: $(VENV)/installed-dev
 	@echo "== a wheel in dist/"

@@ -49,6 +49,7 @@ class Series:
 @dataclass(frozen=True)
 class Throughput:
     model: str
+    mirror_average: bool  # which doubles the work, of the engine's and of the reference's alike
     backend: str
     batch: int
     images: int
@@ -66,6 +67,7 @@ class Throughput:
         }
         return {
             "model": self.model,
+            "mirror_average": self.mirror_average,
             "backend": self.backend,
             "batch": self.batch,
             "images": self.images,
@@ -119,7 +121,13 @@ def measure(
     config = embedder.bundle.config
     model = f"{config.backbone} MGN {config.height}x{config.width} {embedder.bundle.manifest.precision}"
     return Throughput(
-        model, f"{embedder.backend.name} {embedder.backend.version}", batch_size, len(crops), cpu(), series
+        model,
+        embedder.bundle.manifest.flip,
+        f"{embedder.backend.name} {embedder.backend.version}",
+        batch_size,
+        len(crops),
+        cpu(),
+        series,
     )
 
 

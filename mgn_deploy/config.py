@@ -19,8 +19,8 @@ class ModelConfig(BaseModel):
 
     `backbone` is a torchvision ResNet; `base_width` is the number of channels of its stem, 64 as published, fewer for a
     network that a CPU trains in minutes. `branches` holds each branch's number of stripes: 1 is the global branch,
-    N > 1 pools N stripes beside the whole map. `height` and `width` are in pixels; `mean` and `std` are of RGB pixels
-    on the scale of 0 to 1. `num_classes` is the number of identities that the classifiers were trained on; 0: none.
+    N > 1 pools N stripes beside the whole map. `height` and `width` are in pixels, `mean` and `std` of RGB on the scale
+    of 0 to 1. `num_classes` is the number of identities that the classifiers were trained on; 0: none.
 
     The last five fields are what public checkpoints do otherwise than the paper (`train/importers`); a config without
     them is the paper's:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+RESNET18 = (2, 2, 2, 2)
 RESNET50 = (3, 4, 6, 3)
 
 
@@ -32,7 +33,9 @@ class InstanceBatch(nn.Module):
         )
 
 
-class Block(nn.Module):
+class Bottleneck(nn.Module):
+    expansion = 4
+
     def __init__(self, inside: int, planes: int, stride: int, ibn: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inside, planes, 1, bias=False)
@@ -53,25 +56,54 @@ class Block(nn.Module):
         return functional.relu(self.bn3(self.conv3(out)) + skip)
 
 
-def stage(inside: int, planes: int, blocks: int, stride: int, ibn: bool = False) -> list[Block]:
-    return [Block(inside if i == 0 else 4 * planes, planes, stride if i == 0 else 1, ibn) for i in range(blocks)]
+class Basic(nn.Module):
+    """The block of ResNet-18 and 34."""
+
+    expansion = 1
+
+    def __init__(self, inside: int, planes: int, stride: int, ibn: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, planes, 3, stride, 1, bias=False)
+        self.bn1 = InstanceBatch(planes) if ibn else nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        if stride != 1 or inside != planes:
+            self.downsample = nn.Sequential(nn.Conv2d(inside, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(maps)))))
+        skip = self.downsample(maps) if hasattr(self, "downsample") else maps
+        return functional.relu(out + skip)
 
 
-def backbone(width: int, blocks: tuple[int, ...], stem_pool: nn.Module, ibn: bool = False) -> nn.Sequential:
+Kind = type[Bottleneck] | type[Basic]
+
+
+def stage(kind: Kind, inside: int, planes: int, blocks: int, stride: int, ibn: bool = False) -> nn.Sequential:
+    first = kind(inside, planes, stride, ibn)
+    return nn.Sequential(first, *(kind(kind.expansion * planes, planes, 1, ibn) for _ in range(blocks - 1)))
+
+
+def backbone(
+    width: int, blocks: tuple[int, ...], stem_pool: nn.Module, ibn: bool = False, kind: Kind = Bottleneck
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, width, 7, 2, 3, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
         stem_pool,
-        nn.Sequential(*stage(width, width, blocks[0], 1, ibn)),
-        nn.Sequential(*stage(4 * width, 2 * width, blocks[1], 2, ibn)),
-        Block(8 * width, 4 * width, 2, ibn),
+        stage(kind, width, width, blocks[0], 1, ibn),
+        stage(kind, kind.expansion * width, 2 * width, blocks[1], 2, ibn),
+        kind(2 * kind.expansion * width, 4 * width, 2, ibn),
     )
 
 
-def branch(width: int, blocks: tuple[int, ...], stride: int, ibn: bool = False) -> nn.Sequential:
-    rest = stage(16 * width, 4 * width, blocks[2] - 1, 1, ibn)
-    return nn.Sequential(nn.Sequential(*rest), nn.Sequential(*stage(16 * width, 8 * width, blocks[3], stride)))
+def branch(
+    width: int, blocks: tuple[int, ...], stride: int, ibn: bool = False, kind: Kind = Bottleneck
+) -> nn.Sequential:
+    channels = 4 * kind.expansion * width
+    rest = stage(kind, channels, 4 * width, blocks[2] - 1, 1, ibn)
+    return nn.Sequential(rest, stage(kind, channels, 8 * width, blocks[3], stride))
 
 
 class PowerMean(nn.Module):
@@ -116,6 +148,7 @@ class FastReid(nn.Module):
         stride: int = 1,
         ibn: bool = True,
         blocks: tuple[int, ...] = RESNET50,
+        kind: Kind = Bottleneck,
         classes: int = 5,
         pixel_buffers: bool = True,
     ) -> None:
@@ -124,10 +157,10 @@ class FastReid(nn.Module):
             self.register_buffer("pixel_mean", torch.tensor([120.0, 115.0, 104.0]).view(1, 3, 1, 1))
             self.register_buffer("pixel_std", torch.tensor([58.0, 57.0, 57.5]).view(1, 3, 1, 1))
         stem = nn.MaxPool2d(3, 2, 1) if generation == 1 else nn.MaxPool2d(3, 2, ceil_mode=True)
-        self.backbone = backbone(width, blocks, stem, ibn)
-        self.b1 = branch(width, blocks, stride, ibn)
-        self.b2 = branch(width, blocks, 1, ibn)
-        self.b3 = branch(width, blocks, 1, ibn)
+        self.backbone = backbone(width, blocks, stem, ibn, kind)
+        self.b1 = branch(width, blocks, stride, ibn, kind)
+        self.b2 = branch(width, blocks, 1, ibn, kind)
+        self.b3 = branch(width, blocks, 1, ibn, kind)
         self.generation = generation
 
         def pool() -> nn.Module:
@@ -136,7 +169,8 @@ class FastReid(nn.Module):
         shared = pool()
         for name in HEADS:
             head = nn.Module()
-            convolution, norm = nn.Conv2d(32 * width, reduced, 1, bias=False), nn.BatchNorm2d(reduced)
+            convolution = nn.Conv2d(8 * kind.expansion * width, reduced, 1, bias=False)
+            norm = nn.BatchNorm2d(reduced)
             if generation == 1:
                 setattr(self, f"{name}_pool", nn.Sequential(shared, convolution, norm, nn.ReLU()))
                 head.bnneck = nn.BatchNorm1d(reduced)
@@ -165,7 +199,8 @@ class FastReid(nn.Module):
 class ThreeParts(nn.Module):
     """seathiefwang's, levyfan's and GNAYUOHZ's: `p1` to `p3`, numbered reductions or one for all, `fc_id_*`.
 
-    Normalised pixels in; g1 g2 g3 p2_0 p2_1 p3_0 p3_1 p3_2 out. Windows are those of 384x128 only.
+    Normalised pixels in; g1 g2 g3 p2_0 p2_1 p3_0 p3_1 p3_2 out, with `by_branch` (levyfan's `predict`)
+    g1 g2 p2_0 p2_1 g3 p3_0 p3_1 p3_2. Windows are those of 384x128 only.
     """
 
     def __init__(
@@ -177,12 +212,14 @@ class ThreeParts(nn.Module):
         *,
         shared_reduction: bool = False,
         wide_classifiers: bool = False,
+        by_branch: bool = False,
         blocks: tuple[int, ...] = RESNET50,
         classes: int = 5,
     ) -> None:
         super().__init__()
         setattr(self, backbone_name, backbone(width, blocks, nn.MaxPool2d(3, 2, 1)))
         self.backbone_name, self.pooling, self.shared_reduction = backbone_name, pooling, shared_reduction
+        self.by_branch = by_branch
         self.p1 = branch(width, blocks, 2)
         self.p2 = branch(width, blocks, 1)
         self.p3 = branch(width, blocks, 1)
@@ -201,7 +238,11 @@ class ThreeParts(nn.Module):
         vectors = [pool(one, (12, 4)), pool(two, (24, 8)), pool(three, (24, 8))]
         vectors += [halves[:, :, 0:1], halves[:, :, 1:2], thirds[:, :, 0:1], thirds[:, :, 1:2], thirds[:, :, 2:3]]
         reductions = [getattr(self, "reduction" if self.shared_reduction else f"reduction_{k}") for k in range(8)]
-        return torch.cat([reduce(v)[:, :, 0, 0] for reduce, v in zip(reductions, vectors, strict=True)], dim=1)
+        reduced = [reduce(v)[:, :, 0, 0] for reduce, v in zip(reductions, vectors, strict=True)]
+        if self.by_branch:
+            g1, g2, g3, *stripes = reduced
+            reduced = [g1, g2, *stripes[:2], g3, *stripes[2:]]
+        return torch.cat(reduced, dim=1)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,0 +1,369 @@
+"""The tables of README.md and of the site, made from `bench/results/` and from the table of engines.
+
+A page holds `<!-- table: NAME -->` and `<!-- end -->`; what stands between them is made by the function of that name.
+`python docs/gen/tables.py --readme` writes README.md's tables anew; the site's are made while it is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+BARE, EMBED, EAGER = "bare engine", "embed (files to store)", "PyTorch eager"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
+_MARKED = re.compile(r"(<!-- table: ([a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-(.+)-(throughput|matrix|precision|plans|training)-(.+)\.(json|csv)")
+
+
+class Result(NamedTuple):
+    """One file of `bench/results/`, whose name says when, on what machine and of what kind it is."""
+
+    date: str
+    kind: str
+    path: Path
+
+    def content(self) -> Any:
+        return json.loads(self.path.read_text())
+
+
+def results(kind: str) -> list[Result]:
+    """All files of a kind, the latest first."""
+    found = [(match, path) for path in sorted(RESULTS.iterdir()) if (match := _NAME.fullmatch(path.name))]
+    made = [Result(match[1], match[3], path) for match, path in found if match[3] == kind]
+    return sorted(made, key=lambda one: (-int(one.date.replace("-", "")), one.path.name))
+
+
+def fill(text: str) -> str:
+    """The text with each marked table made anew."""
+    return _MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def engines() -> str:
+    """Engine x precision x status, from the table of engines."""
+    from mgn_deploy.backends.registry import ENGINES
+
+    rows = [
+        [
+            f"`{engine.name}`",
+            engine.title,
+            engine.device,
+            *("yes" if precision in engine.precisions else "" for precision in PRECISIONS),
+            f"`[{engine.extra}]`",
+            engine.status,
+        ]
+        for engine in ENGINES.values()
+    ]
+    return _table(["backend", "engine", "runs on", *PRECISIONS, "extra", "status"], rows)
+
+
+def recipes() -> str:
+    """Every key of a recipe: its type, its default, and what the shipped recipes say of it."""
+    from mgn_deploy.train.recipe import Recipe, load_recipe
+
+    names = sorted(path.stem for path in (ROOT / "train" / "recipes").glob("*.toml"))
+    shipped = [load_recipe(name) for name in names]
+    rows = []
+    for table, field in Recipe.model_fields.items():
+        for key in field.annotation.model_fields:  # type: ignore[union-attr]
+            values = [getattr(getattr(recipe, table), key) for recipe in (Recipe(), *shipped)]
+            rows.append([f"`{table}.{key}`", *(f"`{_toml(value)}`" for value in values)])
+    return _table(["key", "default", *names], rows)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value) if isinstance(value, (str, bool)) else f"{value:g}"
+
+
+def placements() -> str:
+    """INT8 placements, from the table of engines."""
+    from mgn_deploy.backends.registry import ENGINES
+
+    sides = {0: "none", 1: "the skip side", 2: "both sides"}
+    rows = [
+        [
+            f"`{engine.name}`",
+            "uint8" if placed.unsigned else "int8, zero point 0",
+            str(placed.weight_levels),
+            "one" if placed.one_scale else "one a channel",
+            sides[placed.sides],
+            "int32" if placed.integer_bias else "float",
+            "float16" if placed.half else "float32",
+            ", ".join(f"`{other.name}`" for other in ENGINES.values() if engine.name in other.int8_for),
+        ]
+        for engine in ENGINES.values()
+        if (placed := engine.placement)
+    ]
+    columns = [
+        "`--engine`",
+        "activations",
+        "largest weight",
+        "scales a weight",
+        "additions: quantised",
+        "bias",
+        "between",
+    ]
+    return _table([*columns, "run by"], rows)
+
+
+def floors() -> str:
+    """The proof's floors by precision."""
+    from mgn_deploy.export.proof.proof import FLOORS, KEPT
+
+    rows = [
+        [name, f"{cosine}", f"{agreement}", f"{drift:g}", f"{100 * KEPT[name]:g}%"]
+        for name, (cosine, agreement, drift) in FLOORS.items()
+    ]
+    columns = ["precision", "worst cosine at least", "top-10 agreement at least", "batch drift at most"]
+    return _table([*columns, "of the reference's mAP and rank-1 kept, with `--data`"], rows)
+
+
+def manifest() -> str:
+    """Every key of a bundle's manifest."""
+    from mgn_deploy.bundle.manifest import Manifest
+
+    return _table(["key", "type", "without it"], list(_keys(Manifest)))
+
+
+def store_manifest() -> str:
+    """Every key of a store's manifest."""
+    from mgn_deploy.gallery.shards import StoreManifest
+
+    return _table(["key", "type", "without it"], list(_keys(StoreManifest)))
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
+    """Key, type and default of each field; those of models within come after their own, below its key."""
+    for name, field in model.model_fields.items():
+        outer, inner = _inner_model(field.annotation)
+        default = "" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+        yield [f"`{prefix}{name}`", outer, default]
+        if inner:
+            yield from _keys(
+                inner, f"{prefix}{name}{'' if outer == 'object' else '[]' if outer == 'array' else '.NAME'}."
+            )
+
+
+def _inner_model(annotation: Any) -> tuple[str, type[BaseModel] | None]:
+    """What JSON calls a type, and the model of its items or of itself."""
+    models = [
+        one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, BaseModel)
+    ]
+    origin = get_origin(annotation)
+    if models and origin in (list, tuple):
+        return "array", models[0]
+    if models and origin is dict:
+        return "object by name", models[0]
+    if models:
+        return "object", models[0]
+    return f"`{_type(annotation)}`", None
+
+
+def _type(annotation: Any) -> str:
+    """A type in short: a bar would end the table's cell."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is None:
+        return {type(None): "null", ...: "..."}.get(annotation) or annotation.__name__
+    if origin is Annotated:
+        return _type(inner[0])
+    if origin is Literal:
+        return " or ".join(map(json.dumps, inner))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_type, inner))
+    return f"{origin.__name__}[{', '.join(map(_type, inner))}]"
+
+
+def throughput() -> str:
+    """The rows of the latest day."""
+    measured = results("throughput")
+    return _throughput([one for one in measured if one.date == measured[0].date])
+
+
+def all_throughput() -> str:
+    """The rows of every day, the latest first."""
+    return _throughput(results("throughput"))
+
+
+def _throughput(measured: Sequence[Result]) -> str:
+    columns = ["model", "engine", "mirror", "batch", "bare engine", "`embed`", "PyTorch eager", "engine / eager"]
+    parts = []
+    for (date, machine), some in _grouped(measured):
+        rows = [_throughput_row(one) for one in some]
+        parts.append(f"{date}, {machine}; images/s:\n\n{_table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def _grouped(measured: Sequence[Result]) -> Iterator[tuple[tuple[str, str], list[dict[str, Any]]]]:
+    """What was measured on one day on one machine, the largest model first."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in measured:
+        content = one.content()
+        groups.setdefault((one.date, content["machine"]), []).append(content)
+    for key, some in groups.items():
+        yield key, sorted(some, key=lambda content: content["images_per_second"][BARE]["median"])
+
+
+def _throughput_row(content: dict[str, Any]) -> list[str]:
+    rates = content["images_per_second"]
+    name, version = content["backend"].split()[:2]
+    cells = [_rate(rates[BARE]["median"])]
+    cells += [f"{_rate(rates[EMBED]['median'])} ({rates[EMBED]['of_bare_engine']:.2f})"]
+    eager = rates.get(EAGER)
+    cells += [_rate(eager["median"]), f"{1 / eager['of_bare_engine']:.1f}"] if eager else ["", ""]
+    mirror = "yes" if content.get("mirror_average", True) else "no"
+    return [content["model"], f"{name} {version.split('-')[0]}", mirror, str(content["batch"]), *cells]
+
+
+def precision() -> str:
+    """Every precision and engine of a model: of `bench/gpu/matrix.py`, and of the bench that it replaced."""
+    parts = []
+    for one in [*results("matrix"), *results("precision")]:
+        content = one.content()
+        if "bench" in content:
+            batches = list(next(row["speed"] for row in content["rows"] if "speed" in row))
+            rows = [_matrix_row(row, batches) for row in content["rows"] if "speed" in row]
+            machine = content["device"].get("gpu") or content["device"]["cpu"]
+        else:
+            batches, machine = ["1", "8"], content["machine"]
+            rows = [_precision_row(row) for row in content["rows"]]
+        columns = ["", "rank-1", "mAP", "mean / worst cosine", "top-10 agreement", "graph, MB"]
+        columns += [f"batch {batch}" for batch in batches]
+        parts.append(f"{one.date}, {machine}; {content['model']}:\n\n{_table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def _matrix_row(row: dict[str, Any], batches: Sequence[str]) -> list[str]:
+    proof, heads = row["proof"], " fused heads" if row["fused_heads"] else ""
+    ranking = proof["ranking"]
+    return [
+        f"{row['engine']} {row['precision']}{heads}",
+        *([f"{100 * ranking[key]:.2f}" for key in ("rank1", "mAP")] if ranking else ["", ""]),
+        f"{proof['mean_cosine']:.5f} / {proof['worst_cosine']:.5f}",
+        f"{proof['top10_agreement']:.3f}",
+        f"{row['graph MB']}",
+        *(_speed(row["speed"][batch]) for batch in batches),
+    ]
+
+
+def _speed(measured: dict[str, Any]) -> str:
+    return f"{_rate(measured['images/s'])} ({measured['rivals']['torch fp32']['x']:.1f}x)"
+
+
+def _precision_row(row: dict[str, Any]) -> list[str]:
+    reference = row["engine"] == "torch"
+    speeds = [
+        _rate(row[f"img/s b{batch}"]) + ("" if reference else f" ({row[f'x torch b{batch}']:.1f}x)") for batch in (1, 8)
+    ]
+    if reference:
+        closeness = ["", "", ""]
+    else:
+        closeness = [f"{row['mean cosine']:.5f} / {row['worst cosine']:.5f}", f"{row['top-10']:.3f}", f"{row['MB']}"]
+    accuracy = [f"{row['rank-1']:.2f}", f"{row['mAP']:.2f}"] if "mAP" in row else ["", ""]
+    return [f"{row['engine']} {row['precision']}", *accuracy, *closeness, *speeds]
+
+
+def plans() -> str:
+    """TensorRT-RTX plans: sizes and what their layer tables say; of several GPUs the range."""
+    columns = ["graph", "plan, MB", "weights, MB", "built in", "convolutions", "additions in them", "moved, MB"]
+    parts = []
+    for one in results("plans"):
+        content = one.content()
+        by_graph: dict[str, list[dict[str, Any]]] = {}
+        for plan in content["plans"]:
+            by_graph.setdefault(plan["graph"], []).append(plan)
+        rows = [[graph, *_plan_cells(same)] for graph, same in by_graph.items()]
+        gpus = ", ".join(
+            dict.fromkeys(f"sm_{plan['compute_capability'].replace('.', '')}" for plan in content["plans"])
+        )
+        what = f"{content['model']}, TensorRT-RTX {content['version']}, plans for {gpus}"
+        parts.append(f"{one.date}, {what}, built on {content['machine']}:\n\n{_table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def _plan_cells(same: Sequence[dict[str, Any]]) -> list[str]:
+    first = same[0]
+    kinds = ", ".join(f"{count} {name}" for name, count in first["convolutions"].items())
+    return [
+        _range([plan["bytes"] / 1e6 for plan in same], ".1f"),
+        f"{first['weights_bytes'] / 1e6:.1f}",
+        _range([plan["seconds"] for plan in same], ".1f") + " s",
+        kinds,
+        f"{first['additions_in_convolutions']} of {first['additions']}",
+        _range([plan["moved_bytes"] / 1e6 for plan in same], ".0f"),
+    ]
+
+
+def training() -> str:
+    """Accuracy by time of a training run, about every tenth epoch that was evaluated."""
+    (one,) = results("training")
+    with one.path.open(newline="") as file:
+        evaluated = [row for row in csv.DictReader(file) if row["mAP"]]
+    best = max(evaluated, key=lambda row: float(row["mAP"]))
+    chosen = [row for row in evaluated if int(row["epoch"]) in (5, 10) or int(row["epoch"]) % 20 == 0]
+    chosen = sorted(
+        {id(row): row for row in [*chosen, best, evaluated[-1]]}.values(), key=lambda row: int(row["epoch"])
+    )
+    rows = [
+        [
+            f"{float(row['seconds']) / 60:.1f}",
+            row["epoch"],
+            *(f"{100 * float(row[key]):.1f}" for key in ("rank-1", "mAP")),
+        ]
+        for row in chosen
+    ]
+    return _table(["minutes", "epoch", "rank-1", "mAP"], rows)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    least, most = format(min(values), form), format(max(values), form)
+    return least if least == most else f"{least} to {most}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1f}" if value < 20 else f"{value:.0f}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "engines": engines,
+    "placements": placements,
+    "floors": floors,
+    "manifest": manifest,
+    "store manifest": store_manifest,
+    "recipes": recipes,
+    "throughput": throughput,
+    "all throughput": all_throughput,
+    "precision": precision,
+    "plans": plans,
+    "training": training,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", action="store_true", help="write README.md's tables anew")
+    if parser.parse_args().readme:
+        readme = ROOT / "README.md"
+        readme.write_text(fill(readme.read_text()))
+    else:
+        print("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()))
+
+
+if __name__ == "__main__":
+    main()

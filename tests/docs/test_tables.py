@@ -1,0 +1,58 @@
+"""README's tables are what the results and the table of engines give."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+from blocks import PAGES, ROOT
+
+sys.path.insert(0, str(ROOT / "docs" / "gen"))
+
+import tables
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_readmes_tables_are_those_of_the_results():
+    assert README.count("<!-- table: ") == 2
+    assert tables.fill(README) == README, "python docs/gen/tables.py --readme writes them anew"
+
+
+def test_readme_has_a_row_for_every_engine():
+    from mgn_deploy.backends.registry import ENGINES
+
+    rows = re.findall(r"^\| `([a-z-]+)` \|.*\| (.+) \|$", README, re.MULTILINE)
+    assert rows == [(engine.name, engine.status) for engine in ENGINES.values()]
+
+
+def test_every_result_is_in_a_table_and_has_its_command():
+    commands = (ROOT / "bench" / "results" / "README.md").read_text()
+    for path in (ROOT / "bench" / "results").iterdir():
+        if path.name == "README.md":
+            continue
+        kind = re.search(r"-(throughput|matrix|precision|plans|training)-(.+)$", path.name)
+        assert kind, f"{path.name} is named like no table"
+        assert f"*-{kind[1]}-{kind[2]}`" in commands, f"bench/results/README.md has no command of {path.name}"
+
+
+def test_a_throughput_row_is_the_files_numbers(tmp_path, monkeypatch):
+    (tmp_path / "2030-01-02-machine-throughput-model.json").write_text(
+        '{"model": "m", "mirror_average": false, "backend": "openvino 2026.4.1-22982", "batch": 4, "machine": "here",'
+        ' "images_per_second": {"bare engine": {"median": 40.04, "of_bare_engine": 1.0},'
+        ' "embed (files to store)": {"median": 39.2, "of_bare_engine": 0.979},'
+        ' "PyTorch eager": {"median": 9.96, "of_bare_engine": 0.25}}}'
+    )
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    heading, _, _, _, row = tables.throughput().splitlines()
+    assert heading == "2030-01-02, here; images/s:"
+    assert row == "| m | openvino 2026.4.1 | no | 4 | 40 | 39 (0.98) | 10.0 | 4.0 |"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_mark_names_a_table_and_is_closed(page):
+    text = page.read_text()
+    marks = re.findall(r"<!-- table: (.+?) -->", text)
+    assert set(marks) <= set(tables.TABLES)
+    assert text.count("<!-- end -->") == len(marks)
