@@ -22,7 +22,7 @@ import numpy as np
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.bench.report import cpu
 from mgn_deploy.datasets.drawn import draw_market1501
-from mgn_deploy.embedder import Embedder
+from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.images.decode import read_crop
@@ -91,6 +91,9 @@ def measure(
     Raises:
         UserError: no bundle, no such backend, or a folder with too few readable images for one batch.
     """
+    check_batch_size(batch_size)
+    if runs < 1:
+        raise UserError(f"--runs {runs}: at least 1 run has to be counted")
     embedder = Embedder.open(bundle, backend)
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-bench-") as scratch:
         folder, crops = _prepare(Path(scratch), images, count, batch_size, embedder)

@@ -11,7 +11,7 @@ from typing import TypeAlias, get_args
 from mgn_deploy.backends.registry import ENGINES, EXPORT_ENGINES
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, check_batch
 from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH
-from mgn_deploy.bundle.manifest import Precision
+from mgn_deploy.choices import Precision
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.errors import UserError
 from mgn_deploy.export.precision.calibration_images import COUNT, FEWEST

@@ -85,7 +85,7 @@ def write_model_repository(
         raise UserError(
             f"Triton would run {plan.file if plan else GRAPH} of {bundle.folder} by {runs_it[0]}, which is not proven "
             f"with it: "
-            f"`mgn-deploy prove {bundle.folder}` where that is installed"
+            f"`mgn-deploy prove --bundle {bundle.folder}` where that is installed"
         )
     folder = Path(out) / name
     file = "model.plan" if plan else "model.onnx"

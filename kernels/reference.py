@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mgn_deploy.config import GEM_EPSILON, Neck, Pooling, features_of, region_rows
+from mgn_deploy.choices import Neck, Pooling
+from mgn_deploy.config import GEM_EPSILON, features_of, region_rows
 
 
 def stripe_pool(

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mgn_deploy.choices import GlobalStride, Ibn, Neck, Pooling, StemPool
 from mgn_deploy.errors import UserError, first_problem
-
-Ibn = Literal["none", "a"]
-StemPool = Literal["padded", "ceil"]
-GlobalStride = Literal[1, 2]
-Pooling = Literal["max", "avg", "gem"]
-Neck = Literal["relu", "linear", "relu_norm"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

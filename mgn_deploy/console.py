@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,14 +12,12 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
-from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-BACKENDS = f"auto, {', '.join(ENGINES)}."
 _log = logging.getLogger("mgn_deploy")
 LOG_SECONDS = 10  # between lines of progress where stderr is no terminal
 
@@ -40,10 +39,23 @@ def show_log() -> None:
         )
     else:
         handler = _Lines()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Sentences())
     _log.handlers[:] = [handler]
-    _log.setLevel(logging.INFO)
+    _log.setLevel(logging.INFO if is_first_process() else logging.ERROR)
     _log.propagate = False
+
+
+def is_first_process() -> bool:
+    """Whether this process tells the user anything: of those that torchrun starts, only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Sentences(logging.Formatter):
+    """The sentence alone, or after "warning: " where it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        sentence = super().format(record)
+        return f"{record.levelname.lower()}: {sentence}" if record.levelno >= logging.WARNING else sentence
 
 
 class _Lines(logging.StreamHandler[TextIO]):

@@ -16,6 +16,7 @@ from PIL import Image
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.backends.opening import open_backend
 from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.choices import MAX_BATCH
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
 from mgn_deploy.images.decode import read_crop
@@ -132,6 +133,6 @@ class Embedder:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raise UserError unless at least one image goes into an engine call."""
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    """Raise UserError unless 1 to `MAX_BATCH` images go into an engine call."""
+    if not 1 <= batch_size <= MAX_BATCH:
+        raise UserError(f"batch_size must be at least 1 and at most {MAX_BATCH}, not {batch_size}")

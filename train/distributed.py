@@ -9,8 +9,8 @@ from typing import get_args
 import torch
 import torch.distributed as dist
 
+from mgn_deploy.choices import Device
 from mgn_deploy.errors import UserError
-from mgn_deploy.train import Device
 
 
 class Group:

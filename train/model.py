@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
-from mgn_deploy.config import GEM_EPSILON, ModelConfig, Neck, Pooling, features_of, stripe_rows
+from mgn_deploy.choices import Neck, Pooling
+from mgn_deploy.config import GEM_EPSILON, ModelConfig, features_of, stripe_rows
 from mgn_deploy.train.resnet import IBN, build_resnet, feature_channels, remove_stride
 
 GEM_POWER = 3.0  # Radenovic et al. 2019, section 3.2: where training starts, and what a fixed GeM uses

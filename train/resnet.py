@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
-from mgn_deploy.config import Ibn, StemPool
+from mgn_deploy.choices import Ibn, StemPool
 from mgn_deploy.errors import UserError
 
 PUBLISHED_WIDTH = 64

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mgn_deploy.choices import Device
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.errors import UserError
-from mgn_deploy.train import Device
 from mgn_deploy.train.checkpoint import load_checkpoint, save_checkpoint
 from mgn_deploy.train.data import TrainingSet
 from mgn_deploy.train.distributed import Group
@@ -95,8 +95,6 @@ def train(
     """
     with Group(device) as group, DeferredInterrupt() as interrupt:
         if group.is_first:
-            for note in data.notes:
-                _log.warning(note)
             _log.info(
                 f"{len(data.train)} training images, {len(data.query)} queries, {len(data.gallery)} gallery images of "
                 f"{data.root}"

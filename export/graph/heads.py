@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from mgn_deploy.config import GEM_EPSILON, ModelConfig, Neck, stripe_rows
+from mgn_deploy.choices import Neck
+from mgn_deploy.config import GEM_EPSILON, ModelConfig, stripe_rows
 
 OPSET = 18
 PREFIX = "heads/"  # of the names of all nodes and of all tensors but the maps, the weights and the output

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from mgn_deploy.backends.base import Backend
-from mgn_deploy.bundle.manifest import Precision, Proof, Ranking
+from mgn_deploy.bundle.manifest import Proof, Ranking
+from mgn_deploy.choices import Precision
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.export.proof.agreement import BATCH, cosines, run_in_batches, top_agreement

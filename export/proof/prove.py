@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from mgn_deploy.bundle.manifest import Manifest, Proof, Quantisation, write_mani
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.datasets.drawn import draw_people
 from mgn_deploy.embedder import Embedder
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.export.proof.agreement import run_in_batches
 from mgn_deploy.export.proof.proof import add_ranking, proof_crops, prove, with_ranking
 from mgn_deploy.images.decode import read_crop
@@ -74,6 +75,13 @@ def prove_again(
     return made
 
 
+def require_passed(folder: str | os.PathLike[str], proofs: Mapping[str, Proof]) -> None:
+    """Raise GateFailed, with what each proof misses, unless all of a bundle's proofs have passed."""
+    failed = [f"{name} ({', '.join(proof.misses)})" for name, proof in proofs.items() if not proof.passed]
+    if failed:
+        raise GateFailed(f"{os.fspath(folder)} is not proven for {'; '.join(failed)}")
+
+
 def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int) -> ProofPixels:
     """Of a folder, or of drawn people.
 
@@ -84,6 +92,7 @@ def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int)
         return ProofPixels(proof_crops(Path(folder), height, width), Path(os.path.abspath(folder)).name, False)
     from PIL import Image
 
+    _log.info("the proof is on drawn people: --proof-images DIR proves on yours")
     people = [read_crop(Image.fromarray(pixels), height, width) for pixels in draw_people(DRAWN_IMAGES)]
     return ProofPixels(np.stack(people), "drawn people", True)
 
@@ -104,7 +113,6 @@ def prove_backends(
         raise UserError("PyTorch's own embeddings with these weights are not finite: train them again")
     ranked = None
     if data:
-        _log.info(f"ranking {len(data.query)} queries in {len(data.gallery)} gallery images with the PyTorch reference")
         ranked = validate(data, Embedder(reference_backend, bundle.config), None).measured
     proofs: dict[str, Proof] = {}
     failed: list[str] = []

@@ -73,8 +73,10 @@ def compare_with_proof(bundle: Bundle, engine: Backend) -> None:
         f"{engine.hardware}"
     )
     if engine.compiled and not (same and proof.fused_heads == engine.fused_heads):
-        raise CannotRun(f"{sentence}: `mgn-deploy prove {bundle.folder}` proves it here, or pass --allow-unproven")
-    _log.warning(f"{sentence}: `mgn-deploy prove {bundle.folder}` would prove it here")
+        raise CannotRun(
+            f"{sentence}: `mgn-deploy prove --bundle {bundle.folder}` proves it here, or pass --allow-unproven"
+        )
+    _log.warning(f"{sentence}: `mgn-deploy prove --bundle {bundle.folder}` would prove it here")
 
 
 def _described(name: str, version: str, fused_heads: bool) -> str:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from mgn_deploy.choices import Precision
 from mgn_deploy.errors import UserError
 from mgn_deploy.packages import import_problem
 
 if TYPE_CHECKING:  # the command line's help reads this table: nothing heavy is imported for it
     from mgn_deploy.backends.base import Backend
-    from mgn_deploy.bundle.manifest import Precision
 
 
 @dataclass(frozen=True)

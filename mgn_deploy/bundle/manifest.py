@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.bundle.engine_entry import EngineEntry
+from mgn_deploy.choices import Precision
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import atomic_file
@@ -20,8 +21,6 @@ MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 GRAPH = "graph.onnx"
 REFERENCE = "reference.safetensors"
-
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class _Strict(BaseModel):

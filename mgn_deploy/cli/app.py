@@ -1,33 +1,77 @@
-"""The table of commands."""
+"""The table of commands, and the exit codes of whatever ends one."""
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Annotated, Any
+
 import typer
+from typer.core import TyperGroup
 
 from mgn_deploy import __version__
-from mgn_deploy.cli import demo, doctor, embed, export, figures, import_, measure, search, train
+from mgn_deploy.cli import demo, doctor, embed, export, figures, measure, search, train, weights
 from mgn_deploy.console import show_log
+from mgn_deploy.errors import GateFailed, UserError
+
+
+class Commands(TyperGroup):
+    """Ends with 0 (done), 1 (a gate failed), 2 (input that cannot be used) or, by Typer, 130 (interrupted)."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run a command; what is wrong is one line on stderr, without a traceback."""
+        try:
+            try:
+                return super().main(*arguments, **options)
+            finally:
+                print(end="", flush=True)  # here, not at exit, where nobody could be told that the disk is full
+        except (UserError, GateFailed) as error:
+            _end(str(error), error.exit_code)
+        except BrokenPipeError:  # the reader of our output left, as in `mgn-deploy search ... | head`
+            _drop_output()
+            sys.exit(141)
+        except OSError as error:  # a path that cannot be reached, or stdout on a full disk
+            _drop_output()
+            _end(str(error), UserError.exit_code)
+
+
+def _end(sentence: str, code: int) -> None:
+    line = " ".join(sentence.encode("utf-8", "backslashreplace").decode().split())
+    print(f"mgn-deploy: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere: the interpreter would fail on it again."""
+    with suppress(io.UnsupportedOperation):  # a test's stdout is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 app = typer.Typer(
     name="mgn-deploy",
+    cls=Commands,
     help="Person re-identification with the Multiple Granularity Network: from PyTorch weights to a verified engine.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",  # which has help panels
 )
-app.command()(demo.demo)
-app.command()(doctor.doctor)
-app.command()(export.init)
-app.command("import")(import_.import_checkpoint)
-app.command()(train.train)
-app.command()(export.export)
-app.command()(export.prove)
-app.command()(embed.embed)
-app.command()(search.distmat)
-app.command()(search.search)
-app.command()(measure.validate)
-app.command()(measure.bench)
+for name, command, example in (
+    ("demo", demo.demo, "mgn-deploy demo -o mgn-demo"),
+    ("doctor", doctor.doctor, "mgn-deploy doctor --json"),
+    ("init", weights.init, "mgn-deploy init -o weights --init random --backbone resnet18"),
+    ("import", weights.import_checkpoint, "mgn-deploy import market_mgn_R50-ibn.pth -o weights"),
+    ("train", train.train, "mgn-deploy train --data market1501:DIR -o run --recipe strong"),
+    ("export", export.export, "mgn-deploy export weights -o bundle --proof-images photos"),
+    ("prove", export.prove, "mgn-deploy prove --bundle bundle --proof-images photos"),
+    ("embed", embed.embed, "mgn-deploy embed photos -o store --bundle bundle"),
+    ("search", search.search, "mgn-deploy search photo.jpg store --bundle bundle --html page.html"),
+    ("distmat", search.distmat, "mgn-deploy distmat query-store gallery-store -o distances.npy"),
+    ("validate", measure.validate, "mgn-deploy validate --data market1501:DIR --bundle bundle"),
+    ("bench", measure.bench, "mgn-deploy bench --bundle bundle --images photos"),
+):
+    app.command(name, epilog=f"Example:\n\n{example}")(command)
 app.add_typer(figures.app, name="figures")
 
 
@@ -39,8 +83,8 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-    ),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     show_log()

@@ -1,4 +1,4 @@
-"""`mgn-deploy demo`: the whole way on drawn people: draw, train, export, prove, embed, validate, and a page to look at."""
+"""`mgn-deploy demo`: draw people, train, export, prove, embed and validate, and write a page of rank lists."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgn_deploy.cli.options import Json, Seed, out
 from mgn_deploy.console import percent, print_json, print_table
-from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.errors import UserError
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
@@ -25,24 +26,19 @@ MARKER = "made-by-mgn-deploy-demo"
 
 
 def demo(
-    out: Path = typer.Option(
-        Path("mgn-demo"),
-        "-o",
-        "--out",
-        help="Folder for everything that the demo makes; an earlier demo there is replaced.",
+    folder: Annotated[Path, out("Folder for all that the demo makes; an earlier demo there is replaced.")] = Path(
+        "mgn-demo"
     ),
-    seconds: int = typer.Option(150, min=1, help="Most seconds of training."),
-    seed: int = typer.Option(0, help="Of the drawn people and of the training."),
-    json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    seconds: Annotated[int, typer.Option(min=1, help="Most seconds of training.")] = 150,
+    seed: Seed = 0,
+    json: Json = False,
 ) -> None:
-    """Draw people, train a small MGN on them, export, prove, embed, validate: the whole way in under five minutes."""
-    require_training()
-    from mgn_deploy.retrieval.validate import KEYS
+    """Go the whole way on drawn people, in under five minutes.
 
-    made = run_demo(out, train_seconds=seconds, seed=seed)
-    reference = made.validation.reference
-    assert reference is not None
-    measured = made.validation.measured.to_dict()
+    Draws them, trains a small MGN, exports, proves, embeds, validates, and writes a page of rank lists.
+    """
+    require_training()
+    made = run_demo(folder, train_seconds=seconds, seed=seed)
     if json:
         print_json(
             {
@@ -55,27 +51,29 @@ def demo(
             }
         )
     else:
-        rows = [
-            [key, percent(made.untrained.to_dict()[key]), percent(reference.to_dict()[key]), percent(measured[key])]
-            for key in KEYS
-        ]
-        print_table(
-            ["", "before training", "trained, PyTorch", f"trained, {made.validation.backend}"],
-            rows,
-            title=f"{measured['queries']} queries of people never trained on, percent (chance: rank-1 {percent(made.chance)})",
-        )
-        print(f"Done in {made.seconds:.0f} s. Look at the rank lists in a browser: {made.page}")
-        print("Next:")
-        print(f"  mgn-deploy search {made.query_store} {made.gallery_store} -k 5")
-        print(f"  mgn-deploy embed YOUR_IMAGES -o your-store --bundle {made.bundle}")
-        print(f"  mgn-deploy bench --bundle {made.bundle}")
-        print(
-            "  mgn-deploy init -o weights-r50 --init random && mgn-deploy export weights-r50 -o bundle-r50   # the paper's size"
-        )
-    if made.validation.worst() > 0.005:
-        raise GateFailed(
-            f"the engine's rank-1 or mAP differs by {100 * made.validation.worst():.2f} points from PyTorch's"
-        )
+        _print(made)
+    made.validation.require()
+
+
+def _print(made: Demo) -> None:
+    from mgn_deploy.retrieval.validate import KEYS
+
+    assert made.validation.reference is not None
+    measured = made.validation.measured.to_dict()
+    columns = [made.untrained.to_dict(), made.validation.reference.to_dict(), measured]
+    print_table(
+        ["", "before training", "trained, PyTorch", f"trained, {made.validation.backend}"],
+        [[key, *(percent(column[key]) for column in columns)] for key in KEYS],
+        title=f"{measured['queries']} queries of people never trained on, percent (chance: rank-1 "
+        f"{percent(made.chance)})",
+    )
+    print(f"Done in {made.seconds:.0f} s. Look at the rank lists in a browser: {made.page}")
+    print("Next:")
+    print(f"  mgn-deploy search {made.query_store} {made.gallery_store} -k 5")
+    print(f"  mgn-deploy embed YOUR_IMAGES -o your-store --bundle {made.bundle}")
+    print(f"  mgn-deploy bench --bundle {made.bundle}")
+    print("  # a network of the paper's size:")
+    print("  mgn-deploy init -o weights-r50 --init random && mgn-deploy export weights-r50 -o bundle-r50")
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def run_demo(
     from mgn_deploy.export.options import ExportOptions
     from mgn_deploy.gallery.embed import embed_folder
     from mgn_deploy.gallery.store import Store
-    from mgn_deploy.report.rank_page import write_rank_page
+    from mgn_deploy.report.rank_page import gallery_facts, write_rank_page
     from mgn_deploy.retrieval.search import Queries, search
     from mgn_deploy.retrieval.validate import validate
     from mgn_deploy.train.evaluate import evaluate_model
@@ -133,8 +131,9 @@ def run_demo(
     _log.info("1/6 drawing people: 4 cameras, their own light and background, poses, occlusion, junk and distractors")
     drawn = draw_market1501(people, seed=seed)
     _log.info(
-        f"    {drawn.train} training images of {drawn.train_identities} people; {drawn.query} queries and {drawn.gallery} gallery "
-        f"images of {drawn.test_identities} others, {drawn.junk} junk and {drawn.distractors} distractors among them"
+        f"    {drawn.train} training images of {drawn.train_identities} people; {drawn.query} queries and "
+        f"{drawn.gallery} gallery images of {drawn.test_identities} others, {drawn.junk} junk and {drawn.distractors} "
+        "distractors among them"
     )
     data = open_market1501(people)
 
@@ -158,9 +157,9 @@ def run_demo(
     validation = validate(data, embedder, Embedder.open_reference(bundle))
 
     _log.info("6/6 writing the page of rank lists")
-    lists = search(Queries.of_store(Store.open(out / "store-query")), Store.open(out / "store-gallery"))
-    facts = {"Bundle": embedder.bundle.id[:12], "Backend": embedder.backend.name, "Gallery": f"{drawn.gallery} images"}
-    write_rank_page(out / "ranks.html", lists, title="Drawn people", facts=facts)
+    gallery = Store.open(out / "store-gallery")
+    lists = search(Queries.open(out / "store-query"), gallery)
+    write_rank_page(out / "ranks.html", lists, title="Drawn people", facts=gallery_facts(gallery))
     return Demo(
         people,
         weights,
@@ -177,7 +176,7 @@ def run_demo(
 
 def _fresh_folder(out: Path) -> Path:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
-        raise UserError(f"{out} exists and is no earlier demo's: choose another place with -o")
+        raise UserError(f"{out} exists and is no earlier demo's: choose another folder with -o")
     try:
         if out.exists():
             shutil.rmtree(out)

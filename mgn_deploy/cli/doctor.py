@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import typer
-
 import mgn_deploy
+from mgn_deploy.backends.registry import ENGINES
+from mgn_deploy.cli.options import Json
 from mgn_deploy.console import print_json, print_table
-from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
 from mgn_deploy.packages import TRAINING_PACKAGES, import_problem
 
+_log = logging.getLogger("mgn_deploy")
 
-def doctor(json: bool = typer.Option(False, "--json", help="Print as JSON.")) -> None:
-    """Show what this machine can run, why the rest cannot, and what to install."""
+
+def doctor(json: Json = False) -> None:
+    """Show what this machine can run, and what to install.
+
+    What cannot run is listed with the reason and the package to install.
+    """
     facts, findings = machine_facts(), examine()
     if json:
         print_json({"machine": facts, "parts": [vars(finding) for finding in findings]})
@@ -46,8 +50,6 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every backend in the order of `auto`, then the commands that need PyTorch and the exporter. Imports them all."""
-    from mgn_deploy.backends.registry import ENGINES
-
     findings = [
         Finding(f"backend {row.name}", installed_version(row.distributions), row.load().missing())
         for row in ENGINES.values()
@@ -61,6 +63,8 @@ def examine() -> list[Finding]:
 
 def machine_facts() -> dict[str, Any]:
     """The machine as far as it bears on inference."""
+    from mgn_deploy.machine import cpu_features, cpu_name, usable_cpus
+
     return {
         "mgn-deploy": mgn_deploy.__version__,
         "Python": platform.python_version(),
@@ -80,7 +84,7 @@ def nvidia_gpus() -> list[str]:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        print(f"nvidia-smi did not answer: {error}", file=sys.stderr)
+        _log.warning(f"nvidia-smi did not answer: {error}")
         return []
     return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
 

@@ -1,94 +1,97 @@
-"""`mgn-deploy init`, `export` and `prove`."""
+"""`mgn-deploy export` and `mgn-deploy prove`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgn_deploy.console import print_json, print_table, progress, say
-from mgn_deploy.errors import GateFailed
+from mgn_deploy.backends.registry import EXPORT_ENGINES
+from mgn_deploy.choices import Precision
+from mgn_deploy.cli.options import Bundle, EngineName, Json, ProofData, ProofImages, out
+from mgn_deploy.console import percent, print_json, print_table, progress
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
-    from mgn_deploy.bundle.bundle import Bundle
+    from mgn_deploy.bundle import bundle as bundles
     from mgn_deploy.bundle.manifest import Proof
 
 
-def init(
-    out: Path = typer.Option(..., "-o", "--out", help="The weights folder to write."),
-    backbone: str = typer.Option("resnet50", help="A torchvision ResNet."),
-    size: str = typer.Option("384x128", help="Input HEIGHTxWIDTH in pixels."),
-    branches: str = typer.Option("1,2,3", help="Stripes of each branch; 1 is the global branch."),
-    start: str = typer.Option(
-        "imagenet",
-        "--init",
-        help="imagenet (downloaded by torchvision), random (no branch a copy of another), or the file of a ResNet's state dict.",
-    ),
-    seed: int = typer.Option(0, help="Of the random weights."),
-) -> None:
-    """Write the weights of an untrained MGN."""
-    from mgn_deploy.config import ModelConfig, parse_branches, parse_size
+def _precision(*names: str, **options: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Precision", **options)
 
-    height, width = parse_size(size)
-    config = ModelConfig.checked(backbone=backbone, height=height, width=width, branches=parse_branches(branches))
-    require_training()
-    from mgn_deploy.train.weights import write_untrained_weights
 
-    write_untrained_weights(out, config, start, seed)
-    print(out)
+def _plans(*names: str, **options: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Engine and TensorRT plans", **options)
+
+
+def _content(*names: str, **options: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="What the bundle holds", **options)
 
 
 def export(
-    weights: Path = typer.Argument(help="A weights folder: config.json and mgn.safetensors."),
-    out: Path = typer.Option(..., "-o", "--out", help="The bundle to write."),
-    precision: str = typer.Option("fp32", help="fp32, fp16, bf16 or int8."),
-    fused_heads: bool = typer.Option(False, help="The plan ends with the feature maps; the heads run as one kernel."),
-    engine: str | None = typer.Option(
-        None,
-        help="openvino, onnxruntime, tensorrt or tensorrt-rtx: the last two also build plans; an int8 graph is placed for one of them.",
+    weights: Annotated[Path, typer.Argument(help="A weights folder: config.json and mgn.safetensors.")],
+    folder: Annotated[Path, out("The bundle to write.")],
+    precision: Annotated[Precision, _precision(help="Of the network; pixels and embeddings are float32 in all.")] = (
+        "fp32"
     ),
-    batch: str | None = typer.Option(
-        None, help="Fewest, best and most images a call of a TensorRT plan, and of Triton; 1,8,64 without it."
-    ),
-    compute_capability: str = typer.Option(
-        "", help="Of the GPUs to build tensorrt-rtx plans for, as in 8.6,8.9,12.0; no GPU is needed here."
-    ),
-    workspace: float | None = typer.Option(None, help="GiB of GPU memory that a layer may take; all without it."),
-    version_compatible: bool = typer.Option(False, help="A tensorrt plan that later versions run, too."),
-    hardware_compatible: bool = typer.Option(False, help="A tensorrt plan for any GPU from Ampere on."),
-    cache: bool = typer.Option(True, help="Take plans from the cache and put them there."),
-    triton: Path | None = typer.Option(None, help="Also write a model repository for Triton Inference Server."),
-    calib: Path | None = typer.Option(
-        None, help="Folder of images like those to come: int8 is calibrated on them, fp16's ranges are looked at."
-    ),
-    calib_count: int = typer.Option(500, help="Images to take of them, from every camera as many."),
-    max_drop: float | None = typer.Option(
-        None, help="Points that int8 may lose: of mAP with --data, else of top-10 agreement; 0.5 without it."
-    ),
-    data: str | None = typer.Option(
-        None,
-        help="KIND:DIR, labelled people: ranked beside the reference, and int8's mAP is held on them; see validate.",
-    ),
-    flip: bool = typer.Option(True, help="Average the features of each image and its mirror, as in the paper."),
-    reference: bool = typer.Option(
-        True, help="Put the PyTorch weights into the bundle, for --backend torch and validate."
-    ),
-    proof_images: Path | None = typer.Option(
-        None, help="Folder of images to prove the engines on; drawn people without it."
-    ),
-    json: bool = typer.Option(False, "--json", help="Print the proofs as JSON."),
+    calib: Annotated[
+        Path | None,
+        _precision(help="Folder of images like those to come: int8 is calibrated on them, fp16's ranges are measured."),
+    ] = None,
+    calib_count: Annotated[int, _precision(help="Images to take of them, from every camera as many.")] = 500,
+    max_drop: Annotated[
+        float | None,
+        _precision(help="Points that int8 may lose: of mAP with --data, else of top-10 agreement; 0.5 without it."),
+    ] = None,
+    engine: Annotated[
+        EngineName | None,
+        _plans(
+            metavar="ENGINE",
+            help=f"{', '.join(EXPORT_ENGINES)}: build its plans, and quantise an int8 graph as it wants it.",
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None, _plans(help="Min, opt and max images a call of a plan, and of Triton; 1,8,64 without it.")
+    ] = None,
+    compute_capability: Annotated[
+        str, _plans(help="Of the GPUs to build tensorrt-rtx plans for, as in 8.6,8.9,12.0; no GPU is needed here.")
+    ] = "",
+    workspace: Annotated[float | None, _plans(help="GiB of GPU memory that a layer may take; all without it.")] = None,
+    version_compatible: Annotated[
+        bool, _plans("--version-compatible", help="A tensorrt plan that later releases run, too.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, _plans("--hardware-compatible", help="A tensorrt plan for any GPU from Ampere on.")
+    ] = False,
+    fused_heads: Annotated[
+        bool, _plans("--fused-heads", help="The plan ends with the feature maps; the heads run as one kernel.")
+    ] = False,
+    cache: Annotated[bool, _plans(help="Take plans from the cache and put them there.")] = True,
+    proof_images: ProofImages = None,
+    data: ProofData = None,
+    flip: Annotated[bool, _content(help="Average the features of each image and its mirror, as in the paper.")] = True,
+    reference: Annotated[
+        bool, _content(help="Include the PyTorch weights, for prove, validate and --backend torch.")
+    ] = True,
+    triton: Annotated[
+        Path | None, _content(help="Also write a model repository for Triton Inference Server, to this folder.")
+    ] = None,
+    json: Json = False,
 ) -> None:
-    """Export weights to a bundle (one ONNX graph) and prove every engine that is installed here against PyTorch."""
+    """Export weights to a bundle and prove it against PyTorch.
+
+    The bundle holds one ONNX graph, and a proof of every engine that is installed here.
+    """
     require_training()
     from mgn_deploy.datasets import open_data
     from mgn_deploy.export.exporter import export_bundle
     from mgn_deploy.export.options import ExportOptions, parse_batch, parse_capabilities
 
     options = ExportOptions(
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         engine=engine,
         batch=parse_batch(batch) if batch else None,
         compute_capabilities=parse_capabilities(compute_capability),
@@ -107,73 +110,63 @@ def export(
         proof_images=proof_images,
     )
     with progress("steps") as update:
-        bundle = export_bundle(weights, out, options, progress=update)
+        bundle = export_bundle(weights, folder, options, progress=update)
     _tell(bundle, bundle.manifest.proofs, json)
 
 
-def prove(
-    bundle: Path = typer.Argument(help="A bundle that was exported elsewhere."),
-    proof_images: Path | None = typer.Option(
-        None, help="Folder of images to prove the engines on; drawn people without it."
-    ),
-    data: str | None = typer.Option(None, help="KIND:DIR, labelled people to rank beside the reference; see validate."),
-    json: bool = typer.Option(False, "--json", help="Print the proofs as JSON."),
-) -> None:
-    """Prove a bundle with every engine that is installed here, and write the proofs into it."""
+def prove(bundle: Bundle, proof_images: ProofImages = None, data: ProofData = None, json: Json = False) -> None:
+    """Prove a bundle again, on this machine's engines.
+
+    The proofs of every engine that is installed here are written into the bundle, as after copying it to another
+    machine.
+    """
     require_training()
     from mgn_deploy.bundle.bundle import Bundle
     from mgn_deploy.datasets import open_data
     from mgn_deploy.export.proof.prove import prove_again
 
-    labelled = open_data(data) if data else None
-    made = prove_again(bundle, proof_images=proof_images, data=labelled)
+    made = prove_again(bundle, proof_images=proof_images, data=open_data(data) if data else None)
     _tell(Bundle.open(bundle), made, json)
 
 
-def _tell(bundle: Bundle, proofs: Mapping[str, Proof], json: bool) -> None:
-    out = bundle.folder
+def _tell(bundle: bundles.Bundle, proofs: Mapping[str, Proof], json: bool) -> None:
+    from mgn_deploy.export.proof.prove import require_passed
+
     if json:
-        print_json(
-            {
-                "bundle": str(out),
-                "id": bundle.id,
-                "proofs": {name: proof.model_dump(mode="json") for name, proof in proofs.items()},
-            }
-        )
+        made = {name: proof.model_dump(mode="json") for name, proof in proofs.items()}
+        print_json({"bundle": str(bundle.folder), "id": bundle.id, "proofs": made})
     else:
-        one = next(iter(proofs.values()))
-        print_table(
-            ["backend", "worst cosine", "mean cosine", "max abs error", "top-10 agreement", "batch drift", "proven"],
+        _print_proofs(bundle.folder, proofs)
+    require_passed(bundle.folder, proofs)
+
+
+def _print_proofs(folder: Path, proofs: Mapping[str, Proof]) -> None:
+    one = next(iter(proofs.values()))
+    print_table(
+        ["backend", "worst cosine", "mean cosine", "max abs error", "top-10 agreement", "batch drift", "proven"],
+        [
             [
-                [
-                    name,
-                    f"{p.worst_cosine:.8f}",
-                    f"{p.mean_cosine:.8f}",
-                    f"{p.max_abs_error:.2e}",
-                    f"{p.top10_agreement:.4f}",
-                    f"{p.batch_drift:.2e}",
-                    "yes" if p.passed else "NO",
-                ]
-                for name, p in proofs.items()
+                name,
+                f"{proof.worst_cosine:.8f}",
+                f"{proof.mean_cosine:.8f}",
+                f"{proof.max_abs_error:.2e}",
+                f"{proof.top10_agreement:.4f}",
+                f"{proof.batch_drift:.2e}",
+                "yes" if proof.passed else "NO",
+            ]
+            for name, proof in proofs.items()
+        ],
+        title=f"{folder}: against PyTorch on {one.images} images of {one.image_source}"
+        f" (mean cosine between different images {one.other_images_cosine:.3f})",
+    )
+    ranked = {name: proof.ranking for name, proof in proofs.items() if proof.ranking}
+    if ranked:
+        first = next(iter(ranked.values()))
+        print_table(
+            ["backend", "rank-1", "mAP", "reference rank-1", "reference mAP"],
+            [
+                [name, *map(percent, (one.rank1, one.mAP, one.reference_rank1, one.reference_mAP))]
+                for name, one in ranked.items()
             ],
-            title=f"{out}: against PyTorch on {one.images} images of {one.image_source}"
-            f" (mean cosine between different images {one.other_images_cosine:.3f})",
-        )
-        ranked = {name: p.ranking for name, p in proofs.items() if p.ranking}
-        if ranked:
-            first = next(iter(ranked.values()))
-            print_table(
-                ["backend", "rank-1", "mAP", "reference rank-1", "reference mAP"],
-                [
-                    [name, *(f"{100 * value:.2f}" for value in (r.rank1, r.mAP, r.reference_rank1, r.reference_mAP))]
-                    for name, r in ranked.items()
-                ],
-                title=f"{first.data}, {first.queries} queries, {first.gallery} gallery images, percent",
-            )
-        if one.drawn:
-            say("The proof is on drawn images: --proof-images DIR proves on yours.")
-    failed = {name: proof.misses for name, proof in proofs.items() if not proof.passed}
-    if failed:
-        raise GateFailed(
-            f"{out} is not proven for " + "; ".join(f"{name} ({', '.join(misses)})" for name, misses in failed.items())
+            title=f"{first.data}, {first.queries} queries, {first.gallery} gallery images, percent",
         )

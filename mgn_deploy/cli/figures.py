@@ -3,59 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from mgn_deploy.errors import UserError
+from mgn_deploy.cli.options import Json, out
+from mgn_deploy.console import print_json
 from mgn_deploy.packages import require_training
 
 app = typer.Typer(help="Draw training curves or attention maps as PNG.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(epilog="Example:\n\nmgn-deploy figures curves run -o curves.png")
 def curves(
-    run: Path = typer.Argument(help="The folder of a training run, as `train -o` made it; it may still be going on."),
-    out: Path = typer.Option(Path("curves.png"), "-o", "--out", help="The PNG to write."),
+    run: Annotated[
+        Path, typer.Argument(help="The folder of a training run, as `train -o` made it; it may still be going on.")
+    ],
+    figure: Annotated[Path, out("The PNG to write.")] = Path("curves.png"),
+    json: Json = False,
 ) -> None:
-    """Losses, learning rate, rank-1 and mAP by epoch."""
+    """Draw losses, learning rate, rank-1 and mAP by epoch."""
     from mgn_deploy.report.figures import draw_curves
 
-    draw_curves(run, out)
-    print(out)
+    draw_curves(run, figure)
+    if json:
+        print_json({"figure": str(figure), "run": str(run)})
+    else:
+        print(figure)
 
 
-@app.command()
+@app.command(epilog="Example:\n\nmgn-deploy figures attention weights photos -o attention.png")
 def attention(
-    weights: Path = typer.Argument(help="A weights folder."),
-    images: list[Path] = typer.Argument(help="Image files, or folders of them."),
-    out: Path = typer.Option(Path("attention.png"), "-o", "--out", help="The PNG to write."),
-    limit: int = typer.Option(8, min=1, max=64, help="Most images to draw."),
+    weights: Annotated[Path, typer.Argument(help="A weights folder.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    figure: Annotated[Path, out("The PNG to write.")] = Path("attention.png"),
+    limit: Annotated[int, typer.Option(help="Most images to draw, 1 to 64.")] = 8,
+    json: Json = False,
 ) -> None:
-    """Where each branch looks on given images (the paper's Figure 5)."""
+    """Draw where each branch looks on images (the paper's Figure 5)."""
     require_training()
-    import numpy as np
+    from mgn_deploy.train.attention import draw_attention_on
 
-    from mgn_deploy.errors import UnreadableImage
-    from mgn_deploy.images.decode import read_crop
-    from mgn_deploy.report.figures import draw_attention
-    from mgn_deploy.train.attention import attention_maps
-    from mgn_deploy.train.weights import load_weights
-
-    model = load_weights(weights)
-    files = _files(images)[:limit]
-    try:
-        crops = np.stack([read_crop(file, model.config.height, model.config.width) for file in files])
-    except UnreadableImage as error:
-        raise UserError(f"an image cannot be drawn: {error}") from error
-    columns = ["global" if stripes == 1 else f"part-{stripes}" for stripes in model.config.branches]
-    draw_attention(crops, attention_maps(model, crops), [file.name for file in files], columns, out)
-    print(out)
-
-
-def _files(given: list[Path]) -> list[Path]:
-    from mgn_deploy.images.listing import list_images
-
-    files = []
-    for path in given:
-        files += [file.path for file in list_images(path)] if path.is_dir() else [path]
-    return files
+    drawn = draw_attention_on(weights, images, figure, limit)
+    if json:
+        print_json({"figure": str(figure), "images": drawn})
+    else:
+        print(figure)

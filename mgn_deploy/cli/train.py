@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgn_deploy.console import progress
+from mgn_deploy.choices import Device
+from mgn_deploy.cli.options import Data, Json, out
+from mgn_deploy.console import is_first_process, print_json, progress
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
@@ -16,33 +17,39 @@ if TYPE_CHECKING:
 
 
 def train(
-    data: str = typer.Option(
-        ...,
-        help="KIND:DIR; market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, or folder: any in Market's "
-        "layout.",
-    ),
-    out: Path = typer.Option(..., "-o", "--out", help="The run's folder; a run that is there goes on."),
-    recipe: str = typer.Option("paper", help="paper, strong, cpu, small, or a .toml file."),
-    overrides: list[str] = typer.Option([], "--set", help="Override a key of the recipe: --set optim.lr=0.02."),
-    device: str = typer.Option("auto", help="auto, cpu or cuda."),
+    data: Data,
+    run: Annotated[Path, out("The run's folder; a run that is there goes on.")],
+    recipe: Annotated[str, typer.Option(help="paper, strong, cpu, small, or a .toml file.")] = "paper",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the recipe: --set optim.lr=0.02.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to train; auto: on a GPU where there is one.")] = "auto",
+    json: Json = False,
 ) -> None:
-    """Train an MGN; run again it goes on where it stopped.
+    """Train an MGN; run again, it goes on where it stopped.
 
     For several GPUs: torchrun --nproc-per-node N -m mgn_deploy train ...
     """
     require_training()
     from mgn_deploy.datasets import open_data
+    from mgn_deploy.train.log import CSV
     from mgn_deploy.train.recipe import load_recipe
-    from mgn_deploy.train.trainer import WEIGHTS
-    from mgn_deploy.train.trainer import train as run
+    from mgn_deploy.train.trainer import BEST, WEIGHTS
+    from mgn_deploy.train.trainer import train as train_model
 
-    chosen = load_recipe(recipe, overrides)
+    chosen = load_recipe(recipe, overrides or ())
     images = open_data(data, ("train", "query", "gallery"))
     with progress("batches") as bar:
 
         def report(step: Step) -> None:
             bar("training", (step.epoch - 1) * step.batches + step.batch, step.epochs * step.batches)
 
-        run(images, chosen, out, device=device, on_step=report)  # type: ignore[arg-type]
-    if os.environ.get("RANK", "0") == "0":
-        print(out / WEIGHTS)
+        model = train_model(images, chosen, run, device=device, on_step=report)
+    if not is_first_process():
+        return
+    if json:
+        best = str(run / BEST) if (run / BEST).is_dir() else None
+        made = {"weights": str(run / WEIGHTS), "best": best, "log": str(run / CSV)}
+        print_json({**made, "identities": model.config.num_classes, "model": model.config.model_dump(mode="json")})
+    else:
+        print(run / WEIGHTS)

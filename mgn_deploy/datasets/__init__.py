@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Collection
 from dataclasses import replace
@@ -16,6 +17,8 @@ from mgn_deploy.errors import UserError
 
 __all__ = ["KINDS", "Dataset", "LabelledImage", "Subset", "open_data"]
 
+_log = logging.getLogger("mgn_deploy")
+
 # `folder` is any in Market-1501 layout, without published sizes.
 KINDS = ("market1501", "dukemtmc", "cuhk03-labeled", "cuhk03-detected", "msmt17", "folder")
 
@@ -23,7 +26,7 @@ KINDS = ("market1501", "dukemtmc", "cuhk03-labeled", "cuhk03-detected", "msmt17"
 def open_data(spec: str, subsets: Collection[Subset] = ("query", "gallery")) -> Dataset:
     """List the wanted subsets of the dataset of a `--data` argument, `KIND:DIR`.
 
-    A count that is not the published one is no error but one of the dataset's `notes`.
+    A count that is not the published one is no error but a warning, and one of the dataset's `notes`.
 
     Args:
         spec: one of `KINDS`, a colon, and the folder.
@@ -46,7 +49,10 @@ def open_data(spec: str, subsets: Collection[Subset] = ("query", "gallery")) -> 
         data = open_cuhk03(folder, subsets, crops="detected")
     else:
         data = open_market1501(folder, subsets)
-    return replace(data, name=kind, notes=count_notes(kind, data, subsets))
+    notes = count_notes(kind, data, subsets)
+    for note in notes:
+        _log.warning(note)
+    return replace(data, name=kind, notes=notes)
 
 
 def _check_kind(spec: str, kind: str, folder: str) -> None:

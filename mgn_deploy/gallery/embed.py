@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
+from mgn_deploy.choices import Dtype
 from mgn_deploy.datasets.market1501 import parse_name
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UnreadableImage
@@ -24,6 +27,8 @@ from mgn_deploy.progress import Progress
 
 # Rows committed at once: what a power cut can cost, and what a store of a million images is divided into.
 SHARD_ROWS = 1024
+LOGGED_FAILURES = 10
+_log = logging.getLogger("mgn_deploy")
 
 # An image's row and its crop, uint8 `[height, width, 3]`, or None where the row has an error.
 Decoded = tuple[Row, np.ndarray | None]
@@ -38,12 +43,27 @@ class GalleryReport:
         unchanged: images that were in the store already.
         gone: images of the store that are no longer in the folder; their rows stay.
         failed: name and reason of each file that it could not read.
+        seconds: how long it took.
     """
 
     embedded: int = 0
     unchanged: int = 0
     gone: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        return self.embedded / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; of the files that failed their number."""
+        return {
+            **vars(self),
+            "failed": len(self.failed),
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_per_second, 2),
+        }
 
 
 def embed_folder(
@@ -52,7 +72,7 @@ def embed_folder(
     embedder: Embedder,
     *,
     batch_size: int = 8,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: Dtype = "float32",
     max_failures: int | None = None,
     progress: Progress | None = None,
 ) -> GalleryReport:
@@ -85,6 +105,7 @@ def embed_folder(
         source=Path(os.path.abspath(folder)).as_uri(),
     )
     report = GalleryReport()
+    start = time.monotonic()
     with StoreWriter(store, manifest) as writer:
         report.gone = len(writer.known.keys() - {file.name for file in files})
         # Files never seen come first and in shards of their own, so that a run that was killed and is run again divides
@@ -117,7 +138,19 @@ def embed_folder(
             f"not one of the {len(report.failed)} images of {str(folder)!r} could be read; "
             f"the first, {name!r}: {reason}"
         )
+    report.seconds = time.monotonic() - start
+    _log_losses(report, folder)
     return report
+
+
+def _log_losses(report: GalleryReport, folder: Path) -> None:
+    for name, reason in report.failed[:LOGGED_FAILURES]:
+        _log.warning(f"cannot be read: {name!r}: {reason}")
+    if len(report.failed) > LOGGED_FAILURES:
+        more = len(report.failed) - LOGGED_FAILURES
+        _log.warning(f"... and {more} more, in the store's Parquet with their reasons")
+    if report.gone:
+        _log.warning(f"{report.gone} images of the store are no longer in {str(folder)!r}; they stay in the store")
 
 
 def _is_done(file: ImageFile, row: Row) -> bool:

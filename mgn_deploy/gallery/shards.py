@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mgn_deploy.choices import Dtype
 from mgn_deploy.errors import UserError, first_problem
 
 SCHEMA_VERSION = 1
@@ -54,7 +55,7 @@ class StoreManifest(BaseModel):
     backend: str
     preprocessing: str
     dim: int
-    dtype: Literal["float32", "float16"]
+    dtype: Dtype
     source: str  # the folder that the rows' paths are below, as a file: URI (which holds any name's bytes)
 
 

@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mgn_deploy.errors import UnreadableImage
 from mgn_deploy.files import atomic_file
+from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.retrieval.rank_list import RankList, verdict
 
@@ -71,6 +72,15 @@ def write_rank_page(out: Path, lists: Sequence[RankList], *, title: str, facts: 
     )
     with atomic_file(out) as file:
         page.dump(file, "utf-8")
+
+
+def gallery_facts(gallery: Store) -> dict[str, str]:
+    """What the page's heading says of the store that was searched."""
+    return {
+        "Bundle": gallery.manifest.bundle_id[:12],
+        "Backend": gallery.manifest.backend,
+        "Gallery": f"{len(gallery):,} images",
+    }
 
 
 def _frames(ranked: RankList) -> list[str]:

@@ -13,15 +13,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
+from mgn_deploy.choices import Metric
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
 from mgn_deploy.progress import Progress
-
-Metric = Literal["cosine", "euclidean"]
 
 TILE_BYTES = 256 << 20
 

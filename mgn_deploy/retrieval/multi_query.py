@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from mgn_deploy.choices import QueryPooling
 from mgn_deploy.datasets import Dataset, LabelledImage, Subset
 from mgn_deploy.errors import UserError
 
-POOLING: dict[str, Callable[..., Any]] = {"avg": np.mean, "max": np.max}
+POOLING: dict[QueryPooling, Callable[..., Any]] = {"avg": np.mean, "max": np.max}
 
 
-def needed_subsets(pooling: str | None) -> tuple[Subset, ...]:
+def needed_subsets(pooling: QueryPooling | None) -> tuple[Subset, ...]:
     """What `open_data` has to open for a validation with this pooling, or without.
 
     Raises:
@@ -44,7 +45,9 @@ def views_of_queries(data: Dataset) -> tuple[list[LabelledImage], list[list[int]
     return views, [members[query.identity, query.camera] for query in data.query]
 
 
-def pool_queries(queries: np.ndarray, views: np.ndarray, members: Sequence[Sequence[int]], pooling: str) -> np.ndarray:
+def pool_queries(
+    queries: np.ndarray, views: np.ndarray, members: Sequence[Sequence[int]], pooling: QueryPooling
+) -> np.ndarray:
     """One embedding a query, float32 `[q, d]`, unit rows.
 
     Args:

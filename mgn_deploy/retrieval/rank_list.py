@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,18 @@ class RankList:
 
     query: RankedImage
     results: list[RankedImage]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the query's name, identity and camera, and its results by rank, from 1 on."""
+        results = [
+            {"rank": rank, "name": one.name, "similarity": round(one.similarity or 0.0, 6), **_labels(one)}
+            for rank, one in enumerate(self.results, start=1)
+        ]
+        return {"query": self.query.name, **_labels(self.query), "results": results}
+
+
+def _labels(image: RankedImage) -> dict[str, int | None]:
+    return {"identity": image.identity, "camera": image.camera}
 
 
 def verdict(query: RankedImage, result: RankedImage) -> str:

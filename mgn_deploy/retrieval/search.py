@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mgn_deploy.choices import Metric
 from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK
 from mgn_deploy.datasets.market1501 import parse_name
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.shards import MANIFEST
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.images.listing import list_images
-from mgn_deploy.retrieval.distance import top_k
+from mgn_deploy.progress import Progress
+from mgn_deploy.retrieval.distance import top_k, write_distance_matrix
 from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 
 
@@ -36,6 +39,32 @@ class Queries:
     names: list[str]
     identities: np.ndarray
     cameras: np.ndarray
+
+    @classmethod
+    def open(
+        cls,
+        source: str | os.PathLike[str],
+        bundle: str | os.PathLike[str] | None = None,
+        backend: str = "auto",
+        *,
+        allow_unproven: bool = False,
+    ) -> Queries:
+        """Of an embedding store, or of an image or a folder of images that a bundle embeds.
+
+        Args:
+            source: a store's folder, an image file or a folder of images.
+            bundle, backend, allow_unproven: what embeds images, as in `Embedder.open`; a store needs none.
+
+        Raises:
+            UserError: images without a bundle, or what `Store.open`, `Embedder.open` and `of_images` refuse.
+        """
+        if (Path(source) / MANIFEST).is_file():
+            return cls.of_store(Store.open(source))
+        if bundle is None:
+            raise UserError(
+                f"{os.fspath(source)} is no embedding store: give --bundle to search for an image or a folder of images"
+            )
+        return cls.of_images(source, Embedder.open(bundle, backend, allow_unproven=allow_unproven))
 
     @classmethod
     def of_store(cls, store: Store) -> Queries:
@@ -102,6 +131,34 @@ def search(queries: Queries, gallery: Store, k: int = 10) -> list[RankList]:
         )
         lists.append(RankList(asked, results))
     return lists
+
+
+def write_store_distances(
+    query: Store,
+    gallery: Store,
+    out: str | os.PathLike[str],
+    metric: Metric = "cosine",
+    *,
+    progress: Progress | None = None,
+) -> tuple[int, int]:
+    """Write the distances between two stores' embeddings, in the order of their rows, to a `.npy` file.
+
+    Args:
+        query: the matrix's rows.
+        gallery: the matrix's columns.
+        out: the file, float32 `[len(query), len(gallery)]`.
+        metric: cosine is 1 - similarity.
+        progress: called with the distances done and to do.
+
+    Returns:
+        The matrix's shape.
+
+    Raises:
+        UserError: the two were embedded by different bundles, one of them is empty, or the file cannot be written.
+    """
+    check_same_bundle(query.manifest.bundle_id, gallery)
+    write_distance_matrix(Path(out), query.embeddings(), gallery.embeddings(), metric, progress=progress)
+    return len(query), len(gallery)
 
 
 def check_same_bundle(bundle_id: str, gallery: Store) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mgn_deploy.choices import DEFAULT_TOLERANCE, QueryPooling
 from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import GateFailed
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
 from mgn_deploy.retrieval.ranking import RankingMetrics, evaluate_embeddings
+
+_log = logging.getLogger("mgn_deploy")
 
 KEYS = ("rank-1", "rank-5", "rank-10", "mAP", "mINP")
 
@@ -36,6 +41,17 @@ class Validation:
         differences = self.differences()
         return max(abs(differences[key]) for key in ("rank-1", "mAP")) if differences else 0.0
 
+    def passes(self, tolerance: float = DEFAULT_TOLERANCE) -> bool | None:
+        """Whether rank-1 and mAP differ by at most `tolerance` points; None without a reference to differ from."""
+        return self.worst() * 100 <= tolerance if self.reference else None
+
+    def require(self, tolerance: float = DEFAULT_TOLERANCE) -> None:
+        """Raise GateFailed where rank-1 or mAP differs from the reference's by more than `tolerance` points."""
+        if self.passes(tolerance) is False:
+            raise GateFailed(
+                f"rank-1 or mAP differs by {100 * self.worst():.2f} points from the reference, more than {tolerance}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the keys backend, measured, reference and difference; the last two may be None."""
         return {
@@ -51,7 +67,7 @@ def validate(
     embedder: Embedder,
     reference: Embedder | None,
     *,
-    multi_query: str | None = None,
+    multi_query: QueryPooling | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Validation:
@@ -77,11 +93,15 @@ def validate(
 def _measure(
     data: Dataset,
     embedder: Embedder,
-    multi_query: str | None,
+    multi_query: QueryPooling | None,
     batch_size: int,
     label: str,
     progress: Progress | None,
 ) -> RankingMetrics:
+    _log.info(
+        f"ranking {len(data.query)} queries in {len(data.gallery)} gallery images of {data.root} with {label} on "
+        f"{embedder.backend.device}"
+    )
     views, members = views_of_queries(data) if multi_query else ([], [])
 
     def embed(images: list[LabelledImage], before: int) -> Any:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mgn_deploy.config import GEM_EPSILON, Neck, Pooling
+from mgn_deploy.choices import Neck, Pooling
+from mgn_deploy.config import GEM_EPSILON
 from mgn_deploy.kernels import plan
 from mgn_deploy.kernels.nvrtc import SOURCE, arguments_by_addresses
 from mgn_deploy.kernels.params import Branch, Params, Pointers

@@ -7,8 +7,9 @@ from typing import get_args
 
 from torch import Tensor
 
+from mgn_deploy.choices import SourceName
 from mgn_deploy.errors import UserError
-from mgn_deploy.train.importers import SourceName, fastreid, levyfan, seathiefwang
+from mgn_deploy.train.importers import fastreid, levyfan, seathiefwang
 from mgn_deploy.train.importers.source import Source
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgn_deploy.config import GlobalStride, ModelConfig, Pooling, StemPool
+from mgn_deploy.choices import GlobalStride, Pooling, SourceName, StemPool
+from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import sha256_file
-from mgn_deploy.train.importers import SourceName
 from mgn_deploy.train.importers.detect import detect
 from mgn_deploy.train.importers.reading import read_checkpoint
 from mgn_deploy.train.importers.settings import Assumption, settings

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mgn_deploy.config import GlobalStride, Neck, Pooling, StemPool
+from mgn_deploy.choices import GlobalStride, Neck, Pooling, StemPool
 
 # Our reductions in the order of the embedding (Table 1): f_g^G, f_g^P2, f_p0..1^P2, f_g^P3, f_p0..2^P3.
 REDUCTIONS = tuple(

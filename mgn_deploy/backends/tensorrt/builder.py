@@ -22,11 +22,10 @@ from mgn_deploy.backends.tensorrt.graph import PreparedGraph, prepare
 from mgn_deploy.backends.tensorrt.network import build_network, parsed_network, quiet
 from mgn_deploy.backends.tensorrt.package import import_problem_of, import_tensorrt, logger, title
 from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, EngineEntry, TensorRtName
+from mgn_deploy.choices import MAX_BATCH
 from mgn_deploy.cuda.device import Gpu, gpu_problem, this_gpu
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.progress import Progress
-
-MAX_BATCH = 4096  # a call: beyond, activations take more memory than GPUs have
 
 
 @dataclass(frozen=True)

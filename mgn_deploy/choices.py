@@ -1,0 +1,39 @@
+"""What options may be: the closed choices and limits that the library checks and the command line lists.
+
+Light to import, so that `--help` need not wait for numpy or PyTorch. Engines are no closed choice: they are the rows of
+`backends/registry.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# Of a model: see `ModelConfig`.
+Ibn = Literal["none", "a"]
+StemPool = Literal["padded", "ceil"]
+GlobalStride = Literal[1, 2]
+Pooling = Literal["max", "avg", "gem"]
+Neck = Literal["relu", "linear", "relu_norm"]
+
+# Whose code wrote a public checkpoint; "auto": the names of its tensors tell.
+SourceName = Literal["auto", "fastreid", "seathiefwang", "levyfan", "gnayuohz"]
+
+# Where a run trains; "auto": on CUDA where PyTorch finds a device.
+Device = Literal["auto", "cpu", "cuda"]
+
+# Of a bundle's graph.
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+# Images a call of an engine: beyond, activations take more memory than GPUs have.
+MAX_BATCH = 4096
+
+# Of a store's embeddings.
+Dtype = Literal["float32", "float16"]
+
+Metric = Literal["cosine", "euclidean"]
+
+# Of the images that a multiple query stands for.
+QueryPooling = Literal["avg", "max"]
+
+# Points that an engine's rank-1 and mAP may differ from the reference's.
+DEFAULT_TOLERANCE = 0.5

@@ -1,0 +1,61 @@
+"""Options that several commands have, and the closed choices that options take.
+
+A choice's values are the library's own, its Literal or the table of engines: nothing is listed a second time. Typer
+refuses any other value with exit code 2 and a sentence that names the choices.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import typer
+
+from mgn_deploy.backends.registry import ENGINES, EXPORT_ENGINES
+from mgn_deploy.choices import MAX_BATCH
+
+if TYPE_CHECKING:  # a type checker does not know what the table holds
+    BackendName: TypeAlias = str
+    EngineName: TypeAlias = str
+else:
+    BackendName = Literal[("auto", *ENGINES)]
+    EngineName = Literal[EXPORT_ENGINES]
+
+_BACKENDS = ", ".join(ENGINES)
+DATA_KINDS = "market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, or folder for any in Market-1501's layout"
+
+
+def out(help: str) -> Any:
+    """The option `-o`, `--out`: what a command writes."""
+    return typer.Option("-o", "--out", help=help)
+
+
+AllowUnproven = Annotated[
+    bool, typer.Option("--allow-unproven", help="Also run an engine that the bundle has no passed proof for.")
+]
+Backend = Annotated[
+    BackendName,
+    typer.Option("--backend", metavar="ENGINE", help=f"auto (the first that is installed and proven) or {_BACKENDS}."),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, max=MAX_BATCH, help="Images a call of the engine.")]
+Bundle = Annotated[Path, typer.Option("--bundle", help="The bundle: a folder that `export` wrote.")]
+Data = Annotated[str, typer.Option("--data", help=f"Labelled people as KIND:DIR; KIND is {DATA_KINDS}.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ProofData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        rich_help_panel="Proof",
+        help="Labelled people as KIND:DIR (see validate): the proof also ranks them beside PyTorch.",
+    ),
+]
+ProofImages = Annotated[
+    Path | None,
+    typer.Option(
+        "--proof-images",
+        rich_help_panel="Proof",
+        help="Folder of images to prove the engines on; drawn people without it.",
+    ),
+]
+QueryBundle = Annotated[Path | None, typer.Option("--bundle", help="The bundle that embeds queries that are images.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of all random numbers.")]
