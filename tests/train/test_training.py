@@ -473,7 +473,9 @@ def test_ranks_agree_on_the_value_of_the_first():
         port = str(free.getsockname()[1])
     environment = {**ONE_THREAD, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", code], env={**environment, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], env={**environment, "RANK": rank}, stdout=subprocess.PIPE, text=True
+        )
         for rank in "01"
     ]
     assert [process.communicate(timeout=60)[0] for process in ranks] == ["5.0\n", "5.0\n"]
