@@ -107,10 +107,10 @@ def test_the_raw_file_may_lie_beside_the_split(root):
 def test_crops_are_extracted_once_and_then_do_without_the_raw_file(root, said):
     open_data(f"cuhk03-labeled:{root}")
     assert "extracting the labeled crops" in said[0]
-    assert said[-1] == "8 crops extracted, all"
+    assert said[1] == "8 crops extracted, all"
     (root / "cuhk03_release" / "cuhk-03.mat").unlink()
     assert rows(open_data(f"cuhk03-labeled:{root}", ALL)) == EXPECTED
-    assert len(said) == 2
+    assert [sentence for sentence in said if "extract" in sentence] == said[:2]
 
 
 def test_detected_crops_have_their_own_files(root):

@@ -376,14 +376,26 @@ def test_powers_and_another_pooling_contradict(state, tmp_path):
     ("options", "words"),
     [
         (("--size", "256x128"), "multiple of 96"),
-        (("--global-stride", "3"), "global_stride"),
-        (("--stem-pool", "tight"), "'padded' or 'ceil'"),
-        (("--from", "torchreid"), "choose one of auto, fastreid"),
         (("--from", "levyfan"), "use --from fastreid"),
     ],
 )
 def test_options_that_cannot_be_are_refused(state, tmp_path, options, words):
     assert_refused(saved(state, tmp_path), words, options=options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"global_stride": 3}, "global_stride: Input should be 1 or 2"),
+        ({"stem_pool": "tight"}, "stem_pool: Input should be 'padded' or 'ceil'"),
+        ({"source": "torchreid"}, "--from torchreid: choose one of auto, fastreid, seathiefwang, levyfan, gnayuohz"),
+        ({"size": (96, 8)}, "width: Input should be greater than or equal to 16"),
+    ],
+)
+def test_the_library_refuses_choices_that_cannot_be(state, tmp_path, arguments, words):
+    with pytest.raises(UserError, match=f"public.pth: {words}"):
+        import_checkpoint(saved(state, tmp_path), tmp_path / "w", **arguments)
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_size_that_is_none_is_refused(state, tmp_path):

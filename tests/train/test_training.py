@@ -303,7 +303,6 @@ def test_the_command_prints_the_weights_folder(people, tmp_path):
     [
         (("--recipe", "papre"), "no recipe 'papre'"),
         (("--set", "optim.lrr=1"), "did you mean 'optim.lr'"),
-        (("--device", "tpu"), "--device tpu: choose auto, cpu, cuda"),
         (("--set", "model.init=missing.pth"), "missing.pth"),
         (("--set", "model.backbone=vgg16"), "vgg16"),
     ],
@@ -314,6 +313,12 @@ def test_bad_arguments_are_one_sentence(people, tmp_path, arguments, sentence):
     assert done.returncode == 2
     assert sentence in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_the_library_refuses_a_device_that_cannot_be(people, tmp_path):
+    with pytest.raises(UserError, match="--device tpu: choose auto, cpu, cuda"):
+        train(people, load_recipe("small", TINY), tmp_path / "run", device="tpu")
+    assert not (tmp_path / "run").exists()
 
 
 # Accuracy from PyTorch
