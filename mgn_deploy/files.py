@@ -79,7 +79,7 @@ def atomic_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
     path = Path(os.path.realpath(path))  # a link stays, and leads to the new folder
     with _explained(path):
         if path.exists() and not (path.is_dir() and all(_named(name, names) for name in os.listdir(path))):
-            raise UserError(f"{path} exists and holds what this command did not write: choose another place")
+            raise UserError(f"{path} exists and holds what this command did not write: choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=path.parent, prefix=".mgn-", suffix=".tmp"))
         try:

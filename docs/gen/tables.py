@@ -1,7 +1,7 @@
 """The tables of README.md and of the site, made from `bench/results/` and from the table of engines.
 
 A page holds `<!-- table: NAME -->` and `<!-- end -->`; what stands between them is made by the function of that name.
-`python docs/gen/tables.py --readme` writes README.md's tables anew; the site's are made while it is built.
+`python docs/gen/tables.py --readme` writes README.md's tables; the site's are made while it is built.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def results(kind: str) -> list[Result]:
 
 
 def fill(text: str) -> str:
-    """The text with each marked table made anew."""
+    """The text with each marked table made again."""
     return _MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 
@@ -357,7 +357,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", action="store_true", help="write README.md's tables anew")
+    parser.add_argument("--readme", action="store_true", help="write README.md's tables")
     if parser.parse_args().readme:
         readme = ROOT / "README.md"
         readme.write_text(fill(readme.read_text()))

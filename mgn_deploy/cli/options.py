@@ -14,11 +14,12 @@ import typer
 from mgn_deploy.backends.registry import ENGINES, EXPORT_ENGINES
 from mgn_deploy.choices import MAX_BATCH
 
+_BACKEND_NAMES = ("auto", *ENGINES)
 if TYPE_CHECKING:  # a type checker does not know what the table holds
     BackendName: TypeAlias = str
     EngineName: TypeAlias = str
 else:
-    BackendName = Literal[("auto", *ENGINES)]
+    BackendName = Literal[_BACKEND_NAMES]
     EngineName = Literal[EXPORT_ENGINES]
 
 _BACKENDS = ", ".join(ENGINES)

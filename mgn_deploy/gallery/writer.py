@@ -48,7 +48,7 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         try:
             if self.folder.exists() and not self._is_ours():
-                raise UserError(f"{self.folder} exists and is not an embedding store: choose another place for it")
+                raise UserError(f"{self.folder} exists and is not an embedding store: choose another path for it")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
         except OSError as error:

@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_readmes_tables_are_those_of_the_results():
     assert README.count("<!-- table: ") == 2
-    assert tables.fill(README) == README, "python docs/gen/tables.py --readme writes them anew"
+    assert tables.fill(README) == README, "python docs/gen/tables.py --readme writes them"
 
 
 def test_readme_has_a_row_for_every_engine():

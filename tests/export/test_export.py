@@ -119,7 +119,7 @@ def test_exporting_over_an_earlier_bundle_replaces_it(traced, weights, bundle_fo
 
 def test_exporting_over_something_else_is_refused(weights, crops, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="choose another place"):
+    with pytest.raises(UserError, match="choose another path"):
         export_bundle(weights, tmp_path, ExportOptions(proof_images=crops))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -130,7 +130,7 @@ def test_exporting_over_an_embedding_store_is_refused(weights, crops, embedder, 
     from mgn_deploy.gallery.store import Store
 
     embed_folder(crops, tmp_path / "store", embedder)
-    with pytest.raises(UserError, match="choose another place"):
+    with pytest.raises(UserError, match="choose another path"):
         export_bundle(weights, tmp_path / "store", ExportOptions(proof_images=crops))
     assert len(Store.open(tmp_path / "store")) == 40
 

@@ -398,7 +398,7 @@ def test_missing_store_says_how_to_make_one(tmp_path):
 def test_file_in_a_stores_place(tmp_path):
     (tmp_path / "s").write_text("letter")
     assert "is not an embedding store" in refusal(Store.open, tmp_path / "s")
-    assert "exists and is not an embedding store: choose another place" in refusal(enter, tmp_path / "s")
+    assert "exists and is not an embedding store: choose another path" in refusal(enter, tmp_path / "s")
     assert "Not a directory" in refusal(enter, tmp_path / "s/below")
     assert (tmp_path / "s").read_text() == "letter"
 

@@ -523,7 +523,7 @@ def test_a_folder_of_something_else_is_not_replaced(state, tmp_path):
     path = saved(state, tmp_path)
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="choose another place"):
+    with pytest.raises(UserError, match="choose another path"):
         import_checkpoint(path, tmp_path / "w")
     assert (tmp_path / "w" / "thesis.txt").exists()
 

@@ -71,7 +71,7 @@ def test_saving_replaces_earlier_weights_and_leaves_nothing_beside_them(tmp_path
 
 def test_saving_never_replaces_a_folder_of_something_else(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="choose another place"):
+    with pytest.raises(UserError, match="choose another path"):
         save_weights(new_model(TINY), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
