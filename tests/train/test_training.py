@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -206,7 +206,7 @@ def whole(people, tmp_path_factory) -> Path:
     """A run that nothing stopped."""
     out = tmp_path_factory.mktemp("whole") / "run"
     done = subprocess.run(command(people, out, *STOPPED), capture_output=True, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr.decode()
+    assert done.exit_code == 0, done.stderr.decode()
     return out
 
 
@@ -226,7 +226,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(people, whol
     assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
     assert not (out / WEIGHTS).exists()
     again = subprocess.run(command(people, out, *STOPPED), capture_output=True, env=ONE_THREAD)
-    assert again.returncode == 0, again.stderr.decode()
+    assert again.exit_code == 0, again.stderr.decode()
     assert "goes on after epoch" in again.stderr.decode()
     assert same(tensors(whole), tensors(out))
     assert same(tensors(whole, BEST), tensors(out, BEST))
@@ -254,7 +254,7 @@ def test_torchrun_trains_one_model_on_two_processes(people, tmp_path):
     arguments = command(people, tmp_path / "run", *settings)[1:]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "run" / WEIGHTS)], "rank 0 alone prints"
     assert [row["epoch"] for row in rows(tmp_path / "run")] == ["1", "2"]
     assert_trained_alike(tmp_path / "run", plain_loop(people, load_recipe("small", [*TINY, *settings]), ranks=2))
@@ -264,7 +264,7 @@ def test_the_command_prints_the_weights_folder(people, tmp_path):
     overrides = [word for setting in (*TINY, "schedule.epochs=1") for word in ("--set", setting)]
     data = f"market1501:{people.root}"
     done = mgn_deploy("train", "--data", data, "-o", tmp_path / "run", "--recipe", "small", *overrides)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'run' / WEIGHTS}\n"
     assert "epoch   1/1  loss" in done.stderr
     assert "the published market1501 has 12,936 images of 751 identities" in done.stderr
@@ -284,7 +284,7 @@ def test_the_command_prints_the_weights_folder(people, tmp_path):
 def test_bad_arguments_are_one_sentence(people, tmp_path, arguments, sentence):
     data = f"market1501:{people.root}"
     done = mgn_deploy("train", "--data", data, "-o", tmp_path / "run", *arguments)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert sentence in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from bomb import Bomb
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 from safetensors.torch import load_file, save_file
 
 from mgn_deploy.config import ModelConfig
@@ -336,7 +336,7 @@ def test_init_writes_weights_that_load(tmp_path):
         "--init",
         "random",
     )
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     model = load_weights(tmp_path / "w")
     assert (model.config.backbone, model.config.height, model.config.width, model.config.branches) == (
         "resnet18",
@@ -360,7 +360,7 @@ def test_init_writes_weights_that_load(tmp_path):
 def test_init_refuses_what_it_cannot_make_in_a_sentence(tmp_path, option, value, word):
     arguments = {"--backbone": "resnet18", "--size": "96x32", "--init": "random", option: value}
     done = mgn_deploy("init", "-o", tmp_path / "w", *(part for pair in arguments.items() for part in pair))
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert word in done.stderr
     assert not (tmp_path / "w").exists()
 
@@ -376,7 +376,7 @@ def test_fine_tuning_on_other_people_starts_from_every_tensor_but_new_classifier
 def test_random_weights_have_no_branch_that_is_a_copy_of_another(tmp_path):
     """An engine would compute such branches once, and its speed would be nobody's."""
     done = mgn_deploy("init", "-o", tmp_path / "w", "--init", "random", "--backbone", "resnet18", "--size", "96x32")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     branches = [branch.state_dict() for branch in load_weights(tmp_path / "w").branches]
     for name in ("layer3.1.conv1.weight", "layer4.0.conv1.weight", "layer4.1.bn2.weight"):
         first, second, third = (branch[name] for branch in branches)
