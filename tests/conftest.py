@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from typer.testing import CliRunner, Result
 
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # Where tests run side by side, each process has a core: two engines with a thread a core each get in each other's
@@ -136,27 +135,9 @@ def said() -> Iterator[list[str]]:
         yield sentences
 
 
-@pytest.fixture
-def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own: `run_cli("embed", folder, "-o", store, cwd=...)`."""
+def mgn_deploy(*arguments: object) -> Result:
+    """Run `mgn-deploy ARGUMENTS` in this process, which has imported PyTorch and the engines once."""
+    from mgn_deploy.cli.app import app
 
-    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "COLUMNS": "200"}
-        command = [
-            sys.executable,
-            "-m",
-            "mgn_deploy",
-            *(os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments),
-        ]
-        return subprocess.run(  # type: ignore[call-overload]
-            command,
-            capture_output=True,
-            text=True,
-            errors="backslashreplace",
-            env=environment,
-            timeout=240,
-            check=False,
-            **options,
-        )
-
-    return run
+    runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+    return runner.invoke(app, [*map(str, arguments)], prog_name="mgn-deploy", catch_exceptions=False)

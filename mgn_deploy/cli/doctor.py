@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import mgn_deploy
@@ -91,6 +90,8 @@ def nvidia_gpus() -> list[str]:
 
 def installed_version(distributions: Sequence[str]) -> str:
     """The version of the first of these distributions that is installed; empty where none is."""
+    from importlib.metadata import PackageNotFoundError, version
+
     for name in distributions:
         try:
             return version(name)

@@ -7,7 +7,7 @@ import shutil
 import statistics
 
 import pytest
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 
 import mgn_deploy.bench.throughput as throughput
 from mgn_deploy.errors import UserError
@@ -79,7 +79,7 @@ def test_fewer_images_than_a_batch_are_refused_with_their_number(bundle_folder, 
 
 def test_the_command_draws_people_and_prints_every_run(bundle_folder):
     done = mgn_deploy("bench", "--bundle", bundle_folder, "--count", 16, "--runs", 2, "--batch", 8, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     printed = json.loads(done.stdout)
     assert (printed["images"], printed["batch"]) == (16, 8)
     assert set(printed["images_per_second"]) == SERIES
@@ -93,6 +93,6 @@ def test_the_table_names_model_engine_and_machine(bundle_folder, crops):
     done = mgn_deploy(
         "bench", "--bundle", bundle_folder, "--images", crops, "--count", 8, "--runs", 1, "--no-reference"
     )
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     for word in ("bare engine", "embed (files to store)", "median", "resnet18 MGN", "openvino", "CPUs"):
         assert word in " ".join(done.stdout.split())

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.cli import demo
+from mgn_deploy.datasets import drawn
 from mgn_deploy.datasets.drawn import draw_market1501
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.store import Store
@@ -35,9 +36,9 @@ def made(tmp_path_factory) -> Made:
     (out / demo.MARKER).touch()
     (out / "old.txt").touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "draw_market1501", partial(draw_market1501, train_identities=6, test_identities=6))
+        patch.setattr(drawn, "draw_market1501", partial(draw_market1501, train_identities=6, test_identities=6))
         done = mgn_deploy("demo", "-o", out, "--seconds", 2, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     return Made(out, json.loads(done.stdout), done.stderr.splitlines())
 
 
@@ -77,13 +78,21 @@ def test_it_says_its_six_steps_in_order(made):
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
+<<<<<<< HEAD
     with pytest.raises(UserError, match="is no earlier demo's: choose another path"):
+=======
+    with pytest.raises(UserError, match="is no earlier demo's: choose another folder"):
+>>>>>>> refs/heads/cli
         demo.run_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_file_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes").write_text("words")
+<<<<<<< HEAD
     with pytest.raises(UserError, match="choose another path"):
+=======
+    with pytest.raises(UserError, match="choose another folder"):
+>>>>>>> refs/heads/cli
         demo.run_demo(tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "words"

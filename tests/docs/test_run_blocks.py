@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from blocks import ROOT, RUN, blocks
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -112,12 +112,14 @@ def run_line(line: str, where: str) -> str:
     if words[:1] != ["mgn-deploy"] or {"|", "&&", ";"} & set(words):
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", line], env=environment, capture_output=True, text=True)
+        code = done.returncode
     else:
         words, file = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
         done = mgn_deploy(*words[1:])
+        code = done.exit_code
         if file is not None:
             Path(file).write_text(done.stdout)
-    assert done.returncode == 0, f"{where}: {line}\nended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert code == 0, f"{where}: {line}\nended with {code}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import logged
-from in_process import mgn_deploy
+from conftest import logged, mgn_deploy
 from safetensors.torch import load_file, save_file
 
 from mgn_deploy.bundle.bundle import Bundle
@@ -157,7 +156,7 @@ def test_a_proof_folder_with_too_few_images_is_refused_before_any_work(weights, 
 def test_the_command_prints_its_proofs_and_names_the_folder_it_stands_in(traced, weights, crops, tmp_path, monkeypatch):
     monkeypatch.chdir(crops)
     done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--proof-images", ".", "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     printed = json.loads(done.stdout)
     bundle = Bundle.open(tmp_path / "b")
     assert printed["id"] == bundle.id
@@ -167,7 +166,7 @@ def test_the_command_prints_its_proofs_and_names_the_folder_it_stands_in(traced,
 
 def test_the_command_refuses_what_is_no_weights_folder(tmp_path):
     done = mgn_deploy("export", tmp_path, "-o", tmp_path / "b")
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "is not a weights folder" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -179,8 +178,8 @@ def test_a_bundle_is_proven_again_elsewhere_and_stays_the_same_bundle(bundle_fol
     write_manifest(before.folder, before.manifest.model_copy(update={"proofs": {"tensorrt": kept}}))
     with pytest.raises(CannotRun, match="no proof for onnxruntime"):
         Embedder.open(tmp_path / "b", "onnxruntime")
-    done = mgn_deploy("prove", tmp_path / "b", "--proof-images", crops, "--json")
-    assert done.returncode == 0, done.stderr
+    done = mgn_deploy("prove", "--bundle", tmp_path / "b", "--proof-images", crops, "--json")
+    assert done.exit_code == 0, done.stderr
     after = Bundle.open(tmp_path / "b")
     assert after.id == before.id
     assert set(after.manifest.proofs) == {"tensorrt", "openvino", "onnxruntime", "torch"}
@@ -204,8 +203,8 @@ def test_proving_again_without_labelled_people_keeps_the_ranking_and_what_it_mis
 
 def test_a_bundle_without_its_weights_cannot_be_proven_again(weights, tmp_path):
     export_bundle(weights, tmp_path / "b", ExportOptions(reference=False))
-    done = mgn_deploy("prove", tmp_path / "b")
-    assert done.returncode == 2
+    done = mgn_deploy("prove", "--bundle", tmp_path / "b")
+    assert done.exit_code == 2
     assert "was exported with --no-reference" in done.stderr
 
 
@@ -215,7 +214,7 @@ def test_tensorrt_rtx_plans_are_built_ahead_of_time_into_the_bundle(weights, tmp
     arguments = ("export", weights, "-o", tmp_path / "b", "--engine", "tensorrt-rtx", "--precision", "fp16")
     arguments += ("--compute-capability", "8.6,12.0", "--batch", "1,4,16")
     done = mgn_deploy(*arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     bundle = Bundle.open(tmp_path / "b")
     assert [(plan.compute_capability, plan.batch) for plan in bundle.manifest.engines] == [
         ("8.6", (1, 4, 16)),
@@ -228,7 +227,7 @@ def test_tensorrt_rtx_plans_are_built_ahead_of_time_into_the_bundle(weights, tmp
     assert without_plans.id == bundle.id
     assert "tensorrt-rtx" not in bundle.manifest.proofs or bundle.manifest.proofs["tensorrt-rtx"].passed
     again = mgn_deploy(*arguments)  # over the earlier bundle, plans from the cache
-    assert again.returncode == 0, again.stderr
+    assert again.exit_code == 0, again.stderr
     assert again.stderr.count("from the cache") == 2
     changed = tmp_path / "b" / bundle.manifest.engines[0].file
     changed.write_bytes(changed.read_bytes()[:-1] + b"x")
@@ -260,7 +259,7 @@ def test_tensorrt_rtx_plans_are_built_ahead_of_time_into_the_bundle(weights, tmp
 def test_plans_that_cannot_be_are_one_sentence(weights, tmp_path, traced, arguments, sentence):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     done = mgn_deploy("export", weights, "-o", tmp_path / "b", *arguments)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert sentence in done.stderr.splitlines()[-1]
     assert "tracing" not in done.stderr
     assert not (tmp_path / "b").exists()
@@ -268,7 +267,7 @@ def test_plans_that_cannot_be_are_one_sentence(weights, tmp_path, traced, argume
 
 def test_a_triton_model_repository_is_written_beside_the_bundle(weights, tmp_path, traced):
     done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--triton", tmp_path / "models", "--batch", "1,4,16")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     config = (tmp_path / "models" / "mgn" / "config.pbtxt").read_text()
     assert "max_batch_size: 16" in config
     assert "preferred_batch_size: [ 4, 16 ]" in config

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 from PIL import Image
 
 from mgn_deploy.backends.base import Backend
@@ -174,7 +174,7 @@ def test_export_in_each_precision(weights, crops, tmp_path, precision, engine, p
     if precision == "int8":
         arguments += ("--engine", engine, "--calib", crops, "--max-drop", 100)
     done = mgn_deploy(*arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert set(json.loads(done.stdout)["proofs"]) == proven
     bundle = Bundle.open(out)
     assert bundle.manifest.precision == precision
@@ -213,6 +213,6 @@ def test_export_in_each_precision(weights, crops, tmp_path, precision, engine, p
 def test_bad_arguments_are_one_sentence_and_nothing_is_written(weights, tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     done = mgn_deploy("export", weights, "-o", "b", *arguments)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert sentence in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())

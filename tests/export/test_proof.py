@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from conftest import mgn_deploy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_process import mgn_deploy
 from onnx import helper, numpy_helper
 
 from mgn_deploy.backends.base import Backend, BatchLimits
@@ -310,7 +310,7 @@ def test_a_budget_of_neighbours_allows_no_loss_of_map():
 def test_export_ranks_labelled_people_with_every_engine_beside_the_reference(weights, tmp_path):
     draw_market1501(tmp_path / "people", train_identities=1, test_identities=6)
     done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--data", f"market1501:{tmp_path / 'people'}")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "12 queries" in done.stdout
     rankings = {name: proof.ranking for name, proof in Bundle.open(tmp_path / "b").manifest.proofs.items()}
     assert set(rankings) == {"openvino", "onnxruntime", "torch"}
@@ -348,7 +348,7 @@ def test_a_wrong_export_exits_1_is_marked_and_is_not_run_unless_allowed(
     swap_red_and_blue(wrong)
     monkeypatch.setattr("mgn_deploy.export.exporter.build_graph", lambda model, flip: wrong)
     done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--proof-images", crops, "--json")
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert "is not proven for openvino (worst cosine" in done.stderr
     expected = {"openvino": False, "onnxruntime": False, "torch": True}
     assert {name: proof["passed"] for name, proof in json.loads(done.stdout)["proofs"].items()} == expected
@@ -357,11 +357,11 @@ def test_a_wrong_export_exits_1_is_marked_and_is_not_run_unless_allowed(
 
     embed = ("embed", crops, "-o", tmp_path / "store", "--bundle", tmp_path / "b", "--backend", "onnxruntime")
     refused = mgn_deploy(*embed)
-    assert refused.returncode == 2
+    assert refused.exit_code == 2
     assert "is not proven for onnxruntime (worst cosine" in refused.stderr
     assert not (tmp_path / "store").exists()
     allowed = mgn_deploy(*embed, "--allow-unproven", "--json")
-    assert allowed.returncode == 0, allowed.stderr
+    assert allowed.exit_code == 0, allowed.stderr
     assert json.loads(allowed.stdout)["embedded"] == 40
 
 

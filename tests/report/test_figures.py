@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -51,9 +51,9 @@ def test_an_attention_map_is_strongest_where_the_branch_s_last_map_is(weights, f
 def test_attention_draws_a_row_an_image(weights, files, tmp_path):
     out = tmp_path / "attention.png"
     done = mgn_deploy("figures", "attention", weights, *files[:2], "-o", out)
-    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    assert (done.exit_code, done.stdout) == (0, f"{out}\n"), done.stderr
     two = Image.open(out).size
-    assert mgn_deploy("figures", "attention", weights, files[0].parent, "-o", out, "--limit", 4).returncode == 0
+    assert mgn_deploy("figures", "attention", weights, files[0].parent, "-o", out, "--limit", 4).exit_code == 0
     assert Image.open(out).size[0] == two[0]
     assert Image.open(out).size[1] > 1.7 * two[1]
 
@@ -72,11 +72,11 @@ def test_curves_are_drawn_also_before_the_first_evaluation(tmp_path):
     header = "epoch,seconds,lr,loss,softmax,triplet,images_per_second,rank-1,mAP\n"
     (tmp_path / "epochs.csv").write_text(header)
     done = mgn_deploy("figures", "curves", tmp_path, "-o", tmp_path / "c.png")
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "no finished epoch" in done.stderr
     assert not (tmp_path / "c.png").exists()
     (tmp_path / "epochs.csv").write_text(header + "1,5.0,0.01,8,6,2,60,,\n2,9.0,0.01,7,5,2,60,0.5,0.4\n")
-    assert mgn_deploy("figures", "curves", tmp_path, "-o", tmp_path / "c.png").returncode == 0
+    assert mgn_deploy("figures", "curves", tmp_path, "-o", tmp_path / "c.png").exit_code == 0
     assert share(tmp_path / "c.png", "C0") > 0.001
 
 
@@ -84,6 +84,6 @@ def test_curves_are_drawn_also_before_the_first_evaluation(tmp_path):
 def test_what_is_not_there_is_one_sentence(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = mgn_deploy("figures", *arguments)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())

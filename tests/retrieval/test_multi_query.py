@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 from PIL import Image
 
 from mgn_deploy.datasets import Dataset, LabelledImage, open_data
@@ -104,7 +104,7 @@ def test_progress_counts_the_views_too(root, bundle_folder):
 def test_the_command_pools_and_prints_what_it_did_and_the_notes(root, bundle_folder):
     arguments = ("validate", "--data", f"market1501:{root}", "--bundle", bundle_folder, "--backend", "onnxruntime")
     done = mgn_deploy(*arguments, "--no-reference", "--multi-query", "max", "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     printed = json.loads(done.stdout)
     assert printed["multi_query"] == "max"
     assert [note.split()[0] for note in printed["notes"]] == ["query", "gallery"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
@@ -176,7 +176,7 @@ def test_a_relative_path_is_the_same_file(crop_store, crops, embedder, monkeypat
 def found(crop_store, bundle_folder):
     def run(query: object, *options: object) -> list[dict]:
         done = mgn_deploy("search", query, crop_store.folder, "--json", *options)
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.stderr
         return json.loads(done.stdout)
 
     return run
@@ -202,14 +202,14 @@ def test_the_command_embeds_an_image_with_the_bundle_and_writes_the_page(
 
 def test_an_image_without_a_bundle_is_a_sentence(crop_store, crops):
     done = mgn_deploy("search", next(crops.rglob("*.jpg")), crop_store.folder)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "give --bundle to search for an image" in done.stderr
 
 
 def test_an_image_that_cannot_be_read_is_a_sentence(crop_store, bundle_folder, tmp_path):
     (tmp_path / "q.jpg").write_bytes(b"nothing")
     done = mgn_deploy("search", tmp_path / "q.jpg", crop_store.folder, "--bundle", bundle_folder)
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "q.jpg' cannot be embedded: not an image" in done.stderr
 
 

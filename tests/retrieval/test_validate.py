@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 from onnx import numpy_helper
 
 from mgn_deploy.bundle.bundle import Bundle
@@ -122,7 +122,7 @@ def test_progress_counts_queries_and_gallery_of_each_step(root, bundle_folder):
 
 def test_the_command_prints_json_and_passes(root, bundle_folder):
     done = mgn_deploy("validate", "--data", f"market1501:{root}", "--bundle", bundle_folder, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     printed = json.loads(done.stdout)
     assert printed["passed"] is True
     assert printed["backend"] == "openvino"
@@ -142,7 +142,7 @@ def test_the_command_without_reference_judges_nothing(root, bundle_folder):
         0,
         "--json",
     )
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     printed = json.loads(done.stdout)
     assert (printed["reference"], printed["difference"], printed["passed"]) == (None, None, None)
 
@@ -160,24 +160,24 @@ def test_a_difference_past_the_tolerance_exits_1(root, wrong_bundle):
         "--json",
     )
     done = mgn_deploy(*arguments, "--tolerance", 0)
-    assert done.returncode == 1
+    assert done.exit_code == 1
     printed = json.loads(done.stdout)
     assert printed["passed"] is False
     worst = max(abs(printed["difference"][key]) for key in ("rank-1", "mAP"))
     assert worst > 0
     assert f"differs by {100 * worst:.2f} points from the reference, more than 0" in done.stderr
-    assert mgn_deploy(*arguments, "--tolerance", 100).returncode == 0
+    assert mgn_deploy(*arguments, "--tolerance", 100).exit_code == 0
 
 
 def test_an_unproven_engine_is_not_validated_by_accident(root, wrong_bundle):
     done = mgn_deploy("validate", "--data", f"market1501:{root}", "--bundle", wrong_bundle, "--backend", "onnxruntime")
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "--allow-unproven" in done.stderr
 
 
 def test_a_table_for_people_tells_percent_and_the_difference(root, bundle_folder):
     done = mgn_deploy("validate", "--data", f"market1501:{root}", "--bundle", bundle_folder)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     for word in ("rank-1", "mAP", "mINP", "openvino", "PyTorch", "difference", "+0.00", "percent"):
         assert word in done.stdout
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from bomb import Bomb
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 from public_mgns import RESNET18, Basic, FastReid, ThreeParts, randomise
 from safetensors.torch import save_file
 from torch import nn
@@ -317,7 +317,7 @@ def test_importing_again_replaces_the_folder_and_so_does_saving(state, tmp_path)
 def assert_refused(path: Path, *words: str, options: tuple[object, ...] = ()) -> None:
     """One sentence that names the file, exit 2, and nothing written."""
     done = mgn_deploy("import", path, "-o", path.parent / "refused", *options)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert (done.exit_code, done.stdout) == (2, ""), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     for word in (*words, str(path)):
         assert word in done.stderr
@@ -400,7 +400,7 @@ def test_the_library_refuses_choices_that_cannot_be(state, tmp_path, arguments, 
 
 def test_a_size_that_is_none_is_refused(state, tmp_path):
     done = mgn_deploy("import", saved(state, tmp_path), "-o", tmp_path / "w", "--size", "big")
-    assert (done.returncode, done.stderr) == (2, "mgn-deploy: --size big: sizes are like 384x128\n")
+    assert (done.exit_code, done.stderr) == (2, "mgn-deploy: --size big: sizes are like 384x128\n")
 
 
 def test_stripes_of_unequal_rows_would_not_be_the_originals(state, tmp_path):
@@ -533,7 +533,7 @@ def test_a_folder_of_something_else_is_not_replaced(state, tmp_path):
 
 def test_the_command_prints_the_folder_and_says_what_it_read_assumed_and_dropped(state, tmp_path):
     done = mgn_deploy("import", saved(state, tmp_path), "--from", "fastreid", "-o", tmp_path / "w")
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'w'}\n"), done.stderr
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'w'}\n"), done.stderr
     for line in (
         "assumed input size 384x128, override with --size",
         "assumed global stride 1, override with --global-stride",
@@ -547,7 +547,7 @@ def test_the_command_prints_the_folder_and_says_what_it_read_assumed_and_dropped
 def test_the_command_prints_its_report_as_json(tmp_path):
     state = randomise(ThreeParts("backone", "avg")).state_dict()
     done = mgn_deploy("import", saved(state, tmp_path), "-o", tmp_path / "w", "--stem-pool", "ceil", "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["weights"] == str(tmp_path / "w")
     assert {one["what"]: (one["value"], one["option"]) for one in report["assumed"]} == {
@@ -563,9 +563,9 @@ def test_the_command_prints_its_report_as_json(tmp_path):
 def test_imported_weights_are_exported_and_proven_on_every_engine(tmp_path, crops):
     """IBN, generalised mean, and a norm after the ReLU; `test_graph.py` has the other choices."""
     path = saved(randomise(FastReid(1, width=16, blocks=RESNET18, kind=Basic)).state_dict(), tmp_path)
-    assert mgn_deploy("import", path, "-o", tmp_path / "w", "--size", "96x32").returncode == 0
+    assert mgn_deploy("import", path, "-o", tmp_path / "w", "--size", "96x32").exit_code == 0
     done = mgn_deploy("export", tmp_path / "w", "-o", tmp_path / "b", "--no-flip", "--proof-images", crops)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     bundle = Bundle.open(tmp_path / "b")
     proven = {name for name, proof in bundle.manifest.proofs.items() if proof.passed}
     assert proven == {"openvino", "onnxruntime", "torch"}

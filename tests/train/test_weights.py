@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from bomb import Bomb
-from in_process import mgn_deploy
+from conftest import mgn_deploy
 from safetensors.torch import load_file, save_file
 
 from mgn_deploy.config import ModelConfig
@@ -339,7 +339,7 @@ def test_init_writes_weights_that_load(tmp_path):
         "--init",
         "random",
     )
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     model = load_weights(tmp_path / "w")
     assert (model.config.backbone, model.config.height, model.config.width, model.config.branches) == (
         "resnet18",
@@ -363,7 +363,7 @@ def test_init_writes_weights_that_load(tmp_path):
 def test_init_refuses_what_it_cannot_make_in_a_sentence(tmp_path, option, value, word):
     arguments = {"--backbone": "resnet18", "--size": "96x32", "--init": "random", option: value}
     done = mgn_deploy("init", "-o", tmp_path / "w", *(part for pair in arguments.items() for part in pair))
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert word in done.stderr
     assert not (tmp_path / "w").exists()
 

@@ -1,0 +1,123 @@
+"""A bundle that is not what was exported, or not proven, is refused with a sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mgn_deploy.backends.registry import ENGINES
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.manifest import SCHEMA_VERSION, write_manifest
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.embed import embed_folder
+
+
+@pytest.fixture
+def bundle(bundle_folder, tmp_path) -> Path:
+    """A bundle that a test may change."""
+    return Path(shutil.copytree(bundle_folder, tmp_path / "bundle"))
+
+
+def refusal(action, *arguments, **options) -> str:
+    with pytest.raises(UserError) as refused:
+        action(*arguments, **options)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256", "graph.onnx", "reference.safetensors"])
+def test_one_flipped_byte_anywhere_is_refused(bundle, name):
+    path = bundle / name
+    content = path.read_bytes()
+    rng = random.Random(name)
+    length = 64 if name == "manifest.sha256" else len(content)  # behind the digits the line holds only a name
+    places = [0, length - 1, *(rng.randrange(length) for _ in range(6))]
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        sentence = refusal(Embedder.open, bundle, "torch" if name == "reference.safetensors" else "onnxruntime")
+        assert "its SHA-256 differs" in sentence
+        assert "copy the bundle or export it again" in sentence
+    path.write_bytes(content)
+    Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("name", ["graph.onnx", "manifest.json"])
+def test_truncated_or_longer_file_is_refused(bundle, name):
+    content = (bundle / name).read_bytes()
+    for changed in (b"", content[:-1], content + b"\n"):
+        (bundle / name).write_bytes(changed)
+        assert "its SHA-256 differs" in refusal(Embedder.open, bundle, "onnxruntime")
+
+
+@pytest.mark.parametrize(
+    "version, advice", [(SCHEMA_VERSION - 1, "export the weights again"), (SCHEMA_VERSION + 1, "upgrade mgn-deploy")]
+)
+def test_bundle_of_another_schema_is_refused_with_what_to_do(bundle, version, advice):
+    fields = {**json.loads((bundle / "manifest.json").read_text()), "schema_version": version, "new": 1}
+    content = json.dumps(fields).encode()
+    (bundle / "manifest.json").write_bytes(content)
+    (bundle / "manifest.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
+    sentence = refusal(Embedder.open, bundle)
+    assert f"has schema {version} and this mgn-deploy reads schema {SCHEMA_VERSION}: " in sentence
+    assert advice in sentence
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"schema_version": 1}', b'{"schema_version": 1, "model": 5}', b"\xff"]
+)
+def test_manifest_of_something_else_with_a_right_hash_is_refused(bundle, content):
+    (bundle / "manifest.json").write_bytes(content)
+    (bundle / "manifest.sha256").write_text(hashlib.sha256(content).hexdigest())
+    assert "manifest.json" in refusal(Embedder.open, bundle)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256", "graph.onnx"])
+def test_bundle_without_a_file_is_refused(bundle, name):
+    (bundle / name).unlink()
+    assert f"{name}: No such file or directory" in refusal(Embedder.open, bundle, "onnxruntime")
+
+
+def test_what_is_no_bundle_is_refused(tmp_path, crops, embedder):
+    (tmp_path / "file").write_text("a letter")
+    embed_folder(crops, tmp_path / "s", embedder)
+    for other in (tmp_path / "none", tmp_path / "file", crops, tmp_path / "s"):
+        assert "is not a bundle" in refusal(Bundle.open, other)
+
+
+def test_bundle_through_a_link(bundle, tmp_path):
+    (tmp_path / "link").symlink_to(bundle)
+    assert Embedder.open(tmp_path / "link", "onnxruntime").bundle.id == Bundle.open(bundle).id
+
+
+def without_reference(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    (bundle / "reference.safetensors").unlink()
+    files = {name: entry for name, entry in manifest.files.items() if name != "reference.safetensors"}
+    write_manifest(bundle, manifest.model_copy(update={"files": files}))
+
+
+def test_bundle_without_reference_has_no_torch_and_no_reference(bundle):
+    before = Bundle.open(bundle).id
+    without_reference(bundle)
+    assert Bundle.open(bundle).id == before
+    assert "was exported with --no-reference" in refusal(Embedder.open, bundle, "torch")
+    assert "do without the comparison: --no-reference" in refusal(Embedder.open_reference, bundle)
+
+
+def test_bundle_without_a_proof_for_the_backend_is_refused(bundle):
+    manifest = Bundle.open(bundle).manifest
+    write_manifest(bundle, manifest.model_copy(update={"proofs": {"openvino": manifest.proofs["openvino"]}}))
+    assert "has no proof for onnxruntime (proven: openvino)" in refusal(Embedder.open, bundle, "onnxruntime")
+    Embedder.open(bundle, "onnxruntime", allow_unproven=True)
+
+
+def test_unknown_backend_names_the_known(bundle_folder):
+    names = ", ".join(ENGINES)
+    assert f"no backend 'abacus': choose auto, {names}" in refusal(Embedder.open, bundle_folder, "abacus")
