@@ -78,21 +78,13 @@ def test_it_says_its_six_steps_in_order(made):
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-<<<<<<< HEAD
-    with pytest.raises(UserError, match="is no earlier demo's: choose another path"):
-=======
     with pytest.raises(UserError, match="is no earlier demo's: choose another folder"):
->>>>>>> refs/heads/cli
         demo.run_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_file_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes").write_text("words")
-<<<<<<< HEAD
-    with pytest.raises(UserError, match="choose another path"):
-=======
     with pytest.raises(UserError, match="choose another folder"):
->>>>>>> refs/heads/cli
         demo.run_demo(tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "words"

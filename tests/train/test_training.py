@@ -17,12 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-<<<<<<< HEAD
-from in_process import mgn_deploy
-=======
 from conftest import mgn_deploy
-from PIL import Image
->>>>>>> refs/heads/cli
 from safetensors.torch import load_file
 
 from mgn_deploy.datasets import Dataset, LabelledImage
@@ -239,12 +234,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 def whole(people, tmp_path_factory) -> Path:
     """A run that nothing stopped."""
     out = tmp_path_factory.mktemp("whole") / "run"
-<<<<<<< HEAD
     run(people, out, *STOPPED)
-=======
-    done = subprocess.run(command(people, out, *STOPPED), capture_output=True, env=ONE_THREAD)
-    assert done.exit_code == 0, done.stderr.decode()
->>>>>>> refs/heads/cli
     return out
 
 
@@ -263,14 +253,8 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(people, whol
         process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
     assert not (out / WEIGHTS).exists()
-<<<<<<< HEAD
     run(people, out, *STOPPED)
     assert any("goes on after epoch" in sentence for sentence in said)
-=======
-    again = subprocess.run(command(people, out, *STOPPED), capture_output=True, env=ONE_THREAD)
-    assert again.exit_code == 0, again.stderr.decode()
-    assert "goes on after epoch" in again.stderr.decode()
->>>>>>> refs/heads/cli
     assert same(tensors(whole), tensors(out))
     assert same(tensors(whole, BEST), tensors(out, BEST))
     keys = ("epoch", "lr", "loss", "softmax", "triplet", "rank-1", "mAP")
