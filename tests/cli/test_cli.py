@@ -222,7 +222,7 @@ def test_interrupt_exits_130_and_keeps_what_was_embedded(crops, bundle_folder, e
         stderr=subprocess.PIPE,
     ) as process:
         process.stderr.readline()  # the engine is open
-        while not (tmp_path / "s/shard-00000.npy").exists():
+        while not (tmp_path / "s/shard-00000.parquet").exists():  # which makes the first shard one
             time.sleep(0.01)
         time.sleep(0.2)  # into the second shard
         process.send_signal(signal.SIGINT)

@@ -140,7 +140,7 @@ def test_every_engine_call_has_a_full_batch(images, tmp_path, embedder):
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_batch_size_below_one_is_refused(images, tmp_path, embedder, batch_size):
-    expected = f"batch_size must be at least 1, not {batch_size}"
+    expected = f"batch_size must be at least 1 and at most 4096, not {batch_size}"
     assert refusal(UserError, embed_folder, images, tmp_path / "s", embedder, batch_size=batch_size) == expected
     assert refusal(UserError, embedder.embed, [images / "a.jpg"], batch_size=batch_size) == expected
 

@@ -279,7 +279,7 @@ def test_torchrun_trains_one_model_on_two_processes(people, tmp_path):
     arguments = command(people, tmp_path / "run", *settings)[1:]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=ONE_THREAD)
-    assert done.exit_code == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "run" / WEIGHTS)], "rank 0 alone prints"
     for sentence in ("training images", "epoch   1/2", "epoch   2/2", "rank-1"):
         assert done.stderr.count(sentence) == 1, "rank 0 alone logs"
