@@ -265,6 +265,19 @@ def test_plans_that_cannot_be_are_one_sentence(weights, tmp_path, traced, argume
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize(
+    ("choice", "sentence"),
+    [
+        ({"engine": "tflite"}, "--engine tflite: choose tensorrt, tensorrt-rtx, openvino, onnxruntime"),
+        ({"precision": "int4"}, "--precision int4: choose fp32, fp16, bf16, int8"),
+    ],
+)
+def test_a_python_caller_gets_the_closed_choices_refused_too(choice, sentence):
+    with pytest.raises(UserError) as refused:
+        ExportOptions(**choice)
+    assert str(refused.value) == sentence
+
+
 def test_a_triton_model_repository_is_written_beside_the_bundle(weights, tmp_path, traced):
     done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--triton", tmp_path / "models", "--batch", "1,4,16")
     assert done.exit_code == 0, done.stderr
