@@ -11,7 +11,3 @@ from typing import TypeAlias
 
 # Called as (step, done, total): the name of the step, as in "embedding", and how much of it is done.
 Progress: TypeAlias = Callable[[str, int, int], None]
-
-
-def no_progress(step: str, done: int, total: int) -> None:
-    """The default: nobody asked."""
