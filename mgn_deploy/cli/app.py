@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mgn_deploy import __version__
-from mgn_deploy.cli import demo, doctor, embed, export, figures, measure, search, train, weights
+from mgn_deploy.cli import bench, demo, doctor, embed, export, figures, measure, search, train, weights
 from mgn_deploy.console import show_log
 from mgn_deploy.errors import GateFailed, UserError
 
@@ -69,9 +69,9 @@ for name, command, example in (
     ("search", search.search, "mgn-deploy search photo.jpg store --bundle bundle --html page.html"),
     ("distmat", search.distmat, "mgn-deploy distmat query-store gallery-store -o distances.npy"),
     ("validate", measure.validate, "mgn-deploy validate --data market1501:DIR --bundle bundle"),
-    ("bench", measure.bench, "mgn-deploy bench --bundle bundle --images photos"),
 ):
     app.command(name, epilog=f"Example:\n\n{example}")(command)
+app.add_typer(bench.app, name="bench")
 app.add_typer(figures.app, name="figures")
 
 
