@@ -24,6 +24,8 @@ Device = Literal["auto", "cpu", "cuda"]
 # Of a bundle's graph.
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
+MAX_SEED = 2**63 - 1  # PyTorch's
+
 # Images a call of an engine: beyond, activations take more memory than GPUs have.
 MAX_BATCH = 4096
 

@@ -121,7 +121,8 @@ def run_demo(
     from mgn_deploy.retrieval.validate import validate
     from mgn_deploy.train.evaluate import evaluate_model
     from mgn_deploy.train.recipe import load_recipe
-    from mgn_deploy.train.trainer import WEIGHTS, train
+    from mgn_deploy.train.run import WEIGHTS
+    from mgn_deploy.train.trainer import train
     from mgn_deploy.train.weights import new_model
 
     start = time.monotonic()

@@ -12,8 +12,8 @@ from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage
 from mgn_deploy.images import check
-from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.images.check import ImageFacts, check_image
+from mgn_deploy.images.decode import load_rgb
 
 
 def picture(path: Path, **options) -> Path:
