@@ -30,9 +30,7 @@ def train(
             help="Fine-tune: a weights folder; or random, imagenet, or the file of a ResNet's state dict (model.init).",
         ),
     ] = None,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate/--no-evaluate", help="Rank query and gallery as the run goes on.")
-    ] = True,
+    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Rank no query and gallery on the way.")] = False,
     allow_data_change: Annotated[
         bool, typer.Option("--allow-data-change", help="Go on with other training images than the run had.")
     ] = False,
@@ -57,11 +55,11 @@ def train(
             bar("training", (step.epoch - 1) * step.batches + step.batch, step.epochs * step.batches)
 
         model = train_model(
-            lambda: open_training_data(data, evaluate),
+            lambda: open_training_data(data, not no_evaluate),
             chosen,
             run,
             device=device,
-            evaluate=evaluate,
+            evaluate=not no_evaluate,
             allow_data_change=allow_data_change,
             on_step=report,
             progress=bar,
