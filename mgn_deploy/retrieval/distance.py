@@ -158,7 +158,7 @@ def top_k(
     return indices, similarities
 
 
-def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, tile_bytes: int) -> None:
+def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, tile_bytes: int = TILE_BYTES) -> None:
     """Raise a UserError unless both are finite floating [n, d], not empty, of one d, and the metric known."""
     if metric not in get_args(Metric):
         raise UserError(f"the metric {metric!r} is not known: choose one of {', '.join(get_args(Metric))}")
