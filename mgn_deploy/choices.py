@@ -32,6 +32,9 @@ Dtype = Literal["float32", "float16"]
 
 Metric = Literal["cosine", "euclidean"]
 
+# In which the products of embeddings are computed; sums are float32's in all of them.
+Compute = Literal["float32", "tf32", "float16"]
+
 # Of the images that a multiple query stands for.
 QueryPooling = Literal["avg", "max"]
 

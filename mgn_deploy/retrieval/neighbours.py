@@ -61,7 +61,7 @@ def find_neighbours(
             for columns in parts[i:]:
                 theirs = mine if columns == rows else arrays.put(images[columns])
                 their_half = half if columns == rows else arrays.xp.sum(theirs * theirs, axis=1) / 2
-                tile = mine @ theirs.T
+                tile = arrays.product(mine, theirs)
                 tile -= half[:, None]
                 tile -= their_half[None, :]
                 turns = [(tile, rows, columns)] if columns == rows else [(tile, rows, columns), (tile.T, columns, rows)]

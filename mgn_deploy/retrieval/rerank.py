@@ -194,7 +194,7 @@ def encode(
     if k1 < 1 or k2 < 1:
         raise UserError(f"k1 is {k1} and k2 is {k2}, but both have to be at least 1")
     check_embeddings(images, images[:1], "euclidean")
-    arrays = Arrays.open(device) if isinstance(device, str) else device
+    arrays = Arrays.open(device)
     neighbours = find_neighbours(images, max(k1 + 1, k2), arrays=arrays, progress=progress)
     members = _expanded(neighbours.indices[:, : k1 + 1], 1 + int(np.around(k1 / 2)))
     encodings = _weighted(images, neighbours, members)
@@ -308,7 +308,7 @@ def _squared_distances(arrays: Arrays, images: np.ndarray, rows: slice) -> np.nd
     for columns in _blocks(len(images), images.shape[1]):
         theirs = arrays.put(images[columns])
         squares = xp.sum(mine * mine, axis=1)[:, None] + xp.sum(theirs * theirs, axis=1)[None, :]
-        out[:, columns] = arrays.get(squares - 2 * (mine @ theirs.T))
+        out[:, columns] = arrays.get(squares - 2 * arrays.product(mine, theirs))
     return np.maximum(out, 0, out=out)
 
 
