@@ -23,7 +23,10 @@ else:
     EngineName = Literal[EXPORT_ENGINES]
 
 _BACKENDS = ", ".join(ENGINES)
-DATA_KINDS = "market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, or folder for any in Market-1501's layout"
+DATA_KINDS = (
+    "market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, folder for any in Market-1501's layout, or "
+    "identities for a folder a person"
+)
 
 
 def out(help: str) -> Any:
