@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 
 from mgn_deploy.backends.registry import ENGINES, EXPORT_ENGINES
-from mgn_deploy.choices import MAX_BATCH
+from mgn_deploy.choices import MAX_BATCH, Device
 
 _BACKEND_NAMES = ("auto", *ENGINES)
 if TYPE_CHECKING:  # a type checker does not know what the table holds
@@ -62,4 +62,7 @@ ProofImages = Annotated[
     ),
 ]
 QueryBundle = Annotated[Path | None, typer.Option("--bundle", help="The bundle that embeds queries that are images.")]
+RankDevice = Annotated[
+    Device, typer.Option("--device", help="Where distances are computed; auto: on a CUDA device if there is one.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of all random numbers.")]
