@@ -23,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mgn_deploy.choices import Device
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.errors import UserError
+from mgn_deploy.interrupt import DeferredInterrupt, Stopped
 from mgn_deploy.train.checkpoint import load_checkpoint, save_checkpoint
 from mgn_deploy.train.data import TrainingSet
 from mgn_deploy.train.distributed import Group
 from mgn_deploy.train.evaluate import evaluate_model
-from mgn_deploy.train.interrupt import DeferredInterrupt
 from mgn_deploy.train.log import RunLog
 from mgn_deploy.train.losses import mgn_loss
 from mgn_deploy.train.model import MGN, Embedding
@@ -75,8 +75,8 @@ def train(
     """Train an MGN, or go on with the run that `out` holds; under `torchrun`, on every rank's device.
 
     Writes `out/weights` (the last), `out/best` (of the highest mAP), `out/last.pt` (the state), `out/epochs.csv` and
-    `out/tensorboard`. On Ctrl-C or SIGTERM the state is saved before KeyboardInterrupt is raised. Rank 0 logs what the
-    data are and, after each epoch, its losses, pace and accuracy.
+    `out/tensorboard`. On Ctrl-C, SIGTERM or SIGHUP the state is saved before KeyboardInterrupt is raised. Rank 0
+    logs what the data are and, after each epoch, its losses, pace and accuracy.
 
     Args:
         data: `train` is trained on; `query` and `gallery`, where there are any, are ranked every `loop.evaluate_every`
@@ -160,7 +160,7 @@ class _Run:
         """Train for the rest of the epoch that the run is in, log it, and save the state.
 
         Raises:
-            KeyboardInterrupt: the user wants to stop; the state is saved.
+            Stopped: by a signal; the state is saved.
         """
         at, recipe = self.at, self.recipe
         start, images = time.monotonic(), 0
@@ -182,9 +182,9 @@ class _Run:
             at.losses = [total + one for total, one in zip(at.losses, losses, strict=True)]
             images += len(crops) * self.group.ranks
             self._report(losses, len(crops) * self.group.ranks, share)
-            if whole_step and self.group.agree(float(interrupt.wanted)):
+            if whole_step and (stop := int(self.group.agree(interrupt.wanted))):
                 self._save()
-                raise KeyboardInterrupt
+                raise Stopped(stop)
         if at.batch:
             self._end_epoch(images / (time.monotonic() - start))
 

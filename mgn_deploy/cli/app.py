@@ -15,10 +15,19 @@ from mgn_deploy import __version__
 from mgn_deploy.cli import demo, doctor, embed, export, figures, identity, measure, search, train, weights
 from mgn_deploy.console import show_log
 from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.interrupt import Stopped, stop_on_signals
 
 
 class Commands(TyperGroup):
-    """Ends with 0 (done), 1 (a gate failed), 2 (input that cannot be used) or, by Typer, 130 (interrupted)."""
+    """Ends with 0 (done), 1 (a gate failed), 2 (bad input), or 130, 143 or 129 (Ctrl-C, SIGTERM or SIGHUP)."""
+
+    def invoke(self, context: Any) -> Any:
+        """Run a command; SIGTERM and SIGHUP stop it as Ctrl-C does."""
+        try:
+            with stop_on_signals():
+                return super().invoke(context)
+        except Stopped as stop:
+            raise typer.Exit(stop.exit_code) from None
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Run a command; what is wrong is one line on stderr, without a traceback."""

@@ -150,7 +150,7 @@ def run_demo(
     _log.info("4/6 embedding query and gallery from their files")
     embedder = Embedder.open(bundle)
     for subset, store in (("query", "store-query"), ("bounding_box_test", "store-gallery")):
-        made = embed_folder(people / subset, out / store, embedder)
+        made = embed_folder(people / subset, out / store, embedder, labels="market1501")
         _log.info(f"    {made.embedded} images of {subset} with {embedder.backend.name}")
 
     _log.info("5/6 validating by the Market-1501 protocol, the engine beside PyTorch")

@@ -25,7 +25,7 @@ from mgn_deploy.retrieval.search import Queries, search
 @pytest.fixture(scope="module")
 def crop_store(crops, embedder, tmp_path_factory) -> Store:
     folder = tmp_path_factory.mktemp("store") / "crops"
-    embed_folder(crops, folder, embedder)
+    embed_folder(crops, folder, embedder, labels="market1501")
     return Store.open(folder)
 
 
@@ -45,7 +45,7 @@ def write_store(
         source=(folder.parent / "images").as_uri(),
     )
     with StoreWriter(folder, manifest) as writer:
-        writer.commit([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
+        writer.add([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
     return Store.open(folder)
 
 
@@ -217,7 +217,7 @@ def test_a_store_of_failed_images_only_is_refused(crop_store, embedder, tmp_path
     empty = tmp_path / "s"
     manifest = crop_store.manifest
     with StoreWriter(empty, manifest) as writer:
-        writer.commit([Row("a.jpg", 1, 1, "broken", None, None)], np.full((1, manifest.dim), np.nan, np.float32))
+        writer.add([Row("a.jpg", 1, 1, "broken", None, None)], np.full((1, manifest.dim), np.nan, np.float32))
     with pytest.raises(UserError, match="holds no embedded image"):
         search(Queries.of_store(crop_store), Store.open(empty))
 

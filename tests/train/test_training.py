@@ -239,7 +239,7 @@ def whole(people, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(people, whole, tmp_path, how, said):
     out = tmp_path / "run"
     pipe = subprocess.PIPE
@@ -251,7 +251,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(people, whol
             time.sleep(0.01)
         process.send_signal(how)
         process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 128 + how)
     assert not (out / WEIGHTS).exists()
     run(people, out, *STOPPED)
     assert any("goes on after epoch" in sentence for sentence in said)
