@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gallery",),
     ("retrieval",),
     ("report",),
+    ("serve",),
     ("kernels",),
     ("train",),
     ("export",),
