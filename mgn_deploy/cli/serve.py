@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from mgn_deploy.console import print_json, say
 def serve(
     bundle: Bundle,
     store: Annotated[Path | None, typer.Option(help="Embedding store of the gallery; it may still grow.")] = None,
+    people: Annotated[Path | None, typer.Option(help="Folder of enrolled people; made where there is none.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
     insecure: Annotated[
@@ -51,7 +53,7 @@ def serve(
     require_serving()
     from mgn_deploy.embedder import Embedder
     from mgn_deploy.serve.limits import Limits
-    from mgn_deploy.serve.server import run_service
+    from mgn_deploy.serve.server import HttpServer
     from mgn_deploy.serve.service import Service
 
     limits = Limits(
@@ -65,11 +67,14 @@ def serve(
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
 
-    def started(address: str) -> None:
-        say(f"the page: {address}/ (Ctrl-C ends it)")
-        if json:
-            print_json({"address": address})
-        else:
-            print(address, flush=True)
+    server = HttpServer(Service(embedder, store, people, limits=limits), host, port, insecure=insecure)
 
-    run_service(Service(embedder, store, limits=limits), host, port, insecure=insecure, started=started)
+    def started() -> None:
+        say(f"the page: {server.address}/ (Ctrl-C ends it)")
+        if json:
+            print_json({"address": server.address})
+        else:
+            print(server.address)
+        sys.stdout.flush()  # whoever started it waits for the address
+
+    server.run(started)

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from mgn_deploy import __version__
 from mgn_deploy.errors import UserError
+from mgn_deploy.identity.calibration import DEFAULT_FAR, Calibration, Decision
+from mgn_deploy.identity.compare import compare
+from mgn_deploy.identity.identify import identify
+from mgn_deploy.identity.people import check_name
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.serve.batching import Closed, Overloaded
 from mgn_deploy.serve.gallery import Hit, NotShown
 from mgn_deploy.serve.guard import Guard
 from mgn_deploy.serve.service import Answer, Service
-from mgn_deploy.serve.uploads import Crop, TooLarge, Upload, parse_crops
+from mgn_deploy.serve.uploads import Crop, TooLarge, image_hash, parse_crops
 from mgn_deploy.serve.wire import (
     NPY,
     About,
     CompareAnswer,
     EmbedAnswer,
+    EnrolAnswer,
+    IdentifyAnswer,
+    PeopleAnswer,
+    PersonAnswer,
     Problem,
     SearchAnswer,
     StoreAnswer,
@@ -37,13 +48,15 @@ from mgn_deploy.serve.wire import (
 )
 
 T = TypeVar("T")
+Far = Annotated[float, Query(description="False-accept rate at which the threshold is drawn.", gt=0, lt=1)]
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 _IMAGE = {"schema": {"type": "string", "format": "binary"}}
-_FORM = {
+_FORM: dict[str, Any] = {
     "schema": {
         "type": "object",
         "required": ["image"],
@@ -61,6 +74,20 @@ _BODY: dict[str, Any] = {
 }
 _CROPS: dict[str, Any] = {
     "requestBody": {"required": True, "content": {**_BODY["requestBody"]["content"], NPY: _IMAGE}}
+}
+_NAMED: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    **_FORM["schema"],
+                    "required": ["name", "image"],
+                    "properties": {**_FORM["schema"]["properties"], "name": {"type": "string"}},
+                }
+            }
+        },
+    }
 }
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": why}
@@ -108,6 +135,7 @@ def make_app(service: Service, *, key: str | None = None, any_host: bool = False
     _add_page(app)
     _add_state(app, service, run)
     _add_questions(app, service, run)
+    _add_people(app, service, run)
     return Guard(app, limits=service.limits, key=key, metrics=service.metrics, any_host=any_host)
 
 
@@ -194,6 +222,8 @@ def _add_state(app: FastAPI, service: Service, run: Callable[..., Any]) -> None:
             max_images=limits.images,
             max_body_bytes=limits.body_bytes,
             gallery=service.gallery is not None,
+            people=service.people is not None,
+            calibrated=service.calibration is not None,
         )
 
     @app.get("/store", summary="How far the gallery is", responses=_only(422))
@@ -215,13 +245,7 @@ def _add_questions(app: FastAPI, service: Service, run: Callable[..., Any]) -> N
     embedder, limits = service.embedder, service.limits
     bundle_id = embedder.bundle.id
 
-    @app.post(
-        "/embed",
-        summary="Embeddings of images, or of boxes in them",
-        response_model=EmbedAnswer,
-        responses=_PROBLEMS,
-        openapi_extra=_CROPS,
-    )
+    @app.post("/embed", summary="Embeddings of images, or of boxes in them", **_asks(EmbedAnswer, _CROPS))
     async def embed(request: Request) -> Response:
         if request.headers.get("content-type") == NPY:
             crops = parse_crops(await request.body(), embedder.height, embedder.width, limits)
@@ -238,62 +262,122 @@ def _add_questions(app: FastAPI, service: Service, run: Callable[..., Any]) -> N
 
         return await run(answer_json)
 
-    @app.post(
-        "/search",
-        summary="The nearest gallery images",
-        response_model=SearchAnswer,
-        responses=_PROBLEMS,
-        openapi_extra=_BODY,
-    )
+    @app.post("/search", summary="The nearest gallery images", **_asks(SearchAnswer))
     async def search(
         request: Request,
         k: Annotated[int, Query(description="Most results.", ge=1)] = 10,
         camera: Annotated[list[int] | None, Query(description="Results of these cameras alone.")] = None,
+        far: Far = DEFAULT_FAR,
     ) -> Response:
         service.require_gallery()
         uploads, fields = await read_uploads(request, limits)
         _refuse_fields(fields)
 
         def answer_json() -> Response:
+            decision = service.calibration and service.calibration.decide(far)
             answer = service.embed(uploads)
             lists = iter(service.search(answer, k, cameras=camera))
             crops = [
-                {
-                    **_crop(crop),
-                    "results": None if crop.error else [_hit(n, hit) for n, hit in enumerate(next(lists), 1)],
-                }
+                {**_crop(crop), "results": None if crop.error else _hits(next(lists), service.calibration)}
                 for crop in answer.crops
             ]
-            return _json({"bundle_id": bundle_id, "crops": crops}, answer)
+            return _json({"bundle_id": bundle_id, "crops": crops, **_drawn(decision)}, answer)
 
         return await run(answer_json)
 
-    @app.post(
-        "/compare",
-        summary="How alike two images are",
-        response_model=CompareAnswer,
-        responses=_PROBLEMS,
-        openapi_extra=_BODY,
-    )
-    async def compare(request: Request) -> Response:
+    @app.post("/compare", summary="Whether two images show one person", **_asks(CompareAnswer))
+    async def compare_two(request: Request, far: Far = DEFAULT_FAR) -> Response:
+        uploads, fields = await read_uploads(request, limits)
+        _refuse_fields(fields)
+        if sum(upload.count for upload in uploads) != 2:
+            raise UserError("compare takes two images, or one image with two boxes")
+
+        def answer_json() -> Response:
+            answer = _all_readable(service.embed(uploads))
+            found = compare(*answer.rows, service.calibration, far=far)
+            return _json({"bundle_id": bundle_id, **found.to_dict()}, answer)
+
+        return await run(answer_json)
+
+
+def _add_people(app: FastAPI, service: Service, run: Callable[..., Any]) -> None:
+    limits, bundle_id = service.limits, service.embedder.bundle.id
+
+    @app.post("/identify", summary="Who of the enrolled people it is, or nobody", **_asks(IdentifyAnswer))
+    async def identify_crops(
+        request: Request,
+        far: Far = DEFAULT_FAR,
+        together: Annotated[bool, Query(description="All images show one person.")] = False,
+    ) -> Response:
+        people = service.require_people()
         uploads, fields = await read_uploads(request, limits)
         _refuse_fields(fields)
 
         def answer_json() -> Response:
-            answer = _two(service, uploads)
-            return _json({"bundle_id": bundle_id, "similarity": float(answer.rows[0] @ answer.rows[1])}, answer)
+            enrolled = people.load()
+            answer = service.embed(uploads)
+            names = [_shown(crop.name) for crop in answer.crops if not crop.error]
+            answers = (
+                identify(answer.rows, enrolled, service.calibration, names=names, far=far, together=together)
+                if len(answer.rows) and enrolled.people
+                else []
+            )
+            found = {"crops": [_crop(crop) for crop in answer.crops], "answers": [one.to_dict() for one in answers]}
+            return _json({"bundle_id": bundle_id, **found}, answer)
 
         return await run(answer_json)
 
+    @app.post(
+        "/enrol",
+        summary="Enrol a person by images; one that cannot be read and nothing is changed",
+        **_asks(EnrolAnswer, _NAMED),
+    )
+    async def enrol(request: Request) -> Response:
+        people = service.require_people()
+        uploads, fields = await read_uploads(request, limits)
+        name = check_name(fields.pop("name", ""))
+        _refuse_fields(fields)
 
-def _two(service: Service, uploads: list[Upload]) -> Answer:
-    if sum(upload.count for upload in uploads) != 2:
-        raise UserError("compare takes two images, or one image with two boxes")
-    answer = service.embed(uploads)
+        def answer_json() -> Response:
+            answer = _all_readable(service.embed(uploads))
+            hashes = [image_hash(upload, box) for upload in uploads for box in upload.boxes or [None]]
+            with enrolling:
+                before = next((len(one.images) for one in people.load().people if one.name == name), 0)
+                person = people.folder.enrol(name, answer.rows, hashes)
+            return _json({**person.to_dict(), "added": len(person.images) - before}, answer)
+
+        return await run(answer_json)
+
+    enrolling = threading.Lock()  # for the number of new images alone: the folder has a lock of its own
+
+    @app.get("/people", summary="Who is enrolled", responses=_only(422))
+    async def list_people() -> PeopleAnswer:
+        enrolled = await run(service.require_people().load)
+        return PeopleAnswer(people=[PersonAnswer(**person.to_dict()) for person in enrolled.people])
+
+    @app.delete("/people", summary="Forget a person", responses=_only(422))
+    async def forget(name: str) -> PersonAnswer:
+        people = service.require_people()
+        return PersonAnswer(**(await run(lambda: people.folder.remove(name))).to_dict())
+
+
+def _all_readable(answer: Answer) -> Answer:
     for crop in answer.crops:
         if crop.error:
-            raise UserError(f"{_shown(crop.name)} cannot be read: {crop.error}")
+            raise UserError(f"{_shown(crop.name)} cannot be read: {_shown(crop.error)}")
     return answer
+
+
+def _drawn(decision: Decision | None) -> dict[str, Any]:
+    """A threshold as the answers give it."""
+    if decision is None:
+        return {"far": None, "threshold": None, "note": None}
+    return {"far": decision.far, "threshold": decision.threshold, "note": decision.problem}
+
+
+def _asks(answer: type[BaseModel], body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What OpenAPI is told of a route that takes images."""
+    return {"response_model": answer, "responses": _PROBLEMS, "openapi_extra": body or _BODY}
 
 
 def _json(content: dict[str, Any], answer: Answer) -> Response:
@@ -313,16 +397,21 @@ def _crop(crop: Crop) -> dict[str, Any]:
     return {"image": _shown(crop.name), "box": crop.box, "error": crop.error and _shown(crop.error)}
 
 
-def _hit(rank: int, hit: Hit) -> dict[str, Any]:
-    row = hit.row
-    return {
-        "rank": rank,
-        "name": _shown(row.name),
-        "similarity": round(hit.similarity, 6),
-        "identity": row.identity,
-        "camera": row.camera,
-        "thumbnail": f"/thumbs/{hit.key}",
-    }
+def _hits(hits: list[Hit], calibration: Calibration | None) -> list[dict[str, Any]]:
+    similarities = np.array([hit.similarity for hit in hits])
+    probabilities = [None] * len(hits) if calibration is None else calibration.probability(similarities).tolist()
+    return [
+        {
+            "rank": rank,
+            "name": _shown(hit.row.name),
+            "similarity": round(hit.similarity, 6),
+            "probability": probability,
+            "identity": hit.row.identity,
+            "camera": hit.row.camera,
+            "thumbnail": f"/thumbs/{hit.key}",
+        }
+        for rank, (hit, probability) in enumerate(zip(hits, probabilities, strict=True), 1)
+    ]
 
 
 def _shown(text: str) -> str:

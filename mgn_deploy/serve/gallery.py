@@ -73,6 +73,7 @@ class Gallery:
         self._counting = threading.Lock()
         self._found: int | None = None
         self._counted = -float(COUNT_SECONDS)
+        self._counted_shards: list[int] | None = None
 
     @property
     def store(self) -> Store:
@@ -150,13 +151,14 @@ class Gallery:
         }
 
     def _count_source(self) -> int | None:
+        shards = self._opened[2]
         with self._counting:
-            if time.monotonic() - self._counted >= COUNT_SECONDS:
+            if shards != self._counted_shards and time.monotonic() - self._counted >= COUNT_SECONDS:
                 try:
                     self._found = len(list_images(self._source()))
                 except UserError:  # it has moved, or was never a folder
                     self._found = None
-                self._counted = time.monotonic()
+                self._counted, self._counted_shards = time.monotonic(), shards
             return self._found
 
     def _source(self) -> Path:

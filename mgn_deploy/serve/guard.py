@@ -23,7 +23,7 @@ from mgn_deploy.serve.metrics import Metrics
 API_KEY = "MGN_DEPLOY_API_KEY"
 MIN_KEY = 16  # characters
 # The page is the same for everyone; whoever watches the service needs no key to see that it lives.
-OPEN_PATHS = frozenset({"/", "/page.js", "/page.css", "/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/", "/page.js", "/page.css", "/icon.svg", "/healthz", "/readyz"})
 
 _SAFE_HEADERS = [
     (

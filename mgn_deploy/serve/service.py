@@ -18,10 +18,12 @@ import numpy as np
 
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
+from mgn_deploy.identity.calibration import Calibration
 from mgn_deploy.serve.batching import BatchQueue
 from mgn_deploy.serve.gallery import Gallery, Hit
 from mgn_deploy.serve.limits import Limits
 from mgn_deploy.serve.metrics import Metrics
+from mgn_deploy.serve.people import PeopleList
 from mgn_deploy.serve.uploads import Crop, Upload, check_count, decode
 
 
@@ -46,28 +48,34 @@ class Service:
     Attributes:
         embedder: who embeds.
         gallery: the store that is searched; None without one.
+        people: who is enrolled; None without a folder of them.
+        calibration: the bundle's, which probabilities and thresholds need; None without one.
         metrics: what was done so far.
         ready: `warm_up` is through.
 
     Args:
         embedder: opened; nobody else may use it meanwhile.
         store: of the gallery, embedded by the same bundle.
+        people: folder of enrolled people of the same bundle; made where there is none.
         limits: of requests and the queue.
 
     Raises:
-        UserError: `Gallery`'s.
+        UserError: what `Gallery`, `People.create` and `Calibration.find` refuse.
     """
 
     def __init__(
         self,
         embedder: Embedder,
         store: str | os.PathLike[str] | None = None,
+        people: str | os.PathLike[str] | None = None,
         *,
         limits: Limits | None = None,
     ) -> None:
         self.embedder = embedder
         self.limits = limits or Limits()
         self.gallery = None if store is None else Gallery(store, embedder.bundle.id)
+        self.people = None if people is None else PeopleList(people, embedder.bundle.id, embedder.dim)
+        self.calibration = Calibration.find(embedder.bundle)
         self.metrics = Metrics()
         self.ready = False
         self.queue = BatchQueue(
@@ -157,3 +165,9 @@ class Service:
         if self.gallery is None:
             raise UserError("this service has no gallery: start it with --store")
         return self.gallery
+
+    def require_people(self) -> PeopleList:
+        """Who is enrolled; raises UserError without a folder of people."""
+        if self.people is None:
+            raise UserError("this service knows no people: start it with --people")
+        return self.people

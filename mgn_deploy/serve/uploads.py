@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -61,6 +62,11 @@ class Crop:
     box: Box | None
     pixels: np.ndarray | None
     error: str | None
+
+
+def image_hash(upload: Upload, box: Box | None) -> str:
+    """Hex SHA-256 of an image's bytes, and of the box that is cut out of it."""
+    return hashlib.sha256(upload.content + (b"" if box is None else json.dumps(box).encode())).hexdigest()
 
 
 def check_count(uploads: Sequence[Upload], limits: Limits) -> int:

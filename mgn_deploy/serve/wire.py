@@ -47,6 +47,7 @@ class Result(BaseModel):
     rank: int
     name: str = Field(description="Below the gallery's source folder; bytes that are not UTF-8 as \\xNN.")
     similarity: float = Field(description="Cosine.")
+    probability: float | None = Field(description="That it is one person with the image; null without a calibration.")
     identity: int | None
     camera: int | None
     thumbnail: str = Field(description="Path of its thumbnail on this server.")
@@ -59,11 +60,59 @@ class SearchedCrop(CropAnswer):
 class SearchAnswer(BaseModel):
     bundle_id: str
     crops: list[SearchedCrop]
+    far: float | None = Field(description="The false-accept rate of the threshold; null without a calibration.")
+    threshold: float | None = Field(description="At or above it a result is called the same person.")
+    note: str | None = Field(description="What a reader must know of the threshold.")
 
 
 class CompareAnswer(BaseModel):
     bundle_id: str
     similarity: float = Field(description="Cosine of the two embeddings.")
+    probability: float | None = Field(description="That it is one person; null without a calibration, as all below.")
+    prior: float | None
+    same: bool | None = Field(description="Whether the similarity reaches the threshold.")
+    far: float | None
+    threshold: float | None
+    note: str | None
+
+
+class CandidateAnswer(BaseModel):
+    name: str
+    similarity: float
+    probability: float | None
+
+
+class IdentityAnswer(BaseModel):
+    queries: list[str] = Field(description="The images, by their names.")
+    name: str | None = Field(description="Null for somebody who is not enrolled, and without a calibration.")
+    probability: float | None
+    known: bool | None = Field(description="Null without a calibration.")
+    threshold: float | None
+    far: float | None
+    candidates: list[CandidateAnswer] = Field(description="The most similar people, best first.")
+    note: str | None
+
+
+class IdentifyAnswer(BaseModel):
+    bundle_id: str
+    crops: list[CropAnswer]
+    answers: list[IdentityAnswer] = Field(
+        description="One for each crop without an error; with `together` one for all."
+    )
+
+
+class PersonAnswer(BaseModel):
+    name: str
+    images: int
+    enrolled: str = Field(description="When first, UTC in ISO 8601.")
+
+
+class EnrolAnswer(PersonAnswer):
+    added: int = Field(description="Images that were not enrolled as this person before.")
+
+
+class PeopleAnswer(BaseModel):
+    people: list[PersonAnswer]
 
 
 class StoreAnswer(BaseModel):
@@ -89,6 +138,8 @@ class About(BaseModel):
     max_images: int
     max_body_bytes: int
     gallery: bool
+    people: bool
+    calibrated: bool
 
 
 class _InMemory(MultiPartParser):

@@ -66,7 +66,7 @@ function choose(chosen) {
     const { naturalWidth: width, naturalHeight: height } = $("preview");
     $("hint").hidden = height / width > 1.3 && height / width < 5 && width * height < 2e6;
     setBox(null);
-    ask();
+    ask().then(() => matchMedia("(max-width: 820px)").matches && $("status").scrollIntoView());
   };
   $("preview").onerror = ask; // a kind that the browser does not show, and the service may read
   $("drop").hidden = true;
@@ -169,11 +169,11 @@ function showResults({ crops: [crop], threshold, far, note }) {
     const same = threshold !== null && result.similarity >= threshold;
     above += same;
     if (threshold !== null && !same && index === above) list.append(line(threshold, far));
-    list.append(card(result, same, threshold));
+    list.append(card(result, same));
   });
   const count = crop.results.length;
   const nearest = count === 1 ? "One crop" : `The ${count} nearest crops`;
-  const like = above === 1 ? "1 is" : `${above} are`;
+  const like = above === 0 ? "none is" : above === 1 ? "1 is" : `${above} are`;
   say(count === 0 ? "No crop of these cameras." : threshold === null ? `${nearest}.` : `${nearest}; ${like} above the threshold.`);
   $("answer-note").hidden = !note;
   $("answer-note").textContent = note ?? "";
@@ -186,13 +186,12 @@ function line(threshold, far) {
   return item;
 }
 
-function card(result, same, threshold) {
+function card(result, same) {
   const item = $("result").content.firstElementChild.cloneNode(true);
   const part = (name) => item.querySelector(`.${name}`);
   const image = item.querySelector("img");
   const sure = result.probability;
   item.classList.toggle("same", same);
-  item.classList.toggle("below", threshold !== null && !same);
   image.alt = `Rank ${result.rank}: ${result.name}`;
   image.onerror = () => { image.hidden = true; part("gone").hidden = false; };
   thumbnail(image, result.thumbnail);
@@ -211,10 +210,10 @@ function card(result, same, threshold) {
 }
 
 function showIdentity(answer) {
-  $("identity").hidden = !answer;
-  if (!answer) return;
-  const [who] = answer.answers;
-  $("verdict").textContent = who.known === null ? "Most alike:" : who.known ? who.name : "Nobody who is enrolled";
+  const who = answer && answer.answers[0];
+  $("identity").hidden = !who;
+  if (!who) return;
+  $("verdict").textContent = who.known === null ? "Most alike:" : who.known ? who.name : `Nobody who is enrolled (${percent(who.probability)})`;
   $("verdict").classList.toggle("known", who.known === true);
   $("candidates").replaceChildren(...who.candidates.map((candidate) => {
     const item = document.createElement("li");
