@@ -1,145 +1,24 @@
-"""What goes over the wire: the requests' bodies into uploads, and the answers' shapes."""
+"""What goes over the wire: bodies of requests into uploads, and answers into bodies."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, Field
+from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.serve.limits import Limits
-from mgn_deploy.serve.uploads import Box, TooLarge, Upload, parse_boxes
+from mgn_deploy.serve.service import Answer
+from mgn_deploy.serve.uploads import Crop, TooLarge, Upload, parse_boxes
 
-NPY = "application/x-npy"
 MAX_FIELD = 256 << 10  # bytes of a form's text field: boxes are the longest
-
-
-class Problem(BaseModel):
-    """Any answer that is no success."""
-
-    error: str = Field(description="One sentence: what is wrong, and how to fix it.")
-
-
-class CropAnswer(BaseModel):
-    """An image, or one of its boxes."""
-
-    image: str = Field(description="The file's name as it was sent, or its number.")
-    box: Box | None = Field(description="left, top, width, height as it was cut; null of a whole image.")
-    error: str | None = Field(description="Why it could not be embedded; null where it was.")
-
-
-class EmbeddedCrop(CropAnswer):
-    embedding: list[float] | None = Field(description="A unit vector; null where there is an error.")
-
-
-class EmbedAnswer(BaseModel):
-    bundle_id: str
-    crops: list[EmbeddedCrop]
-
-
-class Result(BaseModel):
-    rank: int
-    name: str = Field(description="Below the gallery's source folder; bytes that are not UTF-8 as \\xNN.")
-    similarity: float = Field(description="Cosine.")
-    probability: float | None = Field(description="That it is one person with the image; null without a calibration.")
-    identity: int | None
-    camera: int | None
-    thumbnail: str = Field(description="Path of its thumbnail on this server.")
-
-
-class SearchedCrop(CropAnswer):
-    results: list[Result] | None = Field(description="The nearest first; null where there is an error.")
-
-
-class SearchAnswer(BaseModel):
-    bundle_id: str
-    crops: list[SearchedCrop]
-    far: float | None = Field(description="The false-accept rate of the threshold; null without a calibration.")
-    threshold: float | None = Field(description="At or above it a result is called the same person.")
-    note: str | None = Field(description="What a reader must know of the threshold.")
-
-
-class CompareAnswer(BaseModel):
-    bundle_id: str
-    similarity: float = Field(description="Cosine of the two embeddings.")
-    probability: float | None = Field(description="That it is one person; null without a calibration, as all below.")
-    prior: float | None
-    same: bool | None = Field(description="Whether the similarity reaches the threshold.")
-    far: float | None
-    threshold: float | None
-    note: str | None
-
-
-class CandidateAnswer(BaseModel):
-    name: str
-    similarity: float
-    probability: float | None
-
-
-class IdentityAnswer(BaseModel):
-    queries: list[str] = Field(description="The images, by their names.")
-    name: str | None = Field(description="Null for somebody who is not enrolled, and without a calibration.")
-    probability: float | None
-    known: bool | None = Field(description="Null without a calibration.")
-    threshold: float | None
-    far: float | None
-    candidates: list[CandidateAnswer] = Field(description="The most similar people, best first.")
-    note: str | None
-
-
-class IdentifyAnswer(BaseModel):
-    bundle_id: str
-    crops: list[CropAnswer]
-    answers: list[IdentityAnswer] = Field(
-        description="One for each crop without an error; with `together` one for all."
-    )
-
-
-class PersonAnswer(BaseModel):
-    name: str
-    images: int
-    enrolled: str = Field(description="When first, UTC in ISO 8601.")
-
-
-class EnrolAnswer(PersonAnswer):
-    added: int = Field(description="Images that were not enrolled as this person before.")
-
-
-class PeopleAnswer(BaseModel):
-    people: list[PersonAnswer]
-
-
-class StoreAnswer(BaseModel):
-    name: str
-    images: int
-    failures: int
-    found: int | None = Field(description="Images in the folder that is being embedded, counted once a minute.")
-    cameras: dict[int, int] = Field(description="Images of each camera.")
-
-
-class About(BaseModel):
-    version: str
-    bundle_id: str
-    model: str
-    backend: str
-    backend_version: str
-    device: str
-    height: int
-    width: int
-    dim: int
-    preprocessing: str
-    batch: int
-    max_images: int
-    max_body_bytes: int
-    gallery: bool
-    people: bool
-    calibrated: bool
 
 
 class _InMemory(MultiPartParser):
@@ -161,7 +40,7 @@ async def read_uploads(request: Request, limits: Limits) -> tuple[list[Upload], 
         uploads, fields = await _read_form(request, limits)
     else:
         body = await request.body()
-        uploads = [Upload("0", body)] if body else []
+        uploads = [Upload("the image", body)] if body else []
     boxes = fields.pop("boxes", None) or request.query_params.get("boxes")
     if boxes and uploads:
         uploads = [
@@ -210,3 +89,41 @@ def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return file.getvalue()
+
+
+def json_answer(content: dict[str, Any], answer: Answer) -> Response:
+    """The answer; 422 where not one image of the request could be read."""
+    if not len(answer.rows):
+        crop = answer.crops[0]
+        more = f" (and {len(answer.crops) - 1} more)" if len(answer.crops) > 1 else ""
+        return JSONResponse({"error": f"{shown(crop.name)} cannot be read: {crop.error}{more}"}, 422)
+    return JSONResponse(content, headers=timing(answer))
+
+
+def timing(answer: Answer) -> dict[str, str]:
+    """What took how long, in ms, as the header Server-Timing."""
+    return {"server-timing": ", ".join(f"{step};dur={1000 * took:.2f}" for step, took in answer.seconds.items())}
+
+
+def crop_fields(crop: Crop) -> dict[str, Any]:
+    """What every answer says of a crop."""
+    return {"image": shown(crop.name), "box": crop.box, "error": crop.error and shown(crop.error)}
+
+
+def shown(text: str) -> str:
+    """As UTF-8 can carry it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def refuse_fields(fields: dict[str, str]) -> None:
+    """Raise UserError where a form had text fields that nobody has taken."""
+    for name in fields:
+        raise UserError(f"the form has a field {name!r} that is not known: image and boxes are")
+
+
+def all_readable(answer: Answer) -> Answer:
+    """The answer, where every crop was embedded; else raises UserError with the first reason."""
+    for crop in answer.crops:
+        if crop.error:
+            raise UserError(f"{shown(crop.name)} cannot be read: {shown(crop.error)}")
+    return answer
