@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("retrieval",),
     ("identity",),
     ("report",),
+    ("serve",),
     ("kernels",),
     ("train",),
     ("export",),
