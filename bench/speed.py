@@ -262,7 +262,7 @@ def _finish(contender: Contender, machine: Limits, references: Sequence[Contende
     assert row.offline is not None
     row.noise = contender.meter.noise(row.offline.variation)
     if len(row.offline.rounds) < 6:
-        row.noise.flags.append(f"{len(row.offline.rounds)} rounds are too few for bounds of 95%: give --minutes")
+        row.noise.flags.append(f"too few rounds for bounds of 95% ({len(row.offline.rounds)}): give --minutes")
     for other in references:
         if other is not contender and other.reference == contender.reference and other.row.offline:
             row.over_reference = _ratio(row.offline.rounds, other.row.offline.rounds)

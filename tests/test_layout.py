@@ -17,7 +17,7 @@ FOLDERS = {"mgn_deploy": "mgn_deploy"} | {
 # From what everyone stands on to what stands on everything. A room may import its own modules and those of earlier
 # lines.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("", "choices", "errors", "progress", "config", "machine", "files", "packages"),
+    ("", "choices", "errors", "progress", "config", "machine", "files", "packages", "interrupt"),
     ("console",),
     ("images", "bundle", "cuda"),
     ("datasets",),
@@ -25,7 +25,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("embedder",),
     ("gallery",),
     ("retrieval",),
+    ("identity",),
     ("report",),
+    ("serve",),
     ("kernels",),
     ("train",),
     ("export",),

@@ -26,8 +26,8 @@ INTRODUCTION = """\
 # Command line
 
 What `mgn-deploy COMMAND --help` prints. Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a
-gate failed (a proof, a tolerance, `--max-failures`), 2 input that cannot be used, 130 interrupted. What `--json` prints
-is described in [JSON output](json.md).
+gate failed (a proof, a tolerance, `--max-failures`), 2 input that cannot be used, 130, 143 or 129 stopped by
+Ctrl-C, SIGTERM or SIGHUP. What `--json` prints is described in [JSON output](json.md).
 """
 
 

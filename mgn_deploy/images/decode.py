@@ -16,20 +16,21 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mgn_deploy.errors import UnreadableImage
+from mgn_deploy.images.formats import HEIF_HINT, content_format, readable_formats
+from mgn_deploy.images.memory import decoding, silence_libtiff
 
 # Part of a store's identity: embeddings made by different pixel paths must not be mixed. Change it with the code below.
 PREPROCESSING = "pillow-bicubic-1"
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 # A crop of a person is small. The limit is checked on the header, before any pixel is decoded (a PNG of 400 megapixels
 # can be 50 KB on disk and 1.2 GB in memory).
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 4
 
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")  # JPEG is also what Pillow calls MPO
-
 # Pillow warns of what is checked below and of harmless metadata. Set once: `catch_warnings` is not for threads.
 warnings.filterwarnings("ignore", module="PIL")
+
+_TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # round(value / 257): 16-bit white is 255
 
 
 def load_rgb(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Image:
@@ -69,7 +70,11 @@ def read_crop(source: str | os.PathLike[str] | bytes | Image.Image, height: int,
     Raises:
         UnreadableImage: see `load_rgb`.
     """
-    image = load_rgb(source)
+    return resize_crop(load_rgb(source), height, width)
+
+
+def resize_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Resize an RGB image to uint8 `[height, width, 3]` by Pillow's antialiased bicubic filter."""
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8)
@@ -77,11 +82,15 @@ def read_crop(source: str | os.PathLike[str] | bytes | Image.Image, height: int,
 
 def _open(file: BinaryIO) -> Image.Image:
     try:
-        return Image.open(file, formats=_FORMATS)
+        return Image.open(file, formats=readable_formats())
     except UnidentifiedImageError:
         if file.seek(0, os.SEEK_END) == 0:
             raise UnreadableImage("the file is empty") from None
-        raise UnreadableImage(f"not an image (its content is none of {', '.join(_FORMATS).lower()})") from None
+        file.seek(0)
+        if content_format(file.read(32)) == "HEIF" and "HEIF" not in readable_formats():
+            raise UnreadableImage(f"a HEIC image: {HEIF_HINT}") from None
+        known = ", ".join(readable_formats()).lower()
+        raise UnreadableImage(f"not an image (its content is none of {known})") from None
 
 
 def _checked_rgb(image: Image.Image) -> Image.Image:
@@ -90,17 +99,27 @@ def _checked_rgb(image: Image.Image) -> Image.Image:
         raise UnreadableImage(f"{width}x{height} pixels is more than the limit of {MAX_PIXELS // 10**6} megapixels")
     if min(width, height) < MIN_SIDE:
         raise UnreadableImage(f"{width}x{height} pixels is too small for a person's crop")
-    image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+    if image.format == "TIFF":
+        silence_libtiff()
+    with decoding(width * height):
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), wide=image.format == "TIFF" and image.mode == "I")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "F":
         raise UnreadableImage("pixels are 32-bit floats of unknown range: save it as 8- or 16-bit")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # 16-bit grey: Pillow's own conversion clips at 255 and gives a white image.
-        values = np.asarray(image).astype(np.float32)
-        return Image.fromarray(np.clip(values / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+        # Pillow's own conversion clips at 255 and gives a white image.
+        return Image.fromarray(_eight_bits(np.asarray(image), wide)).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, wide: bool) -> np.ndarray:
+    """Grey of 16 bits as uint8; `wide`: of 32, whose range no header tells, so that the values have to."""
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise UnreadableImage(f"pixels are 32-bit integers from {low} to {high}: save it as 8- or 16-bit")
+    return values.astype(np.uint8) if wide and high <= 255 else np.take(_TO_8_BIT, values)

@@ -74,9 +74,11 @@ def test_help_imports_nothing_heavy():
 
 def test_the_table_of_commands_is_this_one():
     of_models = ["demo", "doctor", "init", "import", "train", "export", "prove"]
-    of_images = ["embed", "search", "distmat", "validate"]
-    of_groups = ["bench run", "bench compare", "figures curves", "figures attention"]
-    assert list(map(" ".join, COMMANDS)) == of_models + of_images + of_groups
+    of_images = ["embed", "search", "serve", "distmat", "validate"]
+    of_people = ["calibrate", "compare", "enrol", "identify"]
+    of_groups = ["bench run", "bench compare", "people list", "people rename", "people remove"]
+    figures = ["figures curves", "figures attention"]
+    assert list(map(" ".join, COMMANDS)) == of_models + of_images + of_people + of_groups + figures
 
 
 @commands

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image, ImageCms
 
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import UnreadableImage
+from mgn_deploy.images import memory
 from mgn_deploy.images.decode import load_rgb, read_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest resets the filter that images.py sets
@@ -149,9 +151,56 @@ def test_exif_rotation_is_applied(kind, orientation, turn):
     assert np.median(np.abs(pixels.astype(int) - turned)) < 6
 
 
-@pytest.mark.parametrize("kind", ["GIF", "ICO"])
+@pytest.mark.parametrize("kind", ["ICO", "PCX"])
 def test_unlisted_format_named_jpg_is_refused(kind):
-    assert reason(crop_bytes(kind)).startswith("not an image (its content is none of jpeg, png, bmp, webp, ppm, tiff)")
+    assert reason(crop_bytes(kind)).startswith("not an image (its content is none of jpeg, png, bmp, dib, webp, ppm")
+
+
+@pytest.mark.parametrize("high", [255, 65535])
+def test_32_bit_integers_are_taken_by_the_range_of_their_values(high):
+    grey = np.linspace(0, high, 64 * 32).astype(np.int32).reshape(64, 32)
+    pixels = np.asarray(load_rgb(encoded(Image.fromarray(grey), "TIFF")))[..., 0]
+    assert np.abs(pixels - grey * (255 / high)).max() <= 0.5
+
+
+@pytest.mark.parametrize("low, high", [(-1, 255), (0, 65536)])
+def test_32_bit_integers_of_unknown_range_are_refused(low, high):
+    grey = np.linspace(low, high, 64 * 32).astype(np.int32).reshape(64, 32)
+    assert reason(encoded(Image.fromarray(grey), "TIFF")) == (
+        f"pixels are 32-bit integers from {low} to {high}: save it as 8- or 16-bit"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the library that Pillow loaded is not found")
+def test_libtiff_prints_nothing_of_its_own(capfd):
+    content = bytearray(encoded(Image.fromarray(COLOURS), "TIFF", compression="tiff_lzw"))
+    for at in range(8, len(content), 40):
+        broken = bytearray(content)
+        broken[at] ^= 0xFF
+        with suppress(UnreadableImage):
+            load_rgb(bytes(broken))
+    assert capfd.readouterr().err == ""
+
+
+def test_threads_decode_no_more_pixels_at_once_than_the_limit(monkeypatch):
+    monkeypatch.setattr(memory, "LIMIT_BYTES", 2 * 80 * 80 * 8)
+    begun, most = [], []
+
+    def decode(_):
+        with memory.decoding(80 * 80):
+            begun.append(1)
+            most.append(len(begun))
+            time.sleep(0.01)
+            begun.pop()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, range(16)))
+    assert max(most) == 2
+
+
+def test_image_above_the_limit_is_decoded_alone(monkeypatch):
+    monkeypatch.setattr(memory, "LIMIT_BYTES", 1)
+    assert load_rgb(encoded(Image.fromarray(COLOURS), "PNG")).size == COLOURS.shape[1::-1]
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "PNG", "TIFF", "MPO"])

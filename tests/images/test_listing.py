@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 from hostile import permissions_apply
+from PIL import Image
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.images import formats
+from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.images.listing import list_images
 
 
@@ -47,8 +51,59 @@ def test_order_is_that_of_the_names_bytes(tmp_path):
     ]
 
 
-def test_other_files_are_not_listed(tmp_path):
-    touch(tmp_path, "a.jpg", "notes.txt", "Thumbs.db", "b.jpg.part", "jpg", ".jpg")
+def test_other_files_are_counted_by_extension(tmp_path, said):
+    touch(
+        tmp_path, "a.jpg", "notes.txt", "b.TXT", "Thumbs.db", "b.jpg.part", "jpg", ".jpg", "._a.jpg", "__MACOSX/a.jpg"
+    )
+    listing = list_images(tmp_path)
+    assert [file.name for file in listing] == ["a.jpg"]
+    assert listing.skipped == {".txt": 2, ".db": 1, ".part": 1, "without extension": 2, "of macOS's metadata": 2}
+    assert (
+        f"{tmp_path}: 8 files skipped: 2 .txt, 2 of macOS's metadata, 2 without extension, 1 .db, 1 .part"
+    ) in " ".join(said)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF", "AVIF"])
+@pytest.mark.parametrize("name", ["crop", "crop.dat", "0001.001"])
+def test_content_decides_where_the_extension_does_not(tmp_path, kind, name):
+    Image.new("RGB", (32, 64), (200, 40, 40)).save(tmp_path / name, kind)
+    assert names(tmp_path) == [name]
+    assert load_rgb(tmp_path / name).size == (32, 64)
+
+
+@pytest.mark.parametrize("name", ["a.jpe", "a.JFIF", "a.gif", "a.avif", "a.pgm", "a.dib"])
+def test_less_common_extensions_are_images(tmp_path, name):
+    touch(tmp_path, name)
+    assert names(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("content", [b"BM, a note that begins so", b"P1 has no size", b"ftyp", b"", b"RIFFxxxxAVI "])
+def test_text_that_begins_like_an_image_is_none(tmp_path, content):
+    (tmp_path / "note").write_bytes(content)
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    assert names(tmp_path) == ["a.jpg"]
+
+
+def test_heic_without_its_reader_is_counted_and_the_extra_named(tmp_path, monkeypatch, said):
+    touch(tmp_path, "a.jpg", "b.heic")
+    (tmp_path / "photo").write_bytes(b"\0\0\0\x18ftypheic" + bytes(16))
+    monkeypatch.setattr(formats, "readable_formats", lambda: ("JPEG",))
+    assert names(tmp_path) == ["a.jpg"]
+    assert "1 .heic (mgn-deploy[heif] reads them)" in " ".join(said)
+    assert "1 without extension (mgn-deploy[heif] reads them)" in " ".join(said)
+
+
+def test_heic_is_read_where_its_reader_is_installed(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (64, 128), (200, 40, 40))).save(tmp_path / "photo.heic")
+    assert names(tmp_path) == ["photo.heic"]
+    pixels = np.asarray(load_rgb(tmp_path / "photo.heic")).astype(int)
+    assert np.abs(pixels - (200, 40, 40)).max() < 8
+
+
+def test_pipe_without_extension_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    touch(tmp_path, "a.jpg")
     assert names(tmp_path) == ["a.jpg"]
 
 
@@ -92,7 +147,7 @@ def test_too_long_path_is_a_sentence(tmp_path, length):
 
 
 def test_empty_folder_and_folder_without_images_are_sentences(tmp_path):
-    assert "holds no image (.bmp, .jpeg, .jpg" in refusal(tmp_path)
+    assert "holds no image and no other file" in refusal(tmp_path)
     touch(tmp_path, "a.txt", "sub/b.txt")
     assert "holds no image" in refusal(tmp_path)
 
