@@ -76,8 +76,10 @@ def test_the_table_of_commands_is_this_one():
     of_models = ["demo", "doctor", "init", "import", "train", "export", "prove"]
     of_images = ["embed", "search", "serve", "distmat", "validate", "bench"]
     of_people = ["calibrate", "compare", "enrol", "identify", "people list", "people rename", "people remove"]
+    of_stores = ["info", "verify", "repair", "prune", "relocate", "merge", "compact", "export"]
     figures = ["figures curves", "figures attention"]
-    assert list(map(" ".join, COMMANDS)) == of_models + of_images + of_people + figures
+    stores = [f"store {name}" for name in of_stores]
+    assert list(map(" ".join, COMMANDS)) == of_models + of_images + of_people + stores + figures
 
 
 @commands
