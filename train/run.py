@@ -22,7 +22,7 @@ from mgn_deploy.train.recipe import Recipe
 from mgn_deploy.train.sampler import IdentitySampler
 from mgn_deploy.train.schedule import make_optimizer
 from mgn_deploy.train.started import Started, require_same
-from mgn_deploy.train.weights import empty_model, fine_tuned_model, new_model, save_weights
+from mgn_deploy.train.weights import TENSORS, empty_model, fine_tuned_model, new_model, save_weights
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -43,10 +43,7 @@ class Run:
         self.data, self.recipe, self.out, self.group = prepared.data, recipe, out, group
         num_classes = len({image.identity for image in self.data.train})
         state = load_checkpoint(out)
-        if not Path(recipe.model.init).is_dir():
-            copies = 3 if recipe.optim.name == "sgd" else 4  # weights, gradients, momentum or Adam's two
-            require_memory(empty_model(recipe.model.config(num_classes)), 1 if group.device.type == "cuda" else copies)
-        model = _first_model(recipe, num_classes) if state is None else _model_of(state, num_classes)
+        model = _model_of(state, num_classes) if state else _first_model(recipe, num_classes, group.device)
         self.started = Started.of(recipe, model.config, group.ranks, prepared)
         if state:
             require_same(out, state.started, self.started, allow_data_change)
@@ -114,12 +111,15 @@ class Run:
         return at
 
 
-def _first_model(recipe: Recipe, num_classes: int) -> MGN:
+def _first_model(recipe: Recipe, num_classes: int, device: torch.device) -> MGN:
     """Make the network that a run starts from."""
-    table, seed = recipe.model, recipe.loop.seed
-    if Path(table.init).is_dir():
-        return fine_tuned_model(table.init, num_classes, table.height, table.width, seed)
-    return new_model(table.config(num_classes), table.init, seed)
+    table, seed, init = recipe.model, recipe.loop.seed, Path(recipe.model.init)
+    if init.is_dir() or init.name == TENSORS:
+        return fine_tuned_model(init, num_classes, table.height, table.width, seed)
+    config = table.config(num_classes)
+    copies = 3 if recipe.optim.name == "sgd" else 4  # weights, gradients, momentum or Adam's two
+    require_memory(empty_model(config), 1 if device.type == "cuda" else copies)
+    return new_model(config, init, seed)
 
 
 def _model_of(state: State, num_classes: int) -> MGN:
