@@ -40,7 +40,7 @@ from mgn_deploy.train.model import MGN
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 BUDGET_IMAGES = 128  # of the calibration images, where there are no real ones to prove on
-FILES = (MANIFEST, MANIFEST_HASH, GRAPH, REFERENCE, "*.plan", "*.layers.txt")
+FILES = (MANIFEST, MANIFEST_HASH, GRAPH, REFERENCE, "*.plan", "*.layers.txt", "calibration.json")
 _log = logging.getLogger("mgn_deploy")
 
 

@@ -30,3 +30,15 @@ def require_training() -> None:
         problem = import_problem(package, "train")
         if problem:
             raise UserError(f"this command needs PyTorch and the exporter's packages: {problem}")
+
+
+# What the service needs besides a backend: the extra `serve`, by import names.
+SERVING_PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+
+
+def require_serving() -> None:
+    """Raise UserError unless what `serve/` imports is installed."""
+    for package in SERVING_PACKAGES:
+        problem = import_problem(package, "serve")
+        if problem:
+            raise UserError(f"the service needs a web server: {problem}")

@@ -108,6 +108,16 @@ def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def gallery_store(bundle_folder: Path, crops: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The forty crops embedded by the small bundle. Tests that add to it copy it first."""
+    from mgn_deploy.gallery.embed import embed_folder
+
+    folder = tmp_path_factory.mktemp("store") / "gallery"
+    embed_folder(crops, folder, Embedder.open(bundle_folder, "onnxruntime"))
+    return folder
+
+
 @contextmanager
 def logged() -> Iterator[list[str]]:
     """The sentences that the library says meanwhile, INFO and above."""

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mgn_deploy import __version__
-from mgn_deploy.cli import demo, doctor, embed, export, figures, measure, search, train, weights
+from mgn_deploy.cli import demo, doctor, embed, export, figures, identity, measure, search, serve, train, weights
 from mgn_deploy.console import show_log
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.interrupt import Stopped, stop_on_signals
@@ -76,11 +76,17 @@ for name, command, example in (
     ("prove", export.prove, "mgn-deploy prove --bundle bundle --proof-images photos"),
     ("embed", embed.embed, "mgn-deploy embed photos -o store --bundle bundle"),
     ("search", search.search, "mgn-deploy search photo.jpg store --bundle bundle --html page.html"),
+    ("serve", serve.serve, "mgn-deploy serve --bundle bundle --store store"),
     ("distmat", search.distmat, "mgn-deploy distmat query-store gallery-store -o distances.npy"),
     ("validate", measure.validate, "mgn-deploy validate --data market1501:DIR --bundle bundle"),
     ("bench", measure.bench, "mgn-deploy bench --bundle bundle --images photos"),
+    ("calibrate", identity.calibrate, "mgn-deploy calibrate --data market1501:DIR --bundle bundle"),
+    ("compare", identity.compare, "mgn-deploy compare a.jpg b.jpg --bundle bundle --far 1e-3"),
+    ("enrol", identity.enrol, "mgn-deploy enrol Anna anna1.jpg anna2.jpg --people people --bundle bundle"),
+    ("identify", identity.identify, "mgn-deploy identify photos --people people --bundle bundle"),
 ):
     app.command(name, epilog=f"Example:\n\n{example}")(command)
+app.add_typer(identity.people, name="people")
 app.add_typer(figures.app, name="figures")
 
 

@@ -159,7 +159,7 @@ def run_demo(
 
     _log.info("6/6 writing the page of rank lists")
     gallery = Store.open(out / "store-gallery")
-    lists = search(Queries.open(out / "store-query"), gallery)
+    lists = search(Queries.open(out / "store-query"), gallery, exclude_same_camera=True)
     write_rank_page(out / "ranks.html", lists, title="Drawn people", facts=gallery_facts(gallery))
     return Demo(
         people,

@@ -1,0 +1,265 @@
+"""A bundle's calibration: what a similarity of its embeddings says, and where to draw the line.
+
+`calibration.json` lies beside the bundle's files and belongs to one bundle id; the bundle's own id and hashes do not
+depend on it. `calibrate` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.errors import UserError, first_problem
+from mgn_deploy.files import atomic_file
+from mgn_deploy.identity.fit import Knots, Method, evidence, probability
+from mgn_deploy.identity.rates import needed_pairs
+
+SCHEMA_VERSION = 1
+CALIBRATION = "calibration.json"
+DEFAULT_FAR = 1e-3
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Interval(_Strict):
+    """A measured value and the ends of its 95% interval over people."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Rate(_Strict):
+    """The threshold at one false-accept rate, and what it does on the calibration's own pairs.
+
+    Attributes:
+        far: the rate that was asked for.
+        threshold: at or above it two images are called the same person; its interval is of the threshold that other
+            people would have given.
+        measured_far: impostor pairs at or above the threshold, at most `far`.
+        tar: genuine pairs at or above the threshold.
+        problem: why the rate is uncertain, or None.
+    """
+
+    far: float
+    threshold: Interval
+    measured_far: Interval
+    tar: Interval
+    problem: str | None = None
+
+
+class Scores(_Strict):
+    """How good a method's probabilities are on people that it was not fitted on."""
+
+    brier: float
+    log_loss: float
+
+
+class Reliability(_Strict):
+    """Held-out pairs whose probability was from `low` to `high`: the mean of it, and how many were genuine."""
+
+    low: float
+    high: float
+    mean_probability: float
+    genuine_share: float  # with the weight of the prior
+    pairs: int
+
+
+class CameraPair(_Strict):
+    """The same for the images of two cameras alone."""
+
+    cameras: tuple[int, int]
+    people: int
+    genuine: int
+    impostor: int
+    eer: Interval
+    rates: list[Rate]
+
+
+class CalibrationData(_Strict):
+    """What a calibration was learned from. `genuine` and `impostor` are the pairs used, `..._total` those there are."""
+
+    source: str
+    subsets: list[str]
+    images_sha256: str
+    images: int
+    people: int
+    cameras: int
+    same_camera: bool
+    genuine: int
+    genuine_total: int
+    impostor: int
+    impostor_total: int
+    seed: int
+
+
+class Decision(NamedTuple):
+    """A threshold, and the false-accept rate that it stands for.
+
+    It is a higher rate than was asked for where there are too few pairs, as `problem` says.
+    """
+
+    far: float
+    threshold: float
+    problem: str | None
+
+
+class Calibration(_Strict):
+    """What similarities of one bundle's embeddings say. It is immutable; any thread may use it.
+
+    Attributes:
+        bundle_id: of the bundle that it belongs to.
+        backend: the engine that embedded the images.
+        prior: the share of genuine pairs that `probability` assumes unless it is told another.
+        method: which way to learn the evidence was better on people that it was not fitted on.
+        evidence: (similarity, evidence) knots of a piecewise linear function: see `identity/fit.py`.
+        tail: (false-accept rate, threshold), by falling rate.
+    """
+
+    schema_version: Literal[1] = 1
+    bundle_id: str
+    backend: str
+    data: CalibrationData
+    prior: float = Field(gt=0, lt=1)
+    method: Method
+    evidence: Knots = Field(min_length=1)
+    cross_validation: dict[Method, Scores]
+    reliability: list[Reliability]
+    rates: list[Rate]
+    eer: Interval
+    eer_threshold: Interval
+    tail: list[tuple[float, float]] = Field(min_length=1)
+    camera_pairs: list[CameraPair] = []
+    notes: list[str] = []
+    tools: dict[str, str] = {}
+    date: str
+
+    @classmethod
+    def find(cls, bundle: Bundle) -> Calibration | None:
+        """A bundle's calibration; None where it has none.
+
+        Raises:
+            UserError: the file is broken, of a later schema, or of another bundle.
+        """
+        path = bundle.folder / CALIBRATION
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        again = "calibrate again (`mgn-deploy calibrate`) or delete it"
+        try:
+            version = json.loads(content)["schema_version"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{path} is not a calibration of mgn-deploy: {again}") from None
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{path} has schema {version!r} and this mgn-deploy reads {SCHEMA_VERSION}: {again}")
+        try:
+            found = cls.model_validate_json(content)
+        except ValidationError as error:
+            raise UserError(f"{path} is not whole ({first_problem(error)}): {again}") from None
+        if found.bundle_id != bundle.id:
+            raise UserError(
+                f"{path} belongs to bundle {found.bundle_id[:12]} and this one is {bundle.id[:12]}: {again}"
+            )
+        return found
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> Calibration:
+        """A bundle's calibration.
+
+        Raises:
+            UserError: there is none, or what `find` refuses.
+        """
+        found = cls.find(bundle)
+        if found is None:
+            raise UserError(f"{bundle.folder} has no {CALIBRATION}: {how_to_calibrate(bundle)}")
+        return found
+
+    def write(self, bundle: Bundle) -> None:
+        """Write it beside a bundle's files; an earlier one is replaced once the new one is whole.
+
+        Raises:
+            UserError: it belongs to another bundle, or the folder cannot be written.
+        """
+        if self.bundle_id != bundle.id:
+            raise UserError(f"this calibration belongs to bundle {self.bundle_id[:12]}, not to {bundle.id[:12]}")
+        with atomic_file(bundle.folder / CALIBRATION) as file:
+            file.write(self.model_dump_json(indent=2).encode() + b"\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, as `calibration.json` holds it."""
+        return self.model_dump(mode="json")
+
+    def log_likelihood_ratio(self, similarities: np.ndarray | float) -> np.ndarray:
+        """log(P(similarity | same person) / P(similarity | two people)) of similarities of any shape, float64."""
+        return evidence(similarities, self.evidence)
+
+    def probability(self, similarities: np.ndarray | float, prior: float | None = None) -> np.ndarray:
+        """P(same person) of cosine similarities of any shape, float64.
+
+        Args:
+            similarities: between two images' embeddings.
+            prior: the share of genuine pairs among those that are compared; None: the calibration's.
+
+        Raises:
+            UserError: a prior that is not between 0 and 1.
+        """
+        prior = self.prior if prior is None else check_prior(prior)
+        return probability(self.log_likelihood_ratio(similarities), prior)
+
+    def decide(self, far: float) -> Decision:
+        """The threshold for a false-accept rate, interpolated on its logarithm.
+
+        Where the calibration has too few pairs for so low a rate, it is the strictest threshold that they support, and
+        `problem` says so.
+
+        Raises:
+            UserError: `far` is not between 0 and 1.
+        """
+        check_far(far)
+        rates, thresholds = np.array(self.tail).T
+        if far < rates[-1] * (1 - 1e-9):
+            return Decision(
+                float(rates[-1]),
+                float(thresholds[-1]),
+                f"a false-accept rate of {far:.3g} needs {needed_pairs(far):,} impostor pairs and the calibration has "
+                f"{self.data.impostor:,}: its strictest threshold stands for {rates[-1]:.3g}",
+            )
+        threshold = float(np.interp(-np.log(far), -np.log(rates), thresholds))
+        return Decision(far, threshold, next((rate.problem for rate in self.rates if rate.far == far), None))
+
+
+def how_to_calibrate(bundle: Bundle) -> str:
+    """The command that gives a bundle probabilities and thresholds."""
+    return f"`mgn-deploy calibrate --data KIND:DIR --bundle {bundle.folder}` learns one from labelled images"
+
+
+def check_far(far: float) -> float:
+    """Raise UserError unless a false-accept rate lies between 0 and 1."""
+    if not 0 < far < 1:
+        raise UserError(f"a false-accept rate lies between 0 and 1, as 1e-3 does, and {far:g} does not")
+    return far
+
+
+def check_prior(prior: float) -> float:
+    """Raise UserError unless a prior lies between 0 and 1."""
+    if not 0 < prior < 1:
+        raise UserError(f"the prior is a share of genuine pairs between 0 and 1, as 0.5 is, and {prior:g} is not")
+    return prior
+
+
+def check_same_id(what: str, bundle_id: str, other: str) -> None:
+    """Raise UserError where `what` belongs to another bundle than the embeddings."""
+    if bundle_id != other:
+        raise UserError(
+            f"{what} belongs to bundle {bundle_id[:12]} and the images were embedded by {other[:12]}: use one bundle "
+            "for both"
+        )

@@ -1,0 +1,146 @@
+"""Image files enrolled and identified."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.files import sha256_file
+from mgn_deploy.identity.calibration import (
+    DEFAULT_FAR,
+    Calibration,
+    check_far,
+    check_prior,
+    check_same_id,
+    how_to_calibrate,
+)
+from mgn_deploy.identity.identify import CANDIDATES, PRIOR_KNOWN, Identification, identify
+from mgn_deploy.identity.images import embed_readable, image_paths
+from mgn_deploy.identity.people import People, Person, check_name
+from mgn_deploy.progress import Progress
+
+_log = logging.getLogger("mgn_deploy")
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """A person after enrolment, how many images are new, and what a reader should look at again."""
+
+    person: Person
+    added: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**self.person.to_dict(), "added": self.added, "notes": list(self.notes)}
+
+
+def enrol_images(
+    name: str,
+    sources: Sequence[str | os.PathLike[str]],
+    people: str | os.PathLike[str],
+    embedder: Embedder,
+    *,
+    batch_size: int = 8,
+) -> Enrolment:
+    """Enrol a person by image files, in a people folder that is made where there is none.
+
+    Where the bundle has a calibration, images that are unlike the person's others, and people who are like somebody
+    else of the list, are logged and noted.
+
+    Args:
+        name: see `check_name`.
+        sources: files, or folders of them.
+        people: the people folder.
+        embedder: opened from the bundle that embeds everybody in it.
+        batch_size: images an engine call.
+
+    Raises:
+        UserError: an image cannot be read, the folder is another bundle's or cannot be written, or the name cannot be
+            one. Nobody is enrolled then.
+    """
+    name = check_name(name)
+    paths = image_paths(sources)
+    if os.path.exists(people):
+        folder = People.create(people, embedder.bundle.id, embedder.dim)  # refuses before any image is embedded
+    calibration = Calibration.find(embedder.bundle)
+    embeddings = embedder.embed(paths, batch_size=batch_size)
+    folder = People.create(people, embedder.bundle.id, embedder.dim)
+    before = folder.load().people
+    known = next((len(person.embeddings) for person in before if person.name == name), 0)
+    person = folder.enrol(name, embeddings, [sha256_file(path) for path in paths])
+    notes = () if calibration is None else tuple(_doubts(person, before, paths, embeddings, calibration))
+    for note in notes:
+        _log.warning(note)
+    return Enrolment(person, len(person.embeddings) - known, notes)
+
+
+def identify_images(
+    sources: Sequence[str | os.PathLike[str]],
+    people: str | os.PathLike[str],
+    embedder: Embedder,
+    *,
+    far: float = DEFAULT_FAR,
+    together: bool = False,
+    prior: float = PRIOR_KNOWN,
+    candidates: int = CANDIDATES,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> tuple[list[Identification], list[tuple[Path, str]]]:
+    """`identify` the images of files and folders; those that cannot be read are logged and left out.
+
+    Returns:
+        The answers, and path and reason of each file that could not be read.
+
+    Raises:
+        UserError: not one image can be read, nobody is enrolled, or the people or the calibration are another bundle's.
+    """
+    check_far(far)
+    check_prior(prior)
+    folder = People.open(people)
+    check_same_id(str(folder.folder), folder.bundle_id, embedder.bundle.id)
+    enrolled, calibration = folder.load(), Calibration.find(embedder.bundle)
+    images = embed_readable(sources, embedder, batch_size=batch_size, progress=progress)
+    answers = identify(
+        images.embeddings,
+        enrolled,
+        calibration,
+        names=[str(path) for path in images.paths],
+        far=far,
+        together=together,
+        prior=prior,
+        candidates=candidates,
+    )
+    if calibration is None:
+        note = f"no name and no probability without a calibration: {how_to_calibrate(embedder.bundle)}"
+        answers = [replace(answer, note=note) for answer in answers]
+    return answers, images.failed
+
+
+def _doubts(
+    person: Person, before: Sequence[Person], paths: Sequence[Path], embeddings: np.ndarray, calibration: Calibration
+) -> list[str]:
+    """What looks like a mistake: an image unlike the person's others, and somebody else who looks like the person."""
+    notes = []
+    if len(person.embeddings) > 1:
+        for path, row in zip(paths, embeddings, strict=True):
+            others = np.sort(person.embeddings @ row)[:-1]  # the image itself is the most similar one
+            chance = float(calibration.probability(others.mean(), 0.5))
+            if chance < 0.1:
+                notes.append(
+                    f"{str(path)!r} is unlike the other images of {person.name} (p = {chance:.2g}): look again"
+                )
+    threshold = calibration.decide(DEFAULT_FAR).threshold
+    for other in before:
+        if other.name != person.name:
+            similarity = float((embeddings @ other.embeddings.T).mean())
+            if similarity >= threshold:
+                notes.append(f"{person.name} looks like {other.name}, who is enrolled (similarity {similarity:.2f})")
+    return notes

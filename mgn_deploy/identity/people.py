@@ -1,0 +1,355 @@
+"""The folder of enrolled people.
+
+    PEOPLE/manifest.json        the bundle that embedded every image, and the embeddings' length
+    PEOPLE/person-0a1b2c3d4e5f.npz     one person: name, float32 embeddings [n, dim], SHA-256 of each image, the day
+
+Each file is written beside and renamed, so that a reader sees a person before or after a change; writers take turns by
+a lock. A person's file is not named by the person, so a rename is one write and no name is ever a path.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import time
+import unicodedata
+import uuid
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mgn_deploy.errors import UserError, first_problem
+from mgn_deploy.files import atomic_file, sync_folder
+from mgn_deploy.identity.calibration import check_same_id
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+MAX_NAME = 100
+LOCK_SECONDS = 30
+
+
+class PeopleManifest(BaseModel):
+    """What embedded everybody of a people folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["people"] = "people"
+    schema_version: Literal[1] = 1
+    bundle_id: str
+    dim: int = Field(ge=1)
+
+
+@dataclass(frozen=True)
+class Person:
+    """An enrolled person.
+
+    Attributes:
+        name: as it was given, in Unicode's composed form (NFC).
+        embeddings: unit rows float32 `[n, dim]`, one an image.
+        images: SHA-256 of each image's bytes or pixels.
+        enrolled: when the person was first enrolled, UTC in ISO 8601.
+    """
+
+    name: str
+    embeddings: np.ndarray
+    images: tuple[str, ...]
+    enrolled: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the embeddings."""
+        return {"name": self.name, "images": len(self.embeddings), "enrolled": self.enrolled}
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """Everybody of a people folder at one moment; it does not change, so any thread may use it."""
+
+    bundle_id: str
+    people: tuple[Person, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of `people`: by name."""
+        return [person.name for person in self.people]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Everybody's embeddings, `[n, dim]`."""
+        return np.concatenate([person.embeddings for person in self.people])
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where in `rows` each person's begin."""
+        return np.cumsum([0, *(len(person.embeddings) for person in self.people[:-1])])
+
+
+class People:
+    """A people folder. What it changes is on disk when the call returns; several threads and processes may call it.
+
+    Attributes:
+        bundle_id: of the bundle that embeds its images.
+        dim: of an embedding.
+    """
+
+    def __init__(self, folder: Path, manifest: PeopleManifest) -> None:
+        self.folder = folder
+        self.bundle_id, self.dim = manifest.bundle_id, manifest.dim
+
+    def __repr__(self) -> str:
+        return f"People({str(self.folder)!r}, {len(_files(self.folder))} people, of bundle {self.bundle_id[:12]})"
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> People:
+        """Open a people folder.
+
+        Raises:
+            UserError: no such folder, or one of something else or of a later schema.
+        """
+        folder = Path(folder)
+        return cls(folder, _read_manifest(folder))
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike[str], bundle_id: str, dim: int) -> People:
+        """Open a people folder, or make it where there is none, for the embeddings of a bundle.
+
+        Raises:
+            UserError: the folder belongs to another bundle, holds something else or cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            if not (folder / MANIFEST).exists():
+                if folder.exists() and not (folder.is_dir() and all(_is_ours(name) for name in os.listdir(folder))):
+                    raise UserError(f"{folder} exists and holds no enrolled people: choose another path")
+                folder.mkdir(parents=True, exist_ok=True)
+                with _locked(folder):
+                    if not (folder / MANIFEST).exists():
+                        manifest = PeopleManifest(bundle_id=bundle_id, dim=dim)
+                        with atomic_file(folder / MANIFEST) as file:
+                            file.write(manifest.model_dump_json(indent=2).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+        people = cls.open(folder)
+        check_same_id(f"{folder}", people.bundle_id, bundle_id)
+        return people
+
+    def load(self) -> Enrolled:
+        """Everybody who is enrolled now, by name.
+
+        Raises:
+            UserError: a person's file is damaged.
+        """
+        return Enrolled(self.bundle_id, tuple(person for _, person in self._read()))
+
+    def enrol(self, name: str, embeddings: np.ndarray, images: Sequence[str]) -> Person:
+        """Add images of a person, who is new or enrolled already; images that are enrolled as this person are skipped.
+
+        Args:
+            name: 1 to 100 characters that can be seen, without slashes; `check_name` has the rules.
+            embeddings: unit rows `[n, dim]`.
+            images: SHA-256 of each image, `n` of them.
+
+        Returns:
+            The person with all images.
+
+        Raises:
+            UserError: a name that cannot be one, embeddings of another length or not finite, or a folder that cannot
+                be written; nothing has changed.
+        """
+        name = check_name(name)
+        embeddings = np.asarray(embeddings, np.float32)
+        if embeddings.ndim != 2 or len(embeddings) != len(images) or not len(images):
+            raise UserError(f"{name!r} needs one embedding for each of at least one image")
+        if embeddings.shape[1] != self.dim or not np.isfinite(embeddings).all():
+            raise UserError(
+                f"embeddings of {self.dim} finite numbers are enrolled in {self.folder}, not {list(embeddings.shape)}"
+            )
+        with self._writing():
+            path, person = self._find(name) or (
+                self.folder / f"person-{uuid.uuid4().hex[:12]}.npz",
+                Person(name, np.empty((0, self.dim), np.float32), (), _now()),
+            )
+            known = set(person.images)
+            new = [index for index, image in enumerate(images) if image not in known and not known.add(image)]
+            person = replace(
+                person,
+                embeddings=np.concatenate([person.embeddings, embeddings[new]]),
+                images=(*person.images, *(images[index] for index in new)),
+            )
+            if new:
+                _write(path, person)
+        return person
+
+    def rename(self, name: str, new_name: str) -> Person:
+        """Give a person another name.
+
+        Raises:
+            UserError: nobody has the name, somebody has the new one, or it cannot be one.
+        """
+        new_name = check_name(new_name)
+        with self._writing():
+            path, person = self._require(name)
+            if new_name != person.name and self._find(new_name):
+                raise UserError(f"{self.folder} has a {new_name!r} already: remove that person or choose another name")
+            person = replace(person, name=new_name)
+            _write(path, person)
+        return person
+
+    def remove(self, name: str) -> Person:
+        """Forget a person: the file is deleted.
+
+        Raises:
+            UserError: nobody has the name.
+        """
+        with self._writing():
+            path, person = self._require(name)
+            path.unlink()
+            sync_folder(self.folder)
+        return person
+
+    def _read(self) -> list[tuple[Path, Person]]:
+        found = []
+        for path in _files(self.folder):
+            person = _read_person(path, self.dim)
+            if person is not None:
+                found.append((path, person))
+        return sorted(found, key=lambda pair: pair[1].name)
+
+    def _find(self, name: str) -> tuple[Path, Person] | None:
+        wanted = unicodedata.normalize("NFC", name)
+        return next((pair for pair in self._read() if pair[1].name == wanted), None)
+
+    def _require(self, name: str) -> tuple[Path, Person]:
+        found = self._find(name)
+        if found is None:
+            raise UserError(f"nobody named {name!r} is enrolled in {self.folder}: `mgn-deploy people list` names them")
+        return found
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with _locked(self.folder):
+                yield
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from None
+
+
+def check_name(name: str) -> str:
+    """A person's name in Unicode's composed form.
+
+    Raises:
+        UserError: it is empty or longer than 100 characters, begins or ends with a space, begins with a dot or a dash,
+            or holds a slash, a backslash or a character that cannot be seen.
+    """
+    if not isinstance(name, str):
+        raise UserError(f"a person's name is a text, not {name!r}")
+    name = unicodedata.normalize("NFC", name)
+    if not 1 <= len(name) <= MAX_NAME:
+        raise UserError(f"a person's name has 1 to {MAX_NAME} characters, not {len(name)}")
+    if not name.isprintable() or name.strip() != name or name[0] in ".-" or "/" in name or "\\" in name:
+        raise UserError(
+            f"{name!r} cannot be a person's name: no slashes, no characters that cannot be seen, no spaces at the "
+            "ends, no dot or dash at the beginning"
+        )
+    return name
+
+
+def _is_ours(name: str) -> bool:
+    return name == LOCK or (name.startswith(".mgn-") and name.endswith(".tmp"))
+
+
+def _read_manifest(folder: Path) -> PeopleManifest:
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        kind, version = content["kind"], content["schema_version"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} holds no enrolled people: `mgn-deploy enrol NAME IMAGES --people {folder} --bundle BUNDLE` "
+            "enrols"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        kind, version = None, None
+    if kind != "people":
+        raise UserError(f"{path} is not the manifest of a people folder: choose another folder for enrolled people")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{folder} has people schema {version!r} and this mgn-deploy reads {SCHEMA_VERSION}: upgrade mgn-deploy"
+        )
+    try:
+        return PeopleManifest.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path} is not a people folder's: {first_problem(error)}") from None
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.glob("person-*.npz"))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+
+
+def _read_person(path: Path, dim: int) -> Person | None:
+    """A person's file; None where it was removed meanwhile."""
+    damaged = f"{path} is damaged: delete it and enrol the person again"
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            embeddings, about = arrays["embeddings"], json.loads(str(arrays["about"]))
+        person = Person(check_name(about["name"]), embeddings, tuple(about["images"]), str(about["enrolled"]))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, UserError):
+        raise UserError(damaged) from None
+    good = embeddings.dtype == np.float32 and embeddings.shape == (len(person.images), dim) and len(embeddings)
+    if not good or not np.isfinite(embeddings).all():
+        raise UserError(damaged)
+    return person
+
+
+def _write(path: Path, person: Person) -> None:
+    about = {"name": person.name, "images": person.images, "enrolled": person.enrolled}
+    buffer = io.BytesIO()
+    np.savez(buffer, embeddings=person.embeddings, about=np.array(json.dumps(about)))
+    with atomic_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. Each call has a descriptor of its own, so threads of one process take turns, too."""
+    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"another process has been writing to {folder} for {LOCK_SECONDS} s: try again later"
+                    ) from None
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)  # which releases the lock
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
