@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mgn_deploy.errors import UserError
 
+HEAD = 512  # bytes that are looked at
+
 AGAIN = "download or copy it again"
 STATE_DICT = "save `model.state_dict()` with torch.save where it was made"
 
@@ -42,7 +44,7 @@ def is_safetensors(path: Path) -> bool:
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(512)
+            head = file.read(HEAD)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not head:
@@ -66,8 +68,8 @@ def is_safetensors(path: Path) -> bool:
 
 
 def _is_text(head: bytes) -> bool:
-    text = head.decode("utf-8", "replace")
-    return "\ufffd" not in text[:-3] and all(letter.isprintable() or letter.isspace() for letter in text[:-3])
+    text = head.decode("utf-8", "replace").rstrip("\ufffd" if len(head) == HEAD else "")  # cut within a letter
+    return "\ufffd" not in text and all(letter.isprintable() or letter.isspace() for letter in text)
 
 
 def _problem_of_zip(path: Path) -> str | None:

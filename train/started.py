@@ -26,14 +26,15 @@ FREE = ("schedule.epochs", "schedule.max_seconds", "loop.evaluate_every")
 class Started:
     """What decides a run's weights.
 
-    `recipe` is by "table.key", `model` the config, `ranks` the number of processes, `images` the training images as in
-    `Prepared`, and `evaluation` a hash of what is evaluated on (which decides only `best`).
+    `recipe` is by "table.key", `model` the config, `ranks` the number of processes, `images` and `people` are those of
+    `Prepared`, and `evaluation` is a hash of what is evaluated on (which decides only `best`).
     """
 
     recipe: dict[str, Any]
     model: dict[str, Any]
     ranks: int
-    images: dict[str, list[int]]
+    images: dict[str, list[int | str]]
+    people: list[int | str]
     evaluation: str
 
     @classmethod
@@ -46,18 +47,14 @@ class Started:
             {f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()},
             config.model_dump(mode="json"),
             ranks,
-            {name: list(facts) for name, facts in prepared.facts.items()},
+            prepared.facts,
+            prepared.people,
             hashlib.sha256(repr(evaluated).encode("utf-8", "surrogateescape")).hexdigest(),
         )
 
     def to_json(self) -> str:
         """Write it as JSON; `Started(**json.loads(text))` reads it."""
         return json.dumps(asdict(self))
-
-    @property
-    def people(self) -> list[int]:
-        """The identities in the order of their classes."""
-        return sorted({facts[0] for facts in self.images.values()})
 
 
 def require_same(folder: Path, before: Started, now: Started, allow_data_change: bool = False) -> None:
@@ -93,7 +90,7 @@ def require_same(folder: Path, before: Started, now: Started, allow_data_change:
         _log.warning(f"{folder} goes on with other training images ({difference})")
 
 
-def image_differences(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
+def image_differences(before: dict[str, list[int | str]], now: dict[str, list[int | str]]) -> str:
     """Count and name what was added, removed, changed and labelled otherwise; empty where nothing was."""
     both = [name for name in now if name in before and now[name] != before[name]]
     relabelled = [name for name in both if now[name][0] != before[name][0]]
