@@ -69,14 +69,11 @@ def require_same(folder: Path, before: Started, now: Started, allow_data_change:
         UserError: the sentence names each key with both values, or the first files of each kind of difference.
     """
     changed = {key: value for key, value in now.recipe.items() if before.recipe.get(key, value) != value}
-    for key in FREE:
-        if key in changed:
-            _log.info(f"{key} is {changed.pop(key)} from here on; it was {before.recipe[key]}")
-    if changed:
-        keys = "; ".join(f"{key} was {before.recipe[key]!r} and is {value!r}" for key, value in changed.items())
+    told = [f"{key} was {before.recipe[key]!r} and is {value!r}" for key, value in changed.items() if key not in FREE]
+    if told:
         raise UserError(
-            f"{folder} holds a run of another recipe: {keys}; give the run's values, or start another in a folder of "
-            f"its own, from these weights with --init (only {', '.join(FREE)} may change)"
+            f"{folder} holds a run of another recipe ({first_names(told)}): give the run's values, or start another in "
+            f"a folder of its own, from these weights with --init (only {', '.join(FREE)} may change)"
         )
     if before.ranks != now.ranks:
         raise UserError(f"{folder} holds a run of {before.ranks} processes, and this has {now.ranks}: start as many")
@@ -86,6 +83,9 @@ def require_same(folder: Path, before: Started, now: Started, allow_data_change:
             f"{folder} holds a run with other training images ({difference}): put them back, choose another folder, or "
             "go on with these by --allow-data-change"
         )
+    for key in FREE:
+        if key in changed:
+            _log.info(f"{key} is {changed[key]} from here on; it was {before.recipe[key]}")
     if difference:
         _log.warning(f"{folder} goes on with other training images ({difference})")
 

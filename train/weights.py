@@ -19,7 +19,7 @@ from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.train.importers.reading import read_checkpoint
-from mgn_deploy.train.memory import explained_memory, require_memory
+from mgn_deploy.train.memory import explained_memory, model_bytes, require_memory
 from mgn_deploy.train.model import MGN, resnet_of
 from mgn_deploy.train.tensor_file import read_tensor_file
 
@@ -110,6 +110,7 @@ def new_model(config: ModelConfig, init: str | os.PathLike[str] = "random", seed
     """
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed {seed}: seeds are 0 to {MAX_SEED}")
+    require_memory(model_bytes(empty_model(config)))
     with explained_memory(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         resnet = resnet_of(config)
@@ -130,7 +131,6 @@ def write_untrained_weights(
     Raises:
         UserError: as `new_model` and `save_weights`.
     """
-    require_memory(empty_model(config), copies=1)
     model = new_model(config, init, seed)
     if str(init) == "random":
         add_noise(model, seed)
