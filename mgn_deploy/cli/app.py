@@ -12,7 +12,21 @@ import typer
 from typer.core import TyperGroup
 
 from mgn_deploy import __version__
-from mgn_deploy.cli import demo, doctor, embed, export, figures, identity, measure, search, serve, store, train, weights
+from mgn_deploy.cli import (
+    demo,
+    doctor,
+    embed,
+    export,
+    figures,
+    identity,
+    measure,
+    search,
+    serve,
+    store,
+    train,
+    validate,
+    weights,
+)
 from mgn_deploy.console import show_log
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.interrupt import Stopped, stop_on_signals
@@ -100,7 +114,8 @@ for name, command, example in (
     ("search", search.search, "mgn-deploy search photo.jpg store --bundle bundle --html page.html"),
     ("serve", serve.serve, "mgn-deploy serve --bundle bundle --store store"),
     ("distmat", search.distmat, "mgn-deploy distmat query-store gallery-store -o distances.npy"),
-    ("validate", measure.validate, "mgn-deploy validate --data market1501:DIR --bundle bundle"),
+    ("validate", validate.validate, "mgn-deploy validate --data market1501:DIR --bundle bundle"),
+    ("evaluate", validate.evaluate, "mgn-deploy evaluate query-store gallery-store --ci --rerank"),
     ("bench", measure.bench, "mgn-deploy bench --bundle bundle --images photos"),
     ("calibrate", identity.calibrate, "mgn-deploy calibrate --data market1501:DIR --bundle bundle"),
     ("compare", identity.compare, "mgn-deploy compare a.jpg b.jpg --bundle bundle --far 1e-3"),

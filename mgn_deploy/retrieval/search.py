@@ -158,7 +158,7 @@ def search(
         raise UserError(f"{gallery.folder if not len(gallery) else 'the query side'} holds no embedded image")
     identities, cameras = gallery.identities(), gallery.cameras()
     paths = [gallery.path(row) for row in gallery]
-    rows = gallery.embeddings()
+    rows = gallery.embeddings() if aqe or rerank else np.empty((0, gallery.manifest.dim), np.float32)
     left_out = _LeftOut(queries, identities, cameras, paths, exclude_same_camera)
     asked = queries.embeddings
     if aqe:
@@ -166,7 +166,7 @@ def search(
     if rerank:
         indices, distances = rerank_top_k(asked, rows, k, excluded=left_out.mask, device=device, progress=progress)
     else:
-        indices, similarities = top_k(asked, rows, k, excluded=left_out.pairs)
+        indices, similarities = top_k(asked, gallery, k, excluded=left_out.pairs)  # block by block
     left_out.tell()
     lists = []
     for query, found in enumerate(indices):

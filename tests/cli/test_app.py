@@ -74,7 +74,7 @@ def test_help_imports_nothing_heavy():
 
 def test_the_table_of_commands_is_this_one():
     of_models = ["demo", "doctor", "init", "import", "train", "export", "prove"]
-    of_images = ["embed", "search", "serve", "distmat", "validate", "bench"]
+    of_images = ["embed", "search", "serve", "distmat", "validate", "evaluate", "bench"]
     of_people = ["calibrate", "compare", "enrol", "identify", "people list", "people rename", "people remove"]
     of_stores = ["info", "verify", "repair", "prune", "relocate", "merge", "compact", "export"]
     figures = ["figures curves", "figures attention"]
@@ -164,6 +164,9 @@ def test_help_names_every_engine_kind_of_data_and_recipe():
         (("export", "w", "-o", "b"), "--engine", EXPORT_ENGINES),
         (("export", "w", "-o", "b"), "--precision", get_args(choices.Precision)),
         (("distmat", "q", "g", "-o", "d.npy"), "--metric", get_args(choices.Metric)),
+        (("distmat", "q", "g", "-o", "d.npy"), "--compute", get_args(choices.Compute)),
+        (("search", "q", "g"), "--labels", get_args(choices.QueryLabels)),
+        (("evaluate", "q", "g"), "--device", get_args(choices.Device)),
         (("validate", "--data", "d", "--bundle", "b"), "--multi-query", get_args(choices.QueryPooling)),
         (("train", "--data", "d", "-o", "r"), "--device", get_args(choices.Device)),
         (("import", "c", "-o", "w"), "--from", get_args(choices.SourceName)),
