@@ -12,7 +12,20 @@ import typer
 from typer.core import TyperGroup
 
 from mgn_deploy import __version__
-from mgn_deploy.cli import demo, doctor, embed, export, figures, identity, measure, search, serve, train, weights
+from mgn_deploy.cli import (
+    demo,
+    doctor,
+    embed,
+    explore,
+    export,
+    figures,
+    identity,
+    measure,
+    search,
+    serve,
+    train,
+    weights,
+)
 from mgn_deploy.console import show_log
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.interrupt import Stopped, stop_on_signals
@@ -80,6 +93,8 @@ for name, command, example in (
     ("distmat", search.distmat, "mgn-deploy distmat query-store gallery-store -o distances.npy"),
     ("validate", measure.validate, "mgn-deploy validate --data market1501:DIR --bundle bundle"),
     ("bench", measure.bench, "mgn-deploy bench --bundle bundle --images photos"),
+    ("cluster", explore.cluster, "mgn-deploy cluster store -o groups.parquet --html groups.html"),
+    ("map", explore.map_embeddings, "mgn-deploy map store -o map.html --groups groups.parquet"),
     ("calibrate", identity.calibrate, "mgn-deploy calibrate --data market1501:DIR --bundle bundle"),
     ("compare", identity.compare, "mgn-deploy compare a.jpg b.jpg --bundle bundle --far 1e-3"),
     ("enrol", identity.enrol, "mgn-deploy enrol Anna anna1.jpg anna2.jpg --people people --bundle bundle"),

@@ -75,7 +75,17 @@ def test_help_imports_nothing_heavy():
 def test_the_table_of_commands_is_this_one():
     of_models = ["demo", "doctor", "init", "import", "train", "export", "prove"]
     of_images = ["embed", "search", "serve", "distmat", "validate", "bench"]
-    of_people = ["calibrate", "compare", "enrol", "identify", "people list", "people rename", "people remove"]
+    of_people = [
+        "cluster",
+        "map",
+        "calibrate",
+        "compare",
+        "enrol",
+        "identify",
+        "people list",
+        "people rename",
+        "people remove",
+    ]
     figures = ["figures curves", "figures attention"]
     assert list(map(" ".join, COMMANDS)) == of_models + of_images + of_people + figures
 
