@@ -20,6 +20,7 @@ def made_up_store(
     *,
     names: list[str] | None = None,
     drawn: bool = False,
+    bundle_id: str = "b" * 64,
 ) -> Store:
     """A store at `folder`/store of images below `folder`/images, which are drawn or not there at all."""
     names = names or [f"{number}.jpg" for number in range(len(embeddings))]
@@ -29,7 +30,7 @@ def made_up_store(
         for name, identity, camera in zip(names, identities, cameras, strict=True):
             draw_crop(identity or 0, camera or 1, len(name)).save(folder / "images" / name, "JPEG")
     manifest = StoreManifest(
-        bundle_id="b" * 64,
+        bundle_id=bundle_id,
         backend="torch",
         preprocessing="pillow-bicubic-1",
         dim=embeddings.shape[1],

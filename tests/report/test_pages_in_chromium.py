@@ -11,8 +11,11 @@ from made_up_store import made_up_store
 
 from mgn_deploy.identity.clusters import cluster_store
 from mgn_deploy.identity.embedding_map import map_store
+from mgn_deploy.identity.ranked import Judged
 from mgn_deploy.report.group_page import write_group_page
 from mgn_deploy.report.map_page import write_map_page
+from mgn_deploy.report.rank_page import write_rank_page
+from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed (the extra `identity`)")
@@ -108,6 +111,34 @@ def test_the_map_shows_an_image_where_the_pointer_is_and_one_group_alone(store, 
     page.locator("#closer").click()
     page.locator("#all").click()
     assert page.title() == "Map"
+
+
+def test_rank_lists_are_ordered_and_filtered_by_camera_and_enlarged(store, view, tmp_path):
+    paths = [store.path(row) for row in store]
+    images = [
+        RankedImage(path, row.name, 0.9 - number / 10, None, row.camera, None, 0.9 - number / 10, number < 3)
+        for number, (path, row) in enumerate(zip(paths[:6], store.rows[:6], strict=True))
+    ]
+    query = RankedImage(paths[6], "query.jpg", None, None, 1)
+    judged = Judged(0.01, 0.65, 0.1, None)
+    write_rank_page(tmp_path / "page.html", [RankList(query, images)], title="Ranks", facts={}, judged=judged)
+    page = view(tmp_path / "page.html")
+    results = page.locator(".strip li:not(.line)")
+
+    def order():
+        places = {one: results.nth(one).bounding_box() for one in range(6)}
+        return sorted((one for one in places if places[one]), key=lambda one: places[one]["x"])
+
+    assert order() == [0, 1, 2, 3, 4, 5]
+    assert page.locator(".line").is_visible()
+    page.locator("#by-camera").check()
+    assert order() == [0, 2, 4, 1, 3, 5]
+    assert not page.locator(".line").is_visible()
+    page.locator("#camera-1").uncheck()
+    assert order() == [1, 3, 5]
+    small = page.locator("#z1").bounding_box()
+    page.locator(".query .zoom").click()
+    assert page.locator("#z1").bounding_box()["height"] > 2 * small["height"]
 
 
 def test_a_hostile_name_is_text_on_every_page(store, view, tmp_path):
