@@ -23,6 +23,7 @@ from mgn_deploy.cli import (
     measure,
     search,
     serve,
+    store,
     train,
     weights,
 )
@@ -102,6 +103,7 @@ for name, command, example in (
 ):
     app.command(name, epilog=f"Example:\n\n{example}")(command)
 app.add_typer(identity.people, name="people")
+app.add_typer(store.app, name="store")
 app.add_typer(figures.app, name="figures")
 
 
