@@ -72,16 +72,6 @@ def test_help_imports_nothing_heavy():
     assert HEAVY.isdisjoint(loaded)
 
 
-def test_the_table_of_commands_is_this_one():
-    of_models = ["demo", "doctor", "init", "import", "train", "export", "prove"]
-    of_images = ["embed", "search", "serve", "distmat", "validate", "evaluate", "bench"]
-    of_people = ["calibrate", "compare", "enrol", "identify", "people list", "people rename", "people remove"]
-    of_stores = ["info", "verify", "repair", "prune", "relocate", "merge", "compact", "export"]
-    figures = ["figures curves", "figures attention"]
-    stores = [f"store {name}" for name in of_stores]
-    assert list(map(" ".join, COMMANDS)) == of_models + of_images + of_people + stores + figures
-
-
 @commands
 def test_a_command_has_a_summary_that_is_not_cut_off_in_its_groups_help(words):
     summary = COMMANDS[words].help.split("\n\n")[0]
