@@ -88,19 +88,21 @@ class Gallery:
         if not self._refreshing.acquire(blocking=False):
             return  # another thread does
         try:
-            if time.monotonic() - self._refreshed < REFRESH_SECONDS:
-                return
-            folder, bundle_id = self.store.folder, self.store.manifest.bundle_id
-            shards = shard_numbers(folder)
-            if shards != self._opened[2]:
-                store = Store.open(folder)
-                check_same_bundle(bundle_id, store)
-                self._opened = store, store.embeddings(), shards
+            if time.monotonic() - self._refreshed >= REFRESH_SECONDS:
+                self._refreshed = time.monotonic()
+                self._look()
         except UserError as error:
             _log.warning(f"the gallery stays as it was: {error}")
         finally:
-            self._refreshed = time.monotonic()
             self._refreshing.release()
+
+    def _look(self) -> None:
+        folder = self.store.folder
+        shards = shard_numbers(folder)
+        if shards != self._opened[2]:
+            store = Store.open(folder)
+            check_same_bundle(self.store.manifest.bundle_id, store)
+            self._opened = store, store.embeddings(), shards
 
     def search(
         self,
