@@ -43,7 +43,7 @@ class ModelConfig(BaseModel):
     width: int = Field(128, ge=16, le=4096)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    num_classes: int = Field(0, ge=0)
+    num_classes: int = Field(0, ge=0, le=10**7)
     ibn: Ibn = "none"
     stem_pool: StemPool = "padded"
     global_stride: GlobalStride = 2
@@ -53,8 +53,8 @@ class ModelConfig(BaseModel):
     @field_validator("branches")
     @classmethod
     def _branches(cls, branches: tuple[int, ...]) -> tuple[int, ...]:
-        if not branches or not all(1 <= stripes <= 8 for stripes in branches):
-            raise ValueError("give one number of stripes (1 to 8) a branch, e.g. 1,2,3")
+        if not 1 <= len(branches) <= 16 or not all(1 <= stripes <= 8 for stripes in branches):
+            raise ValueError("give one number of stripes (1 to 8) a branch, of 1 to 16 branches, e.g. 1,2,3")
         return branches
 
     @classmethod

@@ -27,6 +27,11 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_bytes(content: bytes) -> str:
+    """Hex SHA-256 of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def cache_folder(kind: str) -> Path:
     """The folder for what can be made again: `$XDG_CACHE_HOME/mgn-deploy/KIND`, by default in the user's cache folder.
 

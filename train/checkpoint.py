@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
-import os
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
+from mgn_deploy.train.started import Started
 
 LAST = "last.pt"
+HEADS = "classifiers."  # tensors with a row for each of the people who are trained on
 
 
 @dataclass
@@ -21,7 +24,8 @@ class Position:
     """Where a run is. All randomness is a function of the seed and of `epoch` and `batch`, the next ones from 0.
 
     `seconds` is the time trained, `best_map` the highest mAP so far (a fraction; -1: none), and `losses` are sums over
-    the epoch's batches so far: loss, softmax, triplet.
+    the epoch's batches so far: loss, softmax, triplet. `row` is what the log is to say of the last epoch and may not
+    yet.
     """
 
     epoch: int = 0
@@ -29,11 +33,23 @@ class Position:
     seconds: float = 0.0
     best_map: float = -1.0
     losses: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    row: dict[str, float] | None = None
+
+
+@dataclass
+class State:
+    """What `last.pt` holds."""
+
+    started: Started
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    position: Position
 
 
 def save_checkpoint(
     folder: Path,
-    recipe: str,
+    started: Started,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -43,7 +59,7 @@ def save_checkpoint(
 
     Args:
         folder: the run's.
-        recipe: what a run that goes on has to equal: recipe, data, number of ranks.
+        started: what the run was started with.
         model, optimizer, scaler: whose state is saved.
         at: where the run is.
 
@@ -51,7 +67,7 @@ def save_checkpoint(
         UserError: the folder is not writable or the disk is full.
     """
     state = {
-        "recipe": recipe,
+        "started": started.to_json(),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
@@ -63,26 +79,59 @@ def save_checkpoint(
         file.write(content.getbuffer())
 
 
-def load_checkpoint(
-    folder: Path, recipe: str, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> Position:
-    """Restore what `save_checkpoint` wrote, and return where that run is: at its start, where there is no `last.pt`.
+def load_checkpoint(folder: Path) -> State | None:
+    """Read what `save_checkpoint` wrote; None where there is no `last.pt`.
 
     Raises:
-        UserError: the file is damaged, or of a run with another recipe or other data.
+        UserError: the file is damaged, or something else.
     """
     path = folder / LAST
     if not path.is_file():
-        return Position()
+        return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        started, at = Started(**json.loads(state["started"])), Position(**state["position"])
+        return State(started, state["model"], state["optimizer"], state["scaler"], at)
     except Exception as error:  # torch.load raises nearly anything on a damaged file; the reason goes into the sentence
-        raise UserError(f"{path} is damaged ({type(error).__name__}): delete it to start the run again") from None
-    if state["recipe"] != recipe:
         raise UserError(
-            f"{os.fspath(folder)} holds a run with another recipe or other data: choose another folder for this one"
-        )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return Position(**state["position"])
+            f"{path} is damaged, or of another release ({type(error).__name__}): delete it to start the run again"
+        ) from None
+
+
+def restore(
+    state: State,
+    people: list[int],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Give model, optimizer and scaler the state of a run.
+
+    Args:
+        state: the run's.
+        people: the identities now, in the order of their classes. A person whom the run knows keeps the weights of
+            their class, and what the optimizer has gathered of them; a new one has the model's, and nothing gathered.
+        model, optimizer, scaler: of the run that goes on.
+    """
+    before = state.started.people
+    if people != before:
+        old = [before.index(one) for one in people if one in before]
+        new = [index for index, one in enumerate(people) if one in before]
+
+        def moved(rows: Tensor, onto: Tensor) -> Tensor:
+            onto = onto.detach().cpu().clone()
+            onto[new] = rows[old]
+            return onto
+
+        own = model.state_dict()
+        names = [name for name, _ in model.named_parameters()]
+        for name in names:
+            if name.startswith(HEADS):
+                state.model[name] = moved(state.model[name], own[name])
+        for index, gathered in state.optimizer["state"].items():
+            for key, value in gathered.items():
+                if names[index].startswith(HEADS) and value.ndim == 2:  # Adam's step is one number
+                    gathered[key] = moved(value, torch.zeros_like(own[names[index]]))
+    model.load_state_dict(state.model)
+    optimizer.load_state_dict(state.optimizer)
+    scaler.load_state_dict(state.scaler)

@@ -26,16 +26,11 @@ class TrainingSet:
         """Number the classes.
 
         Args:
-            images: at least two people's.
+            images: of people, as `prepare` gives them.
             height, width: of the network's input, in pixels.
             mean: of the network's input, RGB on the scale of 0 to 1; erased pixels get it.
-
-        Raises:
-            UserError: fewer than two identities.
         """
         numbers = sorted({image.identity for image in images})
-        if len(numbers) < 2:
-            raise UserError(f"training needs images of at least two identities; these have {len(numbers)}")
         index = {identity: position for position, identity in enumerate(numbers)}
         self.images = list(images)
         self.num_classes = len(numbers)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import TracebackType
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 
 from mgn_deploy.choices import Device
 from mgn_deploy.errors import UserError
+
+T = TypeVar("T")
 
 
 class Group:
@@ -46,6 +49,26 @@ class Group:
         shared = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.broadcast(shared, src=0)
         return float(shared.item())
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """Do on rank 0 what is to be done once, and return its result on every rank.
+
+        Raises:
+            UserError: rank 0's, on every rank.
+        """
+        if self.ranks == 1:
+            return work()
+        outcome: list[Any] = [None]
+        if self.is_first:
+            try:
+                outcome = [work()]
+            except UserError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        result: T = outcome[0]
+        return result
 
     def __enter__(self) -> Group:
         if self.device.type == "cuda":

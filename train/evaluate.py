@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
-from mgn_deploy.datasets import Dataset, LabelledImage
+from mgn_deploy.datasets import Dataset
 from mgn_deploy.images.prefetch import batched, in_order
+from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.ranking import RankingMetrics
 from mgn_deploy.retrieval.validate import rank_gallery
 from mgn_deploy.train.data import read_labelled
 from mgn_deploy.train.model import MGN, Embedding
 
 
-def evaluate_model(model: MGN, data: Dataset, *, flip: bool = True, batch_size: int = 64) -> RankingMetrics:
+def evaluate_model(
+    model: MGN, data: Dataset, *, flip: bool = True, batch_size: int = 64, progress: Progress | None = None
+) -> RankingMetrics:
     """Embed query and gallery on the model's device, and rank.
 
     Args:
@@ -23,6 +24,7 @@ def evaluate_model(model: MGN, data: Dataset, *, flip: bool = True, batch_size: 
         data: with query and gallery.
         flip: average the features of image and mirror (section 4.1).
         batch_size: images a forward pass.
+        progress: called as ("evaluating", images done, images) after each pass.
 
     Raises:
         UserError: an image cannot be read, or no query has a right answer.
@@ -30,15 +32,16 @@ def evaluate_model(model: MGN, data: Dataset, *, flip: bool = True, batch_size: 
     training = model.training
     device = next(model.parameters()).device
     embedding = Embedding(model, flip).to(device)
-
-    def embed(images: Sequence[LabelledImage]) -> np.ndarray:
-        crops = in_order(lambda image: read_labelled(image, model.config.height, model.config.width), images)
+    images = [*data.query, *data.gallery]
+    crops = in_order(lambda image: read_labelled(image, model.config.height, model.config.width), images)
+    rows: list[np.ndarray] = []
+    try:
         with torch.inference_mode():
-            rows = [
-                embedding(torch.from_numpy(np.stack(batch)).to(device)).cpu() for batch in batched(crops, batch_size)
-            ]
-        return torch.cat(rows).numpy()
-
-    metrics = rank_gallery(data, embed(data.query), embed(data.gallery))
-    model.train(training)
-    return metrics
+            for batch in batched(crops, batch_size):
+                rows.extend(embedding(torch.from_numpy(np.stack(batch)).to(device)).cpu().numpy())
+                if progress:
+                    progress("evaluating", len(rows), len(images))
+    finally:
+        model.train(training)
+    embedded = np.stack(rows)
+    return rank_gallery(data, embedded[: len(data.query)], embedded[len(data.query) :])

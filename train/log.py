@@ -1,12 +1,16 @@
-"""The log of a run: one CSV row an epoch, and the same values in TensorBoard."""
+"""The log of a run: one CSV row an epoch, and the same values in TensorBoard where that is installed."""
 
 from __future__ import annotations
 
 import csv
-import os
+import io
+import logging
 from pathlib import Path
+from typing import Any
 
-from mgn_deploy.errors import UserError
+from mgn_deploy.files import atomic_file
+
+_log = logging.getLogger("mgn_deploy")
 
 CSV = "epochs.csv"
 FIELDS = ("epoch", "seconds", "lr", "loss", "softmax", "triplet", "images_per_second", "rank-1", "mAP")
@@ -16,42 +20,49 @@ class RunLog:
     """`epochs.csv` and `tensorboard` of a run's folder, a row an epoch."""
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
-        """Open both; rows of epochs that are going to be run again are dropped.
+        """Read the rows that are there; those of epochs that are going to be run again are dropped.
 
         Args:
             folder: the run's.
-            first_epoch: the run's next epoch, counted from 0.
-
-        Raises:
-            UserError: TensorBoard is not installed.
+            first_epoch: the next epoch that is logged, counted from 0.
         """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "training writes TensorBoard logs: pip install 'mgn-deploy[train]' (tensorboard is missing)"
-            ) from None
-        path = folder / CSV
-        rows = []
-        if path.is_file():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= first_epoch]
-        self._file = open(path, "w", newline="")  # noqa: SIM115
-        self._writer = csv.DictWriter(self._file, FIELDS)
-        self._writer.writeheader()
-        self._writer.writerows(rows)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch + 1)
+        self._path = folder / CSV
+        self._rows: list[dict[str, Any]] = []
+        if self._path.is_file():
+            with open(self._path, newline="", encoding="utf-8", errors="replace") as file:
+                rows = [{field: row.get(field) for field in FIELDS} for row in csv.DictReader(file)]
+            self._rows = [row for row in rows if (row["epoch"] or "").isdecimal() and int(row["epoch"]) <= first_epoch]
+        self._board = _board(folder, first_epoch + 1)
 
     def write(self, row: dict[str, float]) -> None:
-        """Add a row: values by `FIELDS`, the epoch counted from 1; missing ones stay empty."""
-        self._writer.writerow(row)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Add a row, values by `FIELDS`, the epoch counted from 1; missing ones stay empty.
+
+        The file is written anew and takes its name at once: a run that is killed keeps every earlier row.
+
+        Raises:
+            UserError: the folder is not writable or the disk is full.
+        """
+        self._rows.append(row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, FIELDS)
+        writer.writeheader()
+        writer.writerows(self._rows)
+        with atomic_file(self._path) as file:
+            file.write(text.getvalue().encode())
         for name, value in row.items():
-            if name != "epoch":
+            if self._board and name != "epoch":
                 self._board.add_scalar(name, value, int(row["epoch"]))
 
     def close(self) -> None:
-        """Close both files."""
-        self._file.close()
-        self._board.close()
+        """Close TensorBoard's file."""
+        if self._board:
+            self._board.close()
+
+
+def _board(folder: Path, first_epoch: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _log.warning(f"no TensorBoard files beside {CSV}: pip install 'mgn-deploy[train]' (tensorboard is missing)")
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)

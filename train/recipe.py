@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mgn_deploy.choices import MAX_SEED
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError, first_problem
 
@@ -22,8 +23,12 @@ else:
 SHIPPED = Path(__file__).parent / "recipes"
 
 
+Finite = Annotated[float, Field(ge=0, le=1e30)]  # float32, which the network computes in, ends at 3e38
+Count = Annotated[int, Field(ge=1, le=10**9)]
+
+
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelTable(_Table):
@@ -37,7 +42,7 @@ class ModelTable(_Table):
     width: int = 128
     # imagenet, random, or the file of a torchvision ResNet's state dict; or a weights folder to go on from, imported
     # ones too: then all but height and width is as in that folder.
-    init: str = "imagenet"
+    init: str = Field("imagenet", min_length=1)
 
     def config(self, num_classes: int) -> ModelConfig:
         """Make the config of a network for that many identities.
@@ -51,38 +56,38 @@ class ModelTable(_Table):
 class Batch(_Table):
     """P x K batches (section 4.1)."""
 
-    identities: int = Field(16, ge=2)
-    images: int = Field(4, ge=1)
-    accumulate: int = Field(1, ge=1)  # batches whose gradients are averaged before a step
+    identities: int = Field(16, ge=2, le=4096)
+    images: int = Field(4, ge=1, le=4096)
+    accumulate: Count = 1  # batches whose gradients are averaged before a step
 
 
 class Optim(_Table):
     """The optimizer."""
 
     name: Literal["sgd", "adam"] = "sgd"
-    lr: float = Field(0.01, gt=0)
+    lr: float = Field(0.01, gt=0, le=1e30)
     momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: Finite = 5e-4
 
 
 class Schedule(_Table):
     """How long a run is, and its learning rate over that time."""
 
-    epochs: int = Field(80, ge=1)
+    epochs: Count = 80
     kind: Literal["steps", "cosine"] = "steps"
     steps: tuple[int, ...] = ()
     gamma: float = Field(0.1, gt=0, le=1)
     warm_up: float = Field(0.0, ge=0, lt=1)  # share of the run over which the rate rises linearly
-    max_seconds: float = Field(0.0, ge=0)  # end by then, the schedule squeezed to fit; 0: no limit
+    max_seconds: Finite = 0.0  # end by then, the schedule squeezed to fit; 0: no limit
 
 
 class Loss(_Table):
     """The two losses (section 3.2); `margin` is in the features' unit."""
 
-    margin: float = Field(1.2, ge=0)
+    margin: Finite = 1.2
     soft_margin: bool = False
-    softmax_weight: float = Field(1.0, ge=0)
-    triplet_weight: float = Field(1.0, ge=0)
+    softmax_weight: Finite = 1.0
+    triplet_weight: Finite = 1.0
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
 
@@ -91,16 +96,16 @@ class Augment(_Table):
 
     flip: float = Field(0.5, ge=0, le=1)  # share of images mirrored
     erase: float = Field(0.0, ge=0, le=1)  # share of images with a random rectangle erased (Zhong et al. 2017)
-    pad: int = Field(0, ge=0)  # pixels of black around the image before a random crop of the old size
+    pad: int = Field(0, ge=0, le=4096)  # pixels of black around the image before a random crop of the old size
 
 
 class Loop(_Table):
     """Seed, number formats and evaluation of the loop."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     amp: Literal["off", "bf16", "fp16"] = "off"
     compile: bool = False
-    evaluate_every: int = Field(10, ge=1)  # epochs
+    evaluate_every: Count = 10  # epochs
 
 
 class Recipe(_Table):
@@ -115,12 +120,15 @@ class Recipe(_Table):
     loop: Loop = Loop()
 
 
-def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name: str | os.PathLike[str], overrides: Sequence[str] = (), init: str | os.PathLike[str] | None = None
+) -> Recipe:
     """Read a shipped recipe (`paper`, `strong`, `cpu`, `small`) or a TOML file, and apply overrides in order.
 
     Args:
         name: of a shipped recipe, or the path of a `.toml` file.
         overrides: as "optim.lr=0.02"; the value is TOML, or a bare word.
+        init: what `model.init` is, whatever the recipe says.
 
     Raises:
         UserError: no such recipe, broken TOML, an unknown key (with the nearest known one), or a value out of range.
@@ -133,16 +141,22 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
         raise UserError(f"no recipe {str(name)!r}: choose {known}, or give a .toml file")
     try:
-        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not valid TOML: byte {error.start} is not UTF-8, save it as that") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{name}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
     for override in overrides:
-        _apply(content, override)
+        _apply(content, *_parse(override))
+    if init is not None:
+        _apply(content, "model", "init", os.fspath(init))
     _refuse_unknown(content, str(name))
     try:
-        recipe = Recipe.model_validate(content)
+        recipe = Recipe.model_validate(_with_tuples(content))
     except ValidationError as error:
-        raise UserError(f"recipe {name}: {first_problem(error)}") from None
+        raise UserError(f"recipe {name}: {first_problem(error).replace('tuple', 'list')}") from None
     try:
         recipe.model.config(num_classes=0)
     except UserError as error:
@@ -150,16 +164,29 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return recipe
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _parse(override: str) -> tuple[str, str, Any]:
+    """Split "table.key=value", and read the value."""
     key, equals, value = override.partition("=")
     table, dot, name = key.strip().partition(".")
     if not equals or not dot:
         raise UserError(f"--set {override}: give table.key=value, as in optim.lr=0.02")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # a bare word, as in optim.name=adam
-    content.setdefault(table, {})[name] = parsed
+        return table, name, tomllib.loads(f"value = {value}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return table, name, value.strip()  # a bare word, as in optim.name=adam
+
+
+def _apply(content: dict[str, Any], table: str, name: str, value: Any) -> None:
+    if isinstance(content.setdefault(table, {}), dict):  # what is no table is refused later, by its name
+        content[table][name] = value
+
+
+def _with_tuples(content: dict[str, Any]) -> dict[str, Any]:
+    """Turn TOML's lists into tuples: the tables take no other type than their own."""
+    return {
+        table: {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
+        for table, keys in content.items()
+    }
 
 
 def _refuse_unknown(content: dict[str, Any], where: str) -> None:

@@ -38,13 +38,16 @@ def build_resnet(
     """Make a torchvision ResNet with random weights; another `base_width` than 64 scales the channels of every stage.
 
     Raises:
-        UserError: torchvision has no ResNet of that name.
+        UserError: torchvision has no ResNet of that name, or none of that width.
     """
     if not name.startswith(("resnet", "resnext", "wide_resnet")) or name not in torchvision.models.list_models():
         known = [model for model in torchvision.models.list_models(torchvision.models) if "resne" in model]
         raise UserError(f"backbone {name!r} is none of torchvision's ResNets: choose one of {', '.join(known)}")
     resnet = torchvision.models.get_model(name, weights=None)
     if base_width != PUBLISHED_WIDTH:
+        least = PUBLISHED_WIDTH // resnet.base_width  # one channel for each of a ResNeXt's groups
+        if base_width < least:
+            raise UserError(f"base_width {base_width}: a {name} takes {least} or more")
         _scale_width(resnet, base_width)
     if ibn == "a":
         for block in (*resnet.layer1, *resnet.layer2, *resnet.layer3):

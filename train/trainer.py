@@ -17,28 +17,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from mgn_deploy.choices import Device
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.errors import UserError
 from mgn_deploy.interrupt import DeferredInterrupt, Stopped
-from mgn_deploy.train.checkpoint import load_checkpoint, save_checkpoint
-from mgn_deploy.train.data import TrainingSet
+from mgn_deploy.progress import Progress
 from mgn_deploy.train.distributed import Group
 from mgn_deploy.train.evaluate import evaluate_model
-from mgn_deploy.train.log import RunLog
 from mgn_deploy.train.losses import mgn_loss
-from mgn_deploy.train.model import MGN, Embedding
+from mgn_deploy.train.memory import explained_memory
+from mgn_deploy.train.model import MGN
+from mgn_deploy.train.prepare import Prepared, prepare
 from mgn_deploy.train.recipe import Recipe
-from mgn_deploy.train.sampler import IdentitySampler
-from mgn_deploy.train.schedule import make_optimizer, rate_factor
-from mgn_deploy.train.weights import fine_tuned_model, new_model, save_weights
+from mgn_deploy.train.run import BEST, Run
+from mgn_deploy.train.schedule import rate_factor
+from mgn_deploy.train.weights import save_weights
 
 _log = logging.getLogger("mgn_deploy")
 
-WEIGHTS, BEST = "weights", "best"
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,99 +63,76 @@ OnStep = Callable[[Step], None]
 
 
 def train(
-    data: Dataset,
+    data: Dataset | Callable[[], Dataset],
     recipe: Recipe,
     out: str | os.PathLike[str],
     *,
     device: Device = "auto",
+    evaluate: bool = True,
+    allow_data_change: bool = False,
     on_step: OnStep = lambda step: None,
+    progress: Progress | None = None,
 ) -> MGN:
     """Train an MGN, or go on with the run that `out` holds; under `torchrun`, on every rank's device.
 
     Writes `out/weights` (the last), `out/best` (of the highest mAP), `out/last.pt` (the state), `out/epochs.csv` and
     `out/tensorboard`. On Ctrl-C, SIGTERM or SIGHUP the state is saved before KeyboardInterrupt is raised. Rank 0
-    logs what the data are and, after each epoch, its losses, pace and accuracy.
+    logs what the data are and, after each epoch, its losses, pace and accuracy. State and weights are saved before
+    anything else that an epoch ends with; an evaluation that fails is a warning.
 
     Args:
         data: `train` is trained on; `query` and `gallery`, where there are any, are ranked every `loop.evaluate_every`
-            epochs.
+            epochs. Or a function that opens it, which rank 0 alone calls.
         recipe: see `train/recipe.py`.
         out: the run's folder.
         device: where to train.
+        evaluate: whether `query` and `gallery` are wanted.
+        allow_data_change: whether a run may go on with other training images.
         on_step: called after every batch, on rank 0. It gets a `Step` and not the three values of `Progress`, because
             a caller who plots losses or stops a run early needs the losses.
+        progress: called while files are checked and while query and gallery are embedded, on rank 0.
 
     Returns:
         The model after the last step, in eval mode.
 
     Raises:
-        UserError: unusable data, a run of another recipe, or a loss that is not finite (the message names the step).
+        UserError: unusable data, a run of another recipe or other data (the message says which), a model or batch that
+            does not fit the memory, or a loss that is not finite (the message names the step).
     """
-    with Group(device) as group, DeferredInterrupt() as interrupt:
-        if group.is_first:
-            _log.info(
-                f"{len(data.train)} training images, {len(data.query)} queries, {len(data.gallery)} gallery images of "
-                f"{data.root}"
-            )
-        run = _Run(data, recipe, Path(out), group, on_step)
-        while not run.over():
-            run.epoch(interrupt)
-        return run.finish()
-
-
-class _Run:
-    """The parts of a run, and where it is (`at`)."""
-
-    def __init__(self, data: Dataset, recipe: Recipe, out: Path, group: Group, on_step: OnStep) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.data, self.recipe, self.out, self.group, self.on_step = data, recipe, out, group, on_step
-        self.model = _first_model(recipe, len({image.identity for image in data.train})).to(group.device)
-        config = self.model.config
-        self.training = TrainingSet(data.train, config.height, config.width, config.mean)
-        self.sampler = IdentitySampler(
-            self.training.classes,
-            recipe.batch.identities,
-            recipe.batch.images,
-            seed=recipe.loop.seed,
-            rank=group.rank,
-            ranks=group.ranks,
+    with Group(device) as group, explained_memory():
+        prepared = group.first_does(
+            lambda: prepare(data() if callable(data) else data, recipe.batch, evaluate, progress)
         )
-        self.model.to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(self.model, recipe.optim)
-        self.scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.loop.amp == "fp16")
-        # A run goes on only with what it was started with.
-        self.fingerprint = (
-            f"{recipe.model_dump_json()} {len(data.train)} images of {config.num_classes}, {group.ranks} ranks"
-        )
-        self.at = load_checkpoint(out, self.fingerprint, self.model, self.optimizer, self.scaler)
-        if (self.at.epoch or self.at.batch) and group.is_first:
-            _log.info(f"{out} goes on after epoch {self.at.epoch}, batch {self.at.batch}")
-        self.network: nn.Module = DistributedDataParallel(self.model) if group.ranks > 1 else self.model
-        if recipe.loop.compile:
-            self.network = torch.compile(self.network)  # type: ignore[assignment]
-        self.normalise = Embedding(self.model, flip=False).to(group.device).normalise
-        self.log = RunLog(out, self.at.epoch) if group.is_first else None
-        self.started, self.earlier, self.images_here = time.monotonic(), self.at.seconds, 0
+        with DeferredInterrupt() as interrupt:
+            run = _Loop(prepared, recipe, Path(out), group, allow_data_change, interrupt, on_step, progress)
+            if run.at.row:
+                run.end_epoch(run.at.row)
+            while not run.over():
+                run.epoch()
+            return run.finish()
+
+
+class _Loop(Run):
+    """A run that is trained."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        recipe: Recipe,
+        out: Path,
+        group: Group,
+        allow_data_change: bool,
+        interrupt: DeferredInterrupt,
+        on_step: OnStep,
+        progress: Progress | None,
+    ) -> None:
+        super().__init__(prepared, recipe, out, group, allow_data_change)
+        self.interrupt, self.on_step, self.progress = interrupt, on_step, progress
+        self.images_here = 0
         self.seconds_left = 0.0  # as of the last batch
 
-    def seconds(self) -> float:
-        """Return the time trained, over all starts of the run."""
-        return self.earlier + time.monotonic() - self.started
-
-    def share(self) -> float:
-        """Return how much of the run is done, 0 to 1, by batches or by the time limit, whichever is further."""
-        schedule, batches = self.recipe.schedule, len(self.sampler)
-        share = (self.at.epoch * batches + self.at.batch) / (schedule.epochs * batches)
-        if schedule.max_seconds:
-            share = max(share, self.group.agree(self.seconds() / schedule.max_seconds))
-        return share
-
-    def over(self) -> bool:
-        """Tell whether all epochs are done, or the time."""
-        return self.at.epoch >= self.recipe.schedule.epochs or self.share() >= 1
-
-    def epoch(self, interrupt: DeferredInterrupt) -> None:
-        """Train for the rest of the epoch that the run is in, log it, and save the state.
+    def epoch(self) -> None:
+        """Train for the rest of the epoch that the run is in, and end it.
 
         Raises:
             Stopped: by a signal; the state is saved.
@@ -182,11 +157,11 @@ class _Run:
             at.losses = [total + one for total, one in zip(at.losses, losses, strict=True)]
             images += len(crops) * self.group.ranks
             self._report(losses, len(crops) * self.group.ranks, share)
-            if whole_step and (stop := int(self.group.agree(interrupt.wanted))):
-                self._save()
+            if whole_step and (stop := int(self.group.agree(self.interrupt.wanted))):
+                self.save()
                 raise Stopped(stop)
         if at.batch:
-            self._end_epoch(images / (time.monotonic() - start))
+            self.end_epoch(self._row(images / (time.monotonic() - start)))
 
     def _forward_backward(self, crops: Tensor, classes: Tensor) -> tuple[float, float, float]:
         """Add a batch's gradients, and return its loss, softmax and triplet."""
@@ -209,60 +184,65 @@ class _Run:
         if not self.group.is_first:
             return
         at, schedule, batches = self.at, self.recipe.schedule, len(self.sampler)
-        pace = self.images_here / (time.monotonic() - self.started)
+        pace = self.images_here / (time.monotonic() - self.start)
         left = (1 - share) * schedule.epochs * batches * images / pace
         if schedule.max_seconds:
             left = min(left, schedule.max_seconds - self.seconds())
         self.seconds_left = max(0.0, left)
         self.on_step(Step(at.epoch + 1, schedule.epochs, at.batch, batches, *losses, pace, self.seconds_left))
 
-    def _end_epoch(self, images_per_second: float) -> None:
+    def _row(self, images_per_second: float) -> dict[str, float]:
+        """Go to the next epoch, and return what the log is to say of this one."""
         at = self.at
         means = [total / at.batch for total in at.losses]
         at.epoch, at.batch, at.losses = at.epoch + 1, 0, [0.0, 0.0, 0.0]
-        row: dict[str, float] = {
+        if self.group.is_first:
+            _log.info(
+                f"epoch {at.epoch:3d}/{self.recipe.schedule.epochs}  loss {means[0]:.3f} (softmax {means[1]:.3f}, "
+                f"triplet {means[2]:.3f})  {images_per_second:.1f} images/s, {self.seconds_left / 60:.1f} min left"
+            )
+        return {
             "epoch": at.epoch,
             "seconds": round(self.seconds(), 2),
             "lr": self.optimizer.param_groups[0]["lr"],
             **dict(zip(("loss", "softmax", "triplet"), means, strict=True)),
             "images_per_second": images_per_second,
         }
-        wanted = self.over() or at.epoch % self.recipe.loop.evaluate_every == 0
-        if self.log:
-            _log.info(
-                f"epoch {at.epoch:3d}/{self.recipe.schedule.epochs}  loss {means[0]:.3f} (softmax {means[1]:.3f}, "
-                f"triplet {means[2]:.3f})  {images_per_second:.1f} images/s, {self.seconds_left / 60:.1f} min left"
-            )
-            if self.data.query and wanted:
-                row |= self._evaluate()
-            self.log.write(row)
-        self._save()
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Save the state and, after the last epoch, the weights; then evaluate, and log the row.
+
+        The row is in the state until it is logged: a run that is killed in between logs it when it goes on.
+        """
+        over, self.at.row = self.over(), row
+        self.save()
+        if not self.log:
+            self.at.row = None
+            return
+        if over:
+            self.write_weights()
+        evaluated = self.data.query and (over or self.at.epoch % self.recipe.loop.evaluate_every == 0)
+        self.log.write(row | (self._evaluate() if evaluated else {}))
+        self.at.row = None
+        if evaluated:
+            self.save()
 
     def _evaluate(self) -> dict[str, float]:
         """Rank the held-out people, and keep the weights if they are the best so far."""
-        metrics = evaluate_model(self.model, self.data)
+
+        def tell(step: str, done: int, total: int) -> None:
+            if self.interrupt.wanted:
+                raise Stopped(self.interrupt.wanted)  # all is saved
+            if self.progress:
+                self.progress(step, done, total)
+
+        try:
+            metrics = evaluate_model(self.model, self.data, progress=tell)
+        except Exception as error:  # whatever it is, memory included: training is worth more than a figure
+            _log.warning(f"epoch {self.at.epoch} is not evaluated: {str(error) or type(error).__name__}")
+            return {}
         _log.info(f"epoch {self.at.epoch:3d}  rank-1 {100 * metrics.rank[1]:.2f}%, mAP {100 * metrics.mAP:.2f}%")
         if metrics.mAP > self.at.best_map:
             self.at.best_map = metrics.mAP
             save_weights(self.model, self.out / BEST)
         return {"rank-1": metrics.rank[1], "mAP": metrics.mAP}
-
-    def _save(self) -> None:
-        self.at.seconds = self.seconds()
-        if self.group.is_first:
-            save_checkpoint(self.out, self.fingerprint, self.model, self.optimizer, self.scaler, self.at)
-
-    def finish(self) -> MGN:
-        """Write the last weights."""
-        if self.log:
-            self.log.close()
-            save_weights(self.model, self.out / WEIGHTS)
-        return self.model.eval()
-
-
-def _first_model(recipe: Recipe, num_classes: int) -> MGN:
-    """Make the network that a run starts from."""
-    table, seed = recipe.model, recipe.loop.seed
-    if Path(table.init).is_dir():
-        return fine_tuned_model(table.init, num_classes, table.height, table.width, seed)
-    return new_model(table.config(num_classes), table.init, seed)

@@ -14,9 +14,11 @@ from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mgn_deploy.choices import MAX_SEED
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import atomic_folder, sha256_file
+from mgn_deploy.train.memory import explained_memory, require_memory
 from mgn_deploy.train.model import MGN, resnet_of
 from mgn_deploy.train.tensor_file import read_tensor_file
 
@@ -101,9 +103,12 @@ def new_model(config: ModelConfig, init: str | os.PathLike[str] = "random", seed
         seed: of the random weights (of the reductions and classifiers in any case).
 
     Raises:
-        UserError: the weights can be neither downloaded nor read, or are another network's.
+        UserError: the weights can be neither downloaded nor read, or are another network's; a seed out of range; or a
+            model that the memory does not hold.
     """
-    with torch.random.fork_rng(devices=[]):
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"--seed {seed}: seeds are 0 to {MAX_SEED}")
+    with explained_memory(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         resnet = resnet_of(config)
         if str(init) != "random":
@@ -123,6 +128,7 @@ def write_untrained_weights(
     Raises:
         UserError: as `new_model` and `save_weights`.
     """
+    require_memory(empty_model(config), copies=1)
     model = new_model(config, init, seed)
     if str(init) == "random":
         add_noise(model, seed)

@@ -121,7 +121,8 @@ def run_demo(
     from mgn_deploy.retrieval.validate import validate
     from mgn_deploy.train.evaluate import evaluate_model
     from mgn_deploy.train.recipe import load_recipe
-    from mgn_deploy.train.trainer import WEIGHTS, train
+    from mgn_deploy.train.run import WEIGHTS
+    from mgn_deploy.train.trainer import train
     from mgn_deploy.train.weights import new_model
 
     start = time.monotonic()
@@ -150,7 +151,7 @@ def run_demo(
     _log.info("4/6 embedding query and gallery from their files")
     embedder = Embedder.open(bundle)
     for subset, store in (("query", "store-query"), ("bounding_box_test", "store-gallery")):
-        made = embed_folder(people / subset, out / store, embedder)
+        made = embed_folder(people / subset, out / store, embedder, labels="market1501")
         _log.info(f"    {made.embedded} images of {subset} with {embedder.backend.name}")
 
     _log.info("5/6 validating by the Market-1501 protocol, the engine beside PyTorch")
@@ -158,7 +159,7 @@ def run_demo(
 
     _log.info("6/6 writing the page of rank lists")
     gallery = Store.open(out / "store-gallery")
-    lists = search(Queries.open(out / "store-query"), gallery)
+    lists = search(Queries.open(out / "store-query"), gallery, exclude_same_camera=True)
     write_rank_page(out / "ranks.html", lists, title="Drawn people", facts=gallery_facts(gallery))
     return Demo(
         people,

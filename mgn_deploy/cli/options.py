@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 
 from mgn_deploy.backends.registry import ENGINES, EXPORT_ENGINES
-from mgn_deploy.choices import MAX_BATCH
+from mgn_deploy.choices import MAX_BATCH, MAX_SEED, Device
 
 _BACKEND_NAMES = ("auto", *ENGINES)
 if TYPE_CHECKING:  # a type checker does not know what the table holds
@@ -23,7 +23,10 @@ else:
     EngineName = Literal[EXPORT_ENGINES]
 
 _BACKENDS = ", ".join(ENGINES)
-DATA_KINDS = "market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, or folder for any in Market-1501's layout"
+DATA_KINDS = (
+    "market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, folder for any in Market-1501's layout, or "
+    "identities for a folder a person"
+)
 
 
 def out(help: str) -> Any:
@@ -59,4 +62,7 @@ ProofImages = Annotated[
     ),
 ]
 QueryBundle = Annotated[Path | None, typer.Option("--bundle", help="The bundle that embeds queries that are images.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of all random numbers.")]
+RankDevice = Annotated[
+    Device, typer.Option("--device", help="Where distances are computed; auto: on a CUDA device if there is one.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Of all random numbers.")]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgn_deploy.choices import Metric
-from mgn_deploy.cli.options import AllowUnproven, Backend, Json, QueryBundle, out
+from mgn_deploy.choices import Compute, Metric, QueryLabels
+from mgn_deploy.cli.options import AllowUnproven, Backend, Json, QueryBundle, RankDevice, out
 from mgn_deploy.console import print_json, print_table, progress, say
 
 if TYPE_CHECKING:
@@ -25,16 +25,40 @@ def search(
     bundle: QueryBundle = None,
     backend: Backend = "auto",
     allow_unproven: AllowUnproven = False,
+    labels: Annotated[
+        QueryLabels, typer.Option(help="Who is on queries that are images; rows of stores have their own labels.")
+    ] = "none",
+    exclude_same_camera: Annotated[
+        bool,
+        typer.Option("--exclude-same-camera", help="Leave out the query's person by its own camera, and junk (-1)."),
+    ] = False,
+    rerank: Annotated[bool, typer.Option("--rerank", help="Re-rank by k-reciprocal neighbours.")] = False,
+    aqe: Annotated[int, typer.Option(min=0, help="Expand a query by so many neighbours first; 0: by none.")] = 0,
+    device: RankDevice = "cpu",
     json: Json = False,
 ) -> None:
-    """Show the nearest gallery images of each query."""
+    """Show the nearest gallery images of each query.
+
+    Nothing is left out but the query's own file, unless --exclude-same-camera asks for it.
+    """
     from mgn_deploy.gallery.store import Store
     from mgn_deploy.report.rank_page import gallery_facts, write_rank_page
     from mgn_deploy.retrieval.search import Queries
     from mgn_deploy.retrieval.search import search as run
 
     images = Store.open(gallery)
-    lists = run(Queries.open(query, bundle, backend, allow_unproven=allow_unproven), images, k)
+    queries = Queries.open(query, bundle, backend, allow_unproven=allow_unproven, labels=labels)
+    with progress("steps") as update:
+        lists = run(
+            queries,
+            images,
+            k,
+            exclude_same_camera=exclude_same_camera,
+            rerank=rerank,
+            aqe=aqe,
+            device=device,
+            progress=update,
+        )
     if html is not None:
         write_rank_page(html, lists, title=f"{query.name} in {gallery.name}", facts=gallery_facts(images))
         say(f"{html}: {len(lists)} rank lists")
@@ -48,19 +72,35 @@ def distmat(
     query: Annotated[Path, typer.Argument(help="Embedding store of the queries: the matrix's rows.")],
     gallery: Annotated[Path, typer.Argument(help="Embedding store of the gallery: the matrix's columns.")],
     matrix: Annotated[Path, out("The .npy file to write, float32, queries by gallery.")],
-    metric: Annotated[Metric, typer.Option(help="cosine is 1 - similarity.")] = "cosine",
+    metric: Annotated[Metric, typer.Option(help="cosine is 1 - similarity, 0 to 2.")] = "cosine",
+    device: RankDevice = "cpu",
+    compute: Annotated[
+        Compute, typer.Option(help="Products in float32, or faster in tf32 or float16 on CUDA; sums in float32.")
+    ] = "float32",
+    memory: Annotated[int, typer.Option(min=1, help="MiB of a tile of distances, with its embeddings.")] = 256,
     json: Json = False,
 ) -> None:
-    """Write the distance matrix of two stores."""
+    """Write the distance matrix of two stores.
+
+    The largest error is measured on a sample against float64 and printed.
+    """
     from mgn_deploy.gallery.store import Store
+    from mgn_deploy.retrieval.arrays import Arrays
+    from mgn_deploy.retrieval.distance import measured_error
     from mgn_deploy.retrieval.search import write_store_distances
 
+    arrays = Arrays.open(device, compute)
+    rows, columns = Store.open(query), Store.open(gallery)
     with progress("distances") as update:
-        shape = write_store_distances(Store.open(query), Store.open(gallery), matrix, metric, progress=update)
+        shape = write_store_distances(
+            rows, columns, matrix, metric, tile_bytes=memory << 20, device=arrays, progress=update
+        )
+    error = measured_error(rows.embeddings(), columns.embeddings(), metric, device=arrays)
     if json:
-        print_json({"matrix": str(matrix), "shape": shape, "dtype": "float32", "metric": metric})
+        made = {"matrix": str(matrix), "shape": shape, "dtype": "float32", "metric": metric}
+        print_json({**made, "device": arrays.name, "compute": compute, "largest_error_on_a_sample": error})
     else:
-        print(f"{matrix}: float32 {list(shape)}, {metric} distance")
+        print(f"{matrix}: float32 {list(shape)}, {metric} distance by {arrays.name} in {compute}, error {error:.1e}")
 
 
 def _print_lists(lists: list[RankList]) -> None:
@@ -70,12 +110,15 @@ def _print_lists(lists: list[RankList]) -> None:
             str(rank),
             f"{result.similarity:.4f}",
             repr(result.name),
-            "" if result.identity is None else str(result.identity),
-            "" if result.camera is None else str(result.camera),
+            "unknown" if result.identity is None else str(result.identity),
+            "unknown" if result.camera is None else str(result.camera),
+            *([] if result.distance is None else [f"{result.distance:.4f}"]),
         ]
         for ranked in lists[:SHOWN_QUERIES]
         for rank, result in enumerate(ranked.results, start=1)
     ]
-    print_table(["query", "rank", "similarity", "gallery image", "identity", "camera"], rows)
+    columns = ["query", "rank", "similarity", "gallery image", "identity", "camera"]
+    reranked = any(result.distance is not None for ranked in lists for result in ranked.results)
+    print_table([*columns, "re-ranked distance"] if reranked else columns, rows)
     if len(lists) > SHOWN_QUERIES:
         say(f"the first {SHOWN_QUERIES} of {len(lists)} queries; --json or --html for all")

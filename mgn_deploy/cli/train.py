@@ -23,6 +23,17 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key of the recipe: --set optim.lr=0.02.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--init",
+            help="Fine-tune: a weights folder; or random, imagenet, or the file of a ResNet's state dict (model.init).",
+        ),
+    ] = None,
+    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Rank no query and gallery on the way.")] = False,
+    allow_data_change: Annotated[
+        bool, typer.Option("--allow-data-change", help="Go on with other training images than the run had.")
+    ] = False,
     device: Annotated[Device, typer.Option(help="Where to train; auto: on a GPU where there is one.")] = "auto",
     json: Json = False,
 ) -> None:
@@ -31,20 +42,28 @@ def train(
     For several GPUs: torchrun --nproc-per-node N -m mgn_deploy train ...
     """
     require_training()
-    from mgn_deploy.datasets import open_data
     from mgn_deploy.train.log import CSV
+    from mgn_deploy.train.prepare import open_training_data
     from mgn_deploy.train.recipe import load_recipe
-    from mgn_deploy.train.trainer import BEST, WEIGHTS
+    from mgn_deploy.train.run import BEST, WEIGHTS
     from mgn_deploy.train.trainer import train as train_model
 
-    chosen = load_recipe(recipe, overrides or ())
-    images = open_data(data, ("train", "query", "gallery"))
+    chosen = load_recipe(recipe, overrides or (), start)
     with progress("batches") as bar:
 
         def report(step: Step) -> None:
             bar("training", (step.epoch - 1) * step.batches + step.batch, step.epochs * step.batches)
 
-        model = train_model(images, chosen, run, device=device, on_step=report)
+        model = train_model(
+            lambda: open_training_data(data, not no_evaluate),
+            chosen,
+            run,
+            device=device,
+            evaluate=not no_evaluate,
+            allow_data_change=allow_data_change,
+            on_step=report,
+            progress=bar,
+        )
     if not is_first_process():
         return
     if json:

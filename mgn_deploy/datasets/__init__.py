@@ -9,7 +9,8 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from mgn_deploy.datasets.cuhk03 import open_cuhk03
-from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Subset
+from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK, Dataset, LabelledImage, Subset
+from mgn_deploy.datasets.identities import open_identities
 from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.datasets.msmt17 import open_msmt17
 from mgn_deploy.datasets.published import count_notes
@@ -19,14 +20,19 @@ __all__ = ["KINDS", "Dataset", "LabelledImage", "Subset", "open_data"]
 
 _log = logging.getLogger("mgn_deploy")
 
-# `folder` is any in Market-1501 layout, without published sizes.
-KINDS = ("market1501", "dukemtmc", "cuhk03-labeled", "cuhk03-detected", "msmt17", "folder")
+# `folder` is any in Market-1501 layout, without published sizes; `identities` is a folder a person.
+KINDS = ("market1501", "dukemtmc", "cuhk03-labeled", "cuhk03-detected", "msmt17", "folder", "identities")
+
+# What names nobody, and in which kinds. -1 is nobody's number in a folder either, but 0 may well be somebody's.
+_JUNK = {"market1501": frozenset({JUNK}), "folder": frozenset({JUNK})}
+_DISTRACTORS = {"market1501": frozenset({DISTRACTOR})}
 
 
 def open_data(spec: str, subsets: Collection[Subset] = ("query", "gallery")) -> Dataset:
     """List the wanted subsets of the dataset of a `--data` argument, `KIND:DIR`.
 
-    A count that is not the published one is no error but a warning, and one of the dataset's `notes`.
+    A count that is not the published one is no error but a warning, and one of the dataset's `notes`. So are images of
+    junk and distractors in `train`, which are left out: they would become a class.
 
     Args:
         spec: one of `KINDS`, a colon, and the folder.
@@ -39,7 +45,7 @@ def open_data(spec: str, subsets: Collection[Subset] = ("query", "gallery")) -> 
     kind, _, folder = spec.partition(":")
     _check_kind(spec, kind, folder)
     folder = os.path.expanduser(folder)
-    if "multi-query" in subsets and kind.startswith(("cuhk03", "msmt17")):
+    if "multi-query" in subsets and kind.startswith(("cuhk03", "msmt17", "identities")):
         raise UserError(f"--data {spec}: {kind} has no multiple queries; Market-1501 has, in gt_bbox")
     if kind == "msmt17":
         data = open_msmt17(folder, subsets)
@@ -47,12 +53,18 @@ def open_data(spec: str, subsets: Collection[Subset] = ("query", "gallery")) -> 
         data = open_cuhk03(folder, subsets, crops="labeled")
     elif kind == "cuhk03-detected":
         data = open_cuhk03(folder, subsets, crops="detected")
+    elif kind == "identities":
+        data = open_identities(folder, subsets)
     else:
         data = open_market1501(folder, subsets)
+    data = replace(data, name=kind, junk=_JUNK.get(kind, frozenset()), distractors=_DISTRACTORS.get(kind, frozenset()))
     notes = count_notes(kind, data, subsets)
+    people = [image for image in data.train if data.is_person(image.identity)]
+    if len(people) < len(data.train):
+        notes.append(f"{len(data.train) - len(people):,} training images of junk or distractors were left out")
     for note in notes:
         _log.warning(note)
-    return replace(data, name=kind, notes=notes)
+    return replace(data, train=people, notes=[*data.notes, *notes])
 
 
 def _check_kind(spec: str, kind: str, folder: str) -> None:

@@ -10,14 +10,17 @@ from typing import Literal, get_args
 Subset = Literal["train", "query", "gallery", "multi-query"]
 SUBSETS: tuple[Subset, ...] = get_args(Subset)
 
-# Identities of gallery images that are nobody's, as Market-1501 numbers them (Zheng et al. 2015).
+# Identities of gallery images that are nobody's in Market-1501 (Zheng et al. 2015). Elsewhere they are a person's
+# unless a `Dataset` says otherwise.
 JUNK = -1  # ignored when ranking
 DISTRACTOR = 0  # a wrong answer to every query
+
+NO_CAMERA = -2  # of an image whose layout names none; a store's UNKNOWN is the same number
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image file with its identity (`JUNK` and `DISTRACTOR` are nobody's) and the number of its camera."""
+    """An image file with its identity and the number of its camera, `NO_CAMERA` where the layout has none."""
 
     path: Path
     identity: int
@@ -29,8 +32,14 @@ class Dataset:
     """Labelled images of each subset; one that was not asked for is empty.
 
     `name` is the kind, as in `--data`; `root` is the folder in which the layout was found. `multi_query` are further
-    images of the queries' people. `notes` are sentences, one for every count that is not the published one. The people
-    of `train` are not those of the other subsets, though they may have the same numbers (MSMT17's do).
+    images of the queries' people. `notes` are sentences, one for every count that is not the published one and for
+    whatever was left out. The people of `train` are not those of the other subsets, though they may have the same
+    numbers (MSMT17's do).
+
+    `junk` and `distractors` are the identities that name nobody in this data set: junk is ignored when ranking, a
+    distractor is a wrong answer to every query. Everywhere else 0 is a person. `people` gives the numbers of people who
+    have names. `has_cameras` is False where the layout names no cameras: then every other image of a person is a right
+    answer.
     """
 
     name: str
@@ -40,6 +49,10 @@ class Dataset:
     gallery: list[LabelledImage]
     multi_query: list[LabelledImage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    junk: frozenset[int] = frozenset()
+    distractors: frozenset[int] = frozenset()
+    people: dict[str, int] = field(default_factory=dict)
+    has_cameras: bool = True
 
     @classmethod
     def read(
@@ -48,6 +61,10 @@ class Dataset:
         """Make a dataset of the wanted subsets, each listed by `images`."""
         train, query, gallery, multi_query = (images(subset) if subset in subsets else [] for subset in SUBSETS)
         return cls(name, root, train, query, gallery, multi_query)
+
+    def is_person(self, identity: int) -> bool:
+        """Whether the number is a person's, and neither junk nor a distractor."""
+        return identity not in self.junk and identity not in self.distractors
 
     def images(self, subset: Subset) -> list[LabelledImage]:
         """The images of a subset."""

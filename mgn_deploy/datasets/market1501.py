@@ -12,12 +12,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mgn_deploy.datasets.dataset import Dataset, LabelledImage, Subset
-from mgn_deploy.datasets.roots import find_root, list_folder
+from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK, Dataset, LabelledImage, Subset
+from mgn_deploy.datasets.roots import find_root
 from mgn_deploy.errors import UserError
+from mgn_deploy.images.listing import list_images
 
 FOLDERS: dict[Subset, str] = {
     "train": "bounding_box_train",
@@ -53,11 +55,15 @@ def open_market1501(
 ) -> Dataset:
     """List the wanted subsets of a folder in Market-1501 layout, each in the order of its files' names.
 
+    Images of every format that `embed` reads count, those of folders inside a subset's folder too. Identity -1 is junk
+    and 0 a distractor; `open_data` says so of Market-1501 alone.
+
     Raises:
         UserError: no such folder, a wanted subset is missing, empty, or holds an image whose name gives no identity.
     """
     root = find_root(root, is_market1501, LAYOUT)
-    return Dataset.read("folder", root, subsets, lambda subset: _labelled(root, FOLDERS[subset]))
+    data = Dataset.read("folder", root, subsets, lambda subset: _labelled(root, FOLDERS[subset]))
+    return replace(data, junk=frozenset({JUNK}), distractors=frozenset({DISTRACTOR}))
 
 
 def _labelled(root: Path, name: str) -> list[LabelledImage]:
@@ -66,16 +72,12 @@ def _labelled(root: Path, name: str) -> list[LabelledImage]:
         why = f"the Market-1501 layout is {LAYOUT}" if name in LAYOUT else "multiple-query takes its images from there"
         raise UserError(f"{root} has no folder {name!r}: {why}")
     images = []
-    for path in list_folder(folder):
-        # macOS leaves ._0002_c1s1_000451_03.jpg beside files that it unpacked.
-        if path.suffix.lower() not in (".jpg", ".jpeg", ".png") or path.name.startswith("."):
-            continue
-        label = parse_name(path.name)
+    for file in list_images(folder):
+        label = parse_name(file.path.name)
         if label is None:
             raise UserError(
-                f"{path}: the name gives no identity and camera; Market-1501's are like 0002_c1s1_000451_03.jpg"
+                f"{file.path}: the name gives no identity and camera; Market-1501's are like 0002_c1s1_000451_03.jpg "
+                "(--data identities:DIR reads a folder a person, whatever the files' names)"
             )
-        images.append(LabelledImage(path, *label))
-    if not images:
-        raise UserError(f"{folder} holds no .jpg or .png image")
+        images.append(LabelledImage(file.path, *label))
     return images

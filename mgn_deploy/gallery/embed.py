@@ -1,37 +1,35 @@
-"""A folder of images -> an embedding store: decoded while the engine runs, resumable, with every bad file named."""
+"""Images -> an embedding store: decoded while the engine runs, resumable, with every bad file named."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mgn_deploy.choices import Dtype
-from mgn_deploy.datasets.market1501 import parse_name
+from mgn_deploy.datasets.labels import Labels, read_labels
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UnreadableImage
+from mgn_deploy.gallery.relocate import at_source
 from mgn_deploy.gallery.shards import Row, StoreManifest
+from mgn_deploy.gallery.sources import Decoded, Source, file_bytes, open_source
 from mgn_deploy.gallery.writer import StoreWriter
-from mgn_deploy.images.decode import PREPROCESSING, read_crop
-from mgn_deploy.images.listing import ImageFile, list_images
-from mgn_deploy.images.prefetch import batched, in_order
+from mgn_deploy.images.decode import PREPROCESSING
+from mgn_deploy.images.listing import ImageFile
+from mgn_deploy.images.prefetch import in_order
+from mgn_deploy.interrupt import DeferredInterrupt, Stopped
 from mgn_deploy.progress import Progress
 
-# Rows committed at once: what a power cut can cost, and what a store of a million images is divided into.
-SHARD_ROWS = 1024
+COMMIT_SECONDS = 30.0  # at most so much work is lost by a power cut
 LOGGED_FAILURES = 10
 _log = logging.getLogger("mgn_deploy")
-
-# An image's row and its crop, uint8 `[height, width, 3]`, or None where the row has an error.
-Decoded = tuple[Row, np.ndarray | None]
 
 
 @dataclass
@@ -41,8 +39,10 @@ class GalleryReport:
     Attributes:
         embedded: images that it embedded.
         unchanged: images that were in the store already.
-        gone: images of the store that are no longer in the folder; their rows stay.
+        gone: images of the store that are no longer in the source; their rows stay until `store prune`.
         failed: name and reason of each file that it could not read.
+        skipped: files that are no image, by extension.
+        relabelled: images that were in the store with another identity or camera, and have the new one.
         seconds: how long it took.
     """
 
@@ -50,6 +50,8 @@ class GalleryReport:
     unchanged: int = 0
     gone: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    relabelled: int = 0
     seconds: float = 0.0
 
     @property
@@ -61,32 +63,38 @@ class GalleryReport:
         return {
             **vars(self),
             "failed": len(self.failed),
+            "skipped": dict(self.skipped),
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 2),
         }
 
 
 def embed_folder(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Source,
     store: str | os.PathLike[str],
     embedder: Embedder,
     *,
     batch_size: int = 8,
     dtype: Dtype = "float32",
+    labels: str | os.PathLike[str] = "none",
     max_failures: int | None = None,
+    verify_content: bool = False,
     progress: Progress | None = None,
 ) -> GalleryReport:
-    """Embed every image below `folder` that `store` does not hold yet.
+    """Embed every image of a folder or another source that `store` does not hold yet.
 
-    A file is in the store already when its name, size and mtime are. Files that failed before are tried again. Rows are
-    committed shard by shard; on Ctrl-C what was embedded is committed before the exception goes on.
+    An image is in the store already when its name, size and mtime are. Files that failed before are tried again. Rows
+    are committed in shards and at least every `COMMIT_SECONDS`; on Ctrl-C, SIGTERM or SIGHUP what was embedded is
+    committed before the exception goes on.
 
     Args:
-        folder: searched recursively; the order is that of the names' bytes.
-        store: a new folder or the store of an earlier run over the same folder with the same bundle and backend.
+        folder: searched recursively, in the order of the names' bytes; or a source, as `open_source` makes them.
+        store: a new folder or the store of an earlier run over the same source with the same bundle and backend.
         embedder: decides the bundle, and is called with `batch_size` images at a time.
         dtype: of the stored embeddings.
+        labels: who is on an image: none, market1501, folder or a table, as in `datasets.labels.read_labels`.
         max_failures: stop after more bad files than this; None: never.
+        verify_content: read the files that are in the store already, and embed again those whose SHA-256 is another.
         progress: called after each batch with the files done and to do.
 
     Raises:
@@ -94,116 +102,155 @@ def embed_folder(
         GateFailed: more than `max_failures` bad files, or not one good one. What was embedded is committed.
     """
     check_batch_size(batch_size)
-    folder = Path(folder)
-    files = list_images(folder)
+    source = folder if isinstance(folder, Source) else open_source(folder)
+    names = [file.name for file in source.files]
+    rule = read_labels(labels, names)
+    rule.unlabelled(names)
     manifest = StoreManifest(
         bundle_id=embedder.bundle.id,
         backend=embedder.backend.name,
         preprocessing=PREPROCESSING,
         dim=embedder.dim,
         dtype=dtype,
-        source=Path(os.path.abspath(folder)).as_uri(),
+        source=source.uri,
     )
-    report = GalleryReport()
+    report = GalleryReport(skipped=source.skipped)
     start = time.monotonic()
-    with StoreWriter(store, manifest) as writer:
-        report.gone = len(writer.known.keys() - {file.name for file in files})
-        # Files never seen come first and in shards of their own, so that a run that was killed and is run again divides
-        # them as one that was not.
-        fresh = [file for file in files if file.name not in writer.known]
-        again = [file for file in files if file.name in writer.known and not _is_done(file, writer.known[file.name])]
-        total = len(fresh) + len(again)
-        report.unchanged = len(files) - total
-        decoded = in_order(lambda file: _decode(file, embedder.height, embedder.width), fresh + again)
-        images = _until_too_many_fail(decoded, report, max_failures)
-        done = 0
-        for count in [len(shard) for part in (fresh, again) for shard in batched(part, SHARD_ROWS)]:
-            shard = _Shard(count, embedder.dim, batch_size)
-            try:
-                for embeddings in embedder.backend.stream(shard.batches(islice(images, count))):
-                    report.embedded += shard.add(embeddings)
-                    if progress:
-                        progress("embedding", done + shard.complete(), total)
-            finally:
-                shard.commit(writer)
-            done += len(shard.rows)
-            if progress:
-                progress("embedding", done, total)
-            if max_failures is not None and len(report.failed) > max_failures:
-                name, reason = report.failed[-1]
-                raise GateFailed(f"more than {max_failures} images cannot be read; the last, {name!r}: {reason}")
+    with StoreWriter(store, at_source(store, manifest, names)) as writer:
+        report.gone = len(writer.known.keys() - set(names))
+        # Files never seen come first, so that a run that was killed and is run again orders them as one that was not.
+        fresh = [file for file in source.files if file.name not in writer.known]
+        seen = [file for file in source.files if file.name in writer.known]
+        again = [file for file in seen if not _is_done(file, writer.known[file.name])]
+        if verify_content:
+            again = [file for file, same in _verified(seen, writer.known) if not same]
+        report.unchanged = len(seen) - len(again)
+        report.relabelled = _relabel(writer, rule)
+        run = _Run(writer, embedder, batch_size, rule, report, max_failures)
+        try:
+            run.embed(source.decode(fresh + again, embedder.height, embedder.width), len(fresh + again), progress)
+        finally:
+            report.seconds = time.monotonic() - start
+            _log_losses(report, source.title)
+    if max_failures is not None and len(report.failed) > max_failures:
+        name, reason = report.failed[-1]
+        raise GateFailed(f"more than {max_failures} images cannot be read; the last, {name!r}: {reason}")
     if report.failed and not report.embedded and not report.unchanged:
         name, reason = report.failed[0]
         raise GateFailed(
-            f"not one of the {len(report.failed)} images of {str(folder)!r} could be read; "
-            f"the first, {name!r}: {reason}"
+            f"not one of the {len(report.failed)} images of {source.title} could be read; the first, {name!r}: {reason}"
         )
-    report.seconds = time.monotonic() - start
-    _log_losses(report, folder)
     return report
 
 
-def _log_losses(report: GalleryReport, folder: Path) -> None:
+def _log_losses(report: GalleryReport, title: str) -> None:
     for name, reason in report.failed[:LOGGED_FAILURES]:
         _log.warning(f"cannot be read: {name!r}: {reason}")
     if len(report.failed) > LOGGED_FAILURES:
         more = len(report.failed) - LOGGED_FAILURES
         _log.warning(f"... and {more} more, in the store's Parquet with their reasons")
     if report.gone:
-        _log.warning(f"{report.gone} images of the store are no longer in {str(folder)!r}; they stay in the store")
+        _log.warning(
+            f"{report.gone} images of the store are no longer in {title}; they stay until `mgn-deploy store prune`"
+        )
 
 
 def _is_done(file: ImageFile, row: Row) -> bool:
     return row.error is None and (row.size, row.mtime_ns) == (file.size, file.mtime_ns)
 
 
-def _decode(file: ImageFile, height: int, width: int) -> Decoded:
-    pixels, error = None, file.problem
-    if error is None:
+def _verified(files: list[ImageFile], known: dict[str, Row]) -> Iterator[tuple[ImageFile, bool]]:
+    """Each file and whether its content is what was embedded."""
+
+    def same(file: ImageFile) -> bool:
+        row = known[file.name]
         try:
-            pixels = read_crop(file.path, height, width)
-        except UnreadableImage as problem:
-            error = str(problem)
-    if error is not None:
-        error = error.encode("utf-8", "backslashreplace").decode()  # as Parquet keeps it
-    identity, camera = parse_name(os.path.basename(file.name)) or (None, None)
-    return Row(file.name, file.size, file.mtime_ns, error, identity, camera), pixels
+            return _is_done(file, row) and row.sha256 == hashlib.sha256(file_bytes(file)).digest()
+        except UnreadableImage:
+            return False
+
+    return zip(files, in_order(same, files), strict=True)
 
 
-def _until_too_many_fail(
-    images: Iterable[Decoded], report: GalleryReport, max_failures: int | None
-) -> Iterator[Decoded]:
-    """The images, those that failed noted in the report; no more of them after one failure too many."""
-    for row, pixels in images:
-        if row.error is not None:
-            report.failed.append((row.name, row.error))
-        yield row, pixels
-        if max_failures is not None and len(report.failed) > max_failures:
-            return
+def _relabel(writer: StoreWriter, rule: Labels) -> int:
+    """Give the rows that are in the store the labels of this run, where it has any rule; how many changed."""
+    if rule.kind == "none":
+        return 0
+    changed = {}
+    for name, row in writer.known.items():
+        identity, camera = rule(name) or (None, None)
+        if (identity, camera) != (row.identity, row.camera):
+            changed[name] = (identity, camera)
+    if changed:
+        writer.relabel(changed)
+        _log.warning(f"{len(changed)} images of the store have another identity or camera by --labels {rule.kind} now")
+    return len(changed)
 
 
-class _Shard:
-    """The rows of one shard and their embeddings, while a backend that may ask for batches ahead makes them."""
+class _Run:
+    """The rows of one run and their embeddings, while a backend that may ask for batches ahead makes them."""
 
-    def __init__(self, count: int, dim: int, batch_size: int) -> None:
-        self.rows: list[Row] = []
-        self._embeddings = np.full((count, dim), np.nan, np.float32)
-        self._batch_size = batch_size
+    def __init__(
+        self,
+        writer: StoreWriter,
+        embedder: Embedder,
+        batch_size: int,
+        labels: Callable[[str], Any],
+        report: GalleryReport,
+        max_failures: int | None,
+    ) -> None:
+        self._writer, self._embedder, self._batch_size = writer, embedder, batch_size
+        self._labels, self._report, self._max_failures = labels, report, max_failures
+        self._rows: list[Row] = []  # that are not committed yet
+        self._embeddings: list[np.ndarray | None] = []  # theirs, where they are made
+        self._done = 0  # rows that are committed
         self._crops: list[np.ndarray] = []  # of the batch that is being filled
-        self._filling: list[int] = []  # their rows
+        self._filling: list[int] = []  # their rows, counted from the run's first
         self._in_flight = deque[list[int]]()  # rows of each batch that the backend has
 
-    def batches(self, images: Iterable[Decoded]) -> Iterator[np.ndarray]:
+    def embed(self, images: Iterator[Decoded], total: int, progress: Progress | None) -> None:
+        """Embed and commit `total` images."""
+        committed = time.monotonic()
+        try:
+            for embeddings in self._embedder.backend.stream(self._batches(images)):
+                self._report.embedded += self._add(embeddings)
+                if progress:
+                    progress("embedding", self._complete(), total)
+                while self._complete() - self._done >= self._writer.room:
+                    self._commit(self._writer.room)
+                    committed = time.monotonic()
+                if time.monotonic() - committed > COMMIT_SECONDS:
+                    self._commit()
+                    committed = time.monotonic()
+        finally:
+            self._commit()
+        if progress:
+            progress("embedding", self._done, total)
+
+    def _batches(self, images: Iterable[Decoded]) -> Iterator[np.ndarray]:
         """The crops of `images` in batches `[batch_size, height, width, 3]`; each image becomes a row."""
-        for row, pixels in images:
-            if pixels is not None:
-                self._crops.append(pixels)
-                self._filling.append(len(self.rows))
-            self.rows.append(row)
+        for image in images:
+            self._rows.append(self._row(image))
+            self._embeddings.append(None)
+            if image.pixels is not None:
+                self._crops.append(image.pixels)
+                self._filling.append(self._done + len(self._rows) - 1)
             if len(self._crops) == self._batch_size:
                 yield self._full_batch()
+            if self._max_failures is not None and len(self._report.failed) > self._max_failures:
+                break
         if self._crops:
             yield self._full_batch()
+
+    def _row(self, image: Decoded) -> Row:
+        file = image.file
+        if image.error is not None:
+            self._report.failed.append((file.name, image.error))
+        identity, camera = self._labels(file.name) or (None, None)
+        return Row(
+            file.name, file.size, file.mtime_ns, image.error, identity, camera, image.sha256,
+            file.frame, file.time_s, file.track, file.box,
+        )  # fmt: skip
 
     def _full_batch(self) -> np.ndarray:
         # An engine may round differently at another batch size, and a resumed run must not: copies fill the last batch.
@@ -213,20 +260,31 @@ class _Shard:
         self._crops.clear()
         return batch
 
-    def add(self, embeddings: np.ndarray) -> int:
+    def _add(self, embeddings: np.ndarray) -> int:
         """Take the embeddings of the earliest batch that the backend has; how many rows they are."""
         rows = self._in_flight[0]
-        self._embeddings[rows] = embeddings[: len(rows)]
+        for row, embedding in zip(rows, embeddings, strict=False):
+            self._embeddings[row - self._done] = embedding
         self._in_flight.popleft()  # now: Ctrl-C between the two must not count rows that are not there
         return len(rows)
 
-    def complete(self) -> int:
-        """How many rows, from the first on, are embedded or failed."""
-        return min([rows[0] for rows in (*self._in_flight, self._filling) if rows], default=len(self.rows))
+    def _complete(self) -> int:
+        """How many rows, from the run's first on, are embedded or failed."""
+        waiting = [rows[0] for rows in (*self._in_flight, self._filling) if rows]
+        return min(waiting, default=self._done + len(self._rows))
 
-    def commit(self, writer: StoreWriter) -> None:
+    def _commit(self, most: int | None = None) -> None:
         """Commit the complete rows that say something new: a file that fails as before is in the store already."""
-        rows = self.rows[: self.complete()]
-        new = [index for index, row in enumerate(rows) if row.error is None or row != writer.known.get(row.name)]
-        if new:
-            writer.commit([rows[index] for index in new], self._embeddings[new])
+        count = min(self._complete() - self._done, most or len(self._rows))
+        nan = np.full(self._embedder.dim, np.nan, np.float32)
+        known = self._writer.known
+        new = [index for index, row in enumerate(self._rows[:count]) if row.error is None or row != known.get(row.name)]
+        with DeferredInterrupt() as interrupt:
+            if new:
+                made = (self._embeddings[index] for index in new)
+                array = np.stack([nan if embedding is None else embedding for embedding in made])
+                self._writer.add([self._rows[index] for index in new], array)
+            self._done += count
+            del self._rows[:count], self._embeddings[:count]
+        if interrupt.wanted:
+            raise Stopped(interrupt.wanted)

@@ -1,20 +1,22 @@
-"""The embedding store: a folder of row-aligned shards that a power cut cannot make lie.
+"""The embedding store: a folder of row-aligned shards that neither a power cut nor a flipped bit can make lie.
 
-    STORE/manifest.json         the bundle, backend and preprocessing that made every row, and the embeddings' dtype
-    STORE/shard-00000.npy       float16 or float32 [rows, dim]; NaN in the rows of failed images
-    STORE/shard-00000.parquet   one row for each row of the .npy: path, size, mtime, status, error, identity, camera
+    STORE/manifest.json                  what made every row, and each shard's files, number of rows and SHA-256
+    STORE/shard-00000-1f3a9c2e.npy       float16 or float32 [rows, dim]; NaN in the rows of failed images
+    STORE/shard-00000-1f3a9c2e.parquet   one row for each row of the .npy: path, size, mtime, status, error, ...
 
-A shard's Parquet file is written last, by rename after fsync: a shard without one does not exist. A path that is
+The manifest is replaced by rename, after fsync of the files that it newly names: a file that it does not name does not
+exist. File names end with the beginning of their content's hash, so that no file is ever written over. A path that is
 embedded again later (the file had changed) has a row in a later shard, which counts.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,54 +24,80 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.choices import Dtype
 from mgn_deploy.errors import UserError, first_problem
+from mgn_deploy.files import sha256_bytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+MOST_MANIFEST_BYTES = 256 * 2**20  # of a store of a thousand million images
 
 ROWS = pa.schema(
     [
-        ("path", pa.string()),  # below the source folder; bytes that are not UTF-8 as \\xNN
+        ("path", pa.string()),  # below the source; bytes that are not UTF-8 as \\xNN
         ("path_bytes", pa.binary()),  # the name itself, only where it is not UTF-8
         ("size", pa.int64()),  # bytes
         ("mtime_ns", pa.int64()),
+        ("sha256", pa.binary(32)),  # of the file's content
         ("status", pa.string()),  # ok, failed
         ("error", pa.string()),
         ("identity", pa.int32()),
         ("camera", pa.int32()),
+        ("frame", pa.int64()),  # of a video, from 1
+        ("time_s", pa.float64()),  # of that frame, from the video's start
+        ("track", pa.int64()),
+        ("box", pa.list_(pa.float32(), 4)),  # left, top, width, height in pixels of the frame or photo
     ]
 )
-_SHARD = re.compile(r"shard-(\d{5,})\.parquet")
+_SINCE_2 = {"sha256", "frame", "time_s", "track", "box"}
+_V1_SHARD = re.compile(r"(shard-\d{5,})\.parquet")
+_SHA256 = r"^[0-9a-f]{64}$"
 
 
-class StoreManifest(BaseModel):
-    """What made every row of a store; a run that differs in any of it is refused."""
+class ShardEntry(BaseModel):
+    """A shard as the manifest names it; without hashes where a store of schema 1 has none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    name: str = Field(pattern=r"^shard-\d{5,}(-[0-9a-f]{8})?$")  # of its two files, before .npy and .parquet
+    count: int | None = Field(ge=1, le=2**31)
+    array_sha256: str | None = Field(pattern=_SHA256)
+    rows_sha256: str | None = Field(pattern=_SHA256)
+
+
+class StoreManifest(BaseModel):
+    """What made every row of a store, in which a run that differs is refused, and the store's shards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1, 2] = 2
     bundle_id: str
     backend: str
     preprocessing: str
-    dim: int
+    dim: int = Field(ge=1, le=2**20)
     dtype: Dtype
-    source: str  # the folder that the rows' paths are below, as a file: URI (which holds any name's bytes)
+    source: str  # what the rows' paths are below, as a URI: file: (which holds any name's bytes), s3:, ...
+    shards: tuple[ShardEntry, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One image of a store.
 
     Attributes:
-        name: its path below the store's source folder.
+        name: its path below the store's source.
         size: of the file, in bytes; None where even that could not be read.
         mtime_ns: the file's modification time, in ns since 1970; None as `size`.
         error: None where it was embedded, else the reason, in valid UTF-8.
-        identity: the person's number, where the file's name gives it.
-        camera: the camera's number, where the file's name gives it.
+        identity: the person's number, where the user said how to know it.
+        camera: the camera's number, as `identity`.
+        sha256: of the file's content; None where it could not be read, and in stores of schema 1.
+        frame: the number of a video's frame, from 1.
+        time_s: of that frame, in seconds from the video's start.
+        track: the tracker's number of the person in the video.
+        box: left, top, width and height of the crop in pixels of the frame or photo.
     """
 
     name: str
@@ -78,6 +106,11 @@ class Row:
     error: str | None
     identity: int | None
     camera: int | None
+    sha256: bytes | None = None
+    frame: int | None = None
+    time_s: float | None = None
+    track: int | None = None
+    box: tuple[float, float, float, float] | None = None
 
     @property
     def status(self) -> str:
@@ -85,15 +118,124 @@ class Row:
         return "ok" if self.error is None else "failed"
 
 
+class Shard:
+    """One shard of a store: opened by its sizes, read when it is asked for, and checked when it is first read."""
+
+    def __init__(self, folder: Path, entry: ShardEntry, manifest: StoreManifest) -> None:
+        """Read the shard's rows.
+
+        Raises:
+            UserError: its Parquet is missing, damaged or another store's, or the sizes of the two files do not agree.
+        """
+        self.entry = entry
+        self.array_path = folder / f"{entry.name}.npy"
+        self.rows_path = folder / f"{entry.name}.parquet"
+        self.folder = folder
+        self._shape: tuple[int, int]
+        self._dtype = np.dtype(manifest.dtype)
+        self._checked = entry.array_sha256 is None
+        self._kept: np.ndarray | None = None
+        self.rows = self._read_rows()
+        self._shape = (len(self.rows), manifest.dim)
+        self._check_header()
+
+    def array(self) -> np.ndarray:
+        """The embeddings `[rows, dim]`, read from disk; the first time their hash is checked.
+
+        Raises:
+            UserError: the file is damaged or cannot be read.
+        """
+        if self._kept is not None:
+            return self._kept
+        content = self._read(self.array_path)
+        self._check_content(content)
+        return np.frombuffer(content, self._dtype, offset=len(content) - self._nbytes).reshape(self._shape)
+
+    def keep(self) -> None:
+        """Keep the embeddings in memory from now on."""
+        self._kept = self.array()
+
+    def mapped(self) -> np.ndarray:
+        """The embeddings, mapped from disk, after their hash is checked; those that are kept, from memory."""
+        if self._kept is not None:
+            return self._kept
+        self.verify()
+        return np.load(self.array_path, mmap_mode="r")
+
+    def verify(self) -> None:
+        """Compare the embeddings' bytes with the manifest's hash, unless that was done.
+
+        Raises:
+            UserError: they differ, or the file cannot be read.
+        """
+        if not self._checked:
+            self._check_content(self._read(self.array_path))
+
+    @property
+    def _nbytes(self) -> int:
+        return self._shape[0] * self._shape[1] * self._dtype.itemsize
+
+    def _read_rows(self) -> list[Row]:
+        content = self._read(self.rows_path)
+        if self.entry.rows_sha256 and sha256_bytes(content) != self.entry.rows_sha256:
+            raise self._damaged(self.rows_path, "its SHA-256 is not the manifest's")
+        try:
+            # Read here, not by Arrow: it reads meaning into a path (`key=value`, `scheme:`) and wants it in UTF-8.
+            file = pq.ParquetFile(pa.BufferReader(content))
+            if self.entry.count not in (None, file.metadata.num_rows):
+                raise ValueError(f"{file.metadata.num_rows} rows, the manifest has {self.entry.count}")
+            # And without Arrow's threads: one that still lives as the process ends aborts it (apache/arrow#50482).
+            return _rows(file.read(use_threads=False))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, pa.ArrowException) as error:
+            raise self._damaged(self.rows_path, str(error)) from None
+
+    def _check_header(self) -> None:
+        """Raise where the .npy is no array of so many rows, as far as its first bytes and its size tell."""
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": self._dtype.str, "fortran_order": False, "shape": self._shape}
+        )
+        try:
+            with open(self.array_path, "rb") as file:
+                begin = file.read(header.tell())
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise self._unreadable(self.array_path, error) from None
+        if begin != header.getvalue() or size != header.tell() + self._nbytes:
+            raise self._damaged(
+                self.array_path, f"it is not {self._dtype} {list(self._shape)}, one row for each of its Parquet's"
+            )
+
+    def _check_content(self, content: bytes) -> None:
+        if not self._checked and sha256_bytes(content) != self.entry.array_sha256:
+            raise self._damaged(self.array_path, "its SHA-256 is not the manifest's")
+        self._checked = True
+
+    def _read(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise self._unreadable(path, error) from None
+
+    def _unreadable(self, path: Path, error: OSError) -> UserError:
+        if error.errno == errno.ENOENT:
+            return self._damaged(path, "it is missing")
+        return UserError(f"{path} cannot be read: {error.strerror}")
+
+    def _damaged(self, path: Path, why: str) -> UserError:
+        return UserError(f"{path} is damaged ({why}): `mgn-deploy store repair {self.folder}` drops what is broken")
+
+
 def read_manifest(folder: Path) -> StoreManifest:
-    """The manifest of a store.
+    """The manifest of a store; one of schema 1 gets its shards from the folder, without hashes.
 
     Raises:
         UserError: not a store, or one of a later schema.
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            content = json.loads(file.read(MOST_MANIFEST_BYTES))
         version = content["schema_version"]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
@@ -103,82 +245,70 @@ def read_manifest(folder: Path) -> StoreManifest:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{path} is not the manifest of an embedding store") from None
-    if version != SCHEMA_VERSION:
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise UserError(
             f"{folder} has store schema {version!r} and this mgn-deploy reads {SCHEMA_VERSION}: upgrade mgn-deploy"
         )
     try:
-        return StoreManifest.model_validate(content)
+        manifest = StoreManifest.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{path} is not an embedding store's: {first_problem(error)}") from None
+    return (
+        manifest if version == SCHEMA_VERSION else manifest.model_copy(update={"shards": _shards_of_schema_1(folder)})
+    )
 
 
-def shard_name(number: int, kind: Literal["npy", "parquet"]) -> str:
-    """The file name of a shard's embeddings (npy) or rows (parquet)."""
-    return f"shard-{number:05d}.{kind}"
+def open_shards(folder: Path, manifest: StoreManifest) -> list[Shard]:
+    """The manifest's shards, their rows read.
+
+    Raises:
+        UserError: a shard is missing, damaged or cannot be read.
+    """
+    return [Shard(folder, entry, manifest) for entry in manifest.shards]
 
 
-def shard_numbers(folder: Path) -> list[int]:
-    """Numbers of the committed shards, ascending."""
+def array_bytes(embeddings: np.ndarray) -> bytes:
+    """The `.npy` file of embeddings."""
+    buffer = io.BytesIO()
+    np.save(buffer, embeddings)
+    return buffer.getvalue()
+
+
+def rows_bytes(rows: Sequence[Row]) -> bytes:
+    """The Parquet file of rows."""
+    buffer = io.BytesIO()
+    table = {
+        "path": [os.fsencode(row.name).decode("utf-8", "backslashreplace") for row in rows],
+        "path_bytes": [None if _is_utf8(row.name) else os.fsencode(row.name) for row in rows],
+        **{name: [getattr(row, name) for row in rows] for name in ROWS.names if not name.startswith("path")},
+    }
+    pq.write_table(pa.table(table, schema=ROWS), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _shards_of_schema_1(folder: Path) -> tuple[ShardEntry, ...]:
     try:
         names = os.listdir(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-    return sorted(int(match[1]) for match in map(_SHARD.fullmatch, names) if match)
-
-
-def read_shards(folder: Path, manifest: StoreManifest) -> Iterator[tuple[np.ndarray, list[Row]]]:
-    """Each committed shard's embeddings, `[rows, dim]` mapped from disk, and rows.
-
-    Raises:
-        UserError: a shard is damaged or cannot be read.
-    """
-    for number in shard_numbers(folder):
-        array_path = folder / shard_name(number, "npy")
-        try:
-            # Opened here, not by Arrow: it reads meaning into a path (`key=value`, `scheme:`) and wants it in UTF-8.
-            with open(folder / shard_name(number, "parquet"), "rb") as file:
-                # And without Arrow's threads: one that still lives as the process ends aborts it (apache/arrow#50482).
-                rows = _rows(pq.ParquetFile(pa.BufferReader(file.read())).read(use_threads=False))
-            array = np.load(array_path, mmap_mode="r")
-        except (OSError, ValueError, KeyError, EOFError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-                raise UserError(f"{array_path} or its Parquet cannot be read: {error.strerror}") from None
-            raise UserError(f"{array_path} or its Parquet is damaged ({error}): delete both and embed again") from None
-        if array.shape != (len(rows), manifest.dim) or array.dtype != manifest.dtype:
-            raise UserError(
-                f"{array_path} is {array.dtype} {list(array.shape)} and its Parquet has {len(rows)} rows of "
-                f"{manifest.dim} {manifest.dtype}: delete both and embed again"
-            )
-        yield array, rows
-
-
-def rows_table(rows: Sequence[Row]) -> pa.Table:
-    """The rows as a shard's Parquet file holds them."""
-    return pa.table(
-        {
-            "path": [os.fsencode(row.name).decode("utf-8", "backslashreplace") for row in rows],
-            "path_bytes": [None if _is_utf8(row.name) else os.fsencode(row.name) for row in rows],
-            "size": [row.size for row in rows],
-            "mtime_ns": [row.mtime_ns for row in rows],
-            "status": [row.status for row in rows],
-            "error": [row.error for row in rows],
-            "identity": [row.identity for row in rows],
-            "camera": [row.camera for row in rows],
-        },
-        schema=ROWS,
-    )
+    found = sorted((match[1] for match in map(_V1_SHARD.fullmatch, names) if match), key=lambda name: int(name[6:]))
+    return tuple(ShardEntry(name=name, count=None, array_sha256=None, rows_sha256=None) for name in found)
 
 
 def _rows(table: pa.Table) -> list[Row]:
-    columns: dict[str, list[Any]] = table.to_pydict()
-    return [
-        Row(path if raw is None else os.fsdecode(raw), size, mtime_ns, error, identity, camera)
-        for path, raw, size, mtime_ns, error, identity, camera in zip(
-            *(columns[name] for name in ("path", "path_bytes", "size", "mtime_ns", "error", "identity", "camera")),
-            strict=True,
-        )
-    ]
+    for field in ROWS:
+        if field.name not in table.column_names and field.name in _SINCE_2:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+        elif table.schema.field(field.name).type != field.type:
+            raise ValueError(f"column {field.name} is {table.schema.field(field.name).type}, not {field.type}")
+    columns: dict[str, list[Any]] = table.select(ROWS.names).to_pydict()
+    if None in columns["path"]:
+        raise ValueError("a row without a path")
+    columns["box"] = [box and tuple(box) for box in columns["box"]]
+    del columns["status"]
+    raw, names = columns.pop("path_bytes"), columns.pop("path")
+    columns["name"] = [name if raw is None else os.fsdecode(raw) for name, raw in zip(names, raw, strict=True)]
+    return [Row(*values) for values in zip(*(columns[key] for key in Row.__dataclass_fields__), strict=True)]
 
 
 def _is_utf8(name: str) -> bool:

@@ -11,18 +11,21 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 
-from mgn_deploy.errors import CannotRun
-from mgn_deploy.gallery.shards import Row, StoreManifest, read_manifest, read_shards
+from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.gallery.shards import Row, Shard, StoreManifest, open_shards, read_manifest
 from mgn_deploy.packages import import_problem
 
 if TYPE_CHECKING:
     import pandas as pd
 
-UNKNOWN = -2  # identity or camera of an image whose name gives none (-1 is Market-1501's junk)
+UNKNOWN = -2  # identity or camera of an image of which nobody said it (-1 is Market-1501's junk)
 
 
 class Store:
     """A store opened for reading. Its rows are the embedded images, in the order in which they were embedded.
+
+    Embeddings are read from disk a shard at a time; the first read of a shard compares its bytes with the manifest's
+    SHA-256.
 
     >>> store = Store.open("store")                  # doctest: +SKIP
     >>> store                                        # doctest: +SKIP
@@ -39,31 +42,47 @@ class Store:
     def __init__(self, folder: Path, manifest: StoreManifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._source = Path(os.fsdecode(unquote_to_bytes(urlsplit(manifest.source).path)))
         self.rows: list[Row] = []
         self.failures: list[Row] = []
         latest: dict[str, tuple[int, int, Row]] = {}
-        self._arrays: list[np.ndarray] = []
-        for shard, (array, rows) in enumerate(read_shards(folder, manifest)):
-            self._arrays.append(array)
-            latest.update((row.name, (shard, index, row)) for index, row in enumerate(rows))
-        self._locations: list[tuple[int, int]] = []  # of each row's embedding: shard, index in it
-        for shard, index, row in sorted(latest.values(), key=lambda location: location[:2]):
+        self._shards: list[Shard] = open_shards(folder, manifest)
+        if self._shards:
+            self._shards[-1].keep()  # the one whose files a writer replaces as it adds rows
+        for number, shard in enumerate(self._shards):
+            latest.update((row.name, (number, index, row)) for index, row in enumerate(shard.rows))
+        self._locations: list[tuple[int, int]] = []  # of each row's embedding: shard, index in it; ascending
+        for number, index, row in sorted(latest.values(), key=lambda location: location[:2]):
             if row.error is None:
                 self.rows.append(row)
-                self._locations.append((shard, index))
+                self._locations.append((number, index))
             else:
                 self.failures.append(row)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Store:
+    def open(cls, folder: str | os.PathLike[str], *, verify: bool = False) -> Store:
         """Open a store, also one that is still being written: rows that are committed are seen.
 
+        Args:
+            folder: the store.
+            verify: compare every byte with the manifest's SHA-256 now, not when a shard is first read.
+
         Raises:
-            UserError: not a store, of a later schema, or with a damaged shard.
+            UserError: not a store, of a later schema, or with a damaged or missing shard.
         """
         folder = Path(folder)
-        return cls(folder, read_manifest(folder))
+        manifest = read_manifest(folder)
+        while True:
+            try:
+                store = cls(folder, manifest)
+                break
+            except UserError:  # a writer may have replaced files between the manifest's reading and theirs
+                before, manifest = manifest, read_manifest(folder)
+                if manifest == before:
+                    raise
+        if verify:
+            for shard in store._shards:
+                shard.verify()
+        return store
 
     def __repr__(self) -> str:
         made = self.manifest
@@ -89,7 +108,8 @@ class Store:
             KeyError: no image of this name was embedded.
         """
         shard, index = self._locations[self._index(name)]
-        return np.array(self._arrays[shard][index])
+        self._shards[shard].verify()
+        return np.array(self._shards[shard].mapped()[index])
 
     def row(self, name: str) -> Row:
         """The row of an embedded image by its name.
@@ -99,34 +119,60 @@ class Store:
         """
         return self.rows[self._index(name)]
 
-    def embeddings(self) -> np.ndarray:
-        """`[len(store), dim]` in the store's dtype; mapped from disk where one whole shard is all there is."""
-        if len(self._arrays) == 1 and len(self._arrays[0]) == len(self.rows):
-            return self._arrays[0]
-        result = np.empty((len(self.rows), self.manifest.dim), self.manifest.dtype)
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """The embeddings a shard at a time, for stores larger than memory: rows `[start, stop)` and their `[n, dim]`.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        start = 0
         shards, indices = np.array(self._locations, np.int64).reshape(-1, 2).T
-        for shard, array in enumerate(self._arrays):
-            here = shards == shard
-            result[here] = array[indices[here]]
+        for number, shard in enumerate(self._shards):
+            here = indices[shards == number]
+            if len(here):
+                array = shard.array()
+                yield slice(start, start + len(here)), array if len(here) == len(array) else array[here]
+                start += len(here)
+
+    def embeddings(self) -> np.ndarray:
+        """`[len(store), dim]` in the store's dtype; mapped from disk where one whole shard is all there is.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        if len(self._shards) == 1 and len(self._shards[0].rows) == len(self.rows):
+            return self._shards[0].mapped()
+        result = np.empty((len(self.rows), self.manifest.dim), self.manifest.dtype)
+        for rows, block in self.blocks():
+            result[rows] = block
         return result
 
     def path(self, row: Row) -> Path:
-        """Where the image was when it was embedded."""
-        return self._source / row.name
+        """Where the image was when it was embedded.
+
+        Raises:
+            UserError: its source is no folder of this machine, or its name leads out of it.
+        """
+        source = urlsplit(self.manifest.source)
+        if source.scheme != "file":
+            raise UserError(f"{row.name!r} of {self.folder} lies in {self.manifest.source}, not on this machine")
+        if row.name.startswith("/") or ".." in row.name.split("/"):
+            raise UserError(f"{row.name!r} of {self.folder} leads out of the store's source folder: it is not opened")
+        return Path(os.fsdecode(unquote_to_bytes(source.path))) / row.name
 
     def identities(self) -> np.ndarray:
-        """int64 `[len(store)]`; UNKNOWN (-2) where the name gives none."""
+        """int64 `[len(store)]`; UNKNOWN (-2) where nobody said it."""
         return np.array([UNKNOWN if row.identity is None else row.identity for row in self.rows], np.int64)
 
     def cameras(self) -> np.ndarray:
-        """int64 `[len(store)]`; UNKNOWN (-2) where the name gives none."""
+        """int64 `[len(store)]`; UNKNOWN (-2) where nobody said it."""
         return np.array([UNKNOWN if row.camera is None else row.camera for row in self.rows], np.int64)
 
     def to_pandas(self) -> pd.DataFrame:
         """A frame with one line an image: first those of `embeddings()`, in its order, then the failures.
 
         Columns: path (the image's name, as `store[name]` takes it), status (ok or failed), error, identity and camera
-        (missing where the name gives none), size in bytes, mtime (UTC, in ns).
+        (missing where nobody said them), size in bytes, mtime (UTC, in ns), and of videos frame, time_s and track.
 
         Raises:
             CannotRun: pandas is not installed.
@@ -151,6 +197,9 @@ class Store:
                 "camera": integers(row.camera for row in rows),
                 "size": integers(row.size for row in rows),
                 "mtime": pd.to_datetime(integers(row.mtime_ns for row in rows), unit="ns", utc=True),
+                "frame": integers(row.frame for row in rows),
+                "time_s": pd.Series([row.time_s for row in rows], dtype="Float64"),
+                "track": integers(row.track for row in rows),
             }
         )
 

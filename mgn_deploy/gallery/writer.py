@@ -3,47 +3,56 @@
 from __future__ import annotations
 
 import fcntl
-import io
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import atomic_file, sha256_bytes
 from mgn_deploy.gallery.shards import (
     MANIFEST,
     Row,
+    Shard,
+    ShardEntry,
     StoreManifest,
+    array_bytes,
+    open_shards,
     read_manifest,
-    read_shards,
-    rows_table,
-    shard_name,
-    shard_numbers,
+    rows_bytes,
 )
 
 LOCK = ".lock"
+SHARD_ROWS = 1024  # rows of a whole shard: what a store of a million images is divided into
+_log = logging.getLogger("mgn_deploy")
 
 
 class StoreWriter:
-    """Adds shards to a store: a context manager that holds the store's lock.
+    """Adds rows to a store: a context manager that holds the store's lock.
+
+    Rows fill shards of `SHARD_ROWS` in the order in which they are added, whatever the number of calls: a store depends
+    on its rows alone, not on where a run was stopped.
 
     Attributes:
         known: the latest row of every image in the store, by name.
+        manifest: what the store's manifest holds now.
 
     Raises:
-        UserError: on entering: another process writes to the store, or another bundle, backend or source made it.
+        UserError: on entering: another process writes to the store, another bundle or backend made it, or a shard is
+            damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], manifest: StoreManifest) -> None:
         self.folder = Path(folder)
         self.manifest = manifest
         self.known: dict[str, Row] = {}
-        self._next = 0
+        self._rows: list[Row] = []  # of the last shard while it is not whole
+        self._array = np.empty((0, manifest.dim), manifest.dtype)
 
     def __enter__(self) -> StoreWriter:
         try:
@@ -55,10 +64,7 @@ class StoreWriter:
             raise UserError(f"{self.folder} cannot be written: {error.strerror}") from error
         try:
             self._take_lock()
-            self._check_manifest()
-            self._remove_uncommitted()
-            for _, rows in read_shards(self.folder, self.manifest):
-                self.known.update((row.name, row) for row in rows)
+            self._open()
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -68,6 +74,72 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._descriptor)  # which releases the lock
+
+    @property
+    def room(self) -> int:
+        """How many rows the last shard still takes."""
+        return SHARD_ROWS - len(self._rows)
+
+    def add(self, rows: Sequence[Row], embeddings: np.ndarray) -> None:
+        """Add rows and their embeddings `[len(rows), dim]`, NaN where a row has an error; all or none are committed.
+
+        Raises:
+            UserError: the disk is full; the store stays as it was.
+        """
+        rows = [*self._rows, *rows]
+        array = np.concatenate([self._array, embeddings.astype(self.manifest.dtype, copy=False)])
+        whole = len(self.manifest.shards) - bool(self._rows)
+        new = [
+            self._write(whole + number, rows[start : start + SHARD_ROWS], array[start : start + SHARD_ROWS])
+            for number, start in enumerate(range(0, len(rows), SHARD_ROWS))
+        ]
+        self.replace([*self.manifest.shards[:whole], *new])
+        self.known.update((row.name, row) for row in rows)
+        rest = len(rows) // SHARD_ROWS * SHARD_ROWS
+        self._rows, self._array = rows[rest:], array[rest:]
+
+    def replace(self, shards: Iterable[ShardEntry], **changes: str) -> None:
+        """Commit a manifest with these shards, whose files are on disk, and remove the files that no shard names.
+
+        Args:
+            shards: all shards that the store has from now on.
+            changes: other keys of the manifest.
+        """
+        manifest = self.manifest.model_copy(update={**changes, "shards": tuple(shards)})
+        with atomic_file(self.folder / MANIFEST) as file:
+            file.write(manifest.model_dump_json(indent=1).encode() + b"\n")
+        self.manifest = manifest
+        self._remove_unnamed()
+
+    def relabel(self, labels: Mapping[str, tuple[int | None, int | None]]) -> None:
+        """Give rows another identity and camera, by their names; embeddings stay as they are."""
+        shards = []
+        for shard in open_shards(self.folder, self.manifest):
+            rows = [
+                replace(row, identity=labels[row.name][0], camera=labels[row.name][1]) if row.name in labels else row
+                for row in shard.rows
+            ]
+            shards.append(shard.entry if rows == shard.rows else self._write(len(shards), rows, shard.array()))
+            self.known.update((row.name, row) for row in rows)
+        self.replace(shards)
+        self._go_on()
+
+    def write_shards(self, rows: Sequence[Row], embeddings: np.ndarray) -> list[ShardEntry]:
+        """Write the files of whole new shards, from number 0 on, for `replace`."""
+        starts = range(0, len(rows), SHARD_ROWS)
+        return [
+            self._write(number, rows[start : start + SHARD_ROWS], embeddings[start : start + SHARD_ROWS])
+            for number, start in enumerate(starts)
+        ]
+
+    def _write(self, number: int, rows: Sequence[Row], array: np.ndarray) -> ShardEntry:
+        contents = {"npy": array_bytes(array), "parquet": rows_bytes(rows)}
+        hashes = {kind: sha256_bytes(content) for kind, content in contents.items()}
+        name = f"shard-{number:05d}-{sha256_bytes((hashes['npy'] + hashes['parquet']).encode())[:8]}"
+        for kind, content in contents.items():
+            with atomic_file(self.folder / f"{name}.{kind}") as file:
+                file.write(content)
+        return ShardEntry(name=name, count=len(rows), array_sha256=hashes["npy"], rows_sha256=hashes["parquet"])
 
     def _is_ours(self) -> bool:
         """A store, an empty folder, or what a run leaves that was killed before it had written the manifest."""
@@ -88,49 +160,54 @@ class StoreWriter:
         except OSError as error:
             raise UserError(f"{self.folder} cannot be locked: {error.strerror}") from error
 
-    def _check_manifest(self) -> None:
-        """Write a new store's manifest, or compare that of an earlier run."""
+    def _open(self) -> None:
+        """Write a new store's manifest, or go on with that of an earlier run."""
         if not (self.folder / MANIFEST).exists():
-            with atomic_file(self.folder / MANIFEST) as file:
-                file.write(self.manifest.model_dump_json(indent=2).encode() + b"\n")
-        wanted = self.manifest.model_dump()
-        for key, value in read_manifest(self.folder).model_dump().items():
+            self.replace(())
+            return
+        found = read_manifest(self.folder)
+        self._check_same(found)
+        shards = open_shards(self.folder, found)
+        for shard in shards:
+            self.known.update((row.name, row) for row in shard.rows)
+        self.manifest = found
+        if found.schema_version == 1:
+            _log.warning(f"{self.folder} has no checksums (schema 1): they are added now, of the files as they are")
+            self.manifest = found.model_copy(update={"schema_version": 2})
+            self.replace(map(_hashed, shards))
+        self._remove_unnamed()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Take the last shard's rows to add to, where it is not whole."""
+        if self.manifest.shards and (self.manifest.shards[-1].count or SHARD_ROWS) < SHARD_ROWS:
+            last = Shard(self.folder, self.manifest.shards[-1], self.manifest)
+            self._rows, self._array = last.rows, last.array()
+
+    def _check_same(self, found: StoreManifest) -> None:
+        wanted = self.manifest.model_dump(exclude={"shards", "schema_version"})
+        for key, value in found.model_dump(exclude={"shards", "schema_version"}).items():
             if value != wanted[key]:
                 raise UserError(
                     f"{self.folder} was made with {key} {_short(value)} and this run has {_short(wanted[key])}: "
                     "a store never mixes them; choose a new store"
                 )
 
-    def _remove_uncommitted(self) -> None:
-        """Remove what a run left that was killed before it had written its shard's Parquet file."""
-        numbers = shard_numbers(self.folder)
-        self._next = numbers[-1] + 1 if numbers else 0
-        committed = {shard_name(number, "npy") for number in numbers}
-        for left in [*self.folder.glob(".*.tmp"), *self.folder.glob("shard-*.npy")]:
-            if left.name not in committed:
-                left.unlink()
+    def _remove_unnamed(self) -> None:
+        """Remove what a run left that was killed before its manifest named it, and what a new manifest dropped."""
+        named = {f"{shard.name}.{kind}" for shard in self.manifest.shards for kind in ("npy", "parquet")}
+        for left in [*self.folder.glob(".mgn-*.tmp"), *self.folder.glob("shard-*.*")]:
+            if left.name not in named:
+                left.unlink(missing_ok=True)
 
-    def commit(self, rows: Sequence[Row], embeddings: np.ndarray) -> None:
-        """Add one shard: `rows` and their embeddings `[len(rows), dim]`, NaN where a row has an error.
 
-        Raises:
-            UserError: the disk is full; the store stays as it was.
-        """
-        buffer = io.BytesIO()
-        np.save(buffer, embeddings.astype(self.manifest.dtype, copy=False))
-        array_path = self.folder / shard_name(self._next, "npy")
-        rows_path = self.folder / shard_name(self._next, "parquet")
-        with atomic_file(array_path) as file:
-            file.write(buffer.getbuffer())
-        try:
-            with atomic_file(rows_path) as file:
-                pq.write_table(rows_table(rows), file, compression="zstd")
-        except BaseException:
-            if not rows_path.exists():  # Ctrl-C can come right after the rename
-                array_path.unlink(missing_ok=True)
-            raise
-        self._next += 1
-        self.known.update((row.name, row) for row in rows)
+def _hashed(shard: Shard) -> ShardEntry:
+    return ShardEntry(
+        name=shard.entry.name,
+        count=len(shard.rows),
+        array_sha256=sha256_bytes(shard.array_path.read_bytes()),
+        rows_sha256=sha256_bytes(shard.rows_path.read_bytes()),
+    )
 
 
 def _short(value: object) -> str:

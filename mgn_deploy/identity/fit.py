@@ -58,12 +58,12 @@ def fit_platt(genuine: np.ndarray, impostor: np.ndarray) -> Knots:
         p = 1 / (1 + np.exp(-(slope * x + offset)))
         error, curvature = weights * (p - targets), weights * p * (1 - p)
         gradient = np.array([error @ x, error.sum()])
-        if np.abs(gradient).max() < 1e-10:
-            break
         hessian = np.array([[curvature @ x**2, curvature @ x], [curvature @ x, curvature.sum()]])
         step = np.linalg.solve(hessian + 1e-12 * np.eye(2), gradient)
+        if gradient @ step < 1e-12:  # twice what the loss can still fall
+            break
         factor, before = 1.0, loss(slope, offset)
-        while factor > 1e-10 and loss(slope - factor * step[0], offset - factor * step[1]) > before:
+        while factor > 1e-4 and loss(slope - factor * step[0], offset - factor * step[1]) > before:
             factor /= 2
         slope, offset = slope - factor * step[0], offset - factor * step[1]
     slope = max(slope / scale, 1e-9)  # more alike is never evidence against

@@ -125,7 +125,7 @@ def _above(impostor: np.ndarray, count: int) -> float:
     """The lowest threshold that accepts at most the first `count` of descending similarities."""
     if count >= len(impostor):
         return float(impostor[-1])
-    return float(np.nextafter(np.float32(impostor[count]), np.float32(2)))
+    return float(np.nextafter(np.float32(impostor[count]), np.float32(np.inf)))
 
 
 def _upto(cumulated: np.ndarray, count: int) -> int:

@@ -70,7 +70,11 @@ def read_crop(source: str | os.PathLike[str] | bytes | Image.Image, height: int,
     Raises:
         UnreadableImage: see `load_rgb`.
     """
-    image = load_rgb(source)
+    return resize_crop(load_rgb(source), height, width)
+
+
+def resize_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Resize an RGB image to uint8 `[height, width, 3]` by Pillow's antialiased bicubic filter."""
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8)

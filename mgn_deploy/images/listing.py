@@ -6,7 +6,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,21 +18,29 @@ _log = logging.getLogger("mgn_deploy")
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file to embed.
+    """An image to embed: a file, or a box in one.
 
     Attributes:
-        path: where it is.
-        name: its path below the listed folder.
+        path: where it is; None where `read` gives its bytes.
+        name: its path below the source that was listed.
         size: in bytes.
         mtime_ns: its modification time, in ns since 1970.
         problem: why it cannot even be opened, or None.
+        read: what gives the file's bytes, where it is no file of this machine.
+        box: left, top, width and height of the crop, in pixels; None: the whole image.
+        frame, time_s, track: of a box in a video.
     """
 
-    path: Path
+    path: Path | None
     name: str
     size: int | None = None
     mtime_ns: int | None = None
     problem: str | None = None
+    read: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
+    box: tuple[float, float, float, float] | None = None
+    frame: int | None = None
+    time_s: float | None = None
+    track: int | None = None
 
 
 @dataclass

@@ -25,15 +25,15 @@ from mgn_deploy.retrieval.rank_list import RankList, verdict
 
 THUMBNAIL_SIDE = 192  # pixels; about twice what the page shows, for dense screens and print
 JPEG_QUALITY = 85
-_SPECIAL_IDENTITIES = {0: "distractor", -1: "junk"}  # Market-1501's convention
+_SPECIAL_IDENTITIES = {-1: "junk"}  # Market-1501's; its 0, a distractor, may be a person elsewhere
 
 
 def write_rank_page(out: Path, lists: Sequence[RankList], *, title: str, facts: Mapping[str, str]) -> None:
     """Write `lists` as one self-contained HTML page that replaces `out` only once it is whole.
 
-    A frame is green for the query's identity and red for another one, which distractors (0) and junk (-1) always are.
-    It is grey where either identity is unknown, and for every result of a query that is itself a distractor or junk:
-    those numbers name nobody. Rows are written one by one, so memory does not grow with the number of queries.
+    A frame is green for the query's identity and red for another one, which junk (-1) always is. It is grey where
+    either identity is unknown, and for every result of a query that is itself junk: that number names nobody. Rows are
+    written one by one, so memory does not grow with the number of queries.
 
     Args:
         out: the page; an existing file is replaced.

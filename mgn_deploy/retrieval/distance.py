@@ -1,4 +1,4 @@
-"""Distances between embeddings and exact nearest neighbours: BLAS products in tiles of bounded memory.
+"""Distances between embeddings: products in tiles of bounded memory, on the CPU or a CUDA device.
 
 Embeddings are [n, d] rows of unit length, float32 or float16, in memory or `np.memmap`. A product's last bits
 depend on how BLAS blocks it, so two tile sizes may differ by a few 1e-7 and two identical gallery rows need
@@ -11,18 +11,22 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
-from mgn_deploy.choices import Metric
+from mgn_deploy.choices import Device, Metric
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
 from mgn_deploy.progress import Progress
+from mgn_deploy.retrieval.arrays import Arrays
 
 TILE_BYTES = 256 << 20
+CHUNK_ROWS = 64  # of a tile that a thread turns from products into distances, while they are in its cache
+SAMPLE = (256, 2048)  # queries and gallery rows that `measured_error` compares
 
 
 def distance_matrix(
@@ -32,31 +36,42 @@ def distance_matrix(
     *,
     out: np.ndarray | None = None,
     tile_bytes: int = TILE_BYTES,
+    device: Device | Arrays = "cpu",
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Compute the distances [q, g], float32: cosine is 1 - q.g, euclidean is sqrt(max(0, |q|^2 + |g|^2 - 2 q.g)).
+    """Compute the distances [q, g], float32: cosine is 1 - q.g, euclidean is sqrt(|q|^2 + |g|^2 - 2 q.g).
 
-    Rounding leaves the cosine of two equal rows within about 1e-6 of zero, their euclidean within about 1e-3.
-    Memory beyond the result stays below `tile_bytes`, down to a tile of one row by one row. `out` is a
-    float32 [q, g] array to fill, rows contiguous or not.
+    Cosine distances are clamped to 0 to 2: rounding, above all of embeddings that are kept as float16 and no longer
+    quite of unit length, would leave some just outside. Squared Euclidean ones below 0 count as 0. The cosine of two
+    equal unit rows is within about 1e-6 of zero (1e-3 for float16), their euclidean within about 1e-3.
+
+    Memory beyond the result stays below `tile_bytes`, down to a tile of one row by one row; on a device, of the device.
+    `out` is a float32 [q, g] array to fill, rows contiguous or not.
 
     Raises:
         UserError: embeddings that are empty, not finite or of two lengths; an `out` of other shape or dtype.
+        CannotRun: a device that is not there.
     """
     check_embeddings(query, gallery, metric, tile_bytes)
+    arrays = Arrays.open(device)
     shape = (len(query), len(gallery))
     if out is None:
         out = np.empty(shape, np.float32)
     elif out.shape != shape or out.dtype != np.float32:
         raise UserError(f"out is {out.dtype} {list(out.shape)}, but has to be float32 {list(shape)}")
     for rows, columns in _tiles(query, gallery, tile_bytes):
-        _distances(query[rows], gallery[columns], metric, out[rows, columns])
+        _distances(arrays, query[rows], gallery[columns], metric, out[rows, columns])
         _report(progress, rows, columns, shape)
     return out
 
 
 def distance_rows(
-    query: np.ndarray, gallery: np.ndarray, metric: Metric = "cosine", *, tile_bytes: int = TILE_BYTES
+    query: np.ndarray,
+    gallery: np.ndarray,
+    metric: Metric = "cosine",
+    *,
+    tile_bytes: int = TILE_BYTES,
+    device: Device | Arrays = "cpu",
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Compute the rows of `distance_matrix` a few queries at a time: (rows, float32 [rows, g]).
 
@@ -64,18 +79,44 @@ def distance_rows(
     embeddings fit.
     """
     check_embeddings(query, gallery, metric, tile_bytes)
+    arrays = Arrays.open(device)
     height = max(1, tile_bytes // (8 * len(gallery)))  # half for these, half for embeddings
     buffer = np.empty((min(height, len(query)), len(gallery)), np.float32)
     for rows in _slices(len(query), height):
         part = query[rows]
         distances = buffer[: len(part)]
         for within, columns in _tiles(part, gallery, tile_bytes // 2):
-            _distances(part[within], gallery[columns], metric, distances[within, columns])
+            _distances(arrays, part[within], gallery[columns], metric, distances[within, columns])
         yield rows, distances
 
 
+def measured_error(
+    query: np.ndarray, gallery: np.ndarray, metric: Metric = "cosine", *, device: Device | Arrays = "cpu"
+) -> float:
+    """The largest absolute difference from float64's distances, on a sample of evenly spaced rows.
+
+    What float16 or TF32 cost on these very embeddings; float32's own is about 1e-7.
+    """
+    few = [rows[:: max(1, len(rows) // size)][:size] for rows, size in zip((query, gallery), SAMPLE, strict=True)]
+    found = distance_matrix(few[0], few[1], metric, device=device)
+    left, right = (np.asarray(rows, np.float64) for rows in few)
+    products = left @ right.T
+    exact = np.clip(1 - products, 0, 2)
+    if metric == "euclidean":
+        squares = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1)
+        exact = np.sqrt(np.maximum(squares - 2 * products, 0))
+    return float(np.abs(found - exact).max())
+
+
 def write_distance_matrix(
-    path: Path, query: np.ndarray, gallery: np.ndarray, metric: Metric, *, progress: Progress | None = None
+    path: Path,
+    query: np.ndarray,
+    gallery: np.ndarray,
+    metric: Metric,
+    *,
+    tile_bytes: int = TILE_BYTES,
+    device: Device | Arrays = "cpu",
+    progress: Progress | None = None,
 ) -> None:
     """Write `distance_matrix` to a float32 [q, g] .npy that gets its name once it is whole and on disk.
 
@@ -85,7 +126,8 @@ def write_distance_matrix(
     Raises:
         UserError: as `distance_matrix`; a file that cannot be written; a disk without room for it all.
     """
-    check_embeddings(query, gallery, metric, TILE_BYTES)
+    check_embeddings(query, gallery, metric, tile_bytes)
+    arrays = Arrays.open(device)
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the name of the .npy file to write")
     shape = (len(query), len(gallery))
@@ -102,8 +144,9 @@ def write_distance_matrix(
             # Past the file object's buffer: what it still held would fail a second time as it closes.
             file.flush()
             _reserve(file.fileno(), needed)
-            for rows, columns in _tiles(query, gallery, TILE_BYTES // 2):  # the last tile is still held
-                tile = _distances(query[rows], gallery[columns], metric, None)
+            for rows, columns in _tiles(query, gallery, tile_bytes // 2):  # the last tile is still held
+                tile = np.empty((rows.stop - rows.start, columns.stop - columns.start), np.float32)
+                _distances(arrays, query[rows], gallery[columns], metric, tile)
                 for row, distances in enumerate(tile, rows.start):
                     os.lseek(file.fileno(), start + row * width + 4 * columns.start, os.SEEK_SET)
                     _write(file.fileno(), distances)
@@ -118,47 +161,7 @@ def write_distance_matrix(
             ) from error
 
 
-def top_k(
-    query: np.ndarray,
-    gallery: np.ndarray,
-    k: int,
-    *,
-    excluded: Callable[[slice], np.ndarray] | None = None,
-    tile_bytes: int = TILE_BYTES,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Find the k gallery rows of largest inner product, exactly: indices and similarities.
-
-    Both are [q, k'], int64 and float32, best first, equal similarities by lower gallery index, at rank k too;
-    k' = min(k, g). `excluded(rows)` is a bool [rows, g] mask of gallery rows not to return for
-    these queries (a slice of the query rows). Where a query runs out of candidates, the index is -1 and the
-    similarity -inf. Memory beyond the result stays below `tile_bytes`, down to one query by one gallery row
-    (and one mask row).
-
-    Raises:
-        UserError: embeddings that are empty, not finite or of two lengths; k below 1.
-    """
-    check_embeddings(query, gallery, "cosine", tile_bytes)
-    if k < 1:
-        raise UserError(f"k is {k}, but at least 1 neighbour has to be asked for")
-    k = min(k, len(gallery))
-    indices = np.empty((len(query), k), np.int64)
-    similarities = np.empty((len(query), k), np.float32)
-
-    row_bytes = 4 * query.shape[1]
-    width = min(len(gallery), max(1, tile_bytes // 4 // row_bytes))
-    # Of a query: itself, its similarities to a tile (twice: `_best` partitions a copy) with a mask of them,
-    # and the merge of k old with up to k new candidates (values, indices, order, and what the order picks).
-    query_bytes = row_bytes + 9 * width + 40 * (k + min(k, width)) + (len(gallery) if excluded else 0)
-    height = max(1, tile_bytes * 3 // 4 // query_bytes)
-
-    for rows in _slices(len(query), height):
-        indices[rows], similarities[rows] = _top_k(
-            _float32(query[rows]), gallery, k, excluded(rows) if excluded else None, width
-        )
-    return indices, similarities
-
-
-def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, tile_bytes: int) -> None:
+def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, tile_bytes: int = TILE_BYTES) -> None:
     """Raise a UserError unless both are finite floating [n, d], not empty, of one d, and the metric known."""
     if metric not in get_args(Metric):
         raise UserError(f"the metric {metric!r} is not known: choose one of {', '.join(get_args(Metric))}")
@@ -182,56 +185,34 @@ def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, til
                 raise UserError(f"{name} embedding {row} is not finite (NaN, infinite or huge): embed it again")
 
 
-def _distances(query: np.ndarray, gallery: np.ndarray, metric: Metric, out: np.ndarray | None) -> np.ndarray:
-    query, gallery = _float32(query), _float32(gallery)
-    out = np.matmul(query, gallery.T, out=out)
-    if metric == "cosine":
-        return np.subtract(1, out, out=out)
-    out *= -2
-    out += _squares(query)[:, None]
-    out += _squares(gallery)
-    return np.sqrt(np.maximum(out, 0, out=out), out=out)
+def _distances(arrays: Arrays, query: np.ndarray, gallery: np.ndarray, metric: Metric, out: np.ndarray) -> None:
+    left, right = arrays.put(query), arrays.put(gallery)
+    xp = arrays.xp
+    whole = arrays.product(left, right, out if arrays.is_numpy else None)
+    squares = [xp.sum(side * side, axis=1) for side in (left, right)] if metric == "euclidean" else None
 
+    def finish(rows: slice) -> None:
+        products = whole[rows, :]
+        if squares is None:
+            distances = xp.clip(1 - products, 0, 2)
+        else:
+            distances = xp.sqrt(xp.clip(squares[0][rows, None] + squares[1][None, :] - 2 * products, 0, None))
+        out[rows] = arrays.get(distances)
 
-def _top_k(
-    query: np.ndarray, gallery: np.ndarray, k: int, mask: np.ndarray | None, width: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """`top_k` of one tile of queries, `width` gallery rows at a time."""
-    best = np.empty((len(query), 0), np.float32)
-    indices = np.empty((len(query), 0), np.int64)
-    for columns in _slices(len(gallery), width):
-        products = query @ _float32(gallery[columns]).T
-        if mask is not None:
-            products[mask[:, columns]] = -np.inf
-        kept = _best(products, min(k, products.shape[1]))
-        values = np.concatenate([best, np.take_along_axis(products, kept, axis=1)], axis=1)
-        # Earlier tiles first, each by index: so a stable sort leaves equal values by index.
-        order = np.argsort(-values, axis=1, kind="stable")[:, :k]
-        best = np.take_along_axis(values, order, axis=1)
-        indices = np.take_along_axis(np.concatenate([indices, kept + columns.start], axis=1), order, axis=1)
-    indices[best == -np.inf] = -1
-    return indices, best
-
-
-def _best(values: np.ndarray, k: int) -> np.ndarray:
-    """Columns [n, k], ascending, of each row's k largest values; of equal ones the first."""
-    width = values.shape[1]
-    if k == width:
-        return np.broadcast_to(np.arange(width), values.shape)
-    kth = np.partition(values, width - k, axis=1)[:, width - k, None]
-    kept = values >= kth
-    if np.count_nonzero(kept) > k * len(kept):
-        surplus = np.count_nonzero(kept, axis=1) - k
-        for row in np.flatnonzero(surplus):
-            ties = np.flatnonzero(values[row] == kth[row])
-            kept[row, ties[-surplus[row] :]] = False
-    return np.flatnonzero(kept).reshape(-1, k) % width
+    if arrays.is_numpy:
+        threads = os.cpu_count() or 1
+        height = min(max(1, len(query) // (4 * threads)), CHUNK_ROWS)  # two copies a thread: half the tile at most
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(finish, _slices(len(query), height)))
+    else:
+        finish(slice(0, len(query)))
 
 
 def _tiles(query: np.ndarray, gallery: np.ndarray, tile_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """Square tiles of side s: s queries, s gallery rows, s x s distances in float32: 4(2ds + s^2) bytes."""
+    """Square tiles of side s: s queries, s gallery rows, s x s distances in float32 and half of them once more:
+    4(2ds + 1.5 s^2) bytes."""
     dim = query.shape[1]
-    side = max(1, math.isqrt(dim * dim + tile_bytes // 4) - dim)
+    side = max(1, (math.isqrt(4 * dim * dim + 6 * tile_bytes // 4) - 2 * dim) // 3)
     for rows in _slices(len(query), side):
         for columns in _slices(len(gallery), side):
             yield rows, columns

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mgn_deploy.datasets.dataset import JUNK
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,9 @@ class RankedImage:
         path: the image file; one that is gone or unreadable is shown as a placeholder.
         name: what to call it; any text, also a file name that is not valid UTF-8 (`os.fsdecode`).
         similarity: cosine similarity to the query, None for the query itself or where there is none.
-        identity: the person's number, 0 for a distractor, -1 for junk, None if unknown.
+        identity: the person's number, -1 for junk, None if unknown.
         camera: the camera's number, None if unknown.
+        distance: re-ranked distance to the query, 0 to 1; None where the similarity ranks.
     """
 
     path: Path
@@ -24,22 +27,33 @@ class RankedImage:
     similarity: float | None
     identity: int | None
     camera: int | None
+    distance: float | None = None
 
 
 @dataclass(frozen=True)
 class RankList:
-    """A query and what the gallery answered, the most similar first."""
+    """A query and what the gallery answered, the nearest first.
+
+    `excluded` counts the gallery images that were left out for this query, by reason: own_file, same_camera, junk.
+    """
 
     query: RankedImage
     results: list[RankedImage]
+    excluded: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the query's name, identity and camera, and its results by rank, from 1 on."""
         results = [
-            {"rank": rank, "name": one.name, "similarity": round(one.similarity or 0.0, 6), **_labels(one)}
+            {
+                "rank": rank,
+                "name": one.name,
+                "similarity": round(one.similarity or 0.0, 6),
+                **({} if one.distance is None else {"reranked_distance": round(one.distance, 6)}),
+                **_labels(one),
+            }
             for rank, one in enumerate(self.results, start=1)
         ]
-        return {"query": self.query.name, **_labels(self.query), "results": results}
+        return {"query": self.query.name, **_labels(self.query), "excluded": self.excluded, "results": results}
 
 
 def _labels(image: RankedImage) -> dict[str, int | None]:
@@ -48,6 +62,6 @@ def _labels(image: RankedImage) -> dict[str, int | None]:
 
 def verdict(query: RankedImage, result: RankedImage) -> str:
     """A result's frame: same, other, or unknown where either identity names nobody."""
-    if query.identity is None or query.identity <= 0 or result.identity is None:
+    if query.identity is None or query.identity == JUNK or result.identity is None:
         return "unknown"
     return "same" if query.identity == result.identity else "other"

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
-from mgn_deploy.choices import Metric
-from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK
-from mgn_deploy.datasets.market1501 import parse_name
+from mgn_deploy.choices import Device, Metric, QueryLabels
+from mgn_deploy.datasets.dataset import JUNK
+from mgn_deploy.datasets.labels import Labels, read_labels
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.shards import MANIFEST
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval.distance import top_k, write_distance_matrix
+from mgn_deploy.retrieval.arrays import Arrays
+from mgn_deploy.retrieval.distance import TILE_BYTES, write_distance_matrix
+from mgn_deploy.retrieval.expansion import expand_queries
+from mgn_deploy.retrieval.nearest import top_k
 from mgn_deploy.retrieval.rank_list import RankedImage, RankList
+from mgn_deploy.retrieval.rerank import rerank_top_k
+
+_log = logging.getLogger("mgn_deploy")
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Queries:
         bundle_id: of the bundle that embedded them.
         embeddings: unit rows `[n, dim]`, float32 or float16.
         paths, names: of the n files.
-        identities, cameras: integers `[n]`; UNKNOWN (-2) where a name gives none.
+        identities, cameras: integers `[n]`; UNKNOWN (-2) where no label gives one.
     """
 
     bundle_id: str
@@ -48,12 +56,14 @@ class Queries:
         backend: str = "auto",
         *,
         allow_unproven: bool = False,
+        labels: QueryLabels = "none",
     ) -> Queries:
         """Of an embedding store, or of an image or a folder of images that a bundle embeds.
 
         Args:
             source: a store's folder, an image file or a folder of images.
             bundle, backend, allow_unproven: what embeds images, as in `Embedder.open`; a store needs none.
+            labels: who is on images: market1501, by their names, or none; a store's rows have labels of their own.
 
         Raises:
             UserError: images without a bundle, or what `Store.open`, `Embedder.open` and `of_images` refuse.
@@ -64,7 +74,7 @@ class Queries:
             raise UserError(
                 f"{os.fspath(source)} is no embedding store: give --bundle to search for an image or a folder of images"
             )
-        return cls.of_images(source, Embedder.open(bundle, backend, allow_unproven=allow_unproven))
+        return cls.of_images(source, Embedder.open(bundle, backend, allow_unproven=allow_unproven), labels=labels)
 
     @classmethod
     def of_store(cls, store: Store) -> Queries:
@@ -79,57 +89,104 @@ class Queries:
         )
 
     @classmethod
-    def of_images(cls, source: str | os.PathLike[str], embedder: Embedder, *, batch_size: int = 8) -> Queries:
+    def of_images(
+        cls, source: str | os.PathLike[str], embedder: Embedder, *, batch_size: int = 8, labels: QueryLabels = "none"
+    ) -> Queries:
         """Embed one image, or every image below a folder.
 
         Raises:
-            UserError: an image cannot be read; the folder is missing or holds none.
+            UserError: an image cannot be read; the folder is missing or holds none; labels that are no rule.
         """
+        if labels not in get_args(QueryLabels):
+            raise UserError(
+                f"--labels {labels}: of queries that are images choose {' or '.join(get_args(QueryLabels))}"
+            )
         source = Path(source)
         files = [(file.path, file.name) for file in list_images(source)] if source.is_dir() else [(source, source.name)]
-        labels = [parse_name(path.name) for path, _ in files]
+        names = [name for _, name in files]
+        rule = read_labels(labels, names)
+        rule.unlabelled(names)
         return cls(
             embedder.bundle.id,
             embedder.embed([path for path, _ in files], batch_size=batch_size),
             [path for path, _ in files],
-            [name for _, name in files],
-            np.array([label.identity if label else UNKNOWN for label in labels]),
-            np.array([label.camera if label else UNKNOWN for label in labels]),
+            names,
+            *_label_arrays(rule, names),
         )
 
 
-def search(queries: Queries, gallery: Store, k: int = 10) -> list[RankList]:
+def search(
+    queries: Queries,
+    gallery: Store,
+    k: int = 10,
+    *,
+    exclude_same_camera: bool = False,
+    rerank: bool = False,
+    aqe: int = 0,
+    device: Device | Arrays = "cpu",
+    progress: Progress | None = None,
+) -> list[RankList]:
     """The k nearest gallery images of each query, best first.
 
-    Left out, as in the Market-1501 protocol: junk (identity -1), and images of the query's identity by the query's
-    camera where the names tell both. The query's own file is left out too.
+    Only the query's own file is left out unless more is asked for. What was left out is counted in each list and told.
 
     Args:
         queries: what to look for.
         gallery: where to look.
         k: most results a query.
+        exclude_same_camera: leave out, as the Market-1501 protocol does, images of the query's person by the query's
+            camera, where labels tell both, and junk (identity -1).
+        rerank: by k-reciprocal re-ranking, for which every image of both sides is compared with every other.
+        aqe: expand each query by this many of its nearest images first (alpha query expansion); 0: none.
+        device: where re-ranking compares images.
+        progress: called with what re-ranking has done and has to do.
 
     Raises:
-        UserError: the two were embedded by different bundles, or one of them is empty.
+        UserError: the two were embedded by different bundles, one of them is empty, or k is below 1.
     """
     check_same_bundle(queries.bundle_id, gallery)
     if not len(gallery) or not len(queries.embeddings):
         raise UserError(f"{gallery.folder if not len(gallery) else 'the query side'} holds no embedded image")
     identities, cameras = gallery.identities(), gallery.cameras()
     paths = [gallery.path(row) for row in gallery]
-    excluded = _exclusion(queries, identities, cameras, paths)
-    indices, similarities = top_k(queries.embeddings, gallery.embeddings(), k, excluded=excluded)
+    rows = gallery.embeddings()
+    left_out = _LeftOut(queries, identities, cameras, paths, exclude_same_camera)
+    asked = queries.embeddings
+    if aqe:
+        asked = expand_queries(asked, rows, aqe, excluded=left_out.pairs)
+    if rerank:
+        indices, distances = rerank_top_k(asked, rows, k, excluded=left_out.mask, device=device, progress=progress)
+    else:
+        indices, similarities = top_k(asked, rows, k, excluded=left_out.pairs)
+    left_out.tell()
     lists = []
-    for query, (row_indices, row_similarities) in enumerate(zip(indices, similarities, strict=True)):
+    for query, found in enumerate(indices):
+        found = found[found >= 0]
+        if rerank:
+            mine = np.asarray(asked[query], np.float32)
+            near, far = np.asarray(rows[found], np.float32) @ mine, distances[query]
+        else:
+            near, far = similarities[query], None
         results = [
-            _ranked(paths[index], gallery.rows[index].name, float(similarity), identities[index], cameras[index])
-            for index, similarity in zip(row_indices, row_similarities, strict=True)
-            if index >= 0
+            _ranked(
+                paths[index],
+                gallery.rows[index].name,
+                float(near[rank]),
+                identities[index],
+                cameras[index],
+                None if far is None else float(far[rank]),
+            )
+            for rank, index in enumerate(found)
         ]
-        asked = _ranked(
-            queries.paths[query], queries.names[query], None, queries.identities[query], queries.cameras[query]
+        lists.append(
+            RankList(
+                _ranked(
+                    queries.paths[query], queries.names[query], None, queries.identities[query], queries.cameras[query]
+                ),
+                results,
+                left_out.counts(query),
+            )
         )
-        lists.append(RankList(asked, results))
     return lists
 
 
@@ -139,6 +196,8 @@ def write_store_distances(
     out: str | os.PathLike[str],
     metric: Metric = "cosine",
     *,
+    tile_bytes: int = TILE_BYTES,
+    device: Device | Arrays = "cpu",
     progress: Progress | None = None,
 ) -> tuple[int, int]:
     """Write the distances between two stores' embeddings, in the order of their rows, to a `.npy` file.
@@ -148,6 +207,8 @@ def write_store_distances(
         gallery: the matrix's columns.
         out: the file, float32 `[len(query), len(gallery)]`.
         metric: cosine is 1 - similarity.
+        tile_bytes: of memory beyond the embeddings.
+        device: where they are computed.
         progress: called with the distances done and to do.
 
     Returns:
@@ -157,7 +218,15 @@ def write_store_distances(
         UserError: the two were embedded by different bundles, one of them is empty, or the file cannot be written.
     """
     check_same_bundle(query.manifest.bundle_id, gallery)
-    write_distance_matrix(Path(out), query.embeddings(), gallery.embeddings(), metric, progress=progress)
+    write_distance_matrix(
+        Path(out),
+        query.embeddings(),
+        gallery.embeddings(),
+        metric,
+        tile_bytes=tile_bytes,
+        device=device,
+        progress=progress,
+    )
     return len(query), len(gallery)
 
 
@@ -170,30 +239,87 @@ def check_same_bundle(bundle_id: str, gallery: Store) -> None:
         )
 
 
-def _exclusion(
-    queries: Queries, identities: np.ndarray, cameras: np.ndarray, paths: list[Path]
-) -> Callable[[slice], np.ndarray]:
-    """For some rows of the queries, the gallery images to leave out: bool `[rows, len(gallery)]`."""
-    own_files: dict[str, list[int]] = {}
-    for index, path in enumerate(paths):
-        own_files.setdefault(os.path.abspath(path), []).append(index)
+class _LeftOut:
+    """The gallery images that each query must not get, by reason."""
 
-    def excluded(rows: slice) -> np.ndarray:
-        identity, camera = queries.identities[rows, None], queries.cameras[rows, None]
-        mask = (identity == identities) & (camera == cameras) & (identity != UNKNOWN) & (identity != DISTRACTOR)
-        mask |= identities == JUNK
-        for row, path in enumerate(queries.paths[rows]):
-            mask[row, own_files.get(os.path.abspath(path), [])] = True
+    def __init__(
+        self,
+        queries: Queries,
+        identities: np.ndarray,
+        cameras: np.ndarray,
+        paths: list[Path],
+        exclude_same_camera: bool,
+    ) -> None:
+        self._gallery = len(paths)
+        own_files: dict[str, list[int]] = {}
+        for index, path in enumerate(paths):
+            own_files.setdefault(os.path.abspath(path), []).append(index)
+        self._rows: list[dict[str, list[int]]] = [
+            {"own_file": own_files.get(os.path.abspath(path), [])} for path in queries.paths
+        ]
+        if exclude_same_camera:
+            shots: dict[tuple[int, int], list[int]] = {}
+            for index, shot in enumerate(zip(identities.tolist(), cameras.tolist(), strict=True)):
+                if UNKNOWN not in shot and shot[0] != JUNK:
+                    shots.setdefault(shot, []).append(index)
+            junk = np.flatnonzero(identities == JUNK).tolist()
+            asked = zip(queries.identities.tolist(), queries.cameras.tolist(), strict=True)
+            for rows, shot in zip(self._rows, asked, strict=True):
+                rows["same_camera"] = shots.get(shot, [])
+                rows["junk"] = junk
+
+    def counts(self, query: int) -> dict[str, int]:
+        """How many were left out for one query; an image that two reasons name counts once, for the first."""
+        seen: set[int] = set()
+        counts = {}
+        for reason, rows in self._rows[query].items():
+            counts[reason] = len(set(rows) - seen)
+            seen.update(rows)
+        return counts
+
+    def tell(self) -> None:
+        """Say how many images were left out in all, and why."""
+        total = Counter[str]()
+        for query in range(len(self._rows)):
+            total.update(self.counts(query))
+        words = {"own_file": "the query's own file", "same_camera": "same person and camera", "junk": "junk"}
+        told = [f"{words[reason]}: {count:,}" for reason, count in total.items() if count]
+        if told:
+            _log.info(f"left out of the results ({'; '.join(told)}), over {len(self._rows):,} queries")
+
+    def pairs(self, queries: slice) -> tuple[np.ndarray, np.ndarray]:
+        """(query within the slice, gallery row) of all that is left out."""
+        members = [sorted({row for rows in of.values() for row in rows}) for of in self._rows[queries]]
+        lengths = [len(rows) for rows in members]
+        return np.repeat(np.arange(len(members)), lengths), np.array(
+            [row for rows in members for row in rows], np.int64
+        )
+
+    def mask(self, queries: slice) -> np.ndarray:
+        """The same as bool `[queries, gallery]`."""
+        row, column = self.pairs(queries)
+        mask = np.zeros((len(self._rows[queries]), self._gallery), bool)
+        mask[row, column] = True
         return mask
 
-    return excluded
+
+def _label_arrays(rule: Labels, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Identities and cameras, int64 `[n]` each; UNKNOWN where the rule gives none."""
+    labels = [rule(name) for name in names]
+    return (
+        np.array([label.identity if label else UNKNOWN for label in labels], np.int64),
+        np.array([UNKNOWN if label is None or label.camera is None else label.camera for label in labels], np.int64),
+    )
 
 
-def _ranked(path: Path, name: str, similarity: float | None, identity: int, camera: int) -> RankedImage:
+def _ranked(
+    path: Path, name: str, similarity: float | None, identity: int, camera: int, distance: float | None = None
+) -> RankedImage:
     return RankedImage(
         path,
         name,
         similarity,
         None if identity == UNKNOWN else int(identity),
         None if camera == UNKNOWN else int(camera),
+        distance,
     )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mgn_deploy.datasets import KINDS, open_data, published
 from mgn_deploy.datasets.market1501 import Label, open_market1501, parse_name
@@ -118,13 +119,108 @@ def test_an_image_whose_name_gives_no_identity_is_named(root):
 
 def test_an_empty_subset_is_a_sentence(root):
     (root / "query" / "0009_c1s1_000001_00.jpg").unlink()
-    with pytest.raises(UserError, match=r"query holds no \.jpg or \.png image"):
+    with pytest.raises(UserError, match=r"query. holds no image"):
         open_market1501(root)
 
 
 def test_what_macos_leaves_beside_an_image_is_passed_over(root):
     (root / "query" / "._0009_c1s1_000001_00.jpg").touch()
     assert len(open_market1501(root).query) == 1
+
+
+@pytest.mark.parametrize("name", ["0009_c3.webp", "0009_c3.bmp", "0009_c3.TIF", "0009_c3.jfif", "later/0009_c3.jpg"])
+def test_whatever_embed_reads_is_an_image_of_the_gallery(root, name):
+    place = root / "bounding_box_test" / name
+    place.parent.mkdir(exist_ok=True)
+    place.touch()
+    assert [image.camera for image in open_market1501(root).gallery if image.identity == 9] == [2, 3]
+
+
+def test_an_image_without_an_extension_is_known_by_its_content(root):
+    Image.new("RGB", (8, 8)).save(root / "query" / "0011_c1", "PNG")
+    assert [image.identity for image in open_market1501(root).query] == [9, 11]
+
+
+@pytest.mark.parametrize(
+    ("kind", "junk", "distractors"),
+    [("market1501", {-1}, {0}), ("folder", {-1}, set()), ("dukemtmc", set(), set())],
+)
+def test_numbers_name_nobody_only_where_the_data_set_says_so(root, kind, junk, distractors):
+    data = open_data(f"{kind}:{root}")
+    assert (data.junk, data.distractors) == (junk, distractors)
+    assert data.is_person(0) == (0 not in distractors)
+
+
+def test_junk_is_no_class_to_train(root, said):
+    fill(root, {"bounding_box_train": ["-1_c1s1_000001_00.jpg", "0000_c1s1_000001_00.jpg"]})
+    assert {image.identity for image in open_data(f"folder:{root}", ("train",)).train} == {0, 7}
+    data = open_data(f"market1501:{root}", ("train",))
+    assert {image.identity for image in data.train} == {7}
+    assert "2 training images of junk or distractors were left out" in data.notes
+    assert data.notes[-1] in said
+
+
+# A folder a person
+
+
+def test_the_first_image_of_each_person_is_a_query_and_the_others_are_the_gallery(tmp_path):
+    root = fill(
+        tmp_path / "people", {"zoe": ["b.jpg", "a.png"], "anna/in": ["2.jpg", "1.jpg", "3.webp"], "one": ["x.jpg"]}
+    )
+    data = open_data(f"identities:{root}")
+    assert data.people == {"anna": 1, "one": 2, "zoe": 3}
+    assert [(image.path.name, image.identity) for image in data.query] == [("1.jpg", 1), ("a.png", 3)]
+    assert [(image.path.name, image.identity) for image in data.gallery] == [
+        ("2.jpg", 1),
+        ("3.webp", 1),
+        ("x.jpg", 2),
+        ("b.jpg", 3),
+    ]
+    assert not data.has_cameras
+
+
+@pytest.mark.parametrize("form", ["cam_{}/x.jpg", "cam{}_x.jpg", "Camera-{} x.jpg"])
+def test_with_cameras_each_person_asks_once_by_each_camera(tmp_path, form):
+    root = tmp_path / "people"
+    for person in ("anna", "zoe"):
+        for camera in (1, 2):
+            for image in "ab":
+                name = Path(person, form.format(camera).replace("x", image))
+                fill(root, {str(name.parent): [name.name]})
+    data = open_data(f"identities:{root}")
+    assert data.has_cameras
+    assert [(image.identity, image.camera) for image in data.query] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [(image.identity, image.camera) for image in data.gallery] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def test_cameras_that_some_images_lack_are_not_used_and_loose_images_are_counted(tmp_path):
+    root = fill(tmp_path / "people", {".": ["loose.jpg"], "anna": ["cam_1.jpg", "2.jpg"], "zoe": ["cam_1.jpg"]})
+    data = open_data(f"identities:{root}")
+    assert not data.has_cameras
+    assert data.notes == [
+        "1 images beside the people's folders were left out, 'loose.jpg' the first",
+        "1 of 3 images name no camera (cam_1), so that cameras are not used",
+    ]
+
+
+def test_training_takes_everybody_and_leaves_nobody_to_evaluate(tmp_path):
+    root = fill(tmp_path / "people", {"anna": ["1.jpg", "2.jpg"], "zoe": ["1.jpg"]})
+    data = open_data(f"identities:{root}", ("train", "query", "gallery"))
+    assert (len(data.train), data.query, data.gallery) == (3, [], [])
+    assert data.notes == ["everybody is trained on: there is nobody left to evaluate with"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "sentence"),
+    [
+        ({"anna": ["1.jpg", "2.jpg"]}, "holds the folders of 1 people with images, and needs two"),
+        ({"anna": ["1.jpg"], "zoe": ["1.jpg"]}, "holds no person with two images"),
+        ({"anna": ["notes.txt"]}, "holds no image"),
+    ],
+)
+def test_a_folder_in_which_nobody_can_be_looked_for_is_a_sentence(tmp_path, folders, sentence):
+    with pytest.raises(UserError, match=sentence):
+        open_data(f"identities:{fill(tmp_path / 'people', folders)}")
 
 
 def test_the_published_folder_names_and_png_are_read(tmp_path):

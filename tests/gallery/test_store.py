@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hostile import permissions_apply
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.files import sha256_file
 from mgn_deploy.gallery import writer as writer_module
-from mgn_deploy.gallery.shards import Row, StoreManifest
+from mgn_deploy.gallery.shards import Row, StoreManifest, read_manifest
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.gallery.writer import StoreWriter
 
@@ -47,14 +50,20 @@ def bad(name: str, error: str = "the file is empty") -> Row:
 
 
 def write(folder, *shards: list[Row], manifest: StoreManifest = MANIFEST) -> np.ndarray:
-    """Commit each list of rows as a shard of random embeddings; all embeddings in order."""
+    """Commit each list of rows with random embeddings, in shards of `SHARD`; all embeddings in order."""
     parts = [np.empty((0, 4), np.float32)]
     with StoreWriter(folder, manifest) as writer:
         for number, rows in enumerate(shards):
             parts.append(np.random.default_rng(number).standard_normal((len(rows), 4), np.float32))
             parts[-1][[row.error is not None for row in rows]] = np.nan
-            writer.commit(rows, parts[-1])
+            writer.add(rows, parts[-1])
     return np.concatenate(parts)
+
+
+def shard(folder, kind: str, number: int = 0):
+    """A shard's file: npy or parquet."""
+    [path] = folder.glob(f"shard-{number:05d}-*.{kind}")
+    return path
 
 
 def refusal(action, *arguments, **options) -> str:
@@ -158,8 +167,8 @@ def test_float16_store_holds_float16(tmp_path):
 
 def test_files_are_readable_by_other_tools(tmp_path):
     written = write(tmp_path / "s", [ok("a\udcff.jpg"), bad("b.jpg")])
-    assert np.array_equal(np.load(tmp_path / "s/shard-00000.npy"), written, equal_nan=True)
-    rows = pq.read_table(tmp_path / "s/shard-00000.parquet").to_pylist()
+    assert np.array_equal(np.load(shard(tmp_path / "s", "npy")), written, equal_nan=True)
+    rows = pq.read_table(shard(tmp_path / "s", "parquet")).to_pylist()
     assert [(row["path"], row["path_bytes"], row["status"], row["error"]) for row in rows] == [
         ("a\\xff.jpg", b"a\xff.jpg", "ok", None),
         ("b.jpg", None, "failed", "the file is empty"),
@@ -247,7 +256,9 @@ def test_a_frame_has_a_line_for_each_image_and_each_failure(tmp_path):
     )
     store = Store.open(tmp_path / "s")
     frame = store.to_pandas()
-    assert list(frame.columns) == ["path", "status", "error", "identity", "camera", "size", "mtime"]
+    assert list(frame.columns) == [
+        *("path", "status", "error", "identity", "camera", "size", "mtime", "frame", "time_s", "track"),
+    ]
     assert frame.path.tolist() == ["a.jpg", "c\udcff.jpg", "b.jpg"]
     assert frame.path[: len(store)].tolist() == [row.name for row in store]
     assert frame.status.tolist() == ["ok", "ok", "failed"]
@@ -274,11 +285,12 @@ def test_without_pandas_a_frame_is_a_sentence(tmp_path, monkeypatch):
 
 def test_strays_of_a_killed_run_go_and_count_for_nothing(tmp_path):
     written = write(tmp_path / "s", [ok("a.jpg")])
-    (tmp_path / "s/shard-00001.npy").write_bytes(b"half")
+    before = names_in(tmp_path / "s")
+    (tmp_path / "s/shard-00001-12345678.npy").write_bytes(b"half")
     (tmp_path / "s/.mgn-abc.tmp").write_bytes(b"half")
     assert np.array_equal(Store.open(tmp_path / "s").embeddings(), written)
     enter(tmp_path / "s")
-    assert names_in(tmp_path / "s") == [".lock", "manifest.json", "shard-00000.npy", "shard-00000.parquet"]
+    assert names_in(tmp_path / "s") == before
 
 
 def test_folder_of_a_run_killed_before_its_manifest_is_taken_over(tmp_path):
@@ -290,14 +302,15 @@ def test_folder_of_a_run_killed_before_its_manifest_is_taken_over(tmp_path):
 
 
 def test_interrupt_right_after_the_commit_loses_nothing(tmp_path, monkeypatch):
-    """Ctrl-C between the rename of a shard's Parquet and the end of `commit` must not take its .npy away."""
+    """Ctrl-C between the rename of the manifest and the end of `add` must not take the shard's files away."""
     import mgn_deploy.files as files
 
     def interrupted(path):
         sync(path)
-        if (tmp_path / "s/shard-00000.parquet").exists():
+        if read_manifest(tmp_path / "s").shards:
             raise KeyboardInterrupt
 
+    enter(tmp_path / "s")
     sync = files.sync_folder
     monkeypatch.setattr(files, "sync_folder", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -306,36 +319,192 @@ def test_interrupt_right_after_the_commit_loses_nothing(tmp_path, monkeypatch):
     assert [row.name for row in Store.open(tmp_path / "s").rows] == ["a.jpg"]
 
 
+def test_rows_fill_shards_whatever_the_number_of_calls(tmp_path, small_shards):
+    rows = [ok(f"{number}.jpg") for number in range(10)]
+    embeddings = np.random.default_rng(0).standard_normal((10, 4), np.float32)
+    for name, counts in (("one", [10]), ("many", [1, 2, 4, 2, 1])):
+        at = 0
+        for count in counts:
+            with StoreWriter(tmp_path / name, MANIFEST) as writer:
+                writer.add(rows[at : at + count], embeddings[at : at + count])
+            at += count
+    assert names_in(tmp_path / "one") == names_in(tmp_path / "many")
+    for name in names_in(tmp_path / "one"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+    assert [shard.count for shard in read_manifest(tmp_path / "one").shards] == [4, 4, 2]
+
+
 # Damage
+
+
+@pytest.fixture
+def small_shards(monkeypatch) -> None:
+    monkeypatch.setattr(writer_module, "SHARD_ROWS", 4)
+
+
+def seen_by_verification(folder) -> bool:
+    try:
+        Store.open(folder, verify=True)
+    except UserError as error:
+        return "is damaged" in str(error) and f"`mgn-deploy store repair {folder}`" in str(error)
+    return False
 
 
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
 @pytest.mark.parametrize("share", [0, 0.2, 0.5, 0.99])
-def test_truncated_shard_is_named(tmp_path, kind, share):
-    write(tmp_path / "s", [ok("a.jpg"), ok("b.jpg")], [ok("c.jpg")])
-    path = tmp_path / f"s/shard-00000.{kind}"
+def test_truncated_shard_is_named_at_once(tmp_path, kind, share):
+    write(tmp_path / "s", [ok("a.jpg"), ok("b.jpg"), ok("c.jpg")])
+    path = shard(tmp_path / "s", kind)
     os.truncate(path, int(path.stat().st_size * share))
     for action in (Store.open, enter):
-        sentence = refusal(action, tmp_path / "s")
-        assert "shard-00000.npy or its Parquet is damaged" in sentence
-        assert "delete both and embed again" in sentence
+        assert f"{path} is damaged" in refusal(action, tmp_path / "s")
 
 
-def test_missing_npy_is_named(tmp_path):
-    write(tmp_path / "s", [ok("a.jpg")])
-    (tmp_path / "s/shard-00000.npy").unlink()
-    assert "shard-00000.npy or its Parquet is damaged" in refusal(Store.open, tmp_path / "s")
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_every_flipped_bit_is_seen(tmp_path, kind):
+    write(tmp_path / "s", [ok(f"{number}.jpg") for number in range(20)])
+    path = shard(tmp_path / "s", kind)
+    content = path.read_bytes()
+    for at in range(0, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
+        assert seen_by_verification(tmp_path / "s"), at
+
+
+def test_flipped_bit_of_an_embedding_is_seen_when_its_shard_is_first_read(tmp_path, small_shards):
+    write(tmp_path / "s", [ok(f"{number}.jpg") for number in range(8)])
+    path = shard(tmp_path / "s", "npy")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x11")
+    store = Store.open(tmp_path / "s")
+    assert store["7.jpg"].shape == (4,)  # of the other shard
+    for read in (store.embeddings, lambda: store["0.jpg"], lambda: list(store.blocks())):
+        assert "its SHA-256 is not the manifest's" in refusal(read)
+
+
+def test_swapped_shards_are_seen(tmp_path, small_shards):
+    write(tmp_path / "s", [ok(f"{number}.jpg") for number in range(8)])
+    one, other = (shard(tmp_path / "s", "npy", number) for number in (0, 1))
+    one.rename(tmp_path / "kept")
+    other.rename(one)
+    (tmp_path / "kept").rename(other)
+    assert seen_by_verification(tmp_path / "s")
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_missing_file_is_named_at_once(tmp_path, small_shards, kind):
+    write(tmp_path / "s", [ok(f"{number}.jpg") for number in range(8)])
+    path = shard(tmp_path / "s", kind, 1)
+    path.unlink()
+    assert f"{path} is damaged (it is missing)" in refusal(Store.open, tmp_path / "s")
+
+
+def test_store_of_more_shards_than_open_files_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "SHARD_ROWS", 1)
+    with StoreWriter(tmp_path / "s", MANIFEST) as writer:
+        writer.add([ok(f"{number}.jpg") for number in range(80)], np.ones((80, 4), np.float32))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
+    try:
+        assert Store.open(tmp_path / "s", verify=True).embeddings().shape == (80, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_reader_goes_on_while_a_writer_replaces_the_last_shard(tmp_path, small_shards):
+    written = write(tmp_path / "s", [ok(f"{number}.jpg") for number in range(6)])
+    store = Store.open(tmp_path / "s")
+    write(tmp_path / "s", [ok("6.jpg")])
+    assert np.array_equal(store.embeddings(), written)
+
+
+def test_blocks_are_the_embeddings_a_shard_at_a_time(tmp_path, small_shards):
+    write(tmp_path / "s", [ok(f"{number}.jpg") for number in range(6)], [ok("1.jpg", size=11), bad("0.jpg")])
+    store = Store.open(tmp_path / "s")
+    blocks = list(store.blocks())
+    assert [rows for rows, _ in blocks] == [slice(0, 2), slice(2, 5)]
+    assert np.array_equal(np.concatenate([block for _, block in blocks]), store.embeddings())
+
+
+def test_store_of_schema_1_is_read_and_gets_checksums_when_it_is_written(tmp_path, said):
+    written = write(tmp_path / "s", [ok("a.jpg"), ok("b.jpg")])
+    for kind in ("npy", "parquet"):
+        shard(tmp_path / "s", kind).rename(tmp_path / f"s/shard-00000.{kind}")
+    table = pq.read_table(tmp_path / "s/shard-00000.parquet")
+    table = table.drop_columns(["sha256", "frame", "time_s", "track", "box"])
+    pq.write_table(table, tmp_path / "s/shard-00000.parquet")
+    manifest = json.loads((tmp_path / "s/manifest.json").read_text())
+    del manifest["shards"]
+    (tmp_path / "s/manifest.json").write_text(json.dumps({**manifest, "schema_version": 1}))
+
+    store = Store.open(tmp_path / "s", verify=True)
+    assert np.array_equal(store.embeddings(), written)
+    assert store.rows == [ok("a.jpg"), ok("b.jpg")]
+    more = write(tmp_path / "s", [ok("c.jpg")])
+    assert "has no checksums (schema 1)" in " ".join(said)
+    assert read_manifest(tmp_path / "s").shards[0].array_sha256
+    assert np.array_equal(Store.open(tmp_path / "s").embeddings(), np.concatenate([written, more]))
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "a/../../b.jpg"])
+def test_row_that_leads_out_of_the_source_is_not_opened(tmp_path, name):
+    write(tmp_path / "s", [ok(name)])
+    store = Store.open(tmp_path / "s")
+    assert "leads out of the store's source folder" in refusal(store.path, store.rows[0])
+
+
+def test_row_of_another_machine_is_not_opened(tmp_path):
+    write(tmp_path / "s", [ok("a.jpg")], manifest=MANIFEST.model_copy(update={"source": "s3://bucket/people"}))
+    store = Store.open(tmp_path / "s")
+    assert "lies in s3://bucket/people, not on this machine" in refusal(store.path, store.rows[0])
+
+
+def crafted(folder, **columns) -> None:
+    """Replace the rows of a store of one row, with a hash that is right."""
+    table = pq.read_table(shard(folder, "parquet")).to_pydict() | columns
+    pq.write_table(pa.table(table), shard(folder, "parquet"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["rows_sha256"] = sha256_file(shard(folder, "parquet"))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((3, 4), np.float32), np.zeros((2, 5), np.float32), np.zeros((2, 4), np.float64)]
+    "columns",
+    [
+        {"path": pa.array([None], pa.string())},
+        {"path": pa.array([["a.jpg"]])},
+        {"size": pa.array(["many"])},
+        {"identity": pa.array([2**40])},
+        {"box": pa.array([[1.0, 2.0]])},
+    ],
+)
+def test_crafted_rows_are_a_sentence(tmp_path, columns):
+    write(tmp_path / "s", [ok("a.jpg")])
+    crafted(tmp_path / "s", **columns)
+    assert "is damaged (" in refusal(Store.open, tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["../shard-00000-12345678", "shard-0", "shard-00000-12345678/../x", ""])
+def test_manifest_that_names_other_files_is_refused(tmp_path, name):
+    write(tmp_path / "s", [ok("a.jpg")])
+    manifest = json.loads((tmp_path / "s/manifest.json").read_text())
+    manifest["shards"][0]["name"] = name
+    (tmp_path / "s/manifest.json").write_text(json.dumps(manifest))
+    assert "shards.0.name: String should match pattern" in refusal(Store.open, tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((3, 4), np.float32),
+        np.zeros((2, 5), np.float32),
+        np.zeros((2, 4), np.float64),
+        np.zeros((2, 4), np.float32, order="F"),
+    ],
 )
 def test_npy_that_does_not_fit_its_rows_is_named(tmp_path, array):
     write(tmp_path / "s", [ok("a.jpg"), ok("b.jpg")])
-    np.save(tmp_path / "s/shard-00000.npy", array)
-    assert f"is {array.dtype} {list(array.shape)} and its Parquet has 2 rows of 4 float32" in refusal(
-        Store.open, tmp_path / "s"
-    )
+    np.save(shard(tmp_path / "s", "npy"), array)
+    assert "it is not float32 [2, 4], one row for each of its Parquet's" in refusal(Store.open, tmp_path / "s")
 
 
 def test_pickle_in_an_npy_is_never_loaded(tmp_path):
@@ -344,17 +513,18 @@ def test_pickle_in_an_npy_is_never_loaded(tmp_path):
             return os.mkdir, (str(tmp_path / "owned"),)
 
     write(tmp_path / "s", [ok("a.jpg")])
-    np.save(tmp_path / "s/shard-00000.npy", np.array([Evil()], object), allow_pickle=True)
+    np.save(shard(tmp_path / "s", "npy"), np.array([Evil()], object), allow_pickle=True)
     assert "damaged" in refusal(Store.open, tmp_path / "s")
     assert not (tmp_path / "owned").exists()
 
 
 def test_parquet_of_something_else_is_named(tmp_path):
-    import pyarrow as pa
-
     write(tmp_path / "s", [ok("a.jpg")])
-    pq.write_table(pa.table({"fish": [1]}), tmp_path / "s/shard-00000.parquet")
-    assert "shard-00000.npy or its Parquet is damaged" in refusal(Store.open, tmp_path / "s")
+    crafted(tmp_path / "s")
+    pq.write_table(pa.table({"fish": [1]}), shard(tmp_path / "s", "parquet"))
+    assert "its SHA-256 is not the manifest's" in refusal(Store.open, tmp_path / "s")
+    crafted(tmp_path / "s")
+    assert "is damaged ('Column path does not exist" in refusal(Store.open, tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -381,9 +551,9 @@ def test_broken_manifest_is_named(tmp_path, content):
 def test_later_schema_asks_for_an_upgrade(tmp_path):
     write(tmp_path / "s", [ok("a.jpg")])
     content = json.loads((tmp_path / "s/manifest.json").read_text())
-    (tmp_path / "s/manifest.json").write_text(json.dumps({**content, "schema_version": 2, "new_field": True}))
+    (tmp_path / "s/manifest.json").write_text(json.dumps({**content, "schema_version": 3, "new_field": True}))
     for action in (Store.open, enter):
-        assert "store schema 2 and this mgn-deploy reads 1: upgrade mgn-deploy" in refusal(action, tmp_path / "s")
+        assert "store schema 3 and this mgn-deploy reads 2: upgrade mgn-deploy" in refusal(action, tmp_path / "s")
 
 
 # Things in a store's place
@@ -441,15 +611,16 @@ def test_place_that_may_not_be_written(tmp_path, mode):
     assert names_in(tmp_path / "place") == []
 
 
-@pytest.mark.parametrize("closed", ["manifest.json", "shard-00000.parquet", "shard-00000.npy", "."])
+@pytest.mark.parametrize("closed", ["manifest.json", "shard-*.parquet", "shard-*.npy", "."])
 def test_store_that_may_not_be_read_is_not_called_damaged(tmp_path, closed):
     write(tmp_path / "s", [ok("a.jpg")])
-    (tmp_path / "s" / closed).chmod(0)
+    path = next((tmp_path / "s").glob(closed)) if closed != "." else tmp_path / "s"
+    path.chmod(0)
     try:
         with permissions_apply():
             sentence = refusal(Store.open, tmp_path / "s")
     finally:
-        (tmp_path / "s" / closed).chmod(0o700)
+        path.chmod(0o700)
     assert "cannot be read: Permission denied" in sentence
     assert "delete" not in sentence
 

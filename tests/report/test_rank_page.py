@@ -88,9 +88,9 @@ def written(out, *lists, title="Ranks", facts=None):
         (7, None, "unknown"),
         (None, 7, "unknown"),
         (None, None, "unknown"),
-        (0, 0, "unknown"),
+        (0, 0, "same"),
         (-1, -1, "unknown"),
-        (0, 7, "unknown"),
+        (0, 7, "other"),
     ],
 )
 def test_a_frame_says_whether_the_identity_is_the_querys(tmp_path, crop, query, result, frame):
@@ -113,7 +113,7 @@ def test_results_stand_in_rank_order_with_rank_similarity_identity_and_camera(tm
     results = [crop(3, 4, 0.91254), crop(0, 5, 0.5), crop(-1, 6, -0.25), crop(None, None, None)]
     page = written(tmp_path / "page.html", RankList(crop(3, 2), results))
     spoken = [" ".join(e[2].split()) for e in page.elements if e[0] in ("b", "span") and e[2].strip()]
-    expected = "Query,id 3,cam 2,1,0.913,id 3,cam 4,2,0.500,distractor,cam 5,3,-0.250,junk,cam 6,4"
+    expected = "Query,id 3,cam 2,1,0.913,id 3,cam 4,2,0.500,id 0,cam 5,3,-0.250,junk,cam 6,4"
     assert spoken[spoken.index("Query") :] == expected.split(",")
 
 
@@ -131,7 +131,7 @@ def test_the_heading_counts_rank_1_only_where_identities_are_known(tmp_path, cro
         RankList(crop(3), [crop(4), crop(3, 2)]),
         RankList(crop(4), [crop(None), crop(4, 2)]),
         RankList(crop(None), [crop(1)]),
-        RankList(crop(0), [crop(1)]),
+        RankList(crop(-1), [crop(1)]),
         RankList(crop(5), []),
         facts={"Backend": "openvino", "Gallery rows": "19,732"},
     )

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mgn_deploy.errors import UserError
-from mgn_deploy.retrieval.distance import distance_matrix, distance_rows, top_k, write_distance_matrix
+from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.retrieval.arrays import Arrays
+from mgn_deploy.retrieval.distance import distance_matrix, distance_rows, measured_error, write_distance_matrix
 
 # BLAS may round a product of unit rows otherwise in other blocks: tiles agree to this, not bit by bit.
 ROUNDING = 1e-6
@@ -58,6 +57,46 @@ def test_tiles_give_what_one_tile_gives(metric, tile_bytes):
     whole = distance_matrix(query, gallery, metric)
     tiled = distance_matrix(query, gallery, metric, tile_bytes=tile_bytes)
     np.testing.assert_allclose(tiled, whole, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("tile_bytes", [700, 1 << 20])
+def test_pytorch_gives_what_numpy_gives(metric, tile_bytes):
+    query, gallery = unit_rows(23, 16, 1), unit_rows(41, 16, 2)
+    by_torch = distance_matrix(query, gallery, metric, tile_bytes=tile_bytes, device=Arrays.of("torch", "cpu"))
+    np.testing.assert_allclose(by_torch, distance_matrix(query, gallery, metric), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_cosine_never_leaves_0_to_2_though_float16_rows_are_no_unit_rows(library):
+    rows = unit_rows(300, 37, 0).astype(np.float16)
+    assert (1 - (rows.astype(np.float32) ** 2).sum(axis=1)).min() < 0
+    distances = distance_matrix(rows, np.concatenate([rows, -rows]), device=Arrays.of(library, "cpu"))
+    assert distances.min() == 0
+    assert distances.max() == 2
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_the_measured_error_is_that_of_the_precision(library, metric):
+    query, gallery = unit_rows(300, 64, 0), unit_rows(2500, 64, 1)
+    error = {
+        compute: measured_error(query, gallery, metric, device=Arrays.of(library, "cpu", compute))
+        for compute in ("float32", "float16")
+    }
+    assert error["float32"] < 2e-6
+    assert 1e-5 < error["float16"] < 2e-3
+
+
+def test_a_device_or_precision_that_is_not_there_is_a_sentence(monkeypatch):
+    monkeypatch.setattr("mgn_deploy.retrieval.arrays._cuda", lambda: None)
+    rows = unit_rows(3, 4, 0)
+    with pytest.raises(CannotRun, match="neither PyTorch nor CuPy finds a CUDA device here; use --device cpu"):
+        distance_matrix(rows, rows, device="cuda")
+    with pytest.raises(CannotRun, match="tf32 is computed by PyTorch on CUDA devices, and this is numpy on cpu"):
+        Arrays.open("auto", "tf32")
+    with pytest.raises(UserError, match="products in 'int4' are not known: choose one of float32, tf32, float16"):
+        Arrays.open("cpu", "int4")
 
 
 def test_tiles_of_exact_products_give_the_same_bits():
@@ -120,9 +159,8 @@ def test_rows_a_few_at_a_time_make_up_the_matrix():
     ],
 )
 def test_embeddings_that_cannot_be_compared_are_refused_in_a_sentence(query, gallery, sentence):
-    for compare in (distance_matrix, lambda q, g: top_k(q, g, 1)):
-        with pytest.raises(UserError, match=sentence):
-            compare(query, gallery)
+    with pytest.raises(UserError, match=sentence):
+        distance_matrix(query, gallery)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -142,12 +180,16 @@ def test_an_unknown_metric_and_a_wrong_out_are_refused():
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_the_written_file_loads_as_the_matrix(tmp_path, metric, monkeypatch):
-    monkeypatch.setattr("mgn_deploy.retrieval.distance.TILE_BYTES", 2000)
+def test_the_written_file_loads_as_the_matrix(tmp_path, metric):
     query, gallery = unit_rows(23, 16, 1), unit_rows(41, 16, 2)
     seen: list[int] = []
     write_distance_matrix(
-        tmp_path / "d.npy", query, gallery, metric, progress=lambda step, done, total: seen.append(done)
+        tmp_path / "d.npy",
+        query,
+        gallery,
+        metric,
+        tile_bytes=2000,
+        progress=lambda step, done, total: seen.append(done),
     )
     loaded = np.load(tmp_path / "d.npy")
     assert loaded.dtype == np.float32
@@ -156,8 +198,7 @@ def test_the_written_file_loads_as_the_matrix(tmp_path, metric, monkeypatch):
     assert os.listdir(tmp_path) == ["d.npy"]
 
 
-def test_a_broken_run_leaves_the_earlier_file_and_no_partial_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("mgn_deploy.retrieval.distance.TILE_BYTES", 2000)
+def test_a_broken_run_leaves_the_earlier_file_and_no_partial_one(tmp_path):
     (tmp_path / "d.npy").write_bytes(b"earlier")
 
     def interrupt(step: str, done: int, total: int) -> None:
@@ -166,7 +207,7 @@ def test_a_broken_run_leaves_the_earlier_file_and_no_partial_one(tmp_path, monke
 
     rows = unit_rows(40, 16, 0)
     with pytest.raises(KeyboardInterrupt):
-        write_distance_matrix(tmp_path / "d.npy", rows, rows, "cosine", progress=interrupt)
+        write_distance_matrix(tmp_path / "d.npy", rows, rows, "cosine", tile_bytes=2000, progress=interrupt)
     assert os.listdir(tmp_path) == ["d.npy"]
     assert (tmp_path / "d.npy").read_bytes() == b"earlier"
 
@@ -182,7 +223,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, pla
 
 
 def test_a_disk_that_is_too_small_is_told_with_both_sizes_before_the_work(small_disk, monkeypatch):
-    monkeypatch.setattr("mgn_deploy.retrieval.distance.TILE_BYTES", 20_000)
     monkeypatch.delattr(os, "posix_fallocate")
     rows = unit_rows(600, 4, 0)
     sizes = rf"{128 + 4 * 600 * 600} bytes are needed and \d+ are free"
@@ -195,21 +235,19 @@ def test_a_disk_that_is_too_small_is_told_with_both_sizes_before_the_work(small_
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this platform cannot reserve space")
 def test_the_whole_file_is_reserved_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("mgn_deploy.retrieval.distance.TILE_BYTES", 20_000)
     reserved: list[int] = []
 
     def look(step: str, done: int, total: int) -> None:
         reserved.extend(file.stat().st_size for file in tmp_path.iterdir())
 
     rows = unit_rows(450, 4, 0)
-    write_distance_matrix(tmp_path / "d.npy", rows, rows, "cosine", progress=look)
+    write_distance_matrix(tmp_path / "d.npy", rows, rows, "cosine", tile_bytes=20_000, progress=look)
     assert len(reserved) > 3
     assert set(reserved) == {128 + 4 * 450 * 450}
 
 
 def test_a_disk_that_fills_up_while_writing_is_told_and_leaves_nothing(small_disk, monkeypatch):
     # As on a file system that cannot reserve: somebody else takes the space after the check.
-    monkeypatch.setattr("mgn_deploy.retrieval.distance.TILE_BYTES", 20_000)
     monkeypatch.delattr(os, "posix_fallocate")
 
     def fill_disk(step: str, done: int, total: int) -> None:
@@ -219,7 +257,7 @@ def test_a_disk_that_fills_up_while_writing_is_told_and_leaves_nothing(small_dis
 
     rows = unit_rows(450, 4, 0)
     with pytest.raises(UserError, match=r"No space left on device\): 810128 bytes are needed and \d+ are free"):
-        write_distance_matrix(small_disk / "d.npy", rows, rows, "cosine", progress=fill_disk)
+        write_distance_matrix(small_disk / "d.npy", rows, rows, "cosine", tile_bytes=20_000, progress=fill_disk)
     assert os.listdir(small_disk) == ["other"]
 
 
@@ -254,60 +292,6 @@ except UserError as error:
     )
     assert "640128 bytes are needed" in done.stdout, done.stderr
     assert os.listdir(tmp_path) == []
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    queries=st.integers(1, 7),
-    images=st.integers(1, 40),
-    dim=st.integers(1, 4),
-    k=st.integers(1, 45),
-    tile_bytes=st.sampled_from([1, 200, 1000, 4000, 1 << 20]),
-    share_excluded=st.sampled_from([None, 0.0, 0.3, 0.9, 1.0]),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_top_k_is_the_head_of_a_stable_argsort(queries, images, dim, k, tile_bytes, share_excluded, seed):
-    query, gallery = small_integers(queries, dim, seed), small_integers(images, dim, seed + 1)
-    excluded = np.random.default_rng(seed).random((queries, images)) < (share_excluded or 0)
-    similarities = np.where(excluded, -np.inf, query @ gallery.T)
-    order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-    expected = np.take_along_axis(similarities, order, axis=1)
-
-    indices, found = top_k(
-        query,
-        gallery,
-        k,
-        excluded=None if share_excluded is None else lambda rows: excluded[rows],
-        tile_bytes=tile_bytes,
-    )
-    assert (indices.dtype, found.dtype) == (np.int64, np.float32)
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(indices, np.where(expected == -np.inf, -1, order))
-
-
-def test_of_equal_neighbours_at_the_last_place_the_lower_index_is_kept():
-    gallery = np.array([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1]], np.float32)
-    indices, _ = top_k(np.array([[1, 0]], np.float32), gallery, 3)
-    assert indices.tolist() == [[1, 3, 0]]
-
-
-def test_a_query_that_runs_out_of_candidates_gets_minus_one_and_minus_infinity():
-    rows = np.eye(3, dtype=np.float32)
-    indices, similarities = top_k(rows, rows, 2, excluded=lambda rows: np.array([[0, 1, 1]] * 3, bool)[rows])
-    assert indices.tolist() == [[0, -1]] * 3
-    assert similarities.tolist() == [[1, -np.inf], [0, -np.inf], [0, -np.inf]]
-
-
-def test_top_k_memory_stays_below_tile_bytes():
-    query, gallery = unit_rows(300, 16, 7).astype(np.float16), unit_rows(20_000, 16, 8).astype(np.float16)
-    result = 300 * 10 * 12
-    assert peak_bytes(lambda: top_k(query, gallery, 10, tile_bytes=500_000)) < 500_000 + result
-
-
-def test_no_neighbours_asked_for_is_refused():
-    rows = unit_rows(3, 4, 0)
-    with pytest.raises(UserError, match="k is 0"):
-        top_k(rows, rows, 0)
 
 
 def peak_bytes(work) -> int:

@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.retrieval.distance import distance_matrix
-from mgn_deploy.retrieval.ranking import RankingMetrics, evaluate, evaluate_embeddings
+from mgn_deploy.retrieval.ranking import RankingMetrics, evaluate, evaluate_embeddings, score_rows
+from mgn_deploy.retrieval.truth import Truth
+
+# As in Market-1501.
+NOBODY = {"junk": {-1}, "distractors": {0}}
 
 
 def one_query(distances, identities, cameras, identity=7, camera=1, dtype=np.float32) -> RankingMetrics:
-    return evaluate(np.array([distances], dtype), [identity], [camera], identities, cameras, ranks=(1, 2, 3))
+    return evaluate(np.array([distances], dtype), [identity], [camera], identities, cameras, ranks=(1, 2, 3), **NOBODY)
 
 
 def test_right_answers_at_ranks_2_and_4():
@@ -65,10 +69,39 @@ def test_minus_zero_ties_with_zero():
     assert one_query([0.0, -0.0], [5, 7], [2, 2]).mAP == 0.5
 
 
+@pytest.mark.parametrize("identity", [0, -1])
+def test_every_number_is_a_persons_unless_the_data_set_says_otherwise(identity):
+    metrics = evaluate(np.array([[0.2, 0.1]], np.float32), [identity], [1], [identity, 5], [2, 2])
+    assert (metrics.mAP, metrics.queries_without_match) == (0.5, 0)
+
+
+def test_without_cameras_every_other_image_of_the_person_is_a_right_answer():
+    distances = np.array([[0.1, 0.2, 0.3]], np.float32)
+    metrics = evaluate(distances, [7], None, [7, 5, 7], None)
+    assert metrics.mAP == pytest.approx((1 + 2 / 3) / 2, abs=1e-12)
+
+
+def test_an_unknown_camera_is_not_another_unknown_one():
+    distances = np.array([[0.1, 0.2]], np.float32)
+    assert evaluate(distances, [7], [-2], [7, 7], [-2, -2]).scores.right_answers.tolist() == [2]
+
+
+def test_a_query_that_is_in_the_gallery_itself_is_removed():
+    truth = Truth([7, 7], None, [7, 5, 7], None, itself=[0, -1])
+    distances = np.array([[0.0, 0.2, 0.3], [0.1, 0.2, 0.3]], np.float32)
+    assert score_rows([(slice(0, 2), distances)], truth).average_precision == pytest.approx([1 / 2, (1 + 2 / 3) / 2])
+
+
+def test_queries_without_a_right_answer_are_known_before_any_distance():
+    truth = Truth([7, 8, 0, 9], [1, 1, 1, 1], [7, 8, 0, 5], [1, 2, 2, 2], distractors={0})
+    assert truth.unmatched().tolist() == [0, 2, 3]
+    assert np.flatnonzero(truth.nobody).tolist() == [2]
+
+
 @pytest.mark.parametrize("identity", [9, 0, -1], ids=["absent", "distractor", "junk"])
 def test_a_query_without_a_right_answer_is_counted_and_not_averaged(identity):
     distances = np.array([[0.2, 0.1, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]], np.float32)
-    metrics = evaluate(distances, [identity, 7], [1, 1], [7, 5, 0, -1], [2, 2, 2, 2])
+    metrics = evaluate(distances, [identity, 7], [1, 1], [7, 5, 0, -1], [2, 2, 2, 2], **NOBODY)
     assert (metrics.mAP, metrics.queries, metrics.queries_without_match) == (1, 2, 1)
 
 
@@ -143,9 +176,9 @@ def test_any_matrix_scores_as_a_plain_loop_scores_it(queries, images, identities
     expected = by_plain_loop(distances.tolist(), *(values.tolist() for values in labels), (1, 5, 10))
     if expected is None:
         with pytest.raises(UserError, match="no query has a right answer"):
-            evaluate(distances, *labels)
+            evaluate(distances, *labels, **NOBODY)
     else:
-        assert_close(evaluate(distances, *labels), expected)
+        assert_close(evaluate(distances, *labels, **NOBODY), expected)
 
 
 def embeddings_and_labels(queries: int, images: int):
@@ -181,7 +214,7 @@ def test_nan_distances_are_refused_and_their_query_named(column):
     distances = np.full((50, 3), 0.5, np.float32)
     distances[41, column] = np.nan
     with pytest.raises(UserError, match="query 41 hold NaN"):
-        evaluate(distances, [7] * 50, [1] * 50, [-1, 7, 5], [2, 2, 2])
+        evaluate(distances, [7] * 50, [1] * 50, [-1, 7, 5], [2, 2, 2], **NOBODY)
 
 
 @pytest.mark.parametrize("wrong", range(4))

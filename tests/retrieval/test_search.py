@@ -18,14 +18,16 @@ from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
-from mgn_deploy.retrieval.rank_list import RankList
+from mgn_deploy.retrieval.rank_list import RankList, verdict
+from mgn_deploy.retrieval.rerank import rerank
 from mgn_deploy.retrieval.search import Queries, search
 
 
 @pytest.fixture(scope="module")
 def crop_store(crops, embedder, tmp_path_factory) -> Store:
+    """The crops with the labels that their names give."""
     folder = tmp_path_factory.mktemp("store") / "crops"
-    embed_folder(crops, folder, embedder)
+    embed_folder(crops, folder, embedder, labels="market1501")
     return Store.open(folder)
 
 
@@ -45,7 +47,7 @@ def write_store(
         source=(folder.parent / "images").as_uri(),
     )
     with StoreWriter(folder, manifest) as writer:
-        writer.commit([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
+        writer.add([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
     return Store.open(folder)
 
 
@@ -107,10 +109,85 @@ def test_k_limits_the_results(tmp_path):
         (None, None, True),  # a name that tells nothing
     ],
 )
-def test_what_is_left_out_is_what_the_protocol_leaves_out(tmp_path, identity, camera, kept):
+def test_what_the_protocol_leaves_out_is_left_out_where_it_is_asked_for(tmp_path, identity, camera, kept):
     store = write_store(tmp_path / "s", [("it", identity, camera), ("other", 9, 9)], np.stack([EAST, NORTH]))
-    (ranked,) = search(queries_for([1, 0], Path("/q.jpg"), identity=7, camera=2), store)
+    query = queries_for([1, 0], Path("/q.jpg"), identity=7, camera=2)
+    (ranked,) = search(query, store, exclude_same_camera=True)
     assert names(ranked) == (["it", "other"] if kept else ["other"])
+    assert sum(ranked.excluded.values()) == (not kept)
+    (ranked,) = search(query, store)
+    assert names(ranked) == ["it", "other"]
+    assert ranked.excluded == {"own_file": 0}
+
+
+def test_a_person_numbered_0_is_a_person(tmp_path):
+    store = write_store(tmp_path / "s", [("it", 0, 2), ("other", 9, 9)], np.stack([EAST, NORTH]))
+    query = queries_for([1, 0], Path("/q.jpg"), identity=0, camera=2)
+    (ranked,) = search(query, store, exclude_same_camera=True)
+    assert (names(ranked), ranked.excluded["same_camera"]) == (["other"], 1)
+    (ranked,) = search(query, store)
+    assert verdict(ranked.query, ranked.results[0]) == "same"
+
+
+def test_a_date_in_a_name_hides_nobody(crops, embedder, tmp_path):
+    """`20240315_c1_000001.jpg` is no camera 1 of a person 20240315 unless the user says that names are labels."""
+    (tmp_path / "photos").mkdir()
+    for minute in range(3):
+        draw_crop(4, 1, minute).save(tmp_path / "photos" / f"20240315_c1_{minute:06d}.jpg")
+    embed_folder(tmp_path / "photos", tmp_path / "store", embedder)
+    query = tmp_path / "20240315_c1_999999.jpg"
+    draw_crop(4, 1, 9).save(query)
+    (ranked,) = search(Queries.of_images(query, embedder), Store.open(tmp_path / "store"))
+    assert len(ranked.results) == 3
+    assert (ranked.query.identity, ranked.query.camera) == (None, None)
+
+
+def test_an_image_that_two_reasons_name_counts_once(tmp_path):
+    store = write_store(
+        tmp_path / "s",
+        [("q.jpg", 7, 2), ("b.jpg", 7, 2), ("junk", -1, 2), ("other", 9, 9)],
+        np.stack([EAST, EAST, EAST, NORTH]),
+    )
+    query = queries_for([1, 0], tmp_path / "images" / "q.jpg", identity=7, camera=2)
+    (ranked,) = search(query, store, exclude_same_camera=True)
+    assert ranked.excluded == {"own_file": 1, "same_camera": 1, "junk": 1}
+    assert ranked.to_dict()["excluded"] == ranked.excluded
+    assert names(ranked) == ["other"]
+
+
+def test_what_was_left_out_is_told(tmp_path, said):
+    store = write_store(tmp_path / "s", [("q.jpg", 7, 2), ("b.jpg", 7, 2)], np.stack([EAST, EAST]))
+    query = queries_for([1, 0], tmp_path / "images" / "q.jpg", identity=7, camera=2)
+    search(query, store, exclude_same_camera=True)
+    assert "left out of the results (the query's own file: 1; same person and camera: 1), over 1 queries" in said
+
+
+def test_re_ranking_orders_by_its_own_distance_and_still_tells_the_similarity(crop_store):
+    queries = Queries.of_store(crop_store)
+    lists = search(queries, crop_store, 5, rerank=True)
+    rows = crop_store.embeddings()
+    distances = rerank(rows, rows)
+    np.fill_diagonal(distances, np.inf)
+    for query, ranked in enumerate(lists):
+        best = np.argsort(distances[query], kind="stable")[:5]
+        assert names(ranked) == [crop_store.rows[index].name for index in best]
+        assert [one.distance for one in ranked.results] == pytest.approx(distances[query, best].tolist(), abs=1e-6)
+        similarities = (rows[best] @ rows[query]).tolist()
+        assert [one.similarity for one in ranked.results] == pytest.approx(similarities, abs=1e-6)
+
+
+def test_an_expanded_query_is_not_expanded_by_its_own_file(crop_store):
+    queries = Queries.of_store(crop_store)
+    rows = crop_store.embeddings()
+    products = rows @ rows.T
+    np.fill_diagonal(products, -np.inf)
+    first = np.argsort(-products[0])[:3]
+    mean = rows[0] + (np.maximum(products[0, first], 0)[:, None] ** 3 * rows[first]).sum(axis=0)
+    mean /= np.linalg.norm(mean)
+    found = search(queries, crop_store, 4, aqe=3)[0]
+    expected = np.where(np.arange(40) == 0, -np.inf, rows @ mean)
+    best = np.argsort(-expected, kind="stable")[:4]
+    assert names(found) == [crop_store.rows[index].name for index in best]
 
 
 def test_names_that_tell_nothing_leave_nobody_out(tmp_path):
@@ -126,7 +203,7 @@ def test_the_querys_own_file_is_left_out_and_a_file_of_the_same_name_elsewhere_i
 
 def test_a_query_whose_whole_gallery_is_left_out_has_an_empty_list(tmp_path):
     store = write_store(tmp_path / "s", [("junk", -1, 1)], np.stack([EAST]))
-    assert search(queries_for([1, 0], Path("/q.jpg")), store)[0].results == []
+    assert search(queries_for([1, 0], Path("/q.jpg")), store, exclude_same_camera=True)[0].results == []
 
 
 def test_the_queries_of_another_bundle_are_refused(tmp_path):
@@ -136,7 +213,7 @@ def test_the_queries_of_another_bundle_are_refused(tmp_path):
 
 
 def test_a_store_against_itself_finds_by_identity_and_never_itself(crop_store):
-    lists = search(Queries.of_store(crop_store), crop_store, 5)
+    lists = search(Queries.of_store(crop_store), crop_store, 5, exclude_same_camera=True)
     assert len(lists) == 40
     for ranked in lists:
         assert len(ranked.results) == 5
@@ -149,7 +226,9 @@ def test_a_store_against_itself_finds_by_identity_and_never_itself(crop_store):
 
 def test_an_image_query_is_the_same_image_as_a_store_query(crop_store, crops, embedder):
     row = 7
-    (ranked,) = search(Queries.of_images(crop_store.path(crop_store.rows[row]), embedder), crop_store)
+    (ranked,) = search(
+        Queries.of_images(crop_store.path(crop_store.rows[row]), embedder, labels="market1501"), crop_store
+    )
     expected = search(Queries.of_store(crop_store), crop_store)[row]
     assert names(ranked) == names(expected)
     assert [one.similarity for one in ranked.results] == pytest.approx(
@@ -159,7 +238,7 @@ def test_an_image_query_is_the_same_image_as_a_store_query(crop_store, crops, em
 
 
 def test_a_folder_of_images_is_all_below_it(crop_store, crops, embedder):
-    queries = Queries.of_images(crops / "camera 2", embedder)
+    queries = Queries.of_images(crops / "camera 2", embedder, labels="market1501")
     assert len(queries.names) == 20
     assert set(queries.cameras) == {2}
     np.testing.assert_allclose(queries.embeddings, crop_store.embeddings()[crop_store.cameras() == 2], atol=1e-5)
@@ -197,6 +276,7 @@ def test_the_command_embeds_an_image_with_the_bundle_and_writes_the_page(
     draw_crop(4, 3, 5).save(query)
     (printed,) = found(query, "--bundle", bundle_folder, "--backend", "onnxruntime", "--html", tmp_path / "page.html")
     assert (printed["query"], printed["identity"], len(printed["results"])) == (query.name, None, 10)
+    assert printed["excluded"] == {"own_file": 0}
     assert "who is it?.jpg" in (tmp_path / "page.html").read_text()
 
 
@@ -217,7 +297,7 @@ def test_a_store_of_failed_images_only_is_refused(crop_store, embedder, tmp_path
     empty = tmp_path / "s"
     manifest = crop_store.manifest
     with StoreWriter(empty, manifest) as writer:
-        writer.commit([Row("a.jpg", 1, 1, "broken", None, None)], np.full((1, manifest.dim), np.nan, np.float32))
+        writer.add([Row("a.jpg", 1, 1, "broken", None, None)], np.full((1, manifest.dim), np.nan, np.float32))
     with pytest.raises(UserError, match="holds no embedded image"):
         search(Queries.of_store(crop_store), Store.open(empty))
 

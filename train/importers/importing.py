@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mgn_deploy.choices import GlobalStride, Pooling, SourceName, StemPool
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import UserError, first_names
 from mgn_deploy.files import sha256_file
 from mgn_deploy.train.importers.detect import detect
 from mgn_deploy.train.importers.reading import read_checkpoint
@@ -138,9 +138,9 @@ def _translate(source: Source, tensors: dict[str, Tensor], model: MGN) -> tuple[
         missing += [name for name in group if name not in tensors and any(other in tensors for other in group)]
     problems = []
     if unknown:
-        problems.append(f"has {_list(unknown)}, which {source.title} has not")
+        problems.append(f"has {first_names(unknown)}, which {source.title} has not")
     if missing:
-        problems.append(f"lacks {_list(missing)}")
+        problems.append(f"lacks {first_names(missing)}")
     if problems:
         raise UserError(" and ".join(problems))
     for own, tensor in expected.items():
@@ -186,8 +186,3 @@ def _dropped(source: Source, tensors: dict[str, Tensor]) -> list[Dropped]:
         if name in source.dropped:
             by_reason.setdefault(source.dropped[name], []).append(name)
     return [Dropped(reason, names) for reason, names in by_reason.items()]
-
-
-def _list(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,76 @@
+"""A source folder that was renamed or mounted elsewhere: its store goes on with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.shards import MANIFEST, StoreManifest, open_shards, read_manifest
+from mgn_deploy.gallery.writer import StoreWriter
+from mgn_deploy.images.listing import list_images
+
+_log = logging.getLogger("mgn_deploy")
+
+
+def at_source(store: str | os.PathLike[str], manifest: StoreManifest, names: Collection[str]) -> StoreManifest:
+    """The manifest to go on with: a store whose source folder is gone takes the new one, if its images are there.
+
+    The store is changed on disk, with a warning, where at least half of its images are among `names`.
+
+    Raises:
+        UserError: not a store.
+    """
+    folder = Path(store)
+    if not (folder / MANIFEST).is_file():
+        return manifest
+    found = read_manifest(folder)
+    if found.source == manifest.source or _exists(found.source):
+        return manifest
+    known = {row.name for shard in open_shards(folder, found) for row in shard.rows}
+    if 2 * len(known & set(names)) < len(known):
+        return manifest
+    relocate(store, manifest.source)
+    _log.warning(f"{folder}: its source {found.source} is gone; it goes on with {manifest.source}")
+    return manifest
+
+
+def relocate(store: str | os.PathLike[str], source: str) -> tuple[int, int]:
+    """Say where a store's images are now.
+
+    Args:
+        store: its folder.
+        source: a folder, or a URI.
+
+    Returns:
+        How many of the store's images are in the new source, and how many there are; of a URI that is not of this
+        machine all are taken to be there.
+
+    Raises:
+        UserError: not a store, it is in use, or not one of its images is there.
+    """
+    folder = Path(store)
+    manifest = read_manifest(folder)
+    uri = source if urlsplit(source).scheme else Path(os.path.abspath(source)).as_uri()
+    with StoreWriter(folder, manifest) as writer:
+        there = len(writer.known)
+        if uri.startswith("file:"):
+            there = len(writer.known.keys() & {file.name for file in list_images(_path(uri))})
+            if writer.known and not there:
+                raise UserError(
+                    f"not one of the {len(writer.known)} images of {folder} is in {_path(uri)}: give the folder that "
+                    f"holds {next(iter(writer.known))!r}"
+                )
+        writer.replace(writer.manifest.shards, source=uri)
+        return there, len(writer.known)
+
+
+def _exists(uri: str) -> bool:
+    return not uri.startswith("file:") or _path(uri).exists()
+
+
+def _path(uri: str) -> Path:
+    return Path(os.fsdecode(unquote_to_bytes(urlsplit(uri).path)))

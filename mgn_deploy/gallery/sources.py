@@ -1,0 +1,175 @@
+"""Where the images of a gallery come from: a folder, files, patterns or a list; others in files beside this one."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.images.decode import load_rgb, resize_crop
+from mgn_deploy.images.formats import skipped_sentence, why_not_listed
+from mgn_deploy.images.listing import ImageFile, image_file, list_images
+from mgn_deploy.images.prefetch import in_order
+
+MOST_FILE_BYTES = 512 * 2**20  # 64 megapixels of 16-bit RGB, uncompressed, are less
+_GLOB = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image as it comes from its source: uint8 `[height, width, 3]`, or the reason why there is none."""
+
+    file: ImageFile
+    pixels: np.ndarray | None = None
+    error: str | None = None
+    sha256: bytes | None = None  # of the file's content
+
+
+@dataclass
+class Source:
+    """Images to embed.
+
+    Attributes:
+        uri: what their names are below, as a store's manifest keeps it.
+        title: for messages.
+        files: the images, in the order of their rows.
+        skipped: what is there and is no image, counted by kind.
+    """
+
+    uri: str
+    title: str
+    files: list[ImageFile]
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def decode(self, files: Sequence[ImageFile], height: int, width: int) -> Iterator[Decoded]:
+        """Read some of the files, in their order, on threads ahead of the caller; a photo once for its boxes."""
+        photos = [list(group) for _, group in groupby(files, key=lambda file: file.path or file.name)]
+        for crops in in_order(lambda photo: _crops(photo, height, width), photos):
+            yield from crops
+
+
+def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Source:
+    """The images of a folder (searched recursively), or of files and patterns (`cam1/*.jpg`) together.
+
+    Args:
+        places: one folder, or files, folders and patterns.
+        root: what the names of several places are below; by default the folder that all are in.
+
+    Raises:
+        UserError: one of them is missing or no image, or lies outside `root`.
+    """
+    paths = [os.fspath(place) for place in places]
+    if len(paths) == 1 and root is None and os.path.isdir(paths[0]):
+        folder = Path(paths[0])
+        listing = list_images(folder)
+        return Source(_uri(folder), repr(str(folder)), listing.files, listing.skipped)
+    found: list[Path] = []
+    skipped: Counter[str] = Counter()
+    for path in paths:
+        found.extend(_files_of(path, skipped))
+    return files_source(found, root, skipped)
+
+
+def files_source(
+    paths: Sequence[Path], root: str | os.PathLike[str] | None = None, skipped: Counter[str] | None = None
+) -> Source:
+    """Single files, whose names are below a root.
+
+    Raises:
+        UserError: a file lies outside the root, or there is none.
+    """
+    if not paths:
+        raise UserError(skipped_sentence(skipped or {}) or "no image is given")
+    absolute = [Path(os.path.abspath(path)) for path in dict.fromkeys(paths)]
+    base = Path(os.path.abspath(root)) if root else Path(os.path.commonpath([path.parent for path in absolute]))
+    outside = next((path for path in absolute if base not in path.parents), None)
+    if outside:
+        raise UserError(f"{str(outside)!r} is not below {str(base)!r}: give --root, the folder that holds all images")
+    files = [image_file(path, path.relative_to(base).as_posix()) for path in absolute]
+    return Source(_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped or Counter())
+
+
+def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
+    if os.path.isdir(path):
+        listing = list_images(path)
+        skipped.update(listing.skipped)
+        yield from (file.path for file in listing if file.path)
+    elif os.path.lexists(path):
+        yield Path(path)
+    elif _GLOB & set(path):
+        matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
+        if not matches:
+            raise UserError(f"no file matches {path!r}: check the pattern and the folder that it starts from")
+        for match in matches:
+            if os.path.isdir(match):
+                continue  # `**` names them besides their files
+            reason = why_not_listed(match, os.path.basename(match))
+            if reason is None:
+                yield Path(match)
+            else:
+                skipped[reason] += 1
+    else:
+        raise UserError(
+            f"{path!r} does not exist: give a folder of images, image files, or a pattern such as 'a/*.jpg'"
+        )
+
+
+def _uri(folder: Path) -> str:
+    return Path(os.path.abspath(folder)).as_uri()
+
+
+def _crops(files: Sequence[ImageFile], height: int, width: int) -> list[Decoded]:
+    """The crops of one photo's files."""
+    try:
+        if files[0].problem:
+            raise UnreadableImage(files[0].problem)
+        content = file_bytes(files[0])
+        digest = hashlib.sha256(content).digest()
+        image = load_rgb(content)
+    except UnreadableImage as problem:
+        error = str(problem).encode("utf-8", "backslashreplace").decode()  # as Parquet keeps it
+        return [Decoded(file, error=error) for file in files]
+    return [crop_of(file, image, height, width, digest) for file in files]
+
+
+def crop_of(file: ImageFile, image: Image.Image, height: int, width: int, digest: bytes | None) -> Decoded:
+    """A file's crop of the photo or frame that it is in; its error where its box is outside."""
+    if file.box is not None:
+        left, top, box_width, box_height = file.box
+        edges = (round(left), round(top), round(left + box_width), round(top + box_height))
+        clipped = (max(edges[0], 0), max(edges[1], 0), min(edges[2], image.width), min(edges[3], image.height))
+        if clipped[2] - clipped[0] < 4 or clipped[3] - clipped[1] < 4:
+            return Decoded(
+                file, error=f"the box has less than 4x4 pixels inside the {image.width}x{image.height} image"
+            )
+        image = image.crop(clipped)
+    return Decoded(file, resize_crop(image, height, width), sha256=digest)
+
+
+def file_bytes(file: ImageFile) -> bytes:
+    """The content of an image's file.
+
+    Raises:
+        UnreadableImage: it cannot be read, is no regular file, or is larger than any image that is taken.
+    """
+    if file.read:
+        return file.read()
+    assert file.path is not None
+    try:
+        if not file.path.is_file():
+            raise UnreadableImage("not a regular file" if os.path.lexists(file.path) else "No such file or directory")
+        with open(file.path, "rb") as opened:
+            if os.fstat(opened.fileno()).st_size > MOST_FILE_BYTES:
+                raise UnreadableImage(f"larger than {MOST_FILE_BYTES >> 20} MiB, which no image of 64 megapixels is")
+            return opened.read()
+    except OSError as error:
+        raise UnreadableImage(error.strerror or str(error)) from error

@@ -1,0 +1,207 @@
+"""Open-set identification on labelled images: how often enrolled people are found, and strangers taken for them.
+
+Definitions, as in NIST's FRVT 1:N reports (Grother, Ngan and Hanaoka, NISTIR 8271, 2019, section 3) and ISO/IEC
+19795-1: a search is *mated* if the person is enrolled, else *non-mated*.
+
+- FPIR(T), false positive identification rate: the share of non-mated searches whose best similarity reaches T.
+- DIR(T), detection and identification rate at rank 1: the share of mated searches whose best similarity is that of the
+  right person and reaches T; 1 - FNIR(T) of those reports (Phillips, Grother and Micheals, "Evaluation Methods in Face
+  Recognition", Handbook of Face Recognition, 2011: "DIR at FAR").
+
+Data sets for ranking have everybody enrolled, so half of the people are drawn to be enrolled and the others are
+strangers, many times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.identity.calibration import Calibration
+from mgn_deploy.identity.identify import decide_for_list
+from mgn_deploy.identity.rates import INTERVAL, needed_pairs, threshold_at
+from mgn_deploy.progress import Progress
+
+FPIRS = (1e-2, 1e-1)
+HALVES = 100
+MIN_PEOPLE = 4
+_ROWS = 512  # queries whose similarities to the gallery are in memory at a time
+
+Spread = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One threshold. Rates are (median, low, high) over the draws, low and high holding 95% of them.
+
+    Attributes:
+        name: what the threshold is of, as in "FPIR 0.01" or "calibration, FAR 0.001".
+        threshold: itself drawn anew with the people, or the calibration's.
+        fpir, dir: fractions.
+        problem: why it is uncertain, or None.
+    """
+
+    name: str
+    threshold: Spread
+    fpir: Spread
+    dir: Spread
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class OpenSet:
+    """Open-set figures.
+
+    Attributes:
+        people: in the gallery; half of them are enrolled in each draw.
+        enrolled: how many that is.
+        mated, non_mated: searches a draw, on average.
+        draws: of halves.
+        points: one for each rate, then one for each of the calibration's.
+    """
+
+    people: int
+    enrolled: int
+    mated: float
+    non_mated: float
+    draws: int
+    points: list[OperatingPoint]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def measure_open_set(
+    query: np.ndarray,
+    gallery: np.ndarray,
+    query_ids: Sequence[int] | np.ndarray,
+    query_cameras: Sequence[int] | np.ndarray,
+    gallery_ids: Sequence[int] | np.ndarray,
+    gallery_cameras: Sequence[int] | np.ndarray,
+    *,
+    calibration: Calibration | None = None,
+    fpirs: Sequence[float] = FPIRS,
+    fars: Sequence[float] = (1e-2, 1e-3),
+    draws: int = HALVES,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> OpenSet:
+    """Enrol half of the gallery's people, search for all queries, and count; then another half.
+
+    A person's similarity is `similarities_to_people`'s. Images by the query's own camera are left out, as in ranking;
+    where all cameras are one number, none are.
+
+    Args:
+        query, gallery: unit rows `[q, d]` and `[g, d]`.
+        query_ids, gallery_ids: int, the people; images of nobody must not be among them.
+        query_cameras, gallery_cameras: int.
+        calibration: its thresholds for `fars` are tried, too.
+        fpirs: at which DIR is measured.
+        fars: of the calibration: the rates at which a whole list may name a stranger.
+        draws: how many halves.
+        seed: of the draws.
+        progress: called with the queries done and to do.
+
+    Raises:
+        UserError: fewer than four people in the gallery, or no query of one of them.
+    """
+    people, owners = np.unique(np.asarray(gallery_ids), return_inverse=True)
+    if len(people) < MIN_PEOPLE:
+        raise UserError(f"open-set figures need at least {MIN_PEOPLE} people in the gallery, not {len(people)}")
+    similarities = _to_people(
+        query, gallery, owners, np.asarray(query_cameras), np.asarray(gallery_cameras), len(people), progress
+    )
+    place = np.searchsorted(people, query_ids)
+    found = np.minimum(place, len(people) - 1)
+    own = np.where(people[found] == np.asarray(query_ids), found, -1)  # -1: nobody of the gallery
+    own[
+        (own >= 0) & np.isinf(similarities[np.arange(len(query)), own])
+    ] = -2  # no image by another camera: not searched
+    enrolled = len(people) // 2
+    decisions = [] if calibration is None else [(far, decide_for_list(calibration, far, enrolled)) for far in fars]
+    if not (own >= 0).any():
+        raise UserError("no query shows anybody of the gallery by another camera")
+
+    generator = np.random.default_rng(seed)
+    drawn: list[list[tuple[float, float, float]]] = []
+    searches = []
+    for _ in range(draws):
+        half = np.sort(generator.permutation(len(people))[:enrolled])
+        is_enrolled = np.zeros(len(people) + 1, bool)
+        is_enrolled[half] = True
+        mine = similarities[:, half]
+        best, at = mine.max(axis=1), half[mine.argmax(axis=1)]
+        mated = (own >= 0) & is_enrolled[own]
+        non_mated = (own == -1) | ((own >= 0) & ~is_enrolled[own])
+        if not mated.any() or not non_mated.any():
+            continue
+        strangers = np.sort(best[non_mated])[::-1]
+        right = best[mated & (at == own)]
+        thresholds = [threshold_at(strangers, rate) for rate in fpirs] + [one.threshold for _, one in decisions]
+        drawn.append(
+            [
+                (threshold, float(np.mean(strangers >= threshold)), float((right >= threshold).sum() / mated.sum()))
+                for threshold in thresholds
+            ]
+        )
+        searches.append((int(mated.sum()), int(non_mated.sum())))
+    if not drawn:
+        raise UserError("no draw of people had both a person who is enrolled and one who is not among the queries")
+    mated_searches, stranger_searches = np.mean(searches, axis=0)
+    values = np.array(drawn)
+    names = [f"FPIR {rate:g}" for rate in fpirs] + [f"calibration, FAR {far:g}" for far, _ in decisions]
+    problems = [
+        f"a false positive identification rate of {rate:g} needs {needed_pairs(rate):,} searches by strangers, and "
+        f"there are {stranger_searches:.0f}"
+        if stranger_searches < needed_pairs(rate)
+        else None
+        for rate in fpirs
+    ] + [one.problem for _, one in decisions]
+    points = [
+        OperatingPoint(name, *(_spread(values[:, index, column]) for column in range(3)), problem)
+        for index, (name, problem) in enumerate(zip(names, problems, strict=True))
+    ]
+    return OpenSet(len(people), enrolled, float(mated_searches), float(stranger_searches), len(drawn), points)
+
+
+def _to_people(
+    query: np.ndarray,
+    gallery: np.ndarray,
+    owners: np.ndarray,
+    query_cameras: np.ndarray,
+    gallery_cameras: np.ndarray,
+    people: int,
+    progress: Progress | None,
+) -> np.ndarray:
+    """The mean similarity of each query to each person's images by other cameras, `[queries, people]`; -inf: none."""
+    cameras = np.union1d(query_cameras, gallery_cameras)
+    one_camera = len(cameras) == 1
+    order = np.argsort(owners, kind="stable")
+    owners, rows, gallery_cameras = owners[order], gallery[order].astype(np.float32), gallery_cameras[order]
+    result = np.full((len(query), people), -np.inf, np.float32)
+    done = 0
+    for camera in cameras:
+        kept = np.ones(len(rows), bool) if one_camera else gallery_cameras != camera
+        who, starts, counts = np.unique(owners[kept], return_index=True, return_counts=True)
+        mine = np.flatnonzero(query_cameras == camera)
+        if not len(who) or not len(mine):
+            continue
+        others = rows[kept]
+        for start in range(0, len(mine), _ROWS):
+            part = mine[start : start + _ROWS]
+            similarities = query[part].astype(np.float32) @ others.T
+            result[part[:, None], who] = np.add.reduceat(similarities, starts, axis=1) / counts.astype(np.float32)
+            done += len(part)
+            if progress:
+                progress("searching", done, len(query))
+    return result
+
+
+def _spread(values: np.ndarray) -> Spread:
+    low, middle, high = np.percentile(values, (INTERVAL[0], 50, INTERVAL[1]))
+    return float(middle), float(low), float(high)

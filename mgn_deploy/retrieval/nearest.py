@@ -1,0 +1,106 @@
+"""Exact nearest neighbours by FAISS (Douze et al., "The Faiss library", 2024), a block of the gallery at a time.
+
+FAISS is exact here: it multiplies every query with every gallery row. What it leaves open is decided here: equal
+similarities rank by gallery index, at the last rank too, and rows that are left out are made up for by asking for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.retrieval.distance import TILE_BYTES, check_embeddings
+
+# For the queries of a slice, gallery rows to leave out: (query within the slice, gallery row), int64 `[n]` each.
+Exclusion = Callable[[slice], tuple[np.ndarray, np.ndarray]]
+
+QUERY_ROWS = 1024
+SPARE = 16  # neighbours asked for beyond those that are wanted: most ties and exclusions cost no second search
+
+
+def top_k(
+    query: np.ndarray,
+    gallery: np.ndarray,
+    k: int,
+    *,
+    excluded: Exclusion | None = None,
+    block_bytes: int = TILE_BYTES,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k gallery rows of largest inner product, exactly: indices and similarities.
+
+    Both are [q, k'], int64 and float32, best first, equal similarities by lower gallery index, at rank k too;
+    k' = min(k, g). Where a query runs out of candidates, the index is -1 and the similarity -inf.
+
+    Args:
+        query, gallery: embeddings `[q, d]` and `[g, d]`, float32 or float16; a gallery that is mapped from disk is read
+            once, block by block, and may be larger than memory.
+        k: at least 1.
+        excluded: the gallery rows that some queries must not get.
+        block_bytes: of gallery rows in float32, at once.
+
+    Raises:
+        UserError: embeddings that are empty, not finite or of two lengths; k below 1.
+    """
+    check_embeddings(query, gallery, "cosine", block_bytes)
+    if k < 1:
+        raise UserError(f"k is {k}, but at least 1 neighbour has to be asked for")
+    k = min(k, len(gallery))
+    indices = np.full((len(query), k), -1, np.int64)
+    similarities = np.full((len(query), k), -np.inf, np.float32)
+    asked = np.ascontiguousarray(query, np.float32)
+    parts = list(_slices(len(query), QUERY_ROWS))
+    without = [_keys(excluded, rows, len(gallery)) for rows in parts]
+    for columns in _slices(len(gallery), max(1, block_bytes // (4 * query.shape[1]))):
+        block = np.ascontiguousarray(gallery[columns], np.float32)
+        for rows, left_out in zip(parts, without, strict=True):
+            found, values = _best_of_block(asked[rows], block, k, left_out, columns.start, len(gallery))
+            # Earlier blocks first, each by index: so a stable sort leaves equal values by index.
+            values = np.concatenate([similarities[rows], values], axis=1)
+            found = np.concatenate([indices[rows], found], axis=1)
+            order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+            similarities[rows] = np.take_along_axis(values, order, axis=1)
+            indices[rows] = np.take_along_axis(found, order, axis=1)
+    return indices, similarities
+
+
+def _best_of_block(
+    query: np.ndarray, block: np.ndarray, k: int, left_out: np.ndarray, start: int, gallery: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`top_k` of one block, as many columns as k and the block allow; -1 and -inf where there is none.
+
+    FAISS keeps any of those that tie at the last rank, so a query is answered once the last value that it was given is
+    below its k-th one; the others are asked again for twice as many.
+    """
+    import faiss
+
+    k = min(k, len(block))
+    indices = np.full((len(query), k), -1, np.int64)
+    similarities = np.full((len(query), k), -np.inf, np.float32)
+    open_rows, fetched = np.arange(len(query)), min(k + SPARE, len(block))
+    while len(open_rows):
+        values, found = faiss.knn(query[open_rows], block, fetched, metric=faiss.METRIC_INNER_PRODUCT)
+        last = values[:, -1].copy()
+        found = found.astype(np.int64) + start
+        gone = np.isin(open_rows[:, None] * gallery + found, left_out) if len(left_out) else np.zeros_like(found, bool)
+        values[gone], found[gone] = -np.inf, -1
+        order = np.lexsort((found, -values), axis=1)[:, :k]
+        values, found = np.take_along_axis(values, order, axis=1), np.take_along_axis(found, order, axis=1)
+        answered = (values[:, -1] > last) | (fetched == len(block))
+        indices[open_rows[answered]], similarities[open_rows[answered]] = found[answered], values[answered]
+        open_rows, fetched = open_rows[~answered], min(2 * fetched, len(block))
+    return indices, similarities
+
+
+def _keys(excluded: Exclusion | None, rows: slice, gallery: int) -> np.ndarray:
+    """Pairs that are left out as one number each: query within `rows` times gallery, plus gallery row."""
+    if excluded is None:
+        return np.empty(0, np.int64)
+    row, column = excluded(rows)
+    return np.asarray(row, np.int64) * gallery + np.asarray(column, np.int64)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))

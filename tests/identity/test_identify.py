@@ -1,0 +1,125 @@
+"""Two embeddings compared, and enrolled people named or not."""
+
+import numpy as np
+import pytest
+from made_up_people import BUNDLE, calibrated, embeddings_of
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.identity.compare import compare
+from mgn_deploy.identity.identify import (
+    decide_for_list,
+    far_of_a_comparison,
+    identify,
+    posteriors,
+    similarities_to_people,
+)
+from mgn_deploy.identity.people import Enrolled, Person
+
+ROWS, OWNERS, _ = embeddings_of(60, 8, seed=5, noise=0.6)
+
+
+def enrolled_of(people, images=3, bundle_id=BUNDLE):
+    found = (Person(f"person {p}", ROWS[p == OWNERS][:images], ("a",) * images, "") for p in people)
+    return Enrolled(bundle_id, tuple(found))
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return calibrated(100, images=6, noise=0.6)
+
+
+def test_two_images_of_a_person_are_the_same_and_two_peoples_are_not(calibration):
+    same, other = compare(ROWS[0], ROWS[1], calibration), compare(ROWS[0], ROWS[8], calibration)
+    assert (same.same, other.same) == (True, False)
+    assert same.similarity == pytest.approx(float(ROWS[0] @ ROWS[1]))
+    assert same.threshold == calibration.decide(1e-3).threshold
+    assert same.probability > 0.95 > 0.1 > other.probability
+    assert same.to_dict()["prior"] == 0.5
+
+
+def test_without_a_calibration_there_is_a_similarity_alone():
+    result = compare(ROWS[0], ROWS[1], None)
+    assert result.similarity == pytest.approx(float(ROWS[0] @ ROWS[1]))
+    assert (result.probability, result.same, result.threshold) == (None, None, None)
+
+
+@pytest.mark.parametrize("other, sentence", [(ROWS[0, :5], "shapes"), (ROWS[0] * np.nan, "not finite")])
+def test_embeddings_that_cannot_be_compared_are_refused(calibration, other, sentence):
+    with pytest.raises(UserError, match=sentence):
+        compare(ROWS[0], other, calibration)
+
+
+def test_a_similarity_to_a_person_is_the_mean_over_the_images():
+    enrolled = enrolled_of([0, 1, 2], images=3)
+    expected = [[np.mean(ROWS[p == OWNERS][:3] @ query) for p in range(3)] for query in ROWS[:5]]
+    np.testing.assert_allclose(similarities_to_people(ROWS[:5], enrolled), expected, atol=1e-6)
+
+
+def test_enrolled_people_are_named_and_strangers_are_unknown(calibration):
+    enrolled = enrolled_of(range(20))
+    mine = np.concatenate([ROWS[p == OWNERS][3:] for p in range(20)])
+    truth = np.repeat([f"person {p}" for p in range(20)], 5)
+    answers = identify(mine, enrolled, calibration, far=1e-2)
+    named = [answer.name for answer in answers]
+    assert np.mean([name == true for name, true in zip(named, truth, strict=True)]) > 0.7
+    assert not any(name not in (None, true) for name, true in zip(named, truth, strict=True))
+    strangers = identify(ROWS[OWNERS >= 20], enrolled, calibration, far=1e-2)
+    assert np.mean([answer.known for answer in strangers]) <= 0.02
+    assert all(answer.name is None for answer in strangers if not answer.known)
+
+
+def test_images_together_are_one_answer_that_is_surer(calibration):
+    enrolled = enrolled_of(range(10))
+    alone = identify(ROWS[OWNERS == 4][3:], enrolled, calibration)
+    (together,) = identify(ROWS[OWNERS == 4][3:], enrolled, calibration, together=True, names=list("abcde"))
+    assert (together.name, together.queries) == ("person 4", tuple("abcde"))
+    assert together.candidates[0].similarity == pytest.approx(np.mean([one.candidates[0].similarity for one in alone]))
+
+
+def test_probabilities_of_everybody_and_nobody_sum_to_one_and_fall_with_the_list(calibration):
+    similarities = np.array([0.5, 0.1, 0.0])
+    people, nobody = posteriors(similarities, calibration, 0.5)
+    assert people.sum() + nobody == pytest.approx(1)
+    assert people.argmax() == 0
+    longer, _ = posteriors(np.append(similarities, np.zeros(50)), calibration, 0.5)
+    assert longer[0] < people[0]
+    (alone,), _ = posteriors(similarities[:1], calibration, 0.3)
+    assert alone == pytest.approx(float(calibration.probability(0.5, 0.3)))
+
+
+def test_a_longer_list_has_a_higher_threshold_for_the_same_rate(calibration):
+    assert far_of_a_comparison(1e-2, 1) == pytest.approx(1e-2)
+    assert far_of_a_comparison(1e-2, 100) == pytest.approx(1e-4, rel=0.01)
+    one, ten = decide_for_list(calibration, 1e-2, 1), decide_for_list(calibration, 1e-2, 10)
+    assert (one.far, ten.far) == (1e-2, 1e-2)
+    assert one.threshold == calibration.decide(1e-2).threshold
+    assert ten.threshold == calibration.decide(far_of_a_comparison(1e-2, 10)).threshold > one.threshold
+
+
+def test_a_list_too_long_for_the_calibration_says_the_rate_that_it_has(calibration):
+    decision = decide_for_list(calibration, 1e-3, 1000)
+    supported = 3 / calibration.data.impostor
+    assert decision.far == pytest.approx(1 - (1 - supported) ** 1000)
+    assert "for a list of 1000 people" in decision.problem
+    assert "names a stranger at a rate of" in decision.problem
+
+
+def test_without_a_calibration_the_most_similar_are_listed_and_nobody_is_named():
+    (answer,) = identify(ROWS[3:4], enrolled_of(range(5)), None)
+    assert (answer.name, answer.known, answer.probability) == (None, None, None)
+    assert answer.candidates[0].name == "person 0"
+    assert answer.to_dict()["candidates"][0]["probability"] is None
+
+
+@pytest.mark.parametrize(
+    "queries, enrolled, sentence",
+    [
+        (ROWS[:1], Enrolled(BUNDLE, ()), "nobody is enrolled"),
+        (ROWS[:1, :5], enrolled_of([1]), "do not fit embeddings of 32"),
+        (ROWS[:1] * np.nan, enrolled_of([1]), "not finite"),
+        (ROWS[:1], enrolled_of([1], bundle_id="b" * 64), "the calibration belongs to bundle aaaaaaaaaaaa"),
+    ],
+)
+def test_what_cannot_be_identified_is_one_sentence(calibration, queries, enrolled, sentence):
+    with pytest.raises(UserError, match=sentence):
+        identify(queries, enrolled, calibration)
