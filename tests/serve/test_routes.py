@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from hostile import png_bomb
 from PIL import Image
-from serving import open_service, running
+from serving import open_service, running, with_calibration
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.store import Store
+from mgn_deploy.identity.calibration import Calibration
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.serve.server import HttpServer
 
@@ -177,6 +178,25 @@ def test_a_person_is_enrolled_named_and_forgotten(client, crops: Path) -> None:
     assert client.request("DELETE", "/people", params={"name": "Zoë"}).status_code == 200
     assert client.get("/people").json()["people"] == []
     assert client.request("DELETE", "/people", params={"name": "Zoë"}).status_code == 422
+
+
+def test_a_calibration_gives_probabilities_thresholds_and_names(
+    bundle_folder: Path, gallery_store: Path, crops: Path, tmp_path: Path
+) -> None:
+    bundle = with_calibration(bundle_folder, gallery_store, tmp_path / "bundle")
+    calibration = Calibration.open(Bundle.open(bundle))
+    first, second = sorted((crops / "camera 1").glob("0003*.jpg"))
+    service = open_service(bundle, gallery_store, tmp_path / "people")
+    with running(service) as server, httpx.Client(base_url=server.address) as client:
+        answer = client.post("/search", files=files(first), params={"far": 0.01}).json()
+        assert (answer["threshold"], answer["far"]) == calibration.decide(0.01)[1::-1]
+        for result in answer["crops"][0]["results"]:
+            assert result["probability"] == pytest.approx(calibration.probability(result["similarity"]), abs=1e-3)
+        compared = client.post("/compare", files=files(first, first)).json()
+        assert (compared["same"], compared["threshold"]) == (True, calibration.decide(1e-3).threshold)
+        client.post("/enrol", files=files(first, second), data={"name": "Zoë"})
+        (identified,) = client.post("/identify", files=files(first)).json()["answers"]
+        assert (identified["name"], identified["known"]) == ("Zoë", True)
 
 
 def test_nobody_is_enrolled_by_an_image_that_cannot_be_read(client, photo: Path) -> None:
