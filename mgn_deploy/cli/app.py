@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mgn_deploy import __version__
-from mgn_deploy.cli import demo, doctor, embed, export, figures, identity, measure, search, serve, train, weights
+from mgn_deploy.cli import demo, doctor, embed, export, figures, identity, measure, search, serve, store, train, weights
 from mgn_deploy.console import show_log
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.interrupt import Stopped, stop_on_signals
@@ -87,6 +87,7 @@ for name, command, example in (
 ):
     app.command(name, epilog=f"Example:\n\n{example}")(command)
 app.add_typer(identity.people, name="people")
+app.add_typer(store.app, name="store")
 app.add_typer(figures.app, name="figures")
 
 

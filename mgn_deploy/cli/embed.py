@@ -13,31 +13,62 @@ from mgn_deploy.console import print_json, progress, say
 
 
 def embed(
-    folder: Annotated[Path, typer.Argument(help="Folder of images, searched recursively.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="A folder of images, searched recursively; or images, folders and patterns ('a/*.jpg')."),
+    ],
     store: Annotated[Path, out("The embedding store to write or to go on with.")],
     bundle: Bundle,
     backend: Backend = "auto",
     batch: Batch = 8,
     dtype: Annotated[Dtype, typer.Option(help="Of the stored embeddings.")] = "float32",
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="Who is on an image: none, market1501 (0002_c1... is person 2, camera 1), folder (the first folder of "
+            "its path), or a table with the columns path, identity and camera."
+        ),
+    ] = "none",
+    root: Annotated[
+        Path | None, typer.Option(help="The folder that names begin at, where several images are given.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="N/OF", help="Only one part of the images, as in 3/16; `store merge` joins.")
+    ] = None,
+    verify_content: Annotated[
+        bool, typer.Option("--verify-content", help="Read known images too, and embed those whose bytes have changed.")
+    ] = False,
     max_failures: Annotated[
         int | None, typer.Option(min=0, help="Stop after more unreadable images than this.")
     ] = None,
     allow_unproven: AllowUnproven = False,
     json: Json = False,
 ) -> None:
-    """Embed a folder of images into a store.
+    """Embed images into a store.
 
     Run again, it goes on where it stopped, and embeds what is new or has changed.
     """
     from mgn_deploy.embedder import Embedder
     from mgn_deploy.gallery.embed import embed_folder
+    from mgn_deploy.gallery.sources import open_source, part_of
 
+    source = open_source(*images, root=root)
+    if shard is not None:
+        source = part_of(source, shard)
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
     try:
         with progress() as update:
             report = embed_folder(
-                folder, store, embedder, batch_size=batch, dtype=dtype, max_failures=max_failures, progress=update
+                source,
+                store,
+                embedder,
+                batch_size=batch,
+                dtype=dtype,
+                labels=labels,
+                verify_content=verify_content,
+                max_failures=max_failures,
+                progress=update,
             )
     except KeyboardInterrupt:
         say(f"interrupted: what was embedded is in {store}, and the same command goes on from there")
@@ -49,5 +80,5 @@ def embed(
     else:
         print(
             f"{store}: {report.embedded} embedded in {report.seconds:.1f} s ({report.images_per_second:.1f} images/s), "
-            f"{report.unchanged} already there, {len(report.failed)} failed"
+            f"{report.unchanged} already there, {len(report.failed)} failed, {report.skipped.total()} skipped"
         )

@@ -32,6 +32,7 @@ from mgn_deploy.files import sha256_bytes
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+SHARD_ROWS = 1024  # rows of a whole shard: what a store of a million images is divided into
 MOST_MANIFEST_BYTES = 256 * 2**20  # of a store of a thousand million images
 
 ROWS = pa.schema(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.gallery.shards import SHARD_ROWS
 from mgn_deploy.images.decode import load_rgb, resize_crop
 from mgn_deploy.images.formats import skipped_sentence, why_not_listed
 from mgn_deploy.images.listing import ImageFile, image_file, list_images
@@ -77,6 +79,22 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
     for path in paths:
         found.extend(_files_of(path, skipped))
     return files_source(found, root, skipped)
+
+
+def part_of(source: Source, part: str) -> Source:
+    """One part of a source, for many machines: `3/16` is every sixteenth block of a whole shard's images.
+
+    Blocks, so that the joined parts have the shards that one run over the source writes.
+
+    Raises:
+        UserError: the part is not like 3/16.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
+    if not match or int(match[1]) > int(match[2]):
+        raise UserError(f"--shard {part}: give the part's number and their count, as in 3/16")
+    number, count = int(match[1]) - 1, int(match[2])
+    files = [file for index, file in enumerate(source.files) if index // SHARD_ROWS % count == number]
+    return replace(source, files=files, title=f"part {part} of {source.title}")
 
 
 def files_source(

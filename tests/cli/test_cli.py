@@ -98,7 +98,7 @@ def test_second_run_says_that_there_is_nothing_to_do(crops, embedder, bundle_fol
 @pytest.mark.parametrize(
     "folder, code, expected",
     [
-        ("none", 2, "cannot be listed (No such file or directory)"),
+        ("none", 2, "does not exist: give a folder of images"),
         ("empty", 2, "holds no image"),
         ("bad", 1, "not one of the 2 images"),
     ],
@@ -222,16 +222,16 @@ def test_interrupt_exits_130_and_keeps_what_was_embedded(crops, bundle_folder, e
         stderr=subprocess.PIPE,
     ) as process:
         process.stderr.readline()  # the engine is open
-        while not (tmp_path / "s/shard-00000.parquet").exists():  # which makes the first shard one
+        while not list((tmp_path / "s").glob("shard-00000-*.parquet")):
             time.sleep(0.01)
         time.sleep(0.2)  # into the second shard
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate()
     assert process.returncode == 130
     assert output == ""
-    assert errors.splitlines() == [
+    assert errors.splitlines()[-1] == (
         f"interrupted: what was embedded is in {tmp_path / 's'}, and the same command goes on from there"
-    ]
+    )
     store = Store.open(tmp_path / "s")
     assert 1024 < len(store) < 6000
     last = embedder.embed([many / store.rows[-1].name])[0]
