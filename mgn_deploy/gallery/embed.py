@@ -107,7 +107,7 @@ def embed_folder(
     rule = read_labels(labels, names)
     rule.unlabelled(names)
     manifest = StoreManifest(
-        bundle_id=embedder.bundle.id,
+        bundle_id=embedder.bundle_id,
         backend=embedder.backend.name,
         preprocessing=PREPROCESSING,
         dim=embedder.dim,
