@@ -88,8 +88,11 @@ def test_messages_name_options_that_the_commands_have():
     from mgn_deploy.cli.app import app
 
     commands = typer.main.get_command(app).commands
-    own = [commands[name] for name in ("train", "init", "import", "export")] + [commands["figures"].commands["attention"]]
-    options = {option for command in own for parameter in command.params for option in parameter.opts}
+    own = [
+        commands["figures"].commands["attention"],
+        *(commands[name] for name in ("train", "init", "import", "export")),
+    ]
+    options = {one for command in own for given in command.params for one in (*given.opts, *given.secondary_opts)}
     other_tools = {"--model"}  # levyfan's own trainer has it
     named: dict[str, set[str]] = {}
     for path in sorted((Path(__file__).parents[2] / "train").rglob("*.py")):
