@@ -1,7 +1,7 @@
 """Retrieval beside its peers: `python -m mgn_deploy.bench.retrieval`, by default at Market-1501's size.
 
 Each contender runs in a process of its own, which says how long it took and how much memory it had at most beyond the
-embeddings. Embeddings are drawn: people's centres and noise, unit rows. torchreid's re-ranking is run from its file
+embeddings (Linux only). Embeddings are drawn: people's centres and noise, unit rows. torchreid's re-ranking is run from its file
 (`pip install --no-deps torchreid`; the package itself imports much that is not needed), where it is installed.
 """
 
@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -106,13 +105,20 @@ def torchreid_file() -> Path | None:
 def run(name: str, queries: int, images: int, dim: int, out: Path) -> dict[str, Any]:
     """Run one contender in this process, and keep what it found."""
     rows, people = drawn_people(images, dim)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on (proc(5))
+    before = _memory("VmRSS")
     start, cpu_start = time.perf_counter(), time.process_time()
     found = CONTENDERS[name](rows[:queries], rows[queries:], people)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = _memory("VmHWM") - before
     np.save(out, found)
-    return {"contender": name, "seconds": seconds, "cpu_seconds": cpu_seconds, "gigabytes": peak * 1024 / 1e9}
+    return {"contender": name, "seconds": seconds, "cpu_seconds": cpu_seconds, "gigabytes": peak / 1e9}
+
+
+def _memory(field: str) -> int:
+    """Bytes, by Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def measure(names: list[str], queries: int, images: int, dim: int) -> dict[str, Any]:
