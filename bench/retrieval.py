@@ -1,8 +1,8 @@
 """Retrieval beside its peers: `python -m mgn_deploy.bench.retrieval`, by default at Market-1501's size.
 
 Each contender runs in a process of its own, which says how long it took and how much memory it had at most beyond the
-embeddings (Linux only). Embeddings are drawn: people's centres and noise, unit rows. torchreid's re-ranking is run from its file
-(`pip install --no-deps torchreid`; the package itself imports much that is not needed), where it is installed.
+embeddings (Linux only). Embeddings are drawn: people's centres and noise, unit rows. torchreid's re-ranking is run from
+its file (`pip install --no-deps torchreid`; the package itself imports much that is not needed), where it is installed.
 """
 
 from __future__ import annotations
