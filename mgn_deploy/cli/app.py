@@ -25,6 +25,7 @@ from mgn_deploy.cli import (
     serve,
     store,
     train,
+    validate,
     weights,
 )
 from mgn_deploy.console import show_log
@@ -42,22 +43,44 @@ class Commands(TyperGroup):
                 return super().invoke(context)
         except Stopped as stop:
             raise typer.Exit(stop.exit_code) from None
+        except BrokenPipeError:  # the reader of our output left, as in `mgn-deploy search ... | head`
+            _drop_output()
+            raise typer.Exit(141) from None
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Run a command; what is wrong is one line on stderr, without a traceback."""
         try:
             try:
-                return super().main(*arguments, **options)
+                code = super().main(*arguments, **{**options, "standalone_mode": False})
             finally:
                 print(end="", flush=True)  # here, not at exit, where nobody could be told that the disk is full
         except (UserError, GateFailed) as error:
             _end(str(error), error.exit_code)
-        except BrokenPipeError:  # the reader of our output left, as in `mgn-deploy search ... | head`
+        except BrokenPipeError:
             _drop_output()
             sys.exit(141)
         except OSError as error:  # a path that cannot be reached, or stdout on a full disk
             _drop_output()
             _end(str(error), UserError.exit_code)
+        except Exception as error:
+            _end_usage(error)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end_usage(error: Exception) -> None:
+    """Say what is wrong with a command line; raise again what is no error of that kind.
+
+    Recognised by its methods: releases of Typer take it from Click or bring their own.
+    """
+    if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
+        raise error
+    message = error.format_message().removeprefix("Value error, ")
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message, file=sys.stderr)
+        sys.exit(error.exit_code)
+    command = context.command_path if context else "mgn-deploy"
+    _end(f"{message.rstrip('.')}; see `{command} --help`", error.exit_code)
 
 
 def _end(sentence: str, code: int) -> None:
@@ -92,7 +115,8 @@ for name, command, example in (
     ("search", search.search, "mgn-deploy search photo.jpg store --bundle bundle --html page.html"),
     ("serve", serve.serve, "mgn-deploy serve --bundle bundle --store store"),
     ("distmat", search.distmat, "mgn-deploy distmat query-store gallery-store -o distances.npy"),
-    ("validate", measure.validate, "mgn-deploy validate --data market1501:DIR --bundle bundle"),
+    ("validate", validate.validate, "mgn-deploy validate --data market1501:DIR --bundle bundle"),
+    ("evaluate", validate.evaluate, "mgn-deploy evaluate query-store gallery-store --ci --rerank"),
     ("bench", measure.bench, "mgn-deploy bench --bundle bundle --images photos"),
     ("cluster", explore.cluster, "mgn-deploy cluster store -o groups.parquet --html groups.html"),
     ("map", explore.map_embeddings, "mgn-deploy map store -o map.html --groups groups.parquet"),

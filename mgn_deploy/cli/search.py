@@ -18,7 +18,7 @@ SHOWN_QUERIES = 20
 
 
 def search(
-    query: Annotated[Path, typer.Argument(help="An embedding store, or with --bundle an image or a folder of images.")],
+    query: Annotated[Path, typer.Argument(help="An embedding store, an image or a folder of images.")],
     gallery: Annotated[Path, typer.Argument(help="Embedding store of the gallery.")],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Neighbours a query.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Also write a page of the rank lists, images inlined.")] = None,
@@ -55,7 +55,7 @@ def search(
     from mgn_deploy.retrieval.search import search as run
 
     images = Store.open(gallery)
-    queries = Queries.open(query, bundle, backend, allow_unproven=allow_unproven, labels=labels)
+    queries = Queries.open(query, bundle, backend, allow_unproven=allow_unproven, labels=labels, gallery=images)
     with progress("steps") as update:
         lists = run(
             queries,

@@ -112,6 +112,7 @@ def embed_folder(
         preprocessing=PREPROCESSING,
         dim=embedder.dim,
         dtype=dtype,
+        bundle_path=os.path.abspath(embedder.bundle.folder),
         source=source.uri,
     )
     report = GalleryReport(skipped=source.skipped)
