@@ -54,7 +54,7 @@ def test_looking_around_leaves_nothing(run):
 @pytest.mark.slow
 def test_the_way_from_weights_to_answers_leaves_nothing(run, crops: Path, tmp_path: Path):
     for arguments in (
-        ["init", "-o", "weights", "--init", "random", "--backbone", "resnet18", "--size", "96x32", "--reduced", "32"],
+        ["init", "-o", "weights", "--init", "random", "--backbone", "resnet18", "--size", "96x32"],
         ["export", "weights", "-o", "bundle"],
         ["prove", "--bundle", "bundle"],
         ["embed", crops, "-o", "store", "--bundle", "bundle", "--labels", "market1501"],

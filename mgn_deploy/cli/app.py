@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from mgn_deploy import __version__
 from mgn_deploy.cli import (
+    bench,
     demo,
     doctor,
     embed,
@@ -20,7 +21,6 @@ from mgn_deploy.cli import (
     export,
     figures,
     identity,
-    measure,
     search,
     serve,
     store,
@@ -117,7 +117,6 @@ for name, command, example in (
     ("distmat", search.distmat, "mgn-deploy distmat query-store gallery-store -o distances.npy"),
     ("validate", validate.validate, "mgn-deploy validate --data market1501:DIR --bundle bundle"),
     ("evaluate", validate.evaluate, "mgn-deploy evaluate query-store gallery-store --ci --rerank"),
-    ("bench", measure.bench, "mgn-deploy bench --bundle bundle --images photos"),
     ("cluster", explore.cluster, "mgn-deploy cluster store -o groups.parquet --html groups.html"),
     ("map", explore.map_embeddings, "mgn-deploy map store -o map.html --groups groups.parquet"),
     ("calibrate", identity.calibrate, "mgn-deploy calibrate --data market1501:DIR --bundle bundle"),
@@ -126,6 +125,7 @@ for name, command, example in (
     ("identify", identity.identify, "mgn-deploy identify photos --people people --bundle bundle"),
 ):
     app.command(name, epilog=f"Example:\n\n{example}")(command)
+app.add_typer(bench.app, name="bench")
 app.add_typer(identity.people, name="people")
 app.add_typer(store.app, name="store")
 app.add_typer(figures.app, name="figures")

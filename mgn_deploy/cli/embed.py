@@ -8,29 +8,39 @@ from typing import Annotated
 import typer
 
 from mgn_deploy.choices import Dtype
-from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Json, out
+from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Json, out
 from mgn_deploy.console import print_json, progress, say
+from mgn_deploy.errors import UserError
 
 
 def embed(
     images: Annotated[
-        list[Path],
-        typer.Argument(help="A folder of images, searched recursively; or images, folders and patterns ('a/*.jpg')."),
+        list[str],
+        typer.Argument(
+            help="A folder of images, searched recursively; images, folders and patterns ('a/*.jpg'); or a list: a "
+            "path a line, or a .csv, .tsv or .parquet with a column path ('-': stdin)."
+        ),
     ],
     store: Annotated[Path, out("The embedding store to write or to go on with.")],
-    bundle: Bundle,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="The bundle that embeds; with --server the one that it must run.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Embed by http://HOST:PORT (mgn-deploy serve) or grpc://HOST:PORT (Triton)."),
+    ] = None,
     backend: Backend = "auto",
     batch: Batch = 8,
     dtype: Annotated[Dtype, typer.Option(help="Of the stored embeddings.")] = "float32",
     labels: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Who is on an image: none, market1501 (0002_c1... is person 2, camera 1), folder (the first folder of "
-            "its path), or a table with the columns path, identity and camera."
+            "its path), or a table with the columns path, identity and camera, as a list may be itself."
         ),
-    ] = "none",
+    ] = None,
     root: Annotated[
-        Path | None, typer.Option(help="The folder that names begin at, where several images are given.")
+        Path | None, typer.Option(help="The folder that names begin at, where a list or several images are given.")
     ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="N/OF", help="Only one part of the images, as in 3/16; `store merge` joins.")
@@ -55,8 +65,13 @@ def embed(
     source = open_source(*images, root=root)
     if shard is not None:
         source = part_of(source, shard)
-    embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
-    say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
+    if server is not None:
+        embedder = Embedder.connect(server, bundle)
+    elif bundle is not None:
+        embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
+    else:
+        raise UserError("what embeds the images? give --bundle, or --server")
+    say(f"{server or bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
     try:
         with progress() as update:
             report = embed_folder(

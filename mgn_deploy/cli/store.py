@@ -87,7 +87,7 @@ def repair(store: StoreFolder, json: Json = False) -> None:
 @app.command(epilog="Example:\n\nmgn-deploy store prune store photos")
 def prune(
     store: StoreFolder,
-    source: Annotated[list[Path], typer.Argument(help="The folder or files that were embedded.")],
+    source: Annotated[list[str], typer.Argument(help="What was embedded, as given to `embed`.")],
     root: Annotated[Path | None, typer.Option(help="As of `embed`.")] = None,
     json: Json = False,
 ) -> None:
