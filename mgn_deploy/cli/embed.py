@@ -15,8 +15,11 @@ from mgn_deploy.errors import UserError
 
 def embed(
     images: Annotated[
-        list[Path],
-        typer.Argument(help="A folder of images, searched recursively; or images, folders and patterns ('a/*.jpg')."),
+        list[str],
+        typer.Argument(
+            help="A folder of images, searched recursively; images, folders and patterns ('a/*.jpg'); or a list: a "
+            "path a line, or a .csv, .tsv or .parquet with a column path ('-': stdin)."
+        ),
     ],
     store: Annotated[Path, out("The embedding store to write or to go on with.")],
     bundle: Annotated[
@@ -30,14 +33,14 @@ def embed(
     batch: Batch = 8,
     dtype: Annotated[Dtype, typer.Option(help="Of the stored embeddings.")] = "float32",
     labels: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Who is on an image: none, market1501 (0002_c1... is person 2, camera 1), folder (the first folder of "
-            "its path), or a table with the columns path, identity and camera."
+            "its path), or a table with the columns path, identity and camera, as a list may be itself."
         ),
-    ] = "none",
+    ] = None,
     root: Annotated[
-        Path | None, typer.Option(help="The folder that names begin at, where several images are given.")
+        Path | None, typer.Option(help="The folder that names begin at, where a list or several images are given.")
     ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="N/OF", help="Only one part of the images, as in 3/16; `store merge` joins.")

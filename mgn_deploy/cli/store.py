@@ -47,7 +47,10 @@ def info(store: StoreFolder, json: Json = False) -> None:
 
 @app.command(epilog="Example:\n\nmgn-deploy store verify store")
 def verify(store: StoreFolder, json: Json = False) -> None:
-    """Compare every byte with the manifest's checksums; exit code 1 where one differs."""
+    """Compare every byte with the checksums.
+
+    Exit code 1 where one differs.
+    """
     from mgn_deploy.errors import GateFailed
     from mgn_deploy.gallery.maintain import verify as run
 
@@ -84,7 +87,7 @@ def repair(store: StoreFolder, json: Json = False) -> None:
 @app.command(epilog="Example:\n\nmgn-deploy store prune store photos")
 def prune(
     store: StoreFolder,
-    source: Annotated[list[Path], typer.Argument(help="The folder or files that were embedded.")],
+    source: Annotated[list[str], typer.Argument(help="What was embedded, as given to `embed`.")],
     root: Annotated[Path | None, typer.Option(help="As of `embed`.")] = None,
     json: Json = False,
 ) -> None:
