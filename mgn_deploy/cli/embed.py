@@ -29,9 +29,23 @@ def embed(
         str | None,
         typer.Option(
             help="Who is on an image: none, market1501 (0002_c1... is person 2, camera 1), folder (the first folder of "
-            "its path), or a table with the columns path, identity and camera, as a list may be itself."
+            "its path), track (of a tracker's boxes), or a table with the columns path, identity and camera, as a list "
+            "may be itself."
         ),
     ] = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            help="A row for each box in the images: MOTChallenge's text, YOLO's folder, COCO's JSON, or a table of "
+            "path, left, top, width and height.",
+            rich_help_panel="Boxes",
+        ),
+    ] = None,
+    box_class: Annotated[
+        list[str],
+        typer.Option(help="Name or number of a class whose boxes are taken, or all.", rich_help_panel="Boxes"),
+    ] = ["person"],  # noqa: B006
+    min_score: Annotated[float, typer.Option(help="Of boxes that have a score.", rich_help_panel="Boxes")] = 0.0,
     root: Annotated[
         Path | None, typer.Option(help="The folder that names begin at, where a list or several images are given.")
     ] = None,
@@ -53,11 +67,9 @@ def embed(
     """
     from mgn_deploy.embedder import Embedder
     from mgn_deploy.gallery.embed import embed_folder
-    from mgn_deploy.gallery.sources import open_source, part_of
+    from mgn_deploy.gallery.inputs import open_inputs
 
-    source = open_source(*images, root=root)
-    if shard is not None:
-        source = part_of(source, shard)
+    source = open_inputs(images, root=root, boxes=boxes, classes=box_class, min_score=min_score, part=shard)
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
     try:
