@@ -144,11 +144,21 @@ def store_manifest() -> str:
     return _table(["key", "type", "without it"], list(_keys(StoreManifest)))
 
 
+def bench_result() -> str:
+    """Every key of a result of `bench`."""
+    from mgn_deploy.bench.result import Result
+
+    return _table(["key", "type", "without it"], list(_keys(Result)))
+
+
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
     """Key, type and default of each field; those of models within come after their own, below its key."""
     for name, field in model.model_fields.items():
         outer, inner = _inner_model(field.annotation)
-        default = "" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+        value = (
+            json.dumps(field.get_default(call_default_factory=True), default=dict) if not field.is_required() else ""
+        )
+        default = f"`{value}`" if value else ""
         yield [f"`{prefix}{name}`", outer, default]
         if inner:
             yield from _keys(
@@ -346,6 +356,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "floors": floors,
     "manifest": manifest,
     "store manifest": store_manifest,
+    "bench result": bench_result,
     "recipes": recipes,
     "throughput": throughput,
     "all throughput": all_throughput,

@@ -30,7 +30,7 @@ class Backend(ABC):
     To add a backend, derive from this class in a file of its own and give it a row in `registry.py`.
     """
 
-    name: ClassVar[str]  # its row's name in the registry
+    name: str  # its row's name in the registry
     # Compiled for one GPU by one release: a proof made elsewhere is then no proof of what runs here.
     compiled: ClassVar[bool] = False
 

@@ -21,6 +21,8 @@ from mgn_deploy.bundle.manifest import MANIFEST, MANIFEST_HASH, Manifest, hash_l
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UserError
 
+_MOST_MANIFEST_BYTES = 64 * 2**20
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -52,11 +54,11 @@ class Bundle:
                 f"{folder} is not a bundle ({error.strerror}): `mgn-deploy export WEIGHTS -o BUNDLE` makes one"
             ) from None
         try:
-            content = (folder / MANIFEST).read_bytes()
-            expected = (folder / MANIFEST_HASH).read_bytes()
+            with open(folder / MANIFEST, "rb") as manifest, open(folder / MANIFEST_HASH, "rb") as hashes:
+                content, expected = manifest.read(_MOST_MANIFEST_BYTES), hashes.read(4096)
         except OSError as error:
             raise UserError(f"{folder} is not a bundle: {Path(error.filename).name}: {error.strerror}") from None
-        if expected != hash_line(content):
+        if hash_line(content) not in expected.splitlines(keepends=True):
             raise UserError(
                 f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy the bundle or export it again"
             )
@@ -72,7 +74,8 @@ class Bundle:
         if entry is None:
             raise UserError(f"{self.folder} was exported without {name}")
         try:
-            content = (self.folder / name).read_bytes()
+            path = self.folder / name
+            content = path.read_bytes() if path.stat().st_size == entry.size else b""
         except OSError as error:
             raise UserError(f"{self.folder / name}: {error.strerror}; copy the bundle or export it again") from None
         if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:

@@ -8,20 +8,27 @@ from typing import Annotated
 import typer
 
 from mgn_deploy.choices import Dtype
-from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Json, out
+from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Json, out
 from mgn_deploy.console import print_json, progress, say
+from mgn_deploy.errors import UserError
 
 
 def embed(
+    store: Annotated[Path, out("The embedding store to write or to go on with.")],
     images: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="A folder of images, searched recursively; images, folders and patterns ('a/*.jpg'); or a list: a "
             "path a line, or a .csv, .tsv or .parquet with a column path ('-': stdin)."
         ),
-    ],
-    store: Annotated[Path, out("The embedding store to write or to go on with.")],
-    bundle: Bundle,
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="The bundle that embeds; with --server the one that it must run.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Embed by http://HOST:PORT (mgn-deploy serve) or grpc://HOST:PORT (Triton)."),
+    ] = None,
     backend: Backend = "auto",
     batch: Batch = 8,
     dtype: Annotated[Dtype, typer.Option(help="Of the stored embeddings.")] = "float32",
@@ -40,6 +47,10 @@ def embed(
             "path, left, top, width and height.",
             rich_help_panel="Boxes",
         ),
+    ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="A video, in place of images, whose frames --boxes is about.", rich_help_panel="Boxes"),
     ] = None,
     box_class: Annotated[
         list[str],
@@ -69,9 +80,16 @@ def embed(
     from mgn_deploy.gallery.embed import embed_folder
     from mgn_deploy.gallery.inputs import open_inputs
 
-    source = open_inputs(images, root=root, boxes=boxes, classes=box_class, min_score=min_score, part=shard)
-    embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
-    say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
+    source = open_inputs(
+        images or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video, part=shard
+    )
+    if server is not None:
+        embedder = Embedder.connect(server, bundle)
+    elif bundle is not None:
+        embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
+    else:
+        raise UserError("what embeds the images? give --bundle, or --server")
+    say(f"{server or bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
     try:
         with progress() as update:
             report = embed_folder(

@@ -47,7 +47,10 @@ def info(store: StoreFolder, json: Json = False) -> None:
 
 @app.command(epilog="Example:\n\nmgn-deploy store verify store")
 def verify(store: StoreFolder, json: Json = False) -> None:
-    """Compare every byte with the manifest's checksums; exit code 1 where one differs."""
+    """Compare every byte with the checksums.
+
+    Exit code 1 where one differs.
+    """
     from mgn_deploy.errors import GateFailed
     from mgn_deploy.gallery.maintain import verify as run
 

@@ -110,11 +110,12 @@ def embed_folder(
     rule = _labels(labels, source)
     rule.unlabelled(names)
     manifest = StoreManifest(
-        bundle_id=embedder.bundle.id,
+        bundle_id=embedder.bundle_id,
         backend=embedder.backend.name,
         preprocessing=PREPROCESSING,
         dim=embedder.dim,
         dtype=dtype,
+        bundle_path=os.path.abspath(embedder.bundle.folder),
         source=source.uri,
     )
     report = GalleryReport(skipped=source.skipped)

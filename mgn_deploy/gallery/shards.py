@@ -79,6 +79,7 @@ class StoreManifest(BaseModel):
     preprocessing: str
     dim: int = Field(ge=1, le=2**20)
     dtype: Dtype
+    bundle_path: str | None = None  # where the bundle was then; says nothing about the rows
     source: str  # what the rows' paths are below, as a URI: file: (which holds any name's bytes), s3:, ...
     shards: tuple[ShardEntry, ...] = ()
 

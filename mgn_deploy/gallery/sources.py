@@ -95,7 +95,7 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
     if len(paths) == 1 and root is None and os.path.isdir(paths[0]):
         folder = Path(paths[0])
         listing = list_images(folder)
-        return Source(_uri(folder), repr(str(folder)), listing.files, listing.skipped)
+        return Source(folder_uri(folder), repr(str(folder)), listing.files, listing.skipped)
     found: list[Path] = []
     skipped: Counter[str] = Counter()
     for path in paths:
@@ -135,7 +135,7 @@ def files_source(
     if outside:
         raise UserError(f"{str(outside)!r} is not below {str(base)!r}: give --root, the folder that holds all images")
     files = [image_file(path, path.relative_to(base).as_posix()) for path in absolute]
-    return Source(_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped or Counter())
+    return Source(folder_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped or Counter())
 
 
 def common_folder(paths: Sequence[Path]) -> Path:
@@ -168,7 +168,8 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         )
 
 
-def _uri(folder: Path) -> str:
+def folder_uri(folder: Path) -> str:
+    """A folder of this machine as a store's manifest keeps it."""
     return Path(os.path.abspath(folder)).as_uri()
 
 

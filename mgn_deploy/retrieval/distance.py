@@ -166,23 +166,39 @@ def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, til
     if metric not in get_args(Metric):
         raise UserError(f"the metric {metric!r} is not known: choose one of {', '.join(get_args(Metric))}")
     for name, embeddings in (("query", query), ("gallery", gallery)):
-        if embeddings.ndim != 2 or embeddings.dtype.kind != "f":
-            form = f"{embeddings.dtype} {list(embeddings.shape)}"
-            raise UserError(f"the {name} embeddings are {form}, but have to be floating [images, dimensions]")
-        if embeddings.size == 0:
-            raise UserError(f"the {name} embeddings are empty {list(embeddings.shape)}: embed some images first")
-    if query.shape[1] != gallery.shape[1]:
-        raise UserError(
-            f"query embeddings have {query.shape[1]} dimensions and gallery embeddings {gallery.shape[1]}: "
-            "both have to come from the same model"
-        )
+        check_form(name, embeddings)
+    check_same_length(query.shape[1], gallery.shape[1])
     for name, embeddings in (("query", query), ("gallery", gallery)):
         for rows in _slices(len(embeddings), max(1, tile_bytes // (8 * embeddings.shape[1]))):
-            # Squares, as they need no mask beside the tile and bound every product (Cauchy-Schwarz).
-            broken = np.flatnonzero(~np.isfinite(_squares(_float32(embeddings[rows]))))
-            if broken.size:
-                row = rows.start + int(broken[0])
-                raise UserError(f"{name} embedding {row} is not finite (NaN, infinite or huge): embed it again")
+            check_finite(name, embeddings[rows], rows.start)
+
+
+def check_form(name: str, embeddings: np.ndarray) -> None:
+    """Raise a UserError unless they are floating [n, d] and not empty."""
+    if embeddings.ndim != 2 or embeddings.dtype.kind != "f":
+        form = f"{embeddings.dtype} {list(embeddings.shape)}"
+        raise UserError(f"the {name} embeddings are {form}, but have to be floating [images, dimensions]")
+    if embeddings.size == 0:
+        raise UserError(f"the {name} embeddings are empty {list(embeddings.shape)}: embed some images first")
+
+
+def check_same_length(query: int, gallery: int) -> None:
+    """Raise a UserError where the embeddings of the two have not as many dimensions."""
+    if query != gallery:
+        raise UserError(
+            f"query embeddings have {query} dimensions and gallery embeddings {gallery}: "
+            "both have to come from the same model"
+        )
+
+
+def check_finite(name: str, rows: np.ndarray, start: int = 0) -> None:
+    """Raise a UserError that names the first row, counted from `start`, that is not finite."""
+    # Squares, as they need no mask beside the rows and bound every product (Cauchy-Schwarz).
+    broken = np.flatnonzero(~np.isfinite(_squares(_float32(rows))))
+    if broken.size:
+        raise UserError(
+            f"{name} embedding {start + int(broken[0])} is not finite (NaN, infinite or huge): embed it again"
+        )
 
 
 def _distances(arrays: Arrays, query: np.ndarray, gallery: np.ndarray, metric: Metric, out: np.ndarray) -> None:

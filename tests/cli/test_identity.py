@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 def calibrated(bundle_folder, data, tmp_path_factory):
     """A bundle with a calibration, and what the command printed."""
     bundle = Path(shutil.copytree(bundle_folder, tmp_path_factory.mktemp("calibrated") / "bundle"))
-    done = mgn_deploy("calibrate", "--data", f"folder:{data}", "--bundle", bundle, "--bootstrap", 10, "--json")
+    done = mgn_deploy("calibrate", "--data", f"market1501:{data}", "--bundle", bundle, "--bootstrap", 10, "--json")
     assert done.exit_code == 0, done.stderr
     return bundle, done
 
@@ -55,7 +55,7 @@ def test_calibrate_writes_what_it_prints_beside_a_bundle_that_stays_whole(calibr
 def test_calibrate_prints_tables_of_thresholds_and_reliability(bundle_folder, data, tmp_path):
     bundle = shutil.copytree(bundle_folder, tmp_path / "bundle")
     done = mgn_deploy(
-        "calibrate", "--data", f"folder:{data}", "--bundle", bundle, "--bootstrap", 5, "--subset", "query",
+        "calibrate", "--data", f"market1501:{data}", "--bundle", bundle, "--bootstrap", 5, "--subset", "query",
         "--subset", "gallery", "--prior", 0.1, "--same-camera",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
@@ -68,9 +68,9 @@ def test_calibrate_prints_tables_of_thresholds_and_reliability(bundle_folder, da
 def test_calibrate_refuses_too_few_people_and_leaves_nothing(bundle_folder, data, tmp_path):
     bundle = Path(shutil.copytree(bundle_folder, tmp_path / "bundle"))
     before = sorted(path.name for path in bundle.iterdir())
-    done = mgn_deploy("calibrate", "--data", f"folder:{data}", "--bundle", bundle, "--subset", "train")
+    done = mgn_deploy("calibrate", "--data", f"market1501:{data}", "--bundle", bundle, "--subset", "train")
     refused(done, "has 2 people")
-    done = mgn_deploy("calibrate", "--data", f"folder:{data}", "--bundle", bundle, "--subset", "test")
+    done = mgn_deploy("calibrate", "--data", f"market1501:{data}", "--bundle", bundle, "--subset", "test")
     refused(done, "no subset 'test': there are train, query, gallery, multi-query")
     assert sorted(path.name for path in bundle.iterdir()) == before
 

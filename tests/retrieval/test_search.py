@@ -280,10 +280,25 @@ def test_the_command_embeds_an_image_with_the_bundle_and_writes_the_page(
     assert "who is it?.jpg" in (tmp_path / "page.html").read_text()
 
 
-def test_an_image_without_a_bundle_is_a_sentence(crop_store, crops):
-    done = mgn_deploy("search", next(crops.rglob("*.jpg")), crop_store.folder)
+def test_an_image_is_embedded_by_the_bundle_that_the_gallery_names(crop_store, crops, bundle_folder):
+    image = next(crops.rglob("*.jpg"))
+    found = mgn_deploy("search", image, crop_store.folder, "--json")
+    given = mgn_deploy("search", image, crop_store.folder, "--bundle", bundle_folder, "--json")
+    assert json.loads(found.stdout)[0]["results"] == json.loads(given.stdout)[0]["results"]
+    assert f"embedding the queries by the gallery's bundle, {bundle_folder}" in found.stderr
+
+
+@pytest.mark.parametrize(
+    "path, expected", [(None, "give its folder by --bundle"), ("/none", "is no longer in /none: give --bundle")]
+)
+def test_an_image_without_a_bundle_is_a_sentence_that_says_which(crop_store, crops, tmp_path, path, expected):
+    shutil.copytree(crop_store.folder, tmp_path / "s")
+    manifest = json.loads((tmp_path / "s/manifest.json").read_text())
+    (tmp_path / "s/manifest.json").write_text(json.dumps({**manifest, "bundle_path": path}))
+    done = mgn_deploy("search", next(crops.rglob("*.jpg")), tmp_path / "s")
     assert done.exit_code == 2
-    assert "give --bundle to search for an image" in done.stderr
+    assert f"was embedded by bundle {crop_store.manifest.bundle_id[:12]}" in done.stderr
+    assert expected in done.stderr
 
 
 def test_an_image_that_cannot_be_read_is_a_sentence(crop_store, bundle_folder, tmp_path):
