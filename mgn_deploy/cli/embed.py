@@ -18,8 +18,8 @@ def embed(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="A folder of images, searched recursively; images, folders and patterns ('a/*.jpg'); or a list: a "
-            "path a line, or a .csv, .tsv or .parquet with a column path ('-': stdin)."
+            help="A folder of images, searched recursively; images, tar shards, folders and patterns ('a/*.jpg'); or "
+            "a list: a path a line, or a .csv, .tsv or .parquet with a column path ('-': stdin)."
         ),
     ] = None,
     bundle: Annotated[
