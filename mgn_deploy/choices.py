@@ -45,3 +45,9 @@ QueryPooling = Literal["avg", "max"]
 
 # Points that an engine's rank-1 and mAP may differ from the reference's.
 DEFAULT_TOLERANCE = 0.5
+
+# Between images that are grouped.
+ClusterDistance = Literal["jaccard", "cosine"]
+
+# Of embeddings to two dimensions.
+Projection = Literal["pca", "umap"]

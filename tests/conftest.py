@@ -114,7 +114,7 @@ def gallery_store(bundle_folder: Path, crops: Path, tmp_path_factory: pytest.Tem
     from mgn_deploy.gallery.embed import embed_folder
 
     folder = tmp_path_factory.mktemp("store") / "gallery"
-    embed_folder(crops, folder, Embedder.open(bundle_folder, "onnxruntime"))
+    embed_folder(crops, folder, Embedder.open(bundle_folder, "onnxruntime"), labels="market1501")
     return folder
 
 

@@ -17,7 +17,7 @@ FOLDERS = {"mgn_deploy": "mgn_deploy"} | {
 # From what everyone stands on to what stands on everything. A room may import its own modules and those of earlier
 # lines.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("", "choices", "errors", "progress", "config", "machine", "files", "packages", "interrupt"),
+    ("", "choices", "errors", "progress", "config", "machine", "files", "packages", "interrupt", "telemetry"),
     ("console",),
     ("images", "bundle", "cuda"),
     ("datasets",),
@@ -40,6 +40,11 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Upward imports, each inside a function: the reference and the kernel are opened by name, where somebody asks for them.
 UPWARD = {
     ("backends.torch", "train.model"),
+    ("backends.torch_cuda.backend", "train.model"),
+    ("backends.torch_cuda.backend", "kernels.nvrtc"),
+    ("backends.torch_cuda.network", "train.model"),
+    ("backends.torch_cuda.network", "kernels.torch_heads"),
+    ("backends.torch_cuda.network", "kernels.torch_op"),
     ("backends.heads.cut", "kernels.plan"),
     ("backends.heads.cuda", "kernels.nvrtc"),
     ("backends.heads.cuda", "kernels.params"),

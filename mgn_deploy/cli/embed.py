@@ -8,36 +8,100 @@ from typing import Annotated
 import typer
 
 from mgn_deploy.choices import Dtype
-from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Json, out
+from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Json, out
 from mgn_deploy.console import print_json, progress, say
+from mgn_deploy.errors import UserError
 
 
 def embed(
-    folder: Annotated[Path, typer.Argument(help="Folder of images, searched recursively.")],
     store: Annotated[Path, out("The embedding store to write or to go on with.")],
-    bundle: Bundle,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A folder of images, searched recursively; images, tar shards, folders and patterns ('a/*.jpg'); or "
+            "a list: a path a line, or a .csv, .tsv or .parquet with a column path ('-': stdin)."
+        ),
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="The bundle that embeds; with --server the one that it must run.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Embed by http://HOST:PORT (mgn-deploy serve) or grpc://HOST:PORT (Triton)."),
+    ] = None,
     backend: Backend = "auto",
     batch: Batch = 8,
     dtype: Annotated[Dtype, typer.Option(help="Of the stored embeddings.")] = "float32",
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Who is on an image: none, market1501 (0002_c1... is person 2, camera 1), folder (the first folder of "
+            "its path), track (of a tracker's boxes), or a table with the columns path, identity and camera, as a list "
+            "may be itself."
+        ),
+    ] = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            help="A row for each box in the images: MOTChallenge's text, YOLO's folder, COCO's JSON, or a table of "
+            "path, left, top, width and height.",
+            rich_help_panel="Boxes",
+        ),
+    ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="A video, in place of images, whose frames --boxes is about.", rich_help_panel="Boxes"),
+    ] = None,
+    box_class: Annotated[
+        list[str],
+        typer.Option(help="Name or number of a class whose boxes are taken, or all.", rich_help_panel="Boxes"),
+    ] = ["person"],  # noqa: B006
+    min_score: Annotated[float, typer.Option(help="Of boxes that have a score.", rich_help_panel="Boxes")] = 0.0,
+    root: Annotated[
+        Path | None, typer.Option(help="The folder that names begin at, where a list or several images are given.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="N/OF", help="Only one part of the images, as in 3/16; `store merge` joins.")
+    ] = None,
+    verify_content: Annotated[
+        bool, typer.Option("--verify-content", help="Read known images too, and embed those whose bytes have changed.")
+    ] = False,
     max_failures: Annotated[
         int | None, typer.Option(min=0, help="Stop after more unreadable images than this.")
     ] = None,
     allow_unproven: AllowUnproven = False,
     json: Json = False,
 ) -> None:
-    """Embed a folder of images into a store.
+    """Embed images into a store.
 
     Run again, it goes on where it stopped, and embeds what is new or has changed.
     """
     from mgn_deploy.embedder import Embedder
     from mgn_deploy.gallery.embed import embed_folder
+    from mgn_deploy.gallery.inputs import open_inputs
 
-    embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
-    say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
+    source = open_inputs(
+        images or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video, part=shard
+    )
+    if server is not None:
+        embedder = Embedder.connect(server, bundle)
+    elif bundle is not None:
+        embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
+    else:
+        raise UserError("what embeds the images? give --bundle, or --server")
+    say(f"{server or bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
     try:
         with progress() as update:
             report = embed_folder(
-                folder, store, embedder, batch_size=batch, dtype=dtype, max_failures=max_failures, progress=update
+                source,
+                store,
+                embedder,
+                batch_size=batch,
+                dtype=dtype,
+                labels=labels,
+                verify_content=verify_content,
+                max_failures=max_failures,
+                progress=update,
             )
     except KeyboardInterrupt:
         say(f"interrupted: what was embedded is in {store}, and the same command goes on from there")
@@ -49,5 +113,5 @@ def embed(
     else:
         print(
             f"{store}: {report.embedded} embedded in {report.seconds:.1f} s ({report.images_per_second:.1f} images/s), "
-            f"{report.unchanged} already there, {len(report.failed)} failed"
+            f"{report.unchanged} already there, {len(report.failed)} failed, {report.skipped.total()} skipped"
         )

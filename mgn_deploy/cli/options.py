@@ -61,7 +61,10 @@ ProofImages = Annotated[
         help="Folder of images to prove the engines on; drawn people without it.",
     ),
 ]
-QueryBundle = Annotated[Path | None, typer.Option("--bundle", help="The bundle that embeds queries that are images.")]
+QueryBundle = Annotated[
+    Path | None,
+    typer.Option("--bundle", help="The bundle that embeds queries that are images; without it the gallery's."),
+]
 RankDevice = Annotated[
     Device, typer.Option("--device", help="Where distances are computed; auto: on a CUDA device if there is one.")
 ]

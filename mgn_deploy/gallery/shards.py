@@ -32,6 +32,7 @@ from mgn_deploy.files import sha256_bytes
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+SHARD_ROWS = 1024  # rows of a whole shard: what a store of a million images is divided into
 MOST_MANIFEST_BYTES = 256 * 2**20  # of a store of a thousand million images
 
 ROWS = pa.schema(
@@ -78,6 +79,7 @@ class StoreManifest(BaseModel):
     preprocessing: str
     dim: int = Field(ge=1, le=2**20)
     dtype: Dtype
+    bundle_path: str | None = None  # where the bundle was then; says nothing about the rows
     source: str  # what the rows' paths are below, as a URI: file: (which holds any name's bytes), s3:, ...
     shards: tuple[ShardEntry, ...] = ()
 

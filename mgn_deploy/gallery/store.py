@@ -11,6 +11,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 
+from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.gallery.shards import Row, Shard, StoreManifest, open_shards, read_manifest
 from mgn_deploy.packages import import_problem
@@ -146,6 +147,23 @@ class Store:
         for rows, block in self.blocks():
             result[rows] = block
         return result
+
+    def find_bundle(self) -> Bundle:
+        """The bundle that embedded the store, where it was then.
+
+        Raises:
+            UserError: it is not there, or is another one now: which one is wanted.
+        """
+        wanted = f"{self.folder} was embedded by bundle {self.manifest.bundle_id[:12]}"
+        if self.manifest.bundle_path is None:
+            raise UserError(f"{wanted}: give its folder by --bundle")
+        try:
+            bundle = Bundle.open(self.manifest.bundle_path)
+        except UserError:
+            raise UserError(f"{wanted}, which is no longer in {self.manifest.bundle_path}: give --bundle") from None
+        if bundle.id != self.manifest.bundle_id:
+            raise UserError(f"{wanted}, and {bundle.folder} is {bundle.id[:12]} now: give the right one by --bundle")
+        return bundle
 
     def path(self, row: Row) -> Path:
         """Where the image was when it was embedded.

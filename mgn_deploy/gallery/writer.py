@@ -6,7 +6,8 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file, sha256_bytes
 from mgn_deploy.gallery.shards import (
     MANIFEST,
+    SHARD_ROWS,
     Row,
     Shard,
     ShardEntry,
@@ -28,7 +30,7 @@ from mgn_deploy.gallery.shards import (
 )
 
 LOCK = ".lock"
-SHARD_ROWS = 1024  # rows of a whole shard: what a store of a million images is divided into
+_NOT_COMPARED = {"shards", "schema_version", "bundle_path"}
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -55,25 +57,16 @@ class StoreWriter:
         self._array = np.empty((0, manifest.dim), manifest.dtype)
 
     def __enter__(self) -> StoreWriter:
-        try:
-            if self.folder.exists() and not self._is_ours():
-                raise UserError(f"{self.folder} exists and is not an embedding store: choose another path for it")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be written: {error.strerror}") from error
-        try:
-            self._take_lock()
+        with ExitStack() as stack:
+            stack.enter_context(hold(self.folder))
             self._open()
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+            self._held = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._descriptor)  # which releases the lock
+        self._held.close()
 
     @property
     def room(self) -> int:
@@ -90,7 +83,7 @@ class StoreWriter:
         array = np.concatenate([self._array, embeddings.astype(self.manifest.dtype, copy=False)])
         whole = len(self.manifest.shards) - bool(self._rows)
         new = [
-            self._write(whole + number, rows[start : start + SHARD_ROWS], array[start : start + SHARD_ROWS])
+            self.write_shard(whole + number, rows[start : start + SHARD_ROWS], array[start : start + SHARD_ROWS])
             for number, start in enumerate(range(0, len(rows), SHARD_ROWS))
         ]
         self.replace([*self.manifest.shards[:whole], *new])
@@ -119,20 +112,18 @@ class StoreWriter:
                 replace(row, identity=labels[row.name][0], camera=labels[row.name][1]) if row.name in labels else row
                 for row in shard.rows
             ]
-            shards.append(shard.entry if rows == shard.rows else self._write(len(shards), rows, shard.array()))
+            shards.append(shard.entry if rows == shard.rows else self.write_shard(len(shards), rows, shard.array()))
             self.known.update((row.name, row) for row in rows)
         self.replace(shards)
         self._go_on()
 
-    def write_shards(self, rows: Sequence[Row], embeddings: np.ndarray) -> list[ShardEntry]:
-        """Write the files of whole new shards, from number 0 on, for `replace`."""
-        starts = range(0, len(rows), SHARD_ROWS)
-        return [
-            self._write(number, rows[start : start + SHARD_ROWS], embeddings[start : start + SHARD_ROWS])
-            for number, start in enumerate(starts)
-        ]
+    @property
+    def shard_rows(self) -> int:
+        """How many rows a whole shard has."""
+        return SHARD_ROWS
 
-    def _write(self, number: int, rows: Sequence[Row], array: np.ndarray) -> ShardEntry:
+    def write_shard(self, number: int, rows: Sequence[Row], array: np.ndarray) -> ShardEntry:
+        """Write the files of a shard, for `replace`."""
         contents = {"npy": array_bytes(array), "parquet": rows_bytes(rows)}
         hashes = {kind: sha256_bytes(content) for kind, content in contents.items()}
         name = f"shard-{number:05d}-{sha256_bytes((hashes['npy'] + hashes['parquet']).encode())[:8]}"
@@ -141,36 +132,17 @@ class StoreWriter:
                 file.write(content)
         return ShardEntry(name=name, count=len(rows), array_sha256=hashes["npy"], rows_sha256=hashes["parquet"])
 
-    def _is_ours(self) -> bool:
-        """A store, an empty folder, or what a run leaves that was killed before it had written the manifest."""
-        if (self.folder / MANIFEST).exists():
-            read_manifest(self.folder)  # raises where the manifest is of something else
-            return True
-        return self.folder.is_dir() and all(
-            name == LOCK or (name.startswith(".mgn-") and name.endswith(".tmp")) for name in os.listdir(self.folder)
-        )
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is writing to {self.folder}: wait for it, or choose another store"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be locked: {error.strerror}") from error
-
     def _open(self) -> None:
         """Write a new store's manifest, or go on with that of an earlier run."""
         if not (self.folder / MANIFEST).exists():
             self.replace(())
             return
         found = read_manifest(self.folder)
-        self._check_same(found)
+        self.check_same(found, self.folder)
         shards = open_shards(self.folder, found)
         for shard in shards:
             self.known.update((row.name, row) for row in shard.rows)
-        self.manifest = found
+        self.manifest = found.model_copy(update={"bundle_path": self.manifest.bundle_path or found.bundle_path})
         if found.schema_version == 1:
             _log.warning(f"{self.folder} has no checksums (schema 1): they are added now, of the files as they are")
             self.manifest = found.model_copy(update={"schema_version": 2})
@@ -184,12 +156,13 @@ class StoreWriter:
             last = Shard(self.folder, self.manifest.shards[-1], self.manifest)
             self._rows, self._array = last.rows, last.array()
 
-    def _check_same(self, found: StoreManifest) -> None:
-        wanted = self.manifest.model_dump(exclude={"shards", "schema_version"})
-        for key, value in found.model_dump(exclude={"shards", "schema_version"}).items():
+    def check_same(self, found: StoreManifest, folder: Path) -> None:
+        """Raise UserError where another store, `found` in `folder`, was made otherwise than this one."""
+        wanted = self.manifest.model_dump(exclude=_NOT_COMPARED)
+        for key, value in found.model_dump(exclude=_NOT_COMPARED).items():
             if value != wanted[key]:
                 raise UserError(
-                    f"{self.folder} was made with {key} {_short(value)} and this run has {_short(wanted[key])}: "
+                    f"{folder} was made with {key} {_short(value)} and this run has {_short(wanted[key])}: "
                     "a store never mixes them; choose a new store"
                 )
 
@@ -199,6 +172,42 @@ class StoreWriter:
         for left in [*self.folder.glob(".mgn-*.tmp"), *self.folder.glob("shard-*.*")]:
             if left.name not in named:
                 left.unlink(missing_ok=True)
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a store's lock, which a process that dies releases; a folder that is not there is made.
+
+    Raises:
+        UserError: another process holds it, or the folder is something else or cannot be written.
+    """
+    try:
+        if folder.exists() and not _is_store(folder):
+            raise UserError(f"{folder} exists and is not an embedding store: choose another path for it")
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {folder}: wait for it, or choose another store") from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be locked: {error.strerror}") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_store(folder: Path) -> bool:
+    """A store, an empty folder, or what a run leaves that was killed before it had written the manifest."""
+    if (folder / MANIFEST).exists():
+        read_manifest(folder)  # raises where the manifest is of something else
+        return True
+    return folder.is_dir() and all(
+        name == LOCK or (name.startswith(".mgn-") and name.endswith(".tmp")) for name in os.listdir(folder)
+    )
 
 
 def _hashed(shard: Shard) -> ShardEntry:

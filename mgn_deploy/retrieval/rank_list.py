@@ -20,6 +20,8 @@ class RankedImage:
         identity: the person's number, -1 for junk, None if unknown.
         camera: the camera's number, None if unknown.
         distance: re-ranked distance to the query, 0 to 1; None where the similarity ranks.
+        probability: that it is the query's person; None without a calibration (`identity.ranked.judge`).
+        same: whether the similarity reaches the threshold; None as `probability`.
     """
 
     path: Path
@@ -28,6 +30,8 @@ class RankedImage:
     identity: int | None
     camera: int | None
     distance: float | None = None
+    probability: float | None = None
+    same: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class RankList:
                 "name": one.name,
                 "similarity": round(one.similarity or 0.0, 6),
                 **({} if one.distance is None else {"reranked_distance": round(one.distance, 6)}),
+                **({} if one.probability is None else {"probability": one.probability, "same": one.same}),
                 **_labels(one),
             }
             for rank, one in enumerate(self.results, start=1)

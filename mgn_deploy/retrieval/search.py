@@ -11,12 +11,13 @@ from typing import get_args
 
 import numpy as np
 
+from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.choices import Device, Metric, QueryLabels
 from mgn_deploy.datasets.dataset import JUNK
 from mgn_deploy.datasets.labels import Labels, read_labels
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
-from mgn_deploy.gallery.shards import MANIFEST
+from mgn_deploy.gallery.shards import MANIFEST, Row
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.progress import Progress
@@ -57,6 +58,7 @@ class Queries:
         *,
         allow_unproven: bool = False,
         labels: QueryLabels = "none",
+        gallery: Store | None = None,
     ) -> Queries:
         """Of an embedding store, or of an image or a folder of images that a bundle embeds.
 
@@ -64,17 +66,24 @@ class Queries:
             source: a store's folder, an image file or a folder of images.
             bundle, backend, allow_unproven: what embeds images, as in `Embedder.open`; a store needs none.
             labels: who is on images: market1501, by their names, or none; a store's rows have labels of their own.
+            gallery: the store that is searched; without `bundle` images are embedded by the one that it names.
 
         Raises:
             UserError: images without a bundle, or what `Store.open`, `Embedder.open` and `of_images` refuse.
         """
         if (Path(source) / MANIFEST).is_file():
             return cls.of_store(Store.open(source))
-        if bundle is None:
+        opened: Bundle | str | os.PathLike[str]
+        if bundle is not None:
+            opened = bundle
+        elif gallery is not None:
+            opened = gallery.find_bundle()
+            _log.info(f"embedding the queries by the gallery's bundle, {opened.folder}")
+        else:
             raise UserError(
                 f"{os.fspath(source)} is no embedding store: give --bundle to search for an image or a folder of images"
             )
-        return cls.of_images(source, Embedder.open(bundle, backend, allow_unproven=allow_unproven), labels=labels)
+        return cls.of_images(source, Embedder.open(opened, backend, allow_unproven=allow_unproven), labels=labels)
 
     @classmethod
     def of_store(cls, store: Store) -> Queries:
@@ -82,7 +91,7 @@ class Queries:
         return cls(
             store.manifest.bundle_id,
             store.embeddings(),
-            [store.path(row) for row in store],
+            [_path(store, row) for row in store],
             [row.name for row in store],
             store.identities(),
             store.cameras(),
@@ -148,8 +157,8 @@ def search(
     if not len(gallery) or not len(queries.embeddings):
         raise UserError(f"{gallery.folder if not len(gallery) else 'the query side'} holds no embedded image")
     identities, cameras = gallery.identities(), gallery.cameras()
-    paths = [gallery.path(row) for row in gallery]
-    rows = gallery.embeddings()
+    paths = [_path(gallery, row) for row in gallery]
+    rows = gallery.embeddings() if aqe or rerank else np.empty((0, gallery.manifest.dim), np.float32)
     left_out = _LeftOut(queries, identities, cameras, paths, exclude_same_camera)
     asked = queries.embeddings
     if aqe:
@@ -157,7 +166,7 @@ def search(
     if rerank:
         indices, distances = rerank_top_k(asked, rows, k, excluded=left_out.mask, device=device, progress=progress)
     else:
-        indices, similarities = top_k(asked, rows, k, excluded=left_out.pairs)
+        indices, similarities = top_k(asked, gallery, k, excluded=left_out.pairs)  # block by block
     left_out.tell()
     lists = []
     for query, found in enumerate(indices):
@@ -310,6 +319,12 @@ def _label_arrays(rule: Labels, names: list[str]) -> tuple[np.ndarray, np.ndarra
         np.array([label.identity if label else UNKNOWN for label in labels], np.int64),
         np.array([UNKNOWN if label is None or label.camera is None else label.camera for label in labels], np.int64),
     )
+
+
+def _path(store: Store, row: Row) -> Path:
+    """Where the image is; of a source that is no folder of this machine a name by which nothing is found here."""
+    source = store.manifest.source
+    return store.path(row) if source.startswith("file:") else Path(f"{source}/{row.name}")
 
 
 def _ranked(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import GateFailed
 from mgn_deploy.progress import Progress
+from mgn_deploy.retrieval.evaluation import Protocol, Scores, query_notes, score_embeddings, write_per_query
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
-from mgn_deploy.retrieval.ranking import RankingMetrics, evaluate_embeddings
+from mgn_deploy.retrieval.ranking import RankingMetrics
+from mgn_deploy.retrieval.statistics import Difference, compare
+from mgn_deploy.retrieval.truth import Truth
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -23,11 +27,25 @@ KEYS = ("rank-1", "rank-5", "rank-10", "mAP", "mINP")
 
 @dataclass(frozen=True)
 class Validation:
-    """A backend's accuracy, and the PyTorch reference's where that was asked for. Fractions, 0 to 1."""
+    """A backend's accuracy, and the PyTorch reference's where that was asked for. Fractions, 0 to 1.
+
+    Attributes:
+        backend: the engine's name.
+        measured, reference: rank-k, mAP and mINP.
+        measured_scores, reference_scores: these and whatever else the protocol asks for.
+        notes: sentences about queries that no figure is about.
+        unmatched: the names of the queries without a right answer.
+        embeddings: the engine's, of queries `[q, d]` and gallery `[g, d]`.
+    """
 
     backend: str
     measured: RankingMetrics
     reference: RankingMetrics | None
+    measured_scores: Scores | None = None
+    reference_scores: Scores | None = None
+    notes: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    embeddings: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
 
     def differences(self) -> dict[str, float]:
         """Backend minus reference of every metric, as fractions; empty without a reference."""
@@ -35,6 +53,12 @@ class Validation:
             return {}
         measured, reference = self.measured.to_dict(), self.reference.to_dict()
         return {key: measured[key] - reference[key] for key in KEYS}
+
+    def paired(self) -> dict[str, Difference]:
+        """The differences query by query, each with its interval and p-value; empty without a reference."""
+        if self.reference is None or self.measured.scores is None or self.reference.scores is None:
+            return {}
+        return compare(self.measured.scores, self.reference.scores)
 
     def worst(self) -> float:
         """The largest absolute difference of rank-1 or mAP, as a fraction."""
@@ -53,12 +77,17 @@ class Validation:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, with the keys backend, measured, reference and difference; the last two may be None."""
+        """JSON-ready, with the keys backend, measured, reference, difference, paired_test and unmatched_queries; those
+        that need a reference may be None."""
+        measured = self.measured_scores or Scores(self.measured)
+        reference = self.reference_scores or (Scores(self.reference) if self.reference else None)
         return {
             "backend": self.backend,
-            "measured": self.measured.to_dict(),
-            "reference": self.reference.to_dict() if self.reference else None,
+            "measured": measured.to_dict(),
+            "reference": reference.to_dict() if reference else None,
             "difference": self.differences() or None,
+            "paired_test": {key: one.to_dict() for key, one in self.paired().items()} or None,
+            "unmatched_queries": self.unmatched,
         }
 
 
@@ -68,6 +97,8 @@ def validate(
     reference: Embedder | None,
     *,
     multi_query: QueryPooling | None = None,
+    protocol: Protocol | None = None,
+    per_query: str | os.PathLike[str] | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Validation:
@@ -78,6 +109,8 @@ def validate(
         embedder: the engine.
         reference: of `Embedder.open_reference`; None: the engine alone.
         multi_query: avg or max, to pool each query with `data.multi_query`'s images of its person and camera.
+        protocol: how the gallery is ranked and what is measured; by default that of Market-1501.
+        per_query: a Parquet file to write, with one row a query (`write_per_query`).
         batch_size: images an engine call.
         progress: called after each batch with the images done and to do, once for each of the two.
 
@@ -85,9 +118,36 @@ def validate(
         UserError: an image cannot be read, no query has a right answer, or nothing to pool.
     """
     needed_subsets(multi_query)  # refuses what is no pooling before hours of embedding
-    measured = _measure(data, embedder, multi_query, batch_size, embedder.backend.name, progress)
-    expected = _measure(data, reference, multi_query, batch_size, "PyTorch reference", progress) if reference else None
-    return Validation(embedder.backend.name, measured, expected)
+    protocol = protocol or Protocol()
+    truth = Truth.of_dataset(data, cameras=protocol.cameras)
+    names = [_name(image, data) for image in data.query]
+    notes = query_notes(names, truth)
+    for note in notes:
+        _log.warning(note)
+
+    def measure(embedder: Embedder, label: str) -> tuple[Scores, tuple[np.ndarray, np.ndarray]]:
+        query, gallery = _measure(data, embedder, multi_query, batch_size, label, progress)
+        return score_embeddings(query, gallery, truth, protocol, progress=progress), (query, gallery)
+
+    measured, embeddings = measure(embedder, embedder.backend.name)
+    expected = measure(reference, "PyTorch reference")[0] if reference else None
+    if per_query is not None:
+        of_each = {
+            "": measured.metrics.scores,
+            "reranked_": measured.reranked.scores if measured.reranked else None,
+            "reference_": expected.metrics.scores if expected else None,
+        }
+        write_per_query(per_query, names, truth.query_identities, of_each)
+    return Validation(
+        embedder.backend.name,
+        measured.metrics,
+        expected.metrics if expected else None,
+        measured,
+        expected,
+        notes,
+        [names[row] for row in truth.unmatched()],
+        embeddings,
+    )
 
 
 def _measure(
@@ -97,7 +157,8 @@ def _measure(
     batch_size: int,
     label: str,
     progress: Progress | None,
-) -> RankingMetrics:
+) -> tuple[np.ndarray, np.ndarray]:
+    """The embeddings of queries and gallery."""
     _log.info(
         f"ranking {len(data.query)} queries in {len(data.gallery)} gallery images of {data.root} with {label} on "
         f"{embedder.backend.device}"
@@ -112,16 +173,14 @@ def _measure(
     queries = embed(data.query, 0)
     if multi_query:
         queries = pool_queries(queries, embed(views, len(data.query)), members, multi_query)
-    return rank_gallery(data, queries, embed(data.gallery, len(data.query) + len(views)))
+    return queries, embed(data.gallery, len(data.query) + len(views))
 
 
 def rank_gallery(data: Dataset, query: np.ndarray, gallery: np.ndarray) -> RankingMetrics:
     """Score the embeddings `[q, d]` and `[g, d]` of `data.query` and `data.gallery`."""
-    return evaluate_embeddings(
-        query,
-        gallery,
-        [image.identity for image in data.query],
-        [image.camera for image in data.query],
-        [image.identity for image in data.gallery],
-        [image.camera for image in data.gallery],
-    )
+    return score_embeddings(query, gallery, Truth.of_dataset(data)).metrics
+
+
+def _name(image: LabelledImage, data: Dataset) -> str:
+    """Of a query, below the data set's folder."""
+    return image.path.relative_to(data.root).as_posix() if image.path.is_relative_to(data.root) else str(image.path)

@@ -156,12 +156,13 @@ def test_a_run_goes_on_where_what_it_started_from_is_gone(people, one_epoch, tmp
 # With something else
 
 
-def test_another_recipe_is_refused_by_its_keys(people, one_epoch):
+def test_another_recipe_is_refused_by_its_keys(people, one_epoch, said):
     with pytest.raises(UserError) as refused:
         run(people, one_epoch.out, "schedule.epochs=2", "optim.lr=0.01", "model.branches=[1, 2]")
     for words in ("optim.lr was 0.002 and is 0.01", "model.branches was [1, 2, 3] and is [1, 2]", "--init"):
         assert words in str(refused.value)
     assert "schedule.epochs was" not in str(refused.value)
+    assert not any("from here on" in sentence for sentence in said)
 
 
 def test_another_number_of_processes_is_refused(people, copied):

@@ -1,0 +1,164 @@
+"""`mgn-deploy store`: what is done to an embedding store besides adding rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mgn_deploy.cli.options import Json, out
+from mgn_deploy.console import print_json, print_table
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", help="Look at embedding stores, check, mend, join and export them."
+)
+StoreFolder = Annotated[Path, typer.Argument(help="The embedding store.")]
+
+
+@app.command(epilog="Example:\n\nmgn-deploy store info store")
+def info(store: StoreFolder, json: Json = False) -> None:
+    """Show what is in a store and what made it."""
+    from mgn_deploy.gallery.store import Store
+
+    opened = Store.open(store)
+    made = opened.manifest
+    facts = {
+        "images": len(opened),
+        "failures": len(opened.failures),
+        "identities": len({row.identity for row in opened} - {None}),
+        "cameras": len({row.camera for row in opened} - {None}),
+        "dim": made.dim,
+        "dtype": made.dtype,
+        "source": made.source,
+        "bundle_id": made.bundle_id,
+        "backend": made.backend,
+        "preprocessing": made.preprocessing,
+        "shards": len(made.shards),
+        "schema_version": made.schema_version,
+        "errors": dict(Counter(row.error for row in opened.failures).most_common(10)),
+    }
+    if json:
+        print_json(facts)
+    else:
+        print_table(["", "value"], [[key, str(value)] for key, value in facts.items()], title=str(store))
+
+
+@app.command(epilog="Example:\n\nmgn-deploy store verify store")
+def verify(store: StoreFolder, json: Json = False) -> None:
+    """Compare every byte with the checksums.
+
+    Exit code 1 where one differs.
+    """
+    from mgn_deploy.errors import GateFailed
+    from mgn_deploy.gallery.maintain import verify as run
+
+    found = run(store)
+    if json:
+        print_json(found.to_dict())
+    else:
+        print(f"{store}: {found.rows} rows in {found.shards - len(found.damaged)} of {found.shards} shards are whole")
+        if found.without_hash:
+            print(f"{found.without_hash} shards have no checksum (schema 1): `embed` adds them when it next runs")
+        for damage in found.damaged:
+            print(f"{damage.rows if damage.rows is not None else 'unknown'} rows: {damage.reason}")
+    if found.damaged:
+        raise GateFailed(f"{len(found.damaged)} shards are damaged: `mgn-deploy store repair {store}` drops them")
+
+
+@app.command(epilog="Example:\n\nmgn-deploy store repair store")
+def repair(store: StoreFolder, json: Json = False) -> None:
+    """Drop damaged shards; `embed` then embeds their images again."""
+    from mgn_deploy.gallery.maintain import repair as run
+
+    dropped = run(store)
+    if json:
+        print_json({"store": str(store), "dropped": [vars(damage) for damage in dropped]})
+        return
+    for damage in dropped:
+        print(f"dropped {damage.rows if damage.rows is not None else 'unknown'} rows: {damage.reason}")
+    if dropped:
+        print(f"run the `mgn-deploy embed ... -o {store}` that made it again: it embeds what is missing")
+    else:
+        print(f"{store}: nothing to repair")
+
+
+@app.command(epilog="Example:\n\nmgn-deploy store prune store photos")
+def prune(
+    store: StoreFolder,
+    source: Annotated[list[str], typer.Argument(help="What was embedded, as given to `embed`.")],
+    root: Annotated[Path | None, typer.Option(help="As of `embed`.")] = None,
+    json: Json = False,
+) -> None:
+    """Remove the rows of images that are no longer in the source."""
+    from mgn_deploy.gallery.maintain import prune as run
+    from mgn_deploy.gallery.sources import open_source
+
+    removed = run(store, [file.name for file in open_source(*source, root=root).files])
+    if json:
+        print_json({"store": str(store), "removed": removed})
+    else:
+        print(f"{store}: {removed} images removed")
+
+
+@app.command(epilog="Example:\n\nmgn-deploy store relocate store /mnt/photos")
+def relocate(
+    store: StoreFolder,
+    source: Annotated[str, typer.Argument(help="The folder (or URI) that the images are in now.")],
+    json: Json = False,
+) -> None:
+    """Say where a store's images are now."""
+    from mgn_deploy.gallery.relocate import relocate as run
+
+    there, total = run(store, source)
+    if json:
+        print_json({"store": str(store), "source": source, "found": there, "images": total})
+    else:
+        print(f"{store}: its source is {source}, where {there} of its {total} images are")
+
+
+@app.command(epilog="Example:\n\nmgn-deploy store merge part-0 part-1 -o store")
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Stores of one source and bundle.")],
+    merged: Annotated[Path, out("The new store.")],
+    json: Json = False,
+) -> None:
+    """Join stores that `embed --shard` made into one."""
+    from mgn_deploy.gallery.maintain import merge as run
+
+    rows = run(stores, merged)
+    if json:
+        print_json({"store": str(merged), "rows": rows})
+    else:
+        print(f"{merged}: {rows} rows of {len(stores)} stores")
+
+
+@app.command(epilog="Example:\n\nmgn-deploy store compact store")
+def compact(store: StoreFolder, json: Json = False) -> None:
+    """Rewrite a store without the rows that later ones replaced."""
+    from mgn_deploy.gallery.maintain import compact as run
+
+    before, after = run(store)
+    if json:
+        print_json({"store": str(store), "rows_before": before, "rows": after})
+    else:
+        print(f"{store}: {after} rows, {before - after} replaced ones removed")
+
+
+@app.command(epilog="Example:\n\nmgn-deploy store export store -o gallery.parquet")
+def export(
+    store: StoreFolder,
+    file: Annotated[Path, out("The file to write: .parquet, .npy or .csv.")],
+    json: Json = False,
+) -> None:
+    """Write the embeddings to one file for other tools."""
+    from mgn_deploy.gallery.export import export_store
+    from mgn_deploy.gallery.store import Store
+
+    opened = Store.open(store)
+    path = export_store(opened, file)
+    if json:
+        print_json({"file": str(path), "rows": len(opened), "dim": opened.manifest.dim, "dtype": opened.manifest.dtype})
+    else:
+        print(f"{path}: {len(opened)} embeddings of {opened.manifest.dim} {opened.manifest.dtype}")

@@ -1,0 +1,85 @@
+"""A store's embeddings in files that other tools read: Parquet, .npy or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import atomic_file
+from mgn_deploy.gallery.shards import ROWS, Row
+from mgn_deploy.gallery.store import Store
+
+SUFFIXES = (".parquet", ".npy", ".csv")
+_COLUMNS = [name for name in ROWS.names if name not in ("path", "path_bytes", "status", "error", "sha256")]
+
+
+def export_store(store: Store, out: str | os.PathLike[str]) -> Path:
+    """Write the embedded images of a store to one file, a shard at a time.
+
+    Args:
+        store: its failures are left out.
+        out: .parquet: the columns of the rows and `embedding`, a FixedSizeList; .npy: the embeddings alone, in the
+            order of `store.rows`; .csv: path, identity, camera and so on, then one column a dimension.
+
+    Raises:
+        UserError: another suffix, a damaged store, or the file cannot be written.
+    """
+    path = Path(out)
+    writers = {".parquet": _parquet, ".npy": _npy, ".csv": _csv}
+    if path.suffix not in writers:
+        raise UserError(f"{path}: the file's name has to end with {', '.join(SUFFIXES)}")
+    with atomic_file(path) as file:
+        writers[path.suffix](store, file)  # type: ignore[arg-type]
+    return path
+
+
+def _blocks(store: Store) -> Iterator[tuple[list[Row], np.ndarray]]:
+    for rows, embeddings in store.blocks():
+        yield store.rows[rows], embeddings
+
+
+def _parquet(store: Store, file: io.BufferedWriter) -> None:
+    element = pa.float16() if store.manifest.dtype == "float16" else pa.float32()
+    fields = [ROWS.field("path"), *(ROWS.field(name) for name in _COLUMNS)]
+    schema = pa.schema([*fields, pa.field("embedding", pa.list_(element, store.manifest.dim))])
+    schema = schema.with_metadata({"mgn_deploy.bundle_id": store.manifest.bundle_id, "source": store.manifest.source})
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for rows, embeddings in _blocks(store):
+            columns = [pa.array([_text(row.name) for row in rows])]
+            columns += [pa.array([getattr(row, name) for row in rows], ROWS.field(name).type) for name in _COLUMNS]
+            values = pa.array(np.ascontiguousarray(embeddings).reshape(-1), element)
+            columns.append(pa.FixedSizeListArray.from_arrays(values, store.manifest.dim))
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _npy(store: Store, file: io.BufferedWriter) -> None:
+    shape = (len(store), store.manifest.dim)
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.dtype(store.manifest.dtype).str, "fortran_order": False, "shape": shape}
+    )
+    for _, embeddings in _blocks(store):
+        file.write(np.ascontiguousarray(embeddings).data)
+
+
+def _csv(store: Store, file: io.BufferedWriter) -> None:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.writer(text)
+    names = [name for name in _COLUMNS if name != "box"]
+    writer.writerow(["path", *names, *(f"e{number}" for number in range(store.manifest.dim))])
+    for rows, embeddings in _blocks(store):
+        for row, embedding in zip(rows, embeddings, strict=True):
+            cells = ["" if (value := getattr(row, name)) is None else value for name in names]
+            writer.writerow([_text(row.name), *cells, *(f"{value:.9g}" for value in embedding.tolist())])
+    text.detach()  # which flushes, and leaves the file open
+
+
+def _text(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

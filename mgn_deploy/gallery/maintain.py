@@ -1,0 +1,177 @@
+"""What is done to a store besides adding rows: verify, repair, prune, compact, merge."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.shards import Row, Shard, ShardEntry, StoreManifest, open_shards, read_manifest
+from mgn_deploy.gallery.writer import StoreWriter, hold
+
+_log = logging.getLogger("mgn_deploy")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A shard that cannot be used.
+
+    Attributes:
+        shard: its name.
+        rows: how many rows it has by the manifest; None where a store of schema 1 does not say.
+        reason: one sentence.
+    """
+
+    shard: str
+    rows: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found: the shards and rows that it compared with their hashes, and those that are damaged."""
+
+    shards: int
+    rows: int
+    without_hash: int
+    damaged: list[Damage]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**vars(self), "damaged": [vars(damage) for damage in self.damaged]}
+
+
+def verify(store: str | os.PathLike[str]) -> Verification:
+    """Compare every byte of a store with its manifest's hashes and counts.
+
+    Raises:
+        UserError: not a store.
+    """
+    folder = Path(store)
+    manifest = read_manifest(folder)
+    found = [_judge(folder, entry, manifest) for entry in manifest.shards]
+    good = [shard for shard in found if isinstance(shard, Shard)]
+    return Verification(
+        shards=len(found),
+        rows=sum(len(shard.rows) for shard in good),
+        without_hash=sum(shard.entry.array_sha256 is None for shard in good),
+        damaged=[damage for damage in found if isinstance(damage, Damage)],
+    )
+
+
+def repair(store: str | os.PathLike[str]) -> list[Damage]:
+    """Drop the shards that `verify` finds damaged; what was dropped. The same `embed` then embeds their images again.
+
+    Raises:
+        UserError: not a store, or it is in use.
+    """
+    folder = Path(store)
+    with hold(folder):
+        found = verify(folder)
+        if found.damaged:
+            broken = {damage.shard for damage in found.damaged}
+            writer = StoreWriter(folder, read_manifest(folder))
+            writer.replace(shard for shard in writer.manifest.shards if shard.name not in broken)
+    return found.damaged
+
+
+def prune(store: str | os.PathLike[str], keep: Collection[str]) -> int:
+    """Remove the rows, failures too, whose names are not in `keep`; how many images they were of.
+
+    Raises:
+        UserError: not a store, it is in use or damaged, or nothing of it would be left.
+    """
+    names = set(keep)
+    with StoreWriter(store, read_manifest(Path(store))) as writer:
+        gone = writer.known.keys() - names
+        if gone and len(gone) == len(writer.known):
+            raise UserError(f"{writer.folder}: none of its {len(gone)} images would be left; was it another source's?")
+        if gone:
+            _rewrite(writer, [row for row in _latest(writer) if row[0].name in names])
+    return len(gone)
+
+
+def compact(store: str | os.PathLike[str]) -> tuple[int, int]:
+    """Write a store's latest rows into whole shards, without those that later ones replaced.
+
+    Returns:
+        How many rows it had and has.
+
+    Raises:
+        UserError: not a store, or it is in use or damaged.
+    """
+    with StoreWriter(store, read_manifest(Path(store))) as writer:
+        before = sum(shard.count or 0 for shard in writer.manifest.shards)
+        _rewrite(writer, _latest(writer))
+        return before, sum(shard.count or 0 for shard in writer.manifest.shards)
+
+
+def merge(stores: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> int:
+    """Join stores of one source, as `embed --shard` makes them, into a new store in the order of the names' bytes.
+
+    It has the bytes that one run over the whole source would have written.
+
+    Returns:
+        How many rows it has.
+
+    Raises:
+        UserError: the stores differ in bundle, backend, preprocessing, type or source, or one is damaged.
+    """
+    manifests = [read_manifest(Path(store)) for store in stores]
+    with StoreWriter(out, manifests[0].model_copy(update={"shards": (), "schema_version": 2})) as writer:
+        if writer.manifest.shards:
+            raise UserError(f"{out} holds rows already: merge into a new folder")
+        rows: dict[str, tuple[Row, Shard, int]] = {}
+        for store, manifest in zip(stores, manifests, strict=True):
+            writer.check_same(manifest, Path(store))
+            for row in _latest_of(open_shards(Path(store), manifest)):
+                twice = rows.get(row[0].name)
+                if twice is None or twice[0].error is not None:
+                    rows[row[0].name] = row
+        _rewrite(writer, sorted(rows.values(), key=lambda row: os.fsencode(row[0].name)))
+    return len(rows)
+
+
+def _judge(folder: Path, entry: ShardEntry, manifest: StoreManifest) -> Shard | Damage:
+    try:
+        shard = Shard(folder, entry, manifest)
+        shard.verify()
+        return shard
+    except UserError as error:
+        return Damage(entry.name, entry.count, str(error).partition(": `mgn-deploy store repair")[0])
+
+
+def _latest(writer: StoreWriter) -> list[tuple[Row, Shard, int]]:
+    return _latest_of(open_shards(writer.folder, writer.manifest))
+
+
+def _latest_of(shards: Iterable[Shard]) -> list[tuple[Row, Shard, int]]:
+    """The latest row of each name, with its shard and index in it, in the order of the rows."""
+    latest: dict[str, tuple[Row, Shard, int]] = {}
+    for shard in shards:
+        for index, row in enumerate(shard.rows):
+            latest.pop(row.name, None)
+            latest[row.name] = (row, shard, index)
+    return list(latest.values())
+
+
+def _rewrite(writer: StoreWriter, rows: Sequence[tuple[Row, Shard, int]]) -> None:
+    """Replace all shards by whole ones of these rows, reading one old shard at a time where they are in order."""
+    entries: list[ShardEntry] = []
+    size = writer.shard_rows
+    array: tuple[Shard | None, np.ndarray] = (None, np.empty(0))
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        embeddings = np.empty((len(part), writer.manifest.dim), writer.manifest.dtype)
+        for at, (_, shard, index) in enumerate(part):
+            if array[0] is not shard:
+                array = (shard, shard.array())
+            embeddings[at] = array[1][index]
+        entries.append(writer.write_shard(len(entries), [row for row, _, _ in part], embeddings))
+    writer.replace(entries)

@@ -1,0 +1,180 @@
+"""Stores are verified, mended, pruned, compacted, joined and exported without a row lost or moved."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import mgn_deploy
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.gallery import shards as shards_module
+from mgn_deploy.gallery import sources
+from mgn_deploy.gallery import writer as writer_module
+from mgn_deploy.gallery.embed import embed_folder
+from mgn_deploy.gallery.export import export_store
+from mgn_deploy.gallery.maintain import compact, merge, prune, repair, verify
+from mgn_deploy.gallery.relocate import relocate
+from mgn_deploy.gallery.sources import open_source, part_of
+from mgn_deploy.gallery.store import Store
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch) -> None:
+    for module in (shards_module, writer_module, sources):
+        monkeypatch.setattr(module, "SHARD_ROWS", 8)
+
+
+@pytest.fixture
+def folder(crops, tmp_path) -> Path:
+    shutil.copytree(crops, tmp_path / "images")
+    (tmp_path / "images/bad.jpg").touch()
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def store(folder, embedder, tmp_path) -> Path:
+    embed_folder(folder, tmp_path / "s", embedder, labels="market1501")
+    return tmp_path / "s"
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.iterdir()}
+
+
+def embeddings(store: Path) -> dict[str, bytes]:
+    opened = Store.open(store)
+    return {row.name: opened[row.name].tobytes() for row in opened}
+
+
+def break_shard(store: Path, number: int, kind: str) -> None:
+    [path] = store.glob(f"shard-{number:05d}-*.{kind}")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def refusal(action, *arguments) -> str:
+    with pytest.raises(UserError) as refused:
+        action(*arguments)
+    return str(refused.value)
+
+
+def test_whole_store_is_verified(store):
+    found = verify(store)
+    assert (found.shards, found.rows, found.without_hash, found.damaged) == (6, 41, 0, [])
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_repair_drops_what_is_broken_and_embed_makes_it_again(store, folder, embedder, kind):
+    before = embeddings(store)
+    break_shard(store, 2, kind)
+    [damage] = verify(store).damaged
+    assert damage.rows == 8
+    assert damage.reason.endswith("is damaged (its SHA-256 is not the manifest's)")
+    assert repair(store) == [damage]
+    assert len(Store.open(store)) == 32
+    report = embed_folder(folder, store, embedder, labels="market1501")
+    assert report.embedded == 8
+    after = embeddings(store)
+    assert after.keys() == before.keys()
+    assert all(
+        np.allclose(np.frombuffer(after[name], "f4"), np.frombuffer(before[name], "f4"), atol=1e-6) for name in after
+    )
+
+
+def test_prune_removes_the_images_that_are_gone_and_no_others(store, folder):
+    before = embeddings(store)
+    gone = sorted(folder.rglob("*_c1*.jpg"))[:11]
+    for path in gone:
+        path.unlink()
+    names = [file.name for file in open_source(folder).files]
+    assert prune(store, names) == 11
+    assert embeddings(store) == {name: value for name, value in before.items() if name in names}
+    assert verify(store).damaged == []
+    assert len(Store.open(store).failures) == 1
+
+
+def test_prune_that_would_empty_a_store_is_refused(store):
+    assert "none of its 41 images would be left" in refusal(prune, store, ["other.jpg"])
+
+
+def test_compact_keeps_the_latest_rows(store, folder, embedder):
+    for path in sorted(folder.rglob("*_c2*.jpg")):
+        os.utime(path, ns=(1, 1))
+    embed_folder(folder, store, embedder, labels="market1501")
+    rows, before = Store.open(store).rows, embeddings(store)
+    assert compact(store) == (61, 41)
+    assert Store.open(store).rows == rows
+    assert embeddings(store) == before
+
+
+def test_merged_parts_are_the_bytes_of_one_run(store, folder, embedder, tmp_path):
+    parts = [tmp_path / f"part-{number}" for number in (1, 2, 3)]
+    for number, part in enumerate(parts, 1):
+        embed_folder(part_of(open_source(folder), f"{number}/3"), part, embedder, labels="market1501")
+    assert merge(parts, tmp_path / "merged") == 41
+    assert contents(tmp_path / "merged") == contents(store)
+    assert "holds rows already" in refusal(merge, parts, tmp_path / "merged")
+
+
+def test_stores_of_two_sources_do_not_merge(store, folder, embedder, tmp_path):
+    embed_folder(folder / "camera 1", tmp_path / "t", embedder)
+    assert f"{tmp_path / 't'} was made with source" in refusal(merge, [store, tmp_path / "t"], tmp_path / "m")
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b", "1/0"])
+def test_part_that_is_none_is_refused(folder, part):
+    assert f"--shard {part}: give the part's number" in refusal(part_of, open_source(folder), part)
+
+
+def test_relocated_store_leads_to_the_new_folder(store, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    assert relocate(store, str(tmp_path / "copy")) == (41, 41)
+    opened = Store.open(store)
+    assert opened.path(opened.rows[0]).is_relative_to(tmp_path / "copy")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/x.jpg").touch()
+    assert "not one of the 41 images" in refusal(relocate, store, str(tmp_path / "other"))
+
+
+def test_exports_hold_the_embeddings_in_order(store, tmp_path):
+    opened = Store.open(store)
+    table = pq.read_table(export_store(opened, tmp_path / "all.parquet"))
+    assert table.column("path").to_pylist() == [row.name for row in opened]
+    assert table.column("identity").to_pylist() == opened.identities().tolist()
+    made = np.stack(table.column("embedding").to_pylist()).astype(np.float32)
+    assert np.array_equal(made, opened.embeddings())
+    assert np.array_equal(np.load(export_store(opened, tmp_path / "all.npy")), opened.embeddings())
+    with open(export_store(opened, tmp_path / "all.csv"), newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["path"] for line in lines] == [row.name for row in opened]
+    read = np.array([[float(line[f"e{number}"]) for number in range(128)] for line in lines], np.float32)
+    assert np.array_equal(read, opened.embeddings())
+    assert "has to end with .parquet, .npy, .csv" in refusal(export_store, opened, tmp_path / "all.h5")
+
+
+def test_commands_print_what_they_did_and_a_damaged_store_exits_1(store, folder, tmp_path):
+    info = json.loads(mgn_deploy("store", "info", store, "--json").stdout)
+    assert (info["images"], info["failures"], info["identities"], info["cameras"]) == (40, 1, 10, 2)
+    assert mgn_deploy("store", "verify", store).stdout == f"{store}: 41 rows in 6 of 6 shards are whole\n"
+    break_shard(store, 0, "npy")
+    verified = mgn_deploy("store", "verify", store, "--json")
+    assert verified.exit_code == 1
+    assert json.loads(verified.stdout)["damaged"][0]["rows"] == 8
+    assert "dropped 8 rows" in mgn_deploy("store", "repair", store).stdout
+    assert json.loads(mgn_deploy("store", "prune", store, folder, "--json").stdout)["removed"] == 0
+    assert mgn_deploy("store", "compact", store).exit_code == 0
+    assert mgn_deploy("store", "export", store, "-o", tmp_path / "x.npy").stdout.startswith(
+        f"{tmp_path / 'x.npy'}: 33 "
+    )
+    assert "33 of its 33 images are" in mgn_deploy("store", "relocate", store, folder).stdout
+    assert (
+        mgn_deploy("store", "merge", store, "-o", tmp_path / "m").stdout == f"{tmp_path / 'm'}: 33 rows of 1 stores\n"
+    )
