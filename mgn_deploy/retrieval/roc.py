@@ -126,7 +126,7 @@ def roc(tiles: Callable[[], Tiles], truth: Truth) -> Roc:
     Raises:
         UserError: no pair of one person, or none of two.
     """
-    values = np.concatenate([part for rows, distances in tiles() for part in _same(truth, rows, distances)] or [[]])
+    values = np.concatenate([np.empty(0, np.float32), *(_same(truth, *tile) for tile in tiles())])
     thresholds, counts = np.unique(values, return_counts=True)
     closer, different = np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
     total = 0
@@ -147,9 +147,10 @@ def roc(tiles: Callable[[], Tiles], truth: Truth) -> Roc:
     return Roc(thresholds, np.cumsum(counts), closer, different, len(values), total)
 
 
-def _same(truth: Truth, rows: slice, distances: np.ndarray) -> list[np.ndarray]:
+def _same(truth: Truth, rows: slice, distances: np.ndarray) -> np.ndarray:
+    """Distances of one person's pairs."""
     row, column, removed = truth.own(rows)
-    return [distances[row[~removed], truth.kept[column[~removed]]]]
+    return distances[row[~removed], truth.kept[column[~removed]]]
 
 
 def _count(truth: Truth, start: int, block: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
