@@ -12,11 +12,11 @@ import numpy as np
 from mgn_deploy.choices import DEFAULT_TOLERANCE, QueryPooling
 from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.embedder import Embedder
-from mgn_deploy.errors import GateFailed
+from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.evaluation import Protocol, Scores, query_notes, score_embeddings, write_per_query
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
-from mgn_deploy.retrieval.ranking import RankingMetrics
+from mgn_deploy.retrieval.ranking import NO_ANSWER, RankingMetrics
 from mgn_deploy.retrieval.statistics import Difference, compare
 from mgn_deploy.retrieval.truth import Truth
 
@@ -121,6 +121,9 @@ def validate(
     protocol = protocol or Protocol()
     truth = Truth.of_dataset(data, cameras=protocol.cameras)
     names = [_name(image, data) for image in data.query]
+    unmatched = [names[row] for row in truth.unmatched()]
+    if len(unmatched) == len(names):
+        raise UserError(NO_ANSWER)  # before hours of embedding
     notes = query_notes(names, truth)
     for note in notes:
         _log.warning(note)
