@@ -93,9 +93,7 @@ class Roc:
         same_step = (count[1:] == count[:-1]) & (ties[1:] == ties[:-1])
         dropped = np.concatenate([[False], adjacent & same_step])
         farthest_of_all = self.different[-1] == self.different_pairs
-        closest_of_all = self.closer[0] == 0
-        dropped[-1] &= not farthest_of_all  # the first and the last point of all stay
-        dropped[0] &= not closest_of_all
+        dropped[-1] &= not farthest_of_all  # the first point of all stays
         rates = np.concatenate([[0], rejected[::-1][~dropped[::-1]] / self.same_pairs])
         shares = np.concatenate([[0], farther[::-1][~dropped[::-1]] / self.different_pairs])
         return float(shares[np.argmin(np.abs(rates - rate))])
