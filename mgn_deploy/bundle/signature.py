@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgn_deploy.bundle.manifest import MANIFEST
+from mgn_deploy.choices import VERIFY_KEY
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_file
 from mgn_deploy.packages import import_problem
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 SIGNATURE = "manifest.sig"
-VERIFY_KEY = "MGN_DEPLOY_VERIFY_KEY"  # a public key's file: every bundle that is opened has to be signed by it
 PASSPHRASE = "MGN_DEPLOY_KEY_PASSPHRASE"  # of an encrypted private key
 
 
@@ -58,9 +58,7 @@ def require_signature(folder: Path, manifest: bytes, key: str | os.PathLike[str]
     try:
         public.verify(signature, manifest)
     except InvalidSignature:
-        raise UserError(
-            f"{folder} is not signed by the trusted key {key}, or was changed since: do not use it"
-        ) from None
+        raise UserError(f"{folder} is not signed by the trusted key {key}, or was changed since: beware") from None
 
 
 def trusted_key() -> str | None:
@@ -85,9 +83,7 @@ def read_private_key(path: str | os.PathLike[str]) -> Ed25519PrivateKey:
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is no private key that can be read ({error}): {PASSPHRASE} opens one") from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise UserError(
-            f"{path} is no Ed25519 private key: `openssl genpkey -algorithm ed25519 -out key.pem` makes one"
-        )
+        raise UserError(f"{path} is no Ed25519 private key: `openssl genpkey -algorithm ed25519` makes one")
     return key
 
 

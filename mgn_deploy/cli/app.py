@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from mgn_deploy import __version__
-from mgn_deploy.bundle.signature import VERIFY_KEY
+from mgn_deploy.choices import VERIFY_KEY
 from mgn_deploy.cli import (
     bench,
     demo,

@@ -23,7 +23,7 @@ from mgn_deploy.gallery.store import Store
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.evaluation import Protocol, Scores, query_notes, score_embeddings, write_per_query
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
-from mgn_deploy.retrieval.ranking import RankingMetrics
+from mgn_deploy.retrieval.ranking import NO_ANSWER, RankingMetrics
 from mgn_deploy.retrieval.statistics import Difference, compare
 from mgn_deploy.retrieval.truth import Truth
 
@@ -155,6 +155,9 @@ def validate(
         _log.info(f"{left} junk images of the gallery are never ranked, and not embedded")
     truth = Truth.of_dataset(data, cameras=protocol.cameras)
     names = [_name(image, data) for image in data.query]
+    unmatched = [names[row] for row in truth.unmatched()]
+    if len(unmatched) == len(names):
+        raise UserError(NO_ANSWER)  # before hours of embedding
     notes = query_notes(names, truth)
     for note in notes:
         _log.warning(note)

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import hash_line
-from mgn_deploy.bundle.signature import VERIFY_KEY, sign
+from mgn_deploy.bundle.signature import sign
+from mgn_deploy.choices import VERIFY_KEY
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.export.options import ExportOptions
@@ -57,7 +58,7 @@ def test_forged_proof_with_a_right_hash_is_refused(bundle, tmp_path):
     (bundle / "manifest.json").write_bytes(forged)
     (bundle / "manifest.sha256").write_bytes(hash_line(forged))
     Bundle.open(bundle)  # the hash is right
-    assert "or was changed since: do not use it" in refusal(bundle, public)
+    assert "or was changed since: beware" in refusal(bundle, public)
 
 
 def test_signature_of_another_key_is_refused(bundle, tmp_path):

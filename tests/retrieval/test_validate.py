@@ -22,6 +22,7 @@ from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.decode import read_crop
+from mgn_deploy.retrieval.evaluation import Protocol
 from mgn_deploy.retrieval.ranking import RankingMetrics
 from mgn_deploy.retrieval.validate import KEYS, Validation, validate
 
@@ -176,6 +177,18 @@ def test_everything_that_can_be_asked_for_is_in_the_table_in_json_and_in_parquet
     reranked = [value for value in table["reranked_average_precision"] if value is not None]
     assert np.mean(reranked) == pytest.approx(printed["measured"]["reranked"]["mAP"], abs=1e-9)
     assert {"reference_average_precision", "query", "identity", "right_answers"} <= set(table)
+
+
+def test_data_of_one_camera_is_refused_before_the_embedding_and_ranked_without_cameras(bundle_folder, tmp_path):
+    for frame, folder in enumerate(("query", "bounding_box_test")):
+        (tmp_path / folder).mkdir()
+        for person in (1, 2):
+            draw_crop(person, 1, frame).save(tmp_path / folder / f"{person}_c1_{frame}.png")
+    data, embedder = open_data(f"folder:{tmp_path}"), Embedder.open(bundle_folder, "onnxruntime")
+    with pytest.raises(UserError, match="where one camera made all images, rank without cameras"):
+        validate(data, embedder, None, progress=lambda *step: pytest.fail("embedded"))
+    result = validate(data, embedder, None, protocol=Protocol(cameras=False))
+    assert result.measured.queries_without_match == 0
 
 
 def test_a_folder_a_person_is_ranked_without_cameras(bundle_folder, tmp_path):
