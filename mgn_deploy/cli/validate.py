@@ -190,7 +190,7 @@ def evaluate(
     else:
         _print_scores(
             f"{query} in {gallery}, {result.scores.metrics.queries} queries; percent",
-            {query.name: result.scores, str(against[0].name) if against else "": result.against},
+            {query.name: result.scores, f"against {against[0].name}" if against else "": result.against},
             result.paired(),
         )
 
