@@ -71,6 +71,12 @@ class Backend(ABC):
         """Embed each batch, in order. An engine on a GPU asks for batches ahead of its results."""
         return map(self, batches)
 
+    def buffer(self, images: int, height: int, width: int) -> np.ndarray:
+        """Memory for the next batch to `stream`, uint8 `[images, height, width, 3]`, uninitialised. An engine on a GPU
+        gives memory that its copies start from, so that pixels written there are not moved again; it is the engine's
+        from the moment that `stream` asks for the batch after it, and no longer valid when `stream` ends."""
+        return np.empty((images, height, width, 3), np.uint8)
+
     @property
     def device(self) -> str:
         """The name of the GPU that it runs on, or "CPU"."""

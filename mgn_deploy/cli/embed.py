@@ -14,14 +14,14 @@ from mgn_deploy.errors import UserError
 
 
 def embed(
-    images: Annotated[
-        list[str],
-        typer.Argument(
-            help="A folder of images, searched recursively; images, folders and patterns ('a/*.jpg'); or a list: a "
-            "path a line, or a .csv, .tsv or .parquet with a column path ('-': stdin)."
-        ),
-    ],
     store: Annotated[Path, out("The embedding store to write or to go on with.")],
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A folder of images, searched recursively; images, tar shards, folders and patterns ('a/*.jpg'); or "
+            "a list: a path a line, or a .csv, .tsv or .parquet with a column path ('-': stdin)."
+        ),
+    ] = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="The bundle that embeds; with --server the one that it must run.")
     ] = None,
@@ -36,9 +36,27 @@ def embed(
         str | None,
         typer.Option(
             help="Who is on an image: none, market1501 (0002_c1... is person 2, camera 1), folder (the first folder of "
-            "its path), or a table with the columns path, identity and camera, as a list may be itself."
+            "its path), track (of a tracker's boxes), or a table with the columns path, identity and camera, as a list "
+            "may be itself."
         ),
     ] = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            help="A row for each box in the images: MOTChallenge's text, YOLO's folder, COCO's JSON, or a table of "
+            "path, left, top, width and height.",
+            rich_help_panel="Boxes",
+        ),
+    ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="A video, in place of images, whose frames --boxes is about.", rich_help_panel="Boxes"),
+    ] = None,
+    box_class: Annotated[
+        list[str],
+        typer.Option(help="Name or number of a class whose boxes are taken, or all.", rich_help_panel="Boxes"),
+    ] = ["person"],  # noqa: B006
+    min_score: Annotated[float, typer.Option(help="Of boxes that have a score.", rich_help_panel="Boxes")] = 0.0,
     root: Annotated[
         Path | None, typer.Option(help="The folder that names begin at, where a list or several images are given.")
     ] = None,
@@ -60,11 +78,11 @@ def embed(
     """
     from mgn_deploy.embedder import Embedder
     from mgn_deploy.gallery.embed import embed_folder
-    from mgn_deploy.gallery.sources import open_source, part_of
+    from mgn_deploy.gallery.inputs import open_inputs
 
-    source = open_source(*images, root=root)
-    if shard is not None:
-        source = part_of(source, shard)
+    source = open_inputs(
+        images or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video, part=shard
+    )
     if server is not None:
         embedder = Embedder.connect(server, bundle)
     elif bundle is not None:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.choices import Dtype
-from mgn_deploy.datasets.labels import Labels, read_labels
+from mgn_deploy.datasets.labels import LARGEST, Label, Labels, read_labels
 from mgn_deploy.embedder import Embedder, check_batch_size
-from mgn_deploy.errors import GateFailed
+from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.gallery.relocate import at_source
 from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.sources import MOST_CROP_SIDE, Decoded, Source, open_source
@@ -27,6 +27,7 @@ from mgn_deploy.progress import Progress
 
 COMMIT_SECONDS = 30.0  # at most so much work is lost by a power cut
 LOGGED_FAILURES = 10
+TRACK = "track"  # the rule of --labels by which a track is a person
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -92,8 +93,9 @@ def embed_folder(
         store: a new folder or the store of an earlier run over the same source with the same bundle and backend.
         embedder: decides the bundle, and is called with `batch_size` images at a time.
         dtype: of the stored embeddings.
-        labels: who is on an image: none, market1501, folder or a table, as in `datasets.labels.read_labels`; None: what
-            the source says, as a list with a column identity does, or else nothing.
+        labels: who is on an image: none, market1501, folder or a table, as in `datasets.labels.read_labels`; `track`: a
+            box's track is its person; None: what the source says, as a list with a column identity does, or else
+            nothing.
         max_failures: stop after more bad files than this; None: never.
         verify_content: read the files that are in the store already, and embed again those whose SHA-256 is another.
         progress: called after each batch with the files done and to do.
@@ -105,7 +107,7 @@ def embed_folder(
     check_batch_size(batch_size)
     source = folder if isinstance(folder, Source) else open_source(folder)
     names = [file.name for file in source.files]
-    rule = read_labels(labels, names) if labels is not None else source.labels or read_labels("none")
+    rule = _labels(labels, source)
     rule.unlabelled(names)
     manifest = StoreManifest(
         bundle_id=embedder.bundle_id,
@@ -148,6 +150,20 @@ def embed_folder(
             f"not one of the {len(report.failed)} images of {source.title} could be read; the first, {name!r}: {reason}"
         )
     return report
+
+
+def _labels(kind: str | os.PathLike[str] | None, source: Source) -> Labels:
+    if kind is None:
+        return source.labels or read_labels("none")
+    if kind == TRACK:
+        tracks = {file.name: Label(file.track, None) for file in source.files if file.track is not None}
+        if not tracks:
+            raise UserError(f"--labels {TRACK}: {source.title} has no tracks, which a tracker's --boxes would give")
+        largest = max(label.identity for label in tracks.values())
+        if largest > LARGEST:
+            raise UserError(f"--labels {TRACK}: track {largest} is larger than {LARGEST}, a person's largest number")
+        return Labels(TRACK, rule=tracks.get)
+    return read_labels(kind, [file.name for file in source.files])
 
 
 def _log_losses(report: GalleryReport, title: str) -> None:
@@ -258,7 +274,8 @@ class _Run:
 
     def _full_batch(self) -> np.ndarray:
         # An engine may round differently at another batch size, and a resumed run must not: copies fill the last batch.
-        batch = np.stack(self._crops + [self._crops[-1]] * (self._batch_size - len(self._crops)))
+        crops = self._crops + [self._crops[-1]] * (self._batch_size - len(self._crops))
+        batch = np.stack(crops, out=self._embedder.backend.buffer(len(crops), *crops[0].shape[:2]))
         self._in_flight.append(self._filling)
         self._filling = []
         self._crops.clear()

@@ -17,6 +17,7 @@ from PIL import Image
 
 from mgn_deploy.datasets.labels import Labels
 from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.gallery.archives import archive_images, is_archive
 from mgn_deploy.gallery.shards import SHARD_ROWS
 from mgn_deploy.images.decode import load_rgb, resize_crop
 from mgn_deploy.images.formats import skipped_sentence, why_not_listed
@@ -77,7 +78,7 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
     """The images of a folder (searched recursively), of files and patterns (`cam1/*.jpg`) together, or of a list.
 
     Args:
-        places: one folder; or files, folders and patterns; or a list, as `lists.list_source` takes it.
+        places: one folder; or files, tar archives, folders and patterns; or a list, as `lists.list_source` takes it.
         root: what the names of several places are below; by default the folder that all are in. Of a list what its
             relative paths are below.
 
@@ -95,7 +96,7 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
     if len(paths) == 1 and root is None and os.path.isdir(paths[0]):
         folder = Path(paths[0])
         listing = list_images(folder)
-        return Source(_uri(folder), repr(str(folder)), listing.files, listing.skipped)
+        return Source(folder_uri(folder), repr(str(folder)), listing.files, listing.skipped)
     found: list[Path] = []
     skipped: Counter[str] = Counter()
     for path in paths:
@@ -122,7 +123,7 @@ def part_of(source: Source, part: str) -> Source:
 def files_source(
     paths: Sequence[Path], root: str | os.PathLike[str] | None = None, skipped: Counter[str] | None = None
 ) -> Source:
-    """Single files, whose names are below a root.
+    """Single files, and the images in tar archives, whose names are below a root.
 
     Raises:
         UserError: a file lies outside the root, or there is none.
@@ -134,8 +135,12 @@ def files_source(
     outside = next((path for path in absolute if base not in path.parents), None)
     if outside:
         raise UserError(f"{str(outside)!r} is not below {str(base)!r}: give --root, the folder that holds all images")
-    files = [image_file(path, path.relative_to(base).as_posix()) for path in absolute]
-    return Source(_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped or Counter())
+    skipped = Counter() if skipped is None else skipped
+    files: list[ImageFile] = []
+    for path in absolute:
+        name = path.relative_to(base).as_posix()
+        files.extend(archive_images(path, name, skipped) if is_archive(path) else [image_file(path, name)])
+    return Source(folder_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped)
 
 
 def common_folder(paths: Sequence[Path]) -> Path:
@@ -157,7 +162,7 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         for match in matches:
             if os.path.isdir(match):
                 continue  # `**` names them besides their files
-            reason = why_not_listed(match, os.path.basename(match))
+            reason = None if is_archive(match) else why_not_listed(match, os.path.basename(match))
             if reason is None:
                 yield Path(match)
             else:
@@ -168,7 +173,8 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         )
 
 
-def _uri(folder: Path) -> str:
+def folder_uri(folder: Path) -> str:
+    """A folder of this machine as a store's manifest keeps it."""
     return Path(os.path.abspath(folder)).as_uri()
 
 
