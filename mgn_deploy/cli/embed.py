@@ -18,8 +18,9 @@ def embed(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="A folder of images, searched recursively; images, tar shards, folders and patterns ('a/*.jpg'); or "
-            "a list: a path a line, or a .csv, .tsv or .parquet with a column path ('-': stdin)."
+            help="A folder of images, searched recursively; images, tar shards, folders and patterns ('a/*.jpg'); the "
+            "same as s3://, gs:// or http:// URLs; or a list: a path a line, or a .csv, .tsv or .parquet with a column "
+            "path ('-': stdin)."
         ),
     ] = None,
     bundle: Annotated[
@@ -58,7 +59,8 @@ def embed(
     ] = ["person"],  # noqa: B006
     min_score: Annotated[float, typer.Option(help="Of boxes that have a score.", rich_help_panel="Boxes")] = 0.0,
     root: Annotated[
-        Path | None, typer.Option(help="The folder that names begin at, where a list or several images are given.")
+        str | None,
+        typer.Option(help="The folder or URL that names begin at, where a list or several images are given."),
     ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="N/OF", help="Only one part of the images, as in 3/16; `store merge` joins.")

@@ -88,7 +88,7 @@ def repair(store: StoreFolder, json: Json = False) -> None:
 def prune(
     store: StoreFolder,
     source: Annotated[list[str], typer.Argument(help="What was embedded, as given to `embed`.")],
-    root: Annotated[Path | None, typer.Option(help="As of `embed`.")] = None,
+    root: Annotated[str | None, typer.Option(help="As of `embed`.")] = None,
     json: Json = False,
 ) -> None:
     """Remove the rows of images that are no longer in the source."""

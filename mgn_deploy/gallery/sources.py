@@ -78,7 +78,8 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
     """The images of a folder (searched recursively), of files and patterns (`cam1/*.jpg`) together, or of a list.
 
     Args:
-        places: one folder; or files, tar archives, folders and patterns; or a list, as `lists.list_source` takes it.
+        places: one folder; or files, tar archives, folders and patterns; or a list, as `lists.list_source` takes it; or
+            URLs, as `remote.remote_source` takes them.
         root: what the names of several places are below; by default the folder that all are in. Of a list what its
             relative paths are below.
 
@@ -86,8 +87,16 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
         UserError: one of them is missing or no image, or lies outside `root`.
     """
     from mgn_deploy.gallery.lists import is_list, list_source
+    from mgn_deploy.gallery.remote import is_remote, remote_source
 
     paths = [os.fspath(place) for place in places]
+    remote = [path for path in paths if is_remote(path)]
+    if remote:
+        if len(remote) < len(paths):
+            raise UserError(
+                f"{remote[0]!r} is given beside paths of this machine: embed them into a store of their own"
+            )
+        return remote_source(remote, None if root is None else os.fspath(root))
     lists = [path for path in paths if is_list(path)]
     if lists and len(paths) > 1:
         raise UserError(f"{lists[0]!r} is a list of images and is given among others: give it alone")
