@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mgn_deploy.backends.base import Backend
 from mgn_deploy.backends.registry import ENGINES, engine_row
 from mgn_deploy.bench.environment import Meter, PeakMemory, joules, sentence
 from mgn_deploy.bench.result import Row
@@ -20,11 +21,11 @@ from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
 
 REFERENCE = "torch"
+Rivals = Mapping[str, Callable[[Bundle], Backend]]
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Contender:
             "image_bytes": lambda: calls(self._from_bytes, seconds),
             "offline": self._offline,
         }
-        if self.row.engine != REFERENCE:
+        if self.row.engine in ENGINES and self.row.engine != REFERENCE:
             tasks["embed"] = self._embed
         return {name: self._metered(task) for name, task in tasks.items()}
 
@@ -125,6 +126,8 @@ class Contender:
         return self.row.images / took
 
     def _embed(self) -> float:
+        from mgn_deploy.gallery.embed import embed_folder
+
         assert self.folder is not None
         store = self.folder.parent / "store"
         start = time.perf_counter()
@@ -141,6 +144,7 @@ def open_contenders(
     images: Callable[[int, int], Images],
     reference: bool,
     allow_unproven: bool,
+    rivals: Rivals,
 ) -> tuple[list[Contender], list[Row]]:
     """Open every bundle by every engine; rows of what does not open have the reason.
 
@@ -151,6 +155,7 @@ def open_contenders(
         images: of a height and width.
         reference: also open the PyTorch reference, once for bundles of the same weights.
         allow_unproven: also run engines without a passed proof.
+        rivals: further contenders by name, opened once for bundles of the same weights.
     """
     for name in engines:
         engine_row(name)
@@ -163,13 +168,10 @@ def open_contenders(
         wanted = list(engines or here)
         if reference and shared not in references and REFERENCE not in wanted:
             wanted.append(REFERENCE)
-        for engine in dict.fromkeys(wanted):
-            if engine == REFERENCE:
-                references.add(shared)
-            if engine == REFERENCE and reference:
-                embedder, row = _open(bundle, engine, True)
-            else:
-                embedder, row = _open(bundle, engine, allow_unproven)
+        others = {} if shared in references else rivals
+        references.add(shared)
+        for engine in dict.fromkeys([*wanted, *others]):
+            embedder, row = _open(bundle, engine, others.get(engine), allow_unproven)
             if embedder is None:
                 left_out += [row.model_copy(update={"batch": batch}) for batch in batches]
                 continue
@@ -181,13 +183,16 @@ def open_contenders(
     return contenders, left_out
 
 
-def _open(bundle: Bundle, engine: str, allow_unproven: bool) -> tuple[Embedder | None, Row]:
+def _open(
+    bundle: Bundle, engine: str, rival: Callable[[Bundle], Backend] | None, allow_unproven: bool
+) -> tuple[Embedder | None, Row]:
     config, manifest = bundle.config, bundle.manifest
     row = Row(
         bundle=bundle.folder.name,
         bundle_id=bundle.id,
         model=f"{config.backbone} MGN {config.height}x{config.width}",
-        precision="fp32" if engine == REFERENCE else manifest.precision,
+        # A rival's is the last word of its name; the reference is float32 whatever the graph is.
+        precision="fp32" if engine == REFERENCE else engine.split()[-1] if rival else manifest.precision,
         mirror=manifest.flip,
         engine=engine,
         version="",
@@ -199,7 +204,10 @@ def _open(bundle: Bundle, engine: str, allow_unproven: bool) -> tuple[Embedder |
     gc.collect()
     try:
         with PeakMemory() as peak:
-            if engine == REFERENCE:
+            if rival:
+                embedder = Embedder(rival(bundle), config, bundle)
+            elif engine == REFERENCE:
+                _tune_pytorch()
                 embedder = Embedder.open_reference(bundle)
             else:
                 embedder = Embedder.open(bundle, engine, allow_unproven=allow_unproven)
@@ -222,12 +230,21 @@ def _open(bundle: Bundle, engine: str, allow_unproven: bool) -> tuple[Embedder |
     return embedder, row
 
 
+def _tune_pytorch() -> None:
+    """A reference on a GPU has cuDNN's fastest algorithms, as a careful user would have them."""
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+
+
 def operations(bundle: Bundle) -> int | None:
     """Operations of the network's convolutions for one image and, where it is averaged, its mirror; a multiply-add is
     two. None without the package onnx."""
     try:
         import onnx
     except ImportError:
+        return None
+    if not bundle.manifest.files[GRAPH].size:
         return None
     graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(bundle.read(GRAPH))).graph
     shapes = {value.name: [one.dim_value for one in value.type.tensor_type.shape.dim] for value in graph.value_info}

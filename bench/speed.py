@@ -13,11 +13,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from mgn_deploy.bench.contenders import REFERENCE, Contender, Images, open_contenders, read_images
+from mgn_deploy.bench.contenders import REFERENCE, Contender, Images, Rivals, open_contenders, read_images
 from mgn_deploy.bench.environment import environment, joules, process_peak
 from mgn_deploy.bench.result import Accuracy, Latency, Result
 from mgn_deploy.bench.server import held_rate
@@ -58,6 +59,7 @@ def measure(
     reference: bool = True,
     allow_unproven: bool = False,
     seed: int = 0,
+    rivals: Rivals = MappingProxyType({}),
     progress: Progress | None = None,
 ) -> Result:
     """Measure bundles by engines at batch sizes, in turns, within `minutes`.
@@ -77,6 +79,7 @@ def measure(
         reference: also measure the PyTorch reference.
         allow_unproven: also run engines without a passed proof.
         seed: of the order of the turns.
+        rivals: further contenders by name, opened from a bundle.
         progress: called with the seconds that are over, and all.
 
     Raises:
@@ -97,7 +100,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-bench-") as scratch:
         folder = Path(images) if images else _drawn(Path(scratch) / "drawn", count)
         pixels = _image_reader(folder, count, max(batches))
-        contenders, left_out = open_contenders(opened, engines, batches, pixels, reference, allow_unproven)
+        contenders, left_out = open_contenders(opened, engines, batches, pixels, reference, allow_unproven, rivals)
         if not contenders:
             raise CannotRun("; ".join(dict.fromkeys(f"{row.engine}: {row.not_measured['engine']}" for row in left_out)))
         machine = limits("cuda" if any(one.row.device != "CPU" for one in contenders) else "cpu")
@@ -181,7 +184,7 @@ def _rounds(
             row.embed = spread(rates, 3)
             row.embed_of_offline = _ratio(rates, results[number, "offline"])
         else:
-            row.not_measured["embed"] = "the reference is measured from pixels alone"
+            row.not_measured["embed"] = "PyTorch is measured from pixels alone"
         if row.device != "CPU":
             _gpu_times(contender)
         else:

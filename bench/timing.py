@@ -11,6 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -196,6 +197,7 @@ class Limits(_Model):
     operations_per_second: dict[str, float]
 
 
+@cache
 def limits(device: str = "cpu", turns: int = 5) -> Limits:
     """Measure the limits of a device: by PyTorch, where it is missing by NumPy in float32 alone."""
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mgn_deploy.config import GEM_EPSILON, region_rows
 from mgn_deploy.kernels.nvrtc import PlannedKernel
@@ -111,7 +112,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         of_maps.append(of_map.to(map_.dtype))
     if of_power:
         of_powers = torch.stack(of_power)
-    return of_maps, None, of_weight, of_bias, None, None, of_powers, of_scale, of_shift
+    gradients = of_maps, None, of_weight, of_bias, None, None, of_powers, of_scale, of_shift
+    # PyTorch 2.11 drops trailing arguments that have their defaults from the inputs that it wants gradients of.
+    return gradients[: len(ctx.needs_input_grad)]
 
 
 stripe_pool_reduce.register_autograd(_backward, setup_context=_setup_context)
@@ -121,17 +124,45 @@ stripe_pool_reduce.register_autograd(_backward, setup_context=_setup_context)
 def _cuda(*arguments: Any, **named: Any) -> Tensor:
     given = Heads(*arguments, **named)
     given.check()
+    return _launched(given, "features")
+
+
+def embeddings(heads: Heads, flip: bool, *, kernel: bool) -> Tensor:
+    """Compute unit rows `[n, F * R]`, or `[n / 2, F * R]` of the averages with the mirrors, in float32; no gradient.
+
+    Args:
+        heads: their maps' mirrors follow the images.
+        flip: whether they have mirrors.
+        kernel: by the kernels of `stripe_pool_reduce.cu`, on a GPU: norm and average are inside. Otherwise by PyTorch's
+            operators. A first call plans, compiles and loads; later ones allocate by PyTorch alone: a CUDA graph can be
+            captured of them.
+
+    Raises:
+        ValueError: shapes, devices or choices do not fit each other, or are none that the kernels take.
+    """
+    heads.check()
+    if kernel:
+        return _launched(heads, "mirror_embeddings" if flip else "embeddings")
+    features = heads.features().float()
+    if flip:
+        features = features.unflatten(0, (2, -1)).mean(0)
+    return normalize(features, dim=1)
+
+
+def _launched(given: Heads, output: str) -> Tensor:
     device = given.maps[0].device
     with torch.cuda.device(device):
         # Held until the launch: copies must not be freed before it; after it, the allocator keeps them for this stream.
         heads = given.arranged()
-        planned = _planned(heads.problem(), device.index)
+        planned = _planned(heads.problem(output), device.index)
         workspace = torch.empty(planned.workspace_bytes, dtype=torch.uint8, device=device)
         if planned.plan.path == "fused":  # the others have no barrier
             workspace[:BARRIER_BYTES].zero_()
-        features = heads.maps[0].new_empty((planned.problem.rows, heads.weight.shape[0] * heads.weight.shape[1]))
-        planned.launch(heads.pointers(workspace, features), torch.cuda.current_stream(device).cuda_stream)
-    return features
+        dtype = heads.maps[0].dtype if output == "features" else torch.float32
+        shape = (planned.problem.rows, heads.weight.shape[0] * heads.weight.shape[1])
+        made = torch.empty(shape, dtype=dtype, device=device)
+        planned.launch(heads.pointers(workspace, made), torch.cuda.current_stream(device).cuda_stream)
+    return made
 
 
 @lru_cache(maxsize=256)

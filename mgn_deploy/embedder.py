@@ -141,7 +141,10 @@ class Embedder:
         sources = list(images)
         embeddings = np.empty((len(sources), self.dim), np.float32)
         done = 0
-        batches = (np.stack(batch) for batch in batched(in_order(self._read, sources), batch_size))
+        batches = (
+            np.stack(batch, out=self.backend.buffer(len(batch), self.height, self.width))
+            for batch in batched(in_order(self._read, sources), batch_size)
+        )
         for rows in self.backend.stream(batches):
             embeddings[done : done + len(rows)] = rows
             done += len(rows)

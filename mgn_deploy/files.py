@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from platformdirs import user_cache_path
-
 from mgn_deploy.errors import UserError
 
 _AT_FDCWD = -100
@@ -45,6 +43,8 @@ def cache_folder(kind: str) -> Path:
     Raises:
         UserError: this user has no home folder, as a container's user without an entry in /etc/passwd has none.
     """
+    from platformdirs import user_cache_path
+
     with suppress(RuntimeError):  # older releases of platformdirs return "~/.cache" as it is instead of raising
         folder = user_cache_path("mgn-deploy")
         if folder.is_absolute():

@@ -30,7 +30,7 @@ class Backend(ABC):
     To add a backend, derive from this class in a file of its own and give it a row in `registry.py`.
     """
 
-    name: str  # its row's name in the registry
+    name: ClassVar[str]  # its row's name in the registry
     # Compiled for one GPU by one release: a proof made elsewhere is then no proof of what runs here.
     compiled: ClassVar[bool] = False
 
@@ -70,6 +70,12 @@ class Backend(ABC):
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Embed each batch, in order. An engine on a GPU asks for batches ahead of its results."""
         return map(self, batches)
+
+    def buffer(self, images: int, height: int, width: int) -> np.ndarray:
+        """Memory for the next batch to `stream`, uint8 `[images, height, width, 3]`, uninitialised. An engine on a GPU
+        gives memory that its copies start from, so that pixels written there are not moved again; it is the engine's
+        from the moment that `stream` asks for the batch after it, and no longer valid when `stream` ends."""
+        return np.empty((images, height, width, 3), np.uint8)
 
     @property
     def device(self) -> str:

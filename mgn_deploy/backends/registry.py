@@ -112,6 +112,18 @@ _ROWS = (
         fused_heads=True,
     ),
     Engine(
+        name="torch-cuda",
+        title="PyTorch, CUDA graphs",
+        backend=f"{_FOLDER}.torch_cuda.backend:TorchCudaBackend",
+        package="torch",
+        distributions=("torch",),
+        extra="train",
+        device="NVIDIA GPU",
+        precisions=("fp32", "fp16", "bf16"),
+        status="tested on CPUs as the same module, not yet run on a card",
+        fused_heads=True,
+    ),
+    Engine(
         name="onnxruntime-cuda",
         title="ONNX Runtime, CUDA provider",
         backend=f"{_FOLDER}.onnxruntime.cuda:OnnxRuntimeCudaBackend",

@@ -107,7 +107,8 @@ class HttpBackend(RemoteBackend):
                 about["bundle_id"], about["preprocessing"], about["height"], about["width"], about["dim"],
                 min(about["max_images"], max(1, about["max_body_bytes"] // (about["height"] * about["width"] * 3) - 1)),
             )  # fmt: skip
-            self.name, self.version = about["backend"], about["backend_version"]
+            self.name = about["backend"]  # type: ignore[misc]  # known once it is connected
+            self.version = about["backend_version"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{url} is no service of mgn-deploy: `mgn-deploy serve` starts one") from None
         self.hardware = Hardware(
@@ -194,7 +195,7 @@ class TritonBackend(RemoteBackend):
             raise UserError(
                 f"{url}: the model {self._model!r} does not say which bundle it is: write it again by `export --triton`"
             ) from None
-        self.name = f"triton-{config.backend}"
+        self.name = f"triton-{config.backend}"  # type: ignore[misc]
         self.hardware = Hardware(cpu=f"Triton at {address.netloc}", architecture="", instruction_sets=())
 
     @property

@@ -4,6 +4,7 @@
     BUNDLE/manifest.sha256          the manifest's own hash, as `sha256sum -c manifest.sha256` checks it
     BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows
     BUNDLE/NAME.plan, NAME.layers.txt     TensorRT plans and their layer tables, where they were built
+    BUNDLE/proof.npz                the reference's embeddings of the crops that the proof is on, and their hashes
     BUNDLE/reference.safetensors    the PyTorch weights (left out by --no-reference): torch backend, `validate`
 
 A file's bytes are compared with the manifest before any parser sees them.

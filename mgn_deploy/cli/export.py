@@ -118,9 +118,8 @@ def prove(bundle: Bundle, proof_images: ProofImages = None, data: ProofData = No
     """Prove a bundle again, on this machine's engines.
 
     The proofs of every engine that is installed here are written into the bundle, as after copying it to another
-    machine.
+    machine. It needs PyTorch only for images that the export did not record, and for --data.
     """
-    require_training()
     from mgn_deploy.bundle.bundle import Bundle
     from mgn_deploy.datasets import open_data
     from mgn_deploy.export.proof.prove import prove_again

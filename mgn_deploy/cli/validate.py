@@ -12,6 +12,7 @@ from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Data, 
 from mgn_deploy.console import percent, print_json, print_table, progress
 
 if TYPE_CHECKING:
+    from mgn_deploy.identity.open_set import OpenSet
     from mgn_deploy.retrieval.evaluation import Scores
     from mgn_deploy.retrieval.ranking import RankingMetrics
     from mgn_deploy.retrieval.statistics import Difference
@@ -70,6 +71,12 @@ def validate(
     roc: RocOption = False,
     single_shot: SingleShotOption = False,
     ci: Intervals = False,
+    open_set: Annotated[
+        bool,
+        typer.Option(
+            "--open-set", rich_help_panel=_MORE, help="Enrol half of the people and measure DIR at FPIR, 100 draws."
+        ),
+    ] = False,
     per_query: PerQuery = None,
     device: RankDevice = "cpu",
     seed: Seed = 0,
@@ -83,6 +90,8 @@ def validate(
     """
     from mgn_deploy.datasets import open_data
     from mgn_deploy.embedder import Embedder
+    from mgn_deploy.identity.calibration import Calibration
+    from mgn_deploy.identity.open_set import open_set_of
     from mgn_deploy.retrieval.evaluation import Protocol
     from mgn_deploy.retrieval.multi_query import needed_subsets
     from mgn_deploy.retrieval.validate import validate as run
@@ -91,6 +100,7 @@ def validate(
     images = open_data(data, needed_subsets(multi_query))
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     original = Embedder.open_reference(bundle) if reference else None
+    calibration = Calibration.find(embedder.bundle) if open_set else None
     with progress() as update:
         result = run(
             images,
@@ -102,10 +112,16 @@ def validate(
             batch_size=batch,
             progress=update,
         )
+    found = None
+    if open_set:
+        assert result.embeddings is not None
+        found = open_set_of(images, *result.embeddings, calibration=calibration, seed=seed)
     if json:
         notes = [*images.notes, *result.notes]
         asked = {"multi_query": multi_query, "notes": notes, "tolerance_points": tolerance}
-        print_json({**result.to_dict(), "protocol": protocol.to_dict(), **asked, "passed": result.passes(tolerance)})
+        opened = {"open_set": found.to_dict()} if found else {}
+        judged = {"protocol": protocol.to_dict(), **asked, "passed": result.passes(tolerance)}
+        print_json({**result.to_dict(), **opened, **judged})
     else:
         assert result.measured_scores is not None
         pooled = f", multiple-query ({multi_query})" if multi_query else ""
@@ -114,6 +130,8 @@ def validate(
             {result.backend: result.measured_scores, "PyTorch": result.reference_scores},
             result.paired(),
         )
+        if found:
+            _print_open_set(found)
     result.require(tolerance)
 
 
@@ -172,7 +190,7 @@ def evaluate(
     else:
         _print_scores(
             f"{query} in {gallery}, {result.scores.metrics.queries} queries; percent",
-            {query.name: result.scores, str(against[0].name) if against else "": result.against},
+            {query.name: result.scores, f"against {against[0].name}" if against else "": result.against},
             result.paired(),
         )
 
@@ -205,6 +223,23 @@ def _print_scores(title: str, columns: dict[str, Scores | None], paired: dict[st
             add(f"TPR at FPR {rate}", ["too few pairs" if tpr is None else percent(tpr) for tpr in found])
         add("EER", [percent(scores.roc.eer()) for scores in shown.values() if scores.roc])
     print_table(["", *shown, *(["difference", "p"] if paired else [])], rows, title=title)
+
+
+def _print_open_set(found: OpenSet) -> None:
+    rows = [
+        [
+            point.name,
+            *(f"{value:.4f} ({low:.4f} to {high:.4f})" for value, low, high in [point.threshold]),
+            *(f"{percent(value)} ({percent(low)} to {percent(high)})" for value, low, high in (point.fpir, point.dir)),
+            point.problem or "",
+        ]
+        for point in found.points
+    ]
+    title = (
+        f"open set: {found.enrolled} of {found.people} people enrolled, {found.mated:.0f} searches of them and "
+        f"{found.non_mated:.0f} of others, {found.draws} draws; median and 95%, percent"
+    )
+    print_table(["threshold of", "threshold", "FPIR", "DIR, rank 1", "note"], rows, title=title)
 
 
 def _figure(scores: Scores, key: str) -> str:

@@ -274,7 +274,8 @@ class _Run:
 
     def _full_batch(self) -> np.ndarray:
         # An engine may round differently at another batch size, and a resumed run must not: copies fill the last batch.
-        batch = np.stack(self._crops + [self._crops[-1]] * (self._batch_size - len(self._crops)))
+        crops = self._crops + [self._crops[-1]] * (self._batch_size - len(self._crops))
+        batch = np.stack(crops, out=self._embedder.backend.buffer(len(crops), *crops[0].shape[:2]))
         self._in_flight.append(self._filling)
         self._filling = []
         self._crops.clear()

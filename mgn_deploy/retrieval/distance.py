@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
 
 TILE_BYTES = 256 << 20
-CHUNK_ROWS = 64  # of a tile that a thread turns from products into distances, while they are in its cache
+CHUNK_BYTES = 1 << 19  # of a tile that a thread turns from products into distances, while they are in its cache
 SAMPLE = (256, 2048)  # queries and gallery rows that `measured_error` compares
 
 
@@ -208,30 +208,48 @@ def _distances(arrays: Arrays, query: np.ndarray, gallery: np.ndarray, metric: M
     squares = [xp.sum(side * side, axis=1) for side in (left, right)] if metric == "euclidean" else None
 
     def finish(rows: slice) -> None:
-        products = whole[rows, :]
+        values = whole[rows, :]
         if squares is None:
-            distances = xp.clip(1 - products, 0, 2)
+            values -= 1
+            values *= -1
+            values = _clamp(arrays, values, 2)
         else:
-            distances = xp.sqrt(xp.clip(squares[0][rows, None] + squares[1][None, :] - 2 * products, 0, None))
-        out[rows] = arrays.get(distances)
+            values *= -2
+            values += squares[0][rows, None]
+            values += squares[1][None, :]
+            values = xp.sqrt(_clamp(arrays, values, None))
+        if not arrays.is_numpy or squares is not None:
+            out[rows] = arrays.get(values)
 
-    if arrays.is_numpy:
+    if arrays.is_numpy:  # a chunk stays in a core's cache; of Euclidean distances it has a copy, half the tile at most
         threads = os.cpu_count() or 1
-        height = min(max(1, len(query) // (4 * threads)), CHUNK_ROWS)  # two copies a thread: half the tile at most
+        height = max(1, min(len(query) // (2 * threads), CHUNK_BYTES // (4 * len(gallery))))
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(finish, _slices(len(query), height)))
     else:
         finish(slice(0, len(query)))
 
 
+def _clamp(arrays: Arrays, values: Any, high: float | None) -> Any:
+    """To 0 and above, and to `high` and below."""
+    if arrays.is_numpy:
+        return np.clip(values, 0, high, out=values)  # in place, where the array API has none
+    return arrays.xp.clip(values, 0, high)
+
+
 def _tiles(query: np.ndarray, gallery: np.ndarray, tile_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """Square tiles of side s: s queries, s gallery rows, s x s distances in float32 and half of them once more:
-    4(2ds + 1.5 s^2) bytes."""
+    """Tiles of at most s queries and s gallery rows, with s x s distances in float32 and half of them once more:
+    4(2ds + 1.5 s^2) bytes. All are about as large: BLAS is slow on a narrow last one."""
     dim = query.shape[1]
     side = max(1, (math.isqrt(4 * dim * dim + 6 * tile_bytes // 4) - 2 * dim) // 3)
-    for rows in _slices(len(query), side):
-        for columns in _slices(len(gallery), side):
+    for rows in _slices(len(query), _even(len(query), side)):
+        for columns in _slices(len(gallery), _even(len(gallery), side)):
             yield rows, columns
+
+
+def _even(length: int, largest: int) -> int:
+    """The step that divides a length into as few equal parts as `largest` allows."""
+    return math.ceil(length / math.ceil(length / largest))
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from mgn_deploy.datasets.dataset import JUNK
 from mgn_deploy.datasets.labels import Labels, read_labels
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
-from mgn_deploy.gallery.shards import MANIFEST
+from mgn_deploy.gallery.shards import MANIFEST, Row
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.progress import Progress
@@ -91,7 +91,7 @@ class Queries:
         return cls(
             store.manifest.bundle_id,
             store.embeddings(),
-            [store.path(row) for row in store],
+            [_path(store, row) for row in store],
             [row.name for row in store],
             store.identities(),
             store.cameras(),
@@ -157,7 +157,7 @@ def search(
     if not len(gallery) or not len(queries.embeddings):
         raise UserError(f"{gallery.folder if not len(gallery) else 'the query side'} holds no embedded image")
     identities, cameras = gallery.identities(), gallery.cameras()
-    paths = [gallery.path(row) for row in gallery]
+    paths = [_path(gallery, row) for row in gallery]
     rows = gallery.embeddings() if aqe or rerank else np.empty((0, gallery.manifest.dim), np.float32)
     left_out = _LeftOut(queries, identities, cameras, paths, exclude_same_camera)
     asked = queries.embeddings
@@ -319,6 +319,12 @@ def _label_arrays(rule: Labels, names: list[str]) -> tuple[np.ndarray, np.ndarra
         np.array([label.identity if label else UNKNOWN for label in labels], np.int64),
         np.array([UNKNOWN if label is None or label.camera is None else label.camera for label in labels], np.int64),
     )
+
+
+def _path(store: Store, row: Row) -> Path:
+    """Where the image is; of a source that is no folder of this machine a name by which nothing is found here."""
+    source = store.manifest.source
+    return store.path(row) if source.startswith("file:") else Path(f"{source}/{row.name}")
 
 
 def _ranked(

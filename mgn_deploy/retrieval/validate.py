@@ -35,6 +35,7 @@ class Validation:
         measured_scores, reference_scores: these and whatever else the protocol asks for.
         notes: sentences about queries that no figure is about.
         unmatched: the names of the queries without a right answer.
+        embeddings: the engine's, of queries `[q, d]` and gallery `[g, d]`.
     """
 
     backend: str
@@ -44,6 +45,7 @@ class Validation:
     reference_scores: Scores | None = None
     notes: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    embeddings: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
 
     def differences(self) -> dict[str, float]:
         """Backend minus reference of every metric, as fractions; empty without a reference."""
@@ -123,12 +125,12 @@ def validate(
     for note in notes:
         _log.warning(note)
 
-    def measure(embedder: Embedder, label: str) -> Scores:
+    def measure(embedder: Embedder, label: str) -> tuple[Scores, tuple[np.ndarray, np.ndarray]]:
         query, gallery = _measure(data, embedder, multi_query, batch_size, label, progress)
-        return score_embeddings(query, gallery, truth, protocol, progress=progress)
+        return score_embeddings(query, gallery, truth, protocol, progress=progress), (query, gallery)
 
-    measured = measure(embedder, embedder.backend.name)
-    expected = measure(reference, "PyTorch reference") if reference else None
+    measured, embeddings = measure(embedder, embedder.backend.name)
+    expected = measure(reference, "PyTorch reference")[0] if reference else None
     if per_query is not None:
         of_each = {
             "": measured.metrics.scores,
@@ -144,6 +146,7 @@ def validate(
         expected,
         notes,
         [names[row] for row in truth.unmatched()],
+        embeddings,
     )
 
 

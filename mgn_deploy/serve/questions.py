@@ -62,7 +62,7 @@ def add_questions(app: FastAPI, service: Service, run: Callable[..., Any]) -> No
         refuse_fields(fields)
 
         def answer_json() -> Response:
-            decision = service.calibration and service.calibration.decide(far)
+            decision = None if service.calibration is None else service.calibration.decide(far)
             answer = service.embed(uploads)
             lists = iter(service.search(answer, k, cameras=camera, after=after, before=before))
             crops = [
@@ -82,7 +82,7 @@ def add_questions(app: FastAPI, service: Service, run: Callable[..., Any]) -> No
 
         def answer_json() -> Response:
             answer = all_readable(service.embed(uploads))
-            found = compare(*answer.rows, service.calibration, far=far)
+            found = compare(answer.rows[0], answer.rows[1], service.calibration, far=far)
             return json_answer({"bundle_id": bundle_id, **found.to_dict()}, answer)
 
         return await run(answer_json)

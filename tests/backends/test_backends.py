@@ -214,7 +214,7 @@ def test_a_named_backend_without_proof_is_refused_unless_allowed(bundle_folder, 
 def test_an_unknown_backend_is_a_sentence_with_the_known(bundle_folder):
     with pytest.raises(
         UserError,
-        match="no backend 'tensorflow': choose auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, openvino, "
+        match="no backend 'tensorflow': choose auto, tensorrt, tensorrt-rtx, torch-cuda, onnxruntime-cuda, openvino, "
         "onnxruntime, torch",
     ):
         open_backend(Bundle.open(bundle_folder), "tensorflow")
@@ -295,6 +295,7 @@ def test_doctor_tells_what_is_missing_and_what_is_not():
         "backend openvino": "openvino is not installed (pip install 'mgn-deploy[cpu]')",
         "backend onnxruntime": None,
         "backend torch": "torch is not installed (pip install 'mgn-deploy[train]')",
+        "backend torch-cuda": "torch is not installed (pip install 'mgn-deploy[train]')",
         "init, import, train, export, demo": "torch is not installed (pip install 'mgn-deploy[train]')",
     }
 

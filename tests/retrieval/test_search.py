@@ -36,6 +36,7 @@ def write_store(
     rows: list[tuple[str, int | None, int | None]],
     embeddings: np.ndarray,
     bundle_id: str = "b" * 64,
+    source: str | None = None,
 ) -> Store:
     """A store of images that need not exist: (name, identity, camera) and unit embeddings."""
     manifest = StoreManifest(
@@ -44,7 +45,7 @@ def write_store(
         preprocessing="p",
         dim=embeddings.shape[1],
         dtype="float32",
-        source=(folder.parent / "images").as_uri(),
+        source=source or (folder.parent / "images").as_uri(),
     )
     with StoreWriter(folder, manifest) as writer:
         writer.add([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
@@ -199,6 +200,14 @@ def test_the_querys_own_file_is_left_out_and_a_file_of_the_same_name_elsewhere_i
     store = write_store(tmp_path / "s", [("a.jpg", None, None), ("sub/a.jpg", None, None)], np.stack([EAST, NORTH]))
     (ranked,) = search(queries_for([1, 0], tmp_path / "images" / "a.jpg"), store)
     assert names(ranked) == ["sub/a.jpg"]
+
+
+def test_a_store_whose_images_lie_elsewhere_is_searched_and_its_page_has_placeholders(tmp_path):
+    rows = [("a.jpg", None, None), ("b.jpg", None, None)]
+    store = write_store(tmp_path / "s", rows, np.stack([EAST, NORTH]), source="s3://bucket/photos")
+    (first, second) = search(Queries.of_store(store), store)
+    assert (names(first), names(second)) == (["b.jpg"], ["a.jpg"])
+    assert not first.results[0].path.exists()
 
 
 def test_a_query_whose_whole_gallery_is_left_out_has_an_empty_list(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -310,3 +312,10 @@ def test_the_command_refuses_what_others_could_reach(bundle_folder: Path) -> Non
     _, errors = process.communicate(timeout=60)
     assert (address, process.returncode) == ("", 2)
     assert "MGN_DEPLOY_API_KEY" in errors.splitlines()[-1]
+
+
+def test_every_limit_is_in_the_documentation_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/serve.md").read_text()
+    documented = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", page, re.MULTILINE))
+    defaults = {field.name: float(field.default) for field in dataclasses.fields(Limits)}
+    assert {name: float(value) for name, value in documented.items()} == defaults

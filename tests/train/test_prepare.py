@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import mgn_deploy
-from small_runs import TINY, draw_people, rows, run
+from small_runs import ONE_THREAD, TINY, draw_people, rows, run
 
 from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.datasets.dataset import NO_CAMERA
@@ -174,3 +176,35 @@ def test_the_command_does_not_look_for_query_and_gallery_with_no_evaluate(own, t
     assert done.exit_code == 0, done.stderr
     assert "evaluated" not in done.stderr
     assert not (tmp_path / "run/best").exists()
+
+
+@pytest.mark.slow
+def test_only_the_first_process_opens_and_checks_the_data(own, tmp_path):
+    program = f"""
+import os
+from pathlib import Path
+from mgn_deploy.train.prepare import open_training_data
+from mgn_deploy.train.recipe import load_recipe
+from mgn_deploy.train.trainer import train
+
+def opened():
+    Path({str(tmp_path)!r}, "opened-" + os.environ["RANK"]).touch()
+    return open_training_data("folder:{own.root}")
+
+def told(step, done, total):
+    Path({str(tmp_path)!r}, "told-" + os.environ["RANK"]).touch()
+
+recipe = load_recipe("small", {[*TINY, "schedule.epochs=1"]!r})
+train(opened, recipe, {str(tmp_path / "run")!r}, device="cpu", progress=told)
+"""
+    (tmp_path / "program.py").write_text(program)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(tmp_path / "program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("*-*")) == ["opened-0", "told-0"]
+    assert load_weights(tmp_path / "run" / WEIGHTS).config.num_classes == 5
+    own.train[0].path.write_bytes(b"")
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=120)
+    assert done.returncode
+    assert "1 of the 68 images" in done.stderr

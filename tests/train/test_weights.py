@@ -131,6 +131,14 @@ def test_a_folder_that_is_not_there_is_a_sentence(tmp_path):
         load_weights(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("classes", [2 * 10**9, -1, 1e30])
+def test_classes_beyond_any_data_set_are_a_sentence(folder, classes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_classes": classes}))
+    with pytest.raises(UserError, match=r"config\.json: num_classes: "):
+        load_weights(folder)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 1000, -1])
 def test_truncated_tensors_are_a_sentence(folder, keep):
     content = (folder / TENSORS).read_bytes()

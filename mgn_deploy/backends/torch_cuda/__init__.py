@@ -1,0 +1,1 @@
+"""PyTorch on a GPU, made for inference."""

@@ -1,0 +1,205 @@
+"""Batches through an inference network: copies beside computing, one CUDA graph a captured batch size.
+
+    upload    pinned -> GPU     batch 3 |         batch 4 |
+    compute                     batch 2     | batch 3     |
+    download  GPU -> pinned      | batch 1  |  | batch 2  |
+
+Sets of buffers take turns: one on its way, one being filled, one in reserve. On a CPU the same code runs with
+PyTorch's stand-ins for streams and events and without graphs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from mgn_deploy.backends.torch_cuda.network import InferenceMGN
+from mgn_deploy.cuda.buffers import split_batch
+from mgn_deploy.cuda.errors import cuda_errors
+
+_log = logging.getLogger("mgn_deploy")
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # images of the captured graphs; other batches are padded up to the next, or split
+SLOTS = 3
+
+
+class TorchPipeline:
+    """One thread's streams, buffers and CUDA graphs.
+
+    A graph is captured when a batch first needs its size. All graphs share one memory pool: they run one after another
+    on one stream, and what they read and write are buffers outside of it.
+
+    Args:
+        network: on `device`.
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(self, network: InferenceMGN, device: str) -> None:
+        self._network, self._device = network, torch.device(device)
+        self._gpu = self._device.type == "cuda"
+        self._cuda = torch.get_device_module(self._device)  # torch.cpu has streams and events that do nothing
+        config = network.config
+        image, self._dim, most = (config.height, config.width, 3), config.dim, SIZES[-1]
+        with gpu_errors(), torch.inference_mode():
+            self._upload, self._compute, self._download = (self._cuda.Stream() for _ in range(3))
+            # Padding is computed with whatever was there before: it has to be something.
+            self._images = torch.zeros((most, *image), dtype=torch.uint8, device=self._device)
+            self._embeddings = torch.empty((most, self._dim), device=self._device)
+            self._slots = [_Slot(image, self._dim, most, self._device) for _ in range(SLOTS)]
+            self._pool = torch.cuda.graph_pool_handle() if self._gpu else None
+            self._cuda.synchronize()
+        self._free, self._filled = deque(self._slots), dict[int, _Slot]()
+        self._runs: dict[int, Callable[[], None]] = {}
+        self._running = False
+
+    def buffer(self, images: int) -> np.ndarray:
+        """As `Backend.buffer`: pinned memory while a set of buffers is free besides one for what comes otherwise."""
+        if len(self._free) > 1 and 0 < images <= SIZES[-1]:
+            slot = self._free.popleft()
+            array = slot.images[:images]
+            self._filled[array.ctypes.data] = slot
+            return array
+        return np.empty((images, *self._images.shape[1:]), np.uint8)
+
+    def run(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """uint8 `[n, height, width, 3]` of any n -> float32 `[n, dim]`, new arrays, in order.
+
+        Raises:
+            UserError: the GPU failed.
+            RuntimeError: an earlier iterator of this thread is not used up.
+        """
+        if self._running:
+            raise RuntimeError("use up the iterator of the earlier batches first: they share this thread's buffers")
+        self._running = True
+        try:
+            yield from self._run(batches)
+        finally:
+            self._running = False
+            with gpu_errors():  # where the caller stopped early, copies may be on their way to and from the buffers
+                self._cuda.synchronize()
+            self._free, self._filled = deque(self._slots), {}
+
+    def _run(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        busy = deque[tuple[_Slot, int]]()
+        # Of the batches that are on their way: their rows, and how many parts are not back yet.
+        results: deque[tuple[list[np.ndarray], int]] = deque()
+        for batch in batches:
+            own = self._filled.pop(batch.ctypes.data, None)
+            parts = split_batch(batch, SIZES[-1])
+            results.append(([] if parts else [np.empty((0, self._dim), np.float32)], len(parts)))
+            for part in parts:
+                while own is None and not self._free and busy:
+                    yield from self._collect(busy, results)
+                slot = own or self._free.popleft()
+                with gpu_errors(), torch.inference_mode():
+                    self._submit(slot, part, copy=own is None)
+                busy.append((slot, len(part)))
+            while len(busy) > 1:  # one stays on its way while the next is made
+                yield from self._collect(busy, results)
+            yield from _finished(results)
+        while busy:
+            yield from self._collect(busy, results)
+        yield from _finished(results)
+
+    def _collect(
+        self, busy: deque[tuple[_Slot, int]], results: deque[tuple[list[np.ndarray], int]]
+    ) -> Iterator[np.ndarray]:
+        """Wait for the oldest part; give out the batches that are whole with it."""
+        slot, rows = busy.popleft()
+        with gpu_errors():
+            slot.downloaded.synchronize()
+        at = next(index for index, (_, missing) in enumerate(results) if missing)
+        parts, missing = results[at]
+        results[at] = ([*parts, slot.embeddings[:rows].copy()], missing - 1)
+        self._free.append(slot)
+        yield from _finished(results)
+
+    def _submit(self, slot: _Slot, images: np.ndarray, copy: bool) -> None:
+        rows, cuda = len(images), self._cuda
+        size = next(size for size in SIZES if size >= rows)
+        if copy:
+            slot.images[:rows] = images
+        run = self._runs.get(size) or self._prepare(size)
+        with cuda.stream(self._upload):
+            slot.device_images[:rows].copy_(slot.pinned_images[:rows], non_blocking=True)
+            slot.uploaded.record(self._upload)
+        with cuda.stream(self._compute):
+            self._compute.wait_event(slot.uploaded)
+            self._images[:rows].copy_(slot.device_images[:rows])
+            run()
+            slot.device_embeddings[:rows].copy_(self._embeddings[:rows])
+            slot.computed.record(self._compute)
+        with cuda.stream(self._download):
+            self._download.wait_event(slot.computed)
+            slot.pinned_embeddings[:rows].copy_(slot.device_embeddings[:rows], non_blocking=True)
+            slot.downloaded.record(self._download)
+
+    def _prepare(self, size: int) -> Callable[[], None]:
+        """What computes `_embeddings[:size]` of `_images[:size]` on the current stream."""
+        images, embeddings = self._images[:size], self._embeddings[:size]
+
+        def compute() -> None:
+            # Algorithms by cuDNN's heuristics, not by timing them: another process then takes the same ones, and a
+            # resumed run ends with the same bytes. Precision is the bundle's to say.
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+                embeddings.copy_(self._network(images))
+
+        self._runs[size] = compute
+        if self._gpu:
+            refused = self._refused
+            with torch.cuda.stream(self._compute):
+                compute()  # settles what may not happen while a graph is captured: kernels are compiled and loaded
+            self._compute.synchronize()
+            if self._refused > refused:
+                of = f"{self._refused} of {len(self._network.fusible)} convolutions"
+                _log.warning(f"cuDNN has no fused engine for {of}: they run as several kernels")
+            graph = torch.cuda.CUDAGraph()
+            # Of this thread alone: others may allocate meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._compute, capture_error_mode="thread_local"):
+                compute()
+            self._runs[size] = graph.replay
+        return self._runs[size]
+
+    @property
+    def _refused(self) -> int:
+        return sum(not conv.fused for conv in self._network.fusible)
+
+
+class _Slot:
+    """Buffers for one batch on its way, on both sides, and the events that order its three steps."""
+
+    def __init__(self, image: tuple[int, ...], dim: int, most: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.pinned_images = torch.empty((most, *image), dtype=torch.uint8, pin_memory=pinned)
+        self.pinned_embeddings = torch.empty((most, dim), pin_memory=pinned)
+        self.device_images = torch.empty((most, *image), dtype=torch.uint8, device=device)
+        self.device_embeddings = torch.empty((most, dim), device=device)
+        self.images, self.embeddings = self.pinned_images.numpy(), self.pinned_embeddings.numpy()
+        events = torch.get_device_module(device)
+        self.uploaded, self.computed, self.downloaded = (events.Event() for _ in range(3))
+
+
+def _finished(results: deque[tuple[list[np.ndarray], int]]) -> Iterator[np.ndarray]:
+    while results and not results[0][1]:
+        parts, _ = results.popleft()
+        yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@contextmanager
+def gpu_errors() -> Iterator[None]:
+    """CUDA's errors in PyTorch's words as the UserErrors of `cuda_errors`."""
+    with cuda_errors():
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(f"cudaError 2: {error}") from error
+        except RuntimeError as error:
+            number = getattr(error, "error_code", None)  # of torch.AcceleratorError, from PyTorch 2.8
+            if number is None:
+                raise
+            raise RuntimeError(f"cudaError {number}: {error}") from error
