@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mgn_deploy.cli.options import Json, out
-from mgn_deploy.console import print_json, print_table
+from mgn_deploy.console import print_json, print_table, progress
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Look at embedding stores, check, mend, join and export them."
@@ -132,6 +132,27 @@ def merge(
         print_json({"store": str(merged), "rows": rows})
     else:
         print(f"{merged}: {rows} rows of {len(stores)} stores")
+
+
+@app.command("pool-tracks", epilog="Example:\n\nmgn-deploy store pool-tracks store -o tracks")
+def pool_tracks(
+    store: StoreFolder,
+    tracks: Annotated[Path, out("The new store.")],
+    best: Annotated[int, typer.Option(min=1, help="Most images that are taken of a track: the largest, sharpest.")] = 8,
+    json: Json = False,
+) -> None:
+    """Pool each track's best images into one embedding.
+
+    The row of a track is that of its best image; taken.parquet in the new store names all images that were taken.
+    """
+    from mgn_deploy.gallery.tracks import pool_tracks as run
+
+    with progress() as update:
+        pooled = run(store, tracks, best=best, progress=update)
+    if json:
+        print_json({"store": str(tracks), **pooled.to_dict()})
+    else:
+        print(f"{tracks}: {pooled.tracks} tracks, of {pooled.taken} of {pooled.images} images")
 
 
 @app.command(epilog="Example:\n\nmgn-deploy store compact store")

@@ -78,7 +78,7 @@ class VideoSource(Source):
             boxes, picture = frame
             if isinstance(picture, str):
                 return [Decoded(file, error=picture) for file in boxes]
-            image = _upright(picture)
+            image = upright(picture)
             return [crop_of(file, image, height, width, digest) for file in boxes]
 
         if files:
@@ -263,7 +263,7 @@ def _opened(path: Path) -> Any:
     return av.open(str(path), options={"protocol_whitelist": "file"})
 
 
-def _upright(frame: Any) -> Any:
+def upright(frame: Any) -> Any:
     """A frame as an RGB image, turned as players and OpenCV do where a telephone was held upright."""
     image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
