@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mgn_deploy.cli.options import Json, out
+from mgn_deploy.cli.options import BoxClass, BoxesFile, Json, MinScore, Video, out
 from mgn_deploy.console import print_json, print_table, progress
 
 app = typer.Typer(
@@ -87,15 +87,22 @@ def repair(store: StoreFolder, json: Json = False) -> None:
 @app.command(epilog="Example:\n\nmgn-deploy store prune store photos")
 def prune(
     store: StoreFolder,
-    source: Annotated[list[str], typer.Argument(help="What was embedded, as given to `embed`.")],
+    source: Annotated[
+        list[str] | None, typer.Argument(help="What was embedded, with the options that `embed` was given.")
+    ] = None,
+    boxes: BoxesFile = None,
+    video: Video = None,
+    box_class: BoxClass = ["person"],  # noqa: B006
+    min_score: MinScore = 0.0,
     root: Annotated[str | None, typer.Option(help="As of `embed`.")] = None,
     json: Json = False,
 ) -> None:
     """Remove the rows of images that are no longer in the source."""
+    from mgn_deploy.gallery.inputs import open_inputs
     from mgn_deploy.gallery.maintain import prune as run
-    from mgn_deploy.gallery.sources import open_source
 
-    removed = run(store, [file.name for file in open_source(*source, root=root).files])
+    found = open_inputs(source or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video)
+    removed = run(store, [file.name for file in found.files])
     if json:
         print_json({"store": str(store), "removed": removed})
     else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage
-from mgn_deploy.gallery.archives import archive_images, is_archive
+from mgn_deploy.gallery.archives import archive_images, archive_of
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.sources import cut, file_bytes
 from mgn_deploy.gallery.video import read_clip, read_frames, upright
@@ -37,15 +37,27 @@ def crops(store: Store, rows: Iterable[Row]) -> Iterator[tuple[Row, Image.Image 
         yield from _frames(path, together) if is_frame else _photo(path, together)
 
 
+def row_crop(store: Store, row: Row) -> Image.Image:
+    """The crop of one row.
+
+    Raises:
+        UnreadableImage: it is gone or cannot be read any more.
+        UserError: as of `crops`.
+    """
+    [(_, image)] = crops(store, [row])
+    if isinstance(image, str):
+        raise UnreadableImage(image)
+    return image
+
+
 def sequence_of(row: Row) -> str:
     """The video, or the folder of photos, whose tracks a row's track is one of."""
-    name = row.name.rpartition("#")[0] if row.box is not None else row.name
-    return name if row.frame is not None else name.rpartition("/")[0]
+    return row.file if row.frame is not None else row.file.rpartition("/")[0]
 
 
 def _path(store: Store, row: Row) -> Path:
     """The photo, video or archive member that a row's box is in."""
-    return store.path(replace(row, name=row.name.rpartition("#")[0]) if row.box is not None else row)
+    return store.path(replace(row, name=row.file))
 
 
 def _photo(path: Path, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | str]]:
@@ -84,13 +96,13 @@ def _cut(image: Image.Image, row: Row) -> Image.Image | str:
 
 def _file(path: Path) -> ImageFile:
     """A photo, or a member of the archive that its path leads into."""
-    for folder in path.parents:
-        if is_archive(folder) and folder.is_file():
-            status = folder.stat()
-            name = path.relative_to(folder).as_posix()
-            member = _members(folder, status.st_size, status.st_mtime_ns).get(name)
-            return member or ImageFile(path, name, problem="no such member of the archive")
-    return image_file(path, path.name)
+    archive = archive_of(path)
+    if archive is None:
+        return image_file(path, path.name)
+    status = archive.stat()
+    name = path.relative_to(archive).as_posix()
+    member = _members(archive, status.st_size, status.st_mtime_ns).get(name)
+    return member or ImageFile(path, name, problem="no such member of the archive")
 
 
 @lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import numpy as np
 
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
 from mgn_deploy.gallery.shards import Row, Shard, StoreManifest, open_shards, read_manifest
 from mgn_deploy.packages import import_problem
 
@@ -185,12 +185,12 @@ class Store:
         Raises:
             UserError: it is gone or cannot be read any more, or `path` refuses it.
         """
-        from mgn_deploy.gallery.crops import crops  # which needs what reads every kind of file
+        from mgn_deploy.gallery.crops import row_crop  # which needs what reads every kind of file
 
-        [(_, image)] = crops(self, [row])
-        if isinstance(image, str):
-            raise UserError(f"{row.name!r} of {self.folder} cannot be read: {image}")
-        return image
+        try:
+            return row_crop(self, row)
+        except UnreadableImage as problem:
+            raise UserError(f"{row.name!r} of {self.folder} cannot be read: {problem}") from None
 
     def identities(self) -> np.ndarray:
         """int64 `[len(store)]`; UNKNOWN (-2) where nobody said it."""

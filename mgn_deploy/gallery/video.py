@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,7 @@ def video_source(path: str | os.PathLike[str], boxes: Boxes, root: str | os.Path
 
 
 def read_clip(path: Path) -> Clip:
-    """Read a video's packets.
+    """Read a video's packets; a file that has not changed is not read a second time.
 
     Raises:
         UserError: the file is missing or no video, or PyAV is not installed.
@@ -171,10 +171,16 @@ def read_clip(path: Path) -> Clip:
     problem = import_problem("av", "video")
     if problem:
         raise UserError(f"a video is read by PyAV: {problem}")
-    import av
-
     if not path.is_file():
         raise UserError(f"{str(path)!r} is no file: give a video")
+    status = path.stat()
+    return _read_clip(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _read_clip(path: Path, size: int, mtime_ns: int) -> Clip:
+    import av
+
     try:
         with _opened(path) as container:
             stream = container.streams.video[0]

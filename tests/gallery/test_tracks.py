@@ -185,3 +185,10 @@ def test_image_of_what_is_gone_or_not_on_this_machine_is_a_sentence(store, photo
     remote = Store.open(tmp_path / "remote")
     with pytest.raises(UserError, match="lies in memory://tracks, not on this machine"):
         remote.image(remote.rows[0])
+
+
+def test_a_rank_page_shows_boxes_and_frames(store, tmp_path, bundle_folder):
+    done = mgn_deploy("search", store, store, "--html", tmp_path / "page.html")
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 5 + 5 * 4
