@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.progress import Progress
+from mgn_deploy.retrieval.arrays import Arrays
 from mgn_deploy.retrieval.evaluation import Protocol, Scores, query_notes, score_embeddings, write_per_query
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
 from mgn_deploy.retrieval.ranking import NO_ANSWER, RankingMetrics
@@ -119,6 +121,11 @@ def validate(
     """
     needed_subsets(multi_query)  # refuses what is no pooling before hours of embedding
     protocol = protocol or Protocol()
+    protocol = replace(
+        protocol, device=Arrays.open(protocol.device)
+    )  # refuses what is not there, as the next line does
+    if per_query is not None and (not Path(per_query).parent.is_dir() or Path(per_query).is_dir()):
+        raise UserError(f"--per-query {os.fspath(per_query)}: give the name of a file in a folder that exists")
     truth = Truth.of_dataset(data, cameras=protocol.cameras)
     names = [_name(image, data) for image in data.query]
     unmatched = [names[row] for row in truth.unmatched()]
