@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mgn_deploy.choices import Dtype
-from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Json, out
+from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, BoxClass, BoxesFile, Json, MinScore, Video, out
 from mgn_deploy.console import print_json, progress, say
 from mgn_deploy.errors import UserError
 
@@ -18,8 +18,9 @@ def embed(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="A folder of images, searched recursively; images, tar shards, folders and patterns ('a/*.jpg'); or "
-            "a list: a path a line, or a .csv, .tsv or .parquet with a column path ('-': stdin)."
+            help="A folder of images, searched recursively; images, tar shards, folders and patterns ('a/*.jpg'); the "
+            "same as s3://, gs:// or http:// URLs; or a list: a path a line, or a .csv, .tsv or .parquet with a column "
+            "path ('-': stdin)."
         ),
     ] = None,
     bundle: Annotated[
@@ -40,25 +41,13 @@ def embed(
             "may be itself."
         ),
     ] = None,
-    boxes: Annotated[
-        Path | None,
-        typer.Option(
-            help="A row for each box in the images: MOTChallenge's text, YOLO's folder, COCO's JSON, or a table of "
-            "path, left, top, width and height.",
-            rich_help_panel="Boxes",
-        ),
-    ] = None,
-    video: Annotated[
-        Path | None,
-        typer.Option(help="A video, in place of images, whose frames --boxes is about.", rich_help_panel="Boxes"),
-    ] = None,
-    box_class: Annotated[
-        list[str],
-        typer.Option(help="Name or number of a class whose boxes are taken, or all.", rich_help_panel="Boxes"),
-    ] = ["person"],  # noqa: B006
-    min_score: Annotated[float, typer.Option(help="Of boxes that have a score.", rich_help_panel="Boxes")] = 0.0,
+    boxes: BoxesFile = None,
+    video: Video = None,
+    box_class: BoxClass = ["person"],  # noqa: B006
+    min_score: MinScore = 0.0,
     root: Annotated[
-        Path | None, typer.Option(help="The folder that names begin at, where a list or several images are given.")
+        str | None,
+        typer.Option(help="The folder or URL that names begin at, where a list or several images are given."),
     ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="N/OF", help="Only one part of the images, as in 3/16; `store merge` joins.")

@@ -30,6 +30,11 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES))
 
 
+def archive_of(path: Path) -> Path | None:
+    """The archive that a path leads into, as `x.tar/a.jpg` does; None: it is a path like others."""
+    return next((folder for folder in path.parents if is_archive(folder) and folder.is_file()), None)
+
+
 def archive_images(path: Path, name: str, skipped: Counter[str]) -> list[ImageFile]:
     """The images of an archive, named `shard-000.tar/key.jpg`, in its order; what is broken in it has its `problem`.
 

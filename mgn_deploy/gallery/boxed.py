@@ -88,7 +88,7 @@ def _files(photo: ImageFile, size: tuple[int, int] | str, boxes: Sequence[Box]) 
     files = []
     for box in boxes:
         key = box.track if by_track else box.number
-        file = replace(photo, name=f"{photo.name}#{key}", track=box.track, frame=box.frame)
+        file = replace(photo, name=f"{photo.name}#{key}", track=box.track)
         files.append(
             replace(file, problem=photo.problem or size)
             if isinstance(size, str)

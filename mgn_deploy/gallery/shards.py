@@ -119,6 +119,11 @@ class Row:
         """`ok` or `failed`."""
         return "ok" if self.error is None else "failed"
 
+    @property
+    def file(self) -> str:
+        """The name below the source of the image or, where the row is a box, of the photo or video that it is in."""
+        return self.name if self.box is None else self.name.rpartition("#")[0]
+
 
 class Shard:
     """One shard of a store: opened by its sizes, read when it is asked for, and checked when it is first read."""

@@ -19,7 +19,7 @@ from mgn_deploy.datasets.labels import Labels
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.archives import archive_images, is_archive
 from mgn_deploy.gallery.shards import SHARD_ROWS
-from mgn_deploy.images.decode import load_rgb, resize_crop
+from mgn_deploy.images.decode import MIN_SIDE, load_rgb, resize_crop
 from mgn_deploy.images.formats import skipped_sentence, why_not_listed
 from mgn_deploy.images.listing import ImageFile, image_file, list_images
 from mgn_deploy.images.prefetch import in_order
@@ -50,6 +50,7 @@ class Source:
         files: the images, in the order of their rows.
         skipped: what is there and is no image, counted by kind.
         labels: who is on them, where the source says it.
+        complete: whether images that a store holds besides are gone; a choice of files does not tell.
     """
 
     uri: str
@@ -57,6 +58,7 @@ class Source:
     files: list[ImageFile]
     skipped: Counter[str] = field(default_factory=Counter)
     labels: Labels | None = None
+    complete: bool = True
 
     def decode(self, files: Sequence[ImageFile], height: int, width: int) -> Iterator[Decoded]:
         """Read some of the files, in their order, on threads ahead of the caller; a photo once for its boxes."""
@@ -78,7 +80,8 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
     """The images of a folder (searched recursively), of files and patterns (`cam1/*.jpg`) together, or of a list.
 
     Args:
-        places: one folder; or files, tar archives, folders and patterns; or a list, as `lists.list_source` takes it.
+        places: one folder; or files, tar archives, folders and patterns; or a list, as `lists.list_source` takes it; or
+            URLs, as `remote.remote_source` takes them.
         root: what the names of several places are below; by default the folder that all are in. Of a list what its
             relative paths are below.
 
@@ -86,8 +89,16 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
         UserError: one of them is missing or no image, or lies outside `root`.
     """
     from mgn_deploy.gallery.lists import is_list, list_source
+    from mgn_deploy.gallery.remote import is_remote, remote_source
 
     paths = [os.fspath(place) for place in places]
+    remote = [path for path in paths if is_remote(path)]
+    if remote:
+        if len(remote) < len(paths):
+            raise UserError(
+                f"{remote[0]!r} is given beside paths of this machine: embed them into a store of their own"
+            )
+        return remote_source(remote, None if root is None else os.fspath(root))
     lists = [path for path in paths if is_list(path)]
     if lists and len(paths) > 1:
         raise UserError(f"{lists[0]!r} is a list of images and is given among others: give it alone")
@@ -117,7 +128,7 @@ def part_of(source: Source, part: str) -> Source:
         raise UserError(f"--shard {part}: give the part's number and their count, as in 3/16")
     number, count = int(match[1]) - 1, int(match[2])
     files = [file for index, file in enumerate(source.files) if index // SHARD_ROWS % count == number]
-    return replace(source, files=files, title=f"part {part} of {source.title}")
+    return replace(source, files=files, title=f"part {part} of {source.title}", complete=False)
 
 
 def files_source(
@@ -140,7 +151,7 @@ def files_source(
     for path in absolute:
         name = path.relative_to(base).as_posix()
         files.extend(archive_images(path, name, skipped) if is_archive(path) else [image_file(path, name)])
-    return Source(folder_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped)
+    return Source(folder_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped, complete=False)
 
 
 def common_folder(paths: Sequence[Path]) -> Path:
@@ -199,17 +210,33 @@ def _digest(files: Sequence[ImageFile]) -> bytes | None:
 
 def crop_of(file: ImageFile, image: Image.Image, height: int, width: int, digest: bytes | None) -> Decoded:
     """A file's crop of the photo or frame that it is in; its error where its box is outside."""
-    if file.box is not None:
-        left, top, box_width, box_height = file.box
-        edges = (round(left), round(top), round(left + box_width), round(top + box_height))
-        clipped = (max(edges[0], 0), max(edges[1], 0), min(edges[2], image.width), min(edges[3], image.height))
-        if clipped[2] - clipped[0] < 4 or clipped[3] - clipped[1] < 4:
-            return Decoded(
-                file, error=f"the box has less than 4x4 pixels inside the {image.width}x{image.height} image"
-            )
-        image = image.crop(clipped)
+    try:
+        crop = cut(image, file.box)
+    except UnreadableImage as problem:
+        return Decoded(file, error=str(problem))
     unlike = file.box is None and (image.width > image.height or max(image.size) > MOST_CROP_SIDE)
-    return Decoded(file, resize_crop(image, height, width), sha256=digest, unlike_crop=unlike)
+    return Decoded(file, resize_crop(crop, height, width), sha256=digest, unlike_crop=unlike)
+
+
+def cut(image: Image.Image, box: tuple[float, float, float, float] | None) -> Image.Image:
+    """What a box shows of an upright photo: its edges rounded to whole pixels (a half to the even one) and clipped.
+
+    Args:
+        image: the photo or frame.
+        box: left, top, width and height in pixels; None: the whole image.
+
+    Raises:
+        UnreadableImage: less than 4x4 pixels of it are inside.
+    """
+    if box is None:
+        return image
+    left, top, width, height = box
+    edges = (round(left), round(top), round(left + width), round(top + height))
+    clipped = (max(edges[0], 0), max(edges[1], 0), min(edges[2], image.width), min(edges[3], image.height))
+    if clipped[2] - clipped[0] < MIN_SIDE or clipped[3] - clipped[1] < MIN_SIDE:
+        size = f"{image.width}x{image.height}"
+        raise UnreadableImage(f"the box has less than {MIN_SIDE}x{MIN_SIDE} pixels inside the {size} image")
+    return image.crop(clipped)
 
 
 def file_bytes(file: ImageFile) -> bytes:

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ class VideoSource(Source):
             boxes, picture = frame
             if isinstance(picture, str):
                 return [Decoded(file, error=picture) for file in boxes]
-            image = _upright(picture)
+            image = upright(picture)
             return [crop_of(file, image, height, width, digest) for file in boxes]
 
         if files:
@@ -163,7 +163,7 @@ def video_source(path: str | os.PathLike[str], boxes: Boxes, root: str | os.Path
 
 
 def read_clip(path: Path) -> Clip:
-    """Read a video's packets.
+    """Read a video's packets; a file that has not changed is not read a second time.
 
     Raises:
         UserError: the file is missing or no video, or PyAV is not installed.
@@ -171,10 +171,16 @@ def read_clip(path: Path) -> Clip:
     problem = import_problem("av", "video")
     if problem:
         raise UserError(f"a video is read by PyAV: {problem}")
-    import av
-
     if not path.is_file():
         raise UserError(f"{str(path)!r} is no file: give a video")
+    status = path.stat()
+    return _read_clip(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _read_clip(path: Path, size: int, mtime_ns: int) -> Clip:
+    import av
+
     try:
         with _opened(path) as container:
             stream = container.streams.video[0]
@@ -263,7 +269,7 @@ def _opened(path: Path) -> Any:
     return av.open(str(path), options={"protocol_whitelist": "file"})
 
 
-def _upright(frame: Any) -> Any:
+def upright(frame: Any) -> Any:
     """A frame as an RGB image, turned as players and OpenCV do where a telephone was held upright."""
     image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.gallery.crops import row_crop
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.decode import load_rgb
@@ -39,9 +42,12 @@ def read_thumbnail(path: Path, side: int = THUMBNAIL_SIDE, quality: int = JPEG_Q
         quality: of the JPEG.
     """
     try:
-        thumbnail = load_rgb(path)
+        return _inlined(load_rgb(path), side, quality)
     except UnreadableImage as reason:
         return {"problem": str(reason)}
+
+
+def _inlined(thumbnail: Image.Image, side: int, quality: int) -> dict[str, Any]:
     thumbnail.thumbnail((side, side))
     thumbnail.info.clear()  # Pillow would carry a JPEG comment over
     jpeg = io.BytesIO()
@@ -52,11 +58,17 @@ def read_thumbnail(path: Path, side: int = THUMBNAIL_SIDE, quality: int = JPEG_Q
 
 def row_thumbnail(store: Store, row: Row, side: int = THUMBNAIL_SIDE, quality: int = JPEG_QUALITY) -> dict[str, Any]:
     """`read_thumbnail` of a store's row; where its source is no folder of this machine, that is the `problem`."""
+    return crop_thumbnail(lambda: row_crop(store, row), side, quality)
+
+
+def crop_thumbnail(
+    load: Callable[[], Image.Image], side: int = THUMBNAIL_SIDE, quality: int = JPEG_QUALITY
+) -> dict[str, Any]:
+    """`read_thumbnail` of what `load` gives; the `problem` is what it raises of UnreadableImage or UserError."""
     try:
-        path = store.path(row)
-    except UserError as reason:
+        return _inlined(load(), side, quality)
+    except (UnreadableImage, UserError) as reason:
         return {"problem": str(reason)}
-    return read_thumbnail(path, side, quality)
 
 
 def spelled_out(value: Any) -> Any:

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from mgn_deploy.files import atomic_file
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.identity.ranked import Judged
 from mgn_deploy.report.pages import THUMBNAIL_SIDE as THUMBNAIL_SIDE
-from mgn_deploy.report.pages import page_environment, read_thumbnail
-from mgn_deploy.retrieval.rank_list import RankList, verdict
+from mgn_deploy.report.pages import crop_thumbnail, page_environment, read_thumbnail
+from mgn_deploy.retrieval.rank_list import RankedImage, RankList, verdict
 
 _SPECIAL_IDENTITIES = {-1: "junk"}  # Market-1501's; its 0, a distractor, may be a person elsewhere
 
@@ -66,7 +67,7 @@ def write_rank_page(
             judged=judged,
             cameras=list(names.values()),
             names_of_cameras=names,
-            read_thumbnail=read_thumbnail,
+            thumbnail_of=_thumbnail,
             special_identities=_SPECIAL_IDENTITIES,
         )
     )
@@ -81,6 +82,10 @@ def gallery_facts(gallery: Store) -> dict[str, str]:
         "Backend": gallery.manifest.backend,
         "Gallery": f"{len(gallery):,} images",
     }
+
+
+def _thumbnail(image: RankedImage) -> dict[str, Any]:
+    return crop_thumbnail(image.load) if image.load else read_thumbnail(image.path)
 
 
 def _frames(ranked: RankList) -> list[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mgn_deploy.datasets.dataset import JUNK
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class RankedImage:
         distance: re-ranked distance to the query, 0 to 1; None where the similarity ranks.
         probability: that it is the query's person; None without a calibration (`identity.ranked.judge`).
         same: whether the similarity reaches the threshold; None as `probability`.
+        load: what gives the crop, of a row that is no file of its own (a box, a video's frame); None: `path` is read.
     """
 
     path: Path
@@ -32,6 +37,7 @@ class RankedImage:
     distance: float | None = None
     probability: float | None = None
     same: bool | None = None
+    load: Callable[[], Image.Image] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
+from PIL import Image
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.choices import Device, Metric, QueryLabels
@@ -17,6 +20,7 @@ from mgn_deploy.datasets.dataset import JUNK
 from mgn_deploy.datasets.labels import Labels, read_labels
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.crops import row_crop
 from mgn_deploy.gallery.shards import MANIFEST, Row
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.images.listing import list_images
@@ -40,6 +44,7 @@ class Queries:
         embeddings: unit rows `[n, dim]`, float32 or float16.
         paths, names: of the n files.
         identities, cameras: integers `[n]`; UNKNOWN (-2) where no label gives one.
+        store: whose embedded images they are; None: they are files.
     """
 
     bundle_id: str
@@ -48,6 +53,7 @@ class Queries:
     names: list[str]
     identities: np.ndarray
     cameras: np.ndarray
+    store: Store | None = None
 
     @classmethod
     def open(
@@ -95,6 +101,7 @@ class Queries:
             [row.name for row in store],
             store.identities(),
             store.cameras(),
+            store,
         )
 
     @classmethod
@@ -111,14 +118,14 @@ class Queries:
                 f"--labels {labels}: of queries that are images choose {' or '.join(get_args(QueryLabels))}"
             )
         source = Path(source)
-        files = [(file.path, file.name) for file in list_images(source)] if source.is_dir() else [(source, source.name)]
-        names = [name for _, name in files]
+        names = [file.name for file in list_images(source)] if source.is_dir() else [source.name]
+        paths = [source / name for name in names] if source.is_dir() else [source]
         rule = read_labels(labels, names)
         rule.unlabelled(names)
         return cls(
             embedder.bundle.id,
-            embedder.embed([path for path, _ in files], batch_size=batch_size),
-            [path for path, _ in files],
+            embedder.embed(paths, batch_size=batch_size),
+            paths,
             names,
             *_label_arrays(rule, names),
         )
@@ -184,13 +191,19 @@ def search(
                 identities[index],
                 cameras[index],
                 None if far is None else float(far[rank]),
+                partial(row_crop, gallery, gallery.rows[index]),
             )
             for rank, index in enumerate(found)
         ]
         lists.append(
             RankList(
                 _ranked(
-                    queries.paths[query], queries.names[query], None, queries.identities[query], queries.cameras[query]
+                    queries.paths[query],
+                    queries.names[query],
+                    None,
+                    queries.identities[query],
+                    queries.cameras[query],
+                    load=partial(row_crop, queries.store, queries.store.rows[query]) if queries.store else None,
                 ),
                 results,
                 left_out.counts(query),
@@ -328,7 +341,13 @@ def _path(store: Store, row: Row) -> Path:
 
 
 def _ranked(
-    path: Path, name: str, similarity: float | None, identity: int, camera: int, distance: float | None = None
+    path: Path,
+    name: str,
+    similarity: float | None,
+    identity: int,
+    camera: int,
+    distance: float | None = None,
+    load: Callable[[], Image.Image] | None = None,
 ) -> RankedImage:
     return RankedImage(
         path,
@@ -337,4 +356,5 @@ def _ranked(
         None if identity == UNKNOWN else int(identity),
         None if camera == UNKNOWN else int(camera),
         distance,
+        load=load,
     )

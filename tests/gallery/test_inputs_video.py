@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import av
@@ -27,6 +28,7 @@ def box_of(track: int, frame: int) -> tuple[int, int, int, int]:
     return (16 + 4 * frame, 40, 64, 144) if track == 1 else (240 - 4 * frame, 56, 56, 128)
 
 
+@cache
 def picture(frame: int) -> Image.Image:
     image = Image.new("RGB", SIZE, (96, 112, 96))
     for track in (1, 2):
