@@ -53,7 +53,7 @@ def require_no_slower(compared: list[Compared]) -> None:
 
 def _rows(old: Row, new: Row, tolerance: float) -> list[Compared]:
     figures: list[tuple[str, Spread | None, Spread | None, bool]] = [
-        ("latency ms", old.pixels and old.pixels.rounds, new.pixels and new.pixels.rounds, False),
+        ("latency ms", *(one.pixels.rounds if one.pixels else None for one in (old, new)), False),
         ("offline images/s", old.offline, new.offline, True),
         ("embed images/s", old.embed, new.embed, True),
     ]

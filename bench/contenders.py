@@ -47,6 +47,8 @@ def read_images(folder: Path, height: int, width: int, count: int, batch: int) -
     for file in list_images(folder):
         if len(paths) == count:
             break
+        if file.path is None:
+            continue
         try:
             crops.append(read_crop(file.path, height, width))
         except UnreadableImage:

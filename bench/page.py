@@ -125,7 +125,7 @@ def _bars(rows: list[Row]) -> list[dict[str, Any]]:
 
 def _pareto(rows: list[Row]) -> dict[str, Any]:
     """Accuracy over latency an image: which rows no other beats in both, and where each lies between 0 and 1."""
-    points = [
+    points: list[dict[str, Any]] = [
         {"name": row.name, "x": row.pixels.p50.value / row.batch, "y": 100 * row.accuracy.mAP}
         for row in rows
         if row.accuracy and row.pixels

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mgn_deploy.bench.report import cpu
+from mgn_deploy.bench.environment import cpu
 
 IMAGES_A_PERSON = 15
 

@@ -1,8 +1,9 @@
 """The service under load beside its bare engine: `python -m mgn_deploy.bench.serve --bundle BUNDLE --images DIR`.
 
-In turns of some seconds, one engine runs full batches of pixels in memory, and callers of a server on this machine each
-send one image file after the other. A caller's latency is told apart by the answer's Server-Timing: what is left after
-the wait in the queue has to stay below two batches.
+In turns, an engine runs full batches of pixels in memory, and callers of a server on this machine each send one image
+file after the other. `share` is the server's rate over the engine's; `cpu_share` the same by seconds of CPU an image,
+which other work on the machine disturbs less. What is left of a caller's latency after the wait in the queue, which
+the answer tells, is given in batches, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -25,108 +27,92 @@ from mgn_deploy.embedder import Embedder
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
 
+Answer = tuple[float, float, float]  # when it came, its latency, its wait in the queue, in seconds
 _QUEUE = re.compile(r"queue;dur=([\d.]+)")
+_CPU = re.compile(rb"^process_cpu_seconds_total (\S+)", re.MULTILINE)
 
 
-def bare(embedder: Embedder, pixels: np.ndarray, seconds: float) -> list[float]:
-    """Seconds of each call of the engine."""
-    calls = []
-    end = time.monotonic() + seconds
+def bare(embedder: Embedder, pixels: np.ndarray, seconds: float) -> dict[str, float]:
+    """The engine's median seconds a call, and its seconds of CPU an image."""
+    calls, cpu, end = [], time.process_time(), time.monotonic() + seconds
     while (start := time.monotonic()) < end:
         embedder.backend(pixels)
         calls.append(time.monotonic() - start)
-    return calls
+    cpu = time.process_time() - cpu
+    return {"batch_seconds": statistics.median(calls), "bare_cpu": cpu / len(calls) / len(pixels)}
 
 
-class Caller(threading.Thread):
-    """Sends images until it is told to stop: (when, latency, wait in the queue) of each, in seconds; and refusals."""
-
-    def __init__(self, address: str, contents: list[bytes], number: int) -> None:
-        super().__init__(daemon=True)
-        self._netloc, self._contents, self._number = urlsplit(address).netloc, contents, number
-        self.stop = threading.Event()
-        self.answers: list[tuple[float, float, float]] = []
-        self.refused = 0
-
-    def run(self) -> None:
-        connection = http.client.HTTPConnection(self._netloc)
-        while not self.stop.is_set():
-            self._number += 1
-            start = time.monotonic()
-            connection.request("POST", "/embed", self._contents[self._number % len(self._contents)])
-            response = connection.getresponse()
-            response.read()
-            end = time.monotonic()
-            if response.status == 200:
-                found = _QUEUE.search(response.headers["server-timing"])
-                self.answers.append((end, end - start, float(found[1]) / 1000 if found else 0.0))
-            else:
-                self.refused += 1
-                time.sleep(float(response.headers.get("retry-after", 1)))
+def call(netloc: str, contents: list[bytes], first: int, stop: threading.Event, answers: list[Answer]) -> None:
+    """Send images until it is told to stop; a refusal counts as no answer."""
+    connection = http.client.HTTPConnection(netloc)
+    while not stop.is_set():
+        start = time.monotonic()
+        connection.request("POST", "/embed", contents[(first + len(answers)) % len(contents)])
+        response = connection.getresponse()
+        response.read()
+        end = time.monotonic()
+        queued = _QUEUE.search(response.headers.get("server-timing", ""))
+        if response.status == 200 and queued:
+            answers.append((end, end - start, float(queued[1]) / 1000))
 
 
-def served(address: str, contents: list[bytes], callers: int, seconds: float, settle: float) -> dict[str, float]:
-    """The rate and latencies of a server, from `settle` seconds after the first request on."""
-    threads = [Caller(address, contents, 7 * number) for number in range(callers)]
+def served(address: str, contents: list[bytes], callers: int, seconds: float) -> dict[str, float]:
+    """The rate and latencies of a server, its first batches left out."""
+    stop, netloc = threading.Event(), urlsplit(address).netloc
+    each: list[list[Answer]] = [[] for _ in range(callers)]
+    work = [(netloc, contents, 7 * number, stop, answers) for number, answers in enumerate(each)]
+    threads = [threading.Thread(target=call, args=arguments) for arguments in work]
+    cpu = cpu_seconds(address)
     for thread in threads:
         thread.start()
-    time.sleep(settle)
-    start = time.monotonic()
     time.sleep(seconds)
-    end = time.monotonic()
-    for thread in threads:
-        thread.stop.set()
+    stop.set()
     for thread in threads:
         thread.join()
-    answers = [answer for thread in threads for answer in thread.answers if start <= answer[0] < end]
-    latency = np.array([answer[1] for answer in answers])
-    own = latency - [answer[2] for answer in answers]
+    answers = sorted(answer for mine in each for answer in mine)
+    cpu = (cpu_seconds(address) - cpu) / len(answers)
+    steady = answers[callers:-callers]  # from one batch's end to another's, while every caller was waiting
+    latency, queue = np.array([answer[1:] for answer in steady]).T
     return {
-        "rate": len(answers) / (end - start),
-        "p50": float(np.percentile(latency, 50)),
-        "p99": float(np.percentile(latency, 99)),
-        "p99_beyond_queue": float(np.percentile(own, 99)),
-        "refused": sum(thread.refused for thread in threads),
-    }
+        "rate": (len(steady) - 1) / (steady[-1][0] - steady[0][0]), "served_cpu": cpu,
+        "p50": float(np.percentile(latency, 50)), "p99": float(np.percentile(latency, 99)),
+        "p99_beyond_queue": float(np.percentile(latency - queue, 99)),
+    }  # fmt: skip
+
+
+def cpu_seconds(address: str) -> float:
+    found = _CPU.search(urlopen(f"{address}/metrics").read())
+    return float(found[1]) if found else float("nan")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True, help="folder whose first 256 images are sent")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--callers", type=int, help="each sends one image at a time (3 times the batch)")
     parser.add_argument("--seconds", type=float, default=15, help="of a turn")
     parser.add_argument("--turns", type=int, default=3)
     asked = parser.parse_args()
-    embedder = Embedder.open(asked.bundle, asked.backend)
-    paths = [file.path for file in list_images(asked.images) if file.path][:256]
-    contents = [path.read_bytes() for path in paths]
-    pixels = np.stack(
-        [read_crop(contents[n % len(contents)], embedder.height, embedder.width) for n in range(asked.batch)]
-    )
+    embedder, batch = Embedder.open(asked.bundle, asked.backend), asked.batch
+    contents = [file.path.read_bytes() for file in list_images(asked.images) if file.path][:256]
+    crops = (contents * batch)[:batch]
+    pixels = np.stack([read_crop(content, embedder.height, embedder.width) for content in crops])
     command = [sys.executable, "-m", "mgn_deploy", "serve", "--bundle", str(asked.bundle), "--port", "0"]
-    command += ["--backend", embedder.backend.name, "--batch", str(asked.batch)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
+    command += ["--backend", embedder.backend.name, "--batch", str(batch)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout
         address = server.stdout.readline().strip()
-        bare(embedder, pixels, 1)
-        turns = []
+        turns: list[dict[str, float]] = []
         for _ in range(asked.turns):
-            call = statistics.median(bare(embedder, pixels, asked.seconds))
-            found = served(address, contents, asked.callers or 3 * asked.batch, asked.seconds, settle=4 * call)
-            share, waits = found["rate"] * call / asked.batch, found["p99_beyond_queue"] / call
-            turns.append(
-                {"batch_seconds": call, "bare_rate": asked.batch / call, **found, "share": share, "batches": waits}
-            )
-            print({name: round(value, 4) for name, value in turns[-1].items()}, file=sys.stderr)
-    finally:
+            one = bare(embedder, pixels, asked.seconds) | served(address, contents, 3 * batch, asked.seconds)
+            one["share"] = one["rate"] * one["batch_seconds"] / batch
+            one["cpu_share"] = one["bare_cpu"] / one["served_cpu"]
+            one["batches_beyond_queue"] = one["p99_beyond_queue"] / one["batch_seconds"]
+            turns.append(one)
         server.terminate()
-        server.wait()
-    names = turns[0]
-    print(json.dumps({name: round(statistics.median(turn[name] for turn in turns), 4) for name in names}, indent=2))
+    medians = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    print(json.dumps({"backend": embedder.backend.name, "medians": medians, "turns": turns}, indent=2))
 
 
 if __name__ == "__main__":

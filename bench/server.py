@@ -12,6 +12,7 @@ import re
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def held_rate(
 
 def search(trial: Trial, limit_ms: float, guess: float, until: float) -> Server:
     """Bisect for the rate: upwards from `guess` until one fails, then between. What did not fit is no figure."""
-    held, failed, found, rate = 0.0, None, (None, 0), 0.8 * guess
+    held, rate = 0.0, 0.8 * guess
+    failed: float | None = None
+    found: tuple[float | None, int] = None, 0
     for number in range(TRIALS):
         if time.monotonic() + 1.3 * max(TRIAL_SECONDS, REQUESTS / rate) > until:
             if number:
@@ -92,7 +95,7 @@ def _trial(embed: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, batch: 
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     worker = threading.Thread(target=_answer, args=(waiting, embed, crops, batch, loadgen), daemon=True)
     worker.start()
-    system = loadgen.ConstructSUT(lambda samples: [waiting.put(sample) for sample in samples], lambda: None)
+    system = loadgen.ConstructSUT(lambda samples: deque(map(waiting.put, samples)), lambda: None)
     library = loadgen.ConstructQSL(len(crops), len(crops), lambda _: None, lambda _: None)
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-loadgen-") as folder:
         logs.log_output.outdir, logs.log_output.copy_summary_to_stdout, logs.enable_trace = folder, False, False

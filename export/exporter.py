@@ -29,6 +29,7 @@ from mgn_deploy.bundle.manifest import (
     Quantisation,
     write_manifest,
 )
+from mgn_deploy.bundle.signature import SIGNATURE, sign
 from mgn_deploy.export.graph.trace import build_graph
 from mgn_deploy.export.options import ExportOptions
 from mgn_deploy.export.precision.calibration_images import CalibrationImages, read_calibration_images
@@ -44,7 +45,7 @@ from mgn_deploy.train.model import MGN
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 BUDGET_IMAGES = 128  # of the calibration images, where there are no real ones to prove on
-FILES = (MANIFEST, MANIFEST_HASH, GRAPH, REFERENCE, RECORD, "*.plan", "*.layers.txt", "calibration.json")
+FILES = (MANIFEST, MANIFEST_HASH, SIGNATURE, GRAPH, REFERENCE, RECORD, "*.plan", "*.layers.txt", "calibration.json")
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -97,7 +98,9 @@ def export_bundle(
             (folder / REFERENCE).unlink()
             del manifest.files[REFERENCE]
         write_manifest(folder, manifest.model_copy(update={"proofs": proofs}))
-    bundle = Bundle.open(out)
+        if options.sign is not None:
+            sign(folder, options.sign)
+    bundle = Bundle.open(out, verify_key="" if options.sign is None else None)
     if options.triton is not None:
         _write_triton(bundle, options)
     return bundle

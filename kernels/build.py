@@ -21,7 +21,8 @@ from mgn_deploy.kernels.plan import all_kernels
 
 _log = logging.getLogger("mgn_deploy")
 
-ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+# 8.7 is Jetson Orin (JetPack 6 and 7), 11.0 Jetson Thor, which CUDA 12 called 10.1.
+ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "110", "120")
 
 
 @dataclass(frozen=True)

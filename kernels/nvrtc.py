@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,12 +23,15 @@ from mgn_deploy.cuda.errors import cuda_sentence
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_file, cache_folder
 from mgn_deploy.kernels.params import Params, Pointers, params_of
-from mgn_deploy.kernels.plan import Device, Plan, Problem, fused_launch, launches, plan_on
+from mgn_deploy.kernels.plan import Device, Plan, Problem, fused_launch, launches, may_be_fused, plan_on
 
 SOURCE = Path(__file__).with_name("stripe_pool_reduce.cu")
 KEPT_ARGUMENTS = 8  # of a planned kernel: a pipeline's sets of buffers, and what an allocator gives in turns
 UNUSED_FUNCTION = 177  # NVRTC's warning, of functions that the chosen kernels do not call
-INSTALL = "pip install cuda-core nvidia-cuda-nvrtc"
+CUDA_CORE = "1.0"  # the oldest: kernels' attributes and `ProgramOptions` were others before it
+INSTALL = f"pip install 'cuda-core>={CUDA_CORE}' nvidia-cuda-nvrtc"
+
+_log = logging.getLogger("mgn_deploy")
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ def compile_kernels(kernels: tuple[str, ...], arch: str) -> MachineCode:
         CannotRun: NVRTC is not installed.
         UserError: it does not compile for that architecture, or the cache folder cannot be written.
     """
-    version = ".".join(map(str, _version()))
-    key = hashlib.sha256("\0".join([*kernels, arch, version, SOURCE.read_text()]).encode()).hexdigest()
+    compiler = ".".join(map(str, _version()))
+    key = hashlib.sha256("\0".join([*kernels, arch, compiler, SOURCE.read_text()]).encode()).hexdigest()
     code = _load(key)
     if code is None:
         code = compile_uncached(kernels, arch)
@@ -69,7 +74,7 @@ def compile_uncached(kernels: tuple[str, ...], arch: str, log: TextIO | None = N
         CannotRun: NVRTC is not installed.
         UserError: it does not compile for that architecture.
     """
-    version = _version()
+    compiler = ".".join(map(str, _version()))
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
@@ -80,7 +85,7 @@ def compile_uncached(kernels: tuple[str, ...], arch: str, log: TextIO | None = N
     except Exception as error:  # cuda-core's classes for NVRTC's errors are private
         reason = next((line for line in str(error).splitlines() if "error" in line), str(error)).strip()
         raise UserError(
-            f"NVRTC {'.'.join(map(str, version))} does not compile the kernels for {arch} ({reason}): install one that "
+            f"NVRTC {compiler} does not compile the kernels for {arch} ({reason}): install one that "
             "is as new as the GPU"
         ) from error
     return MachineCode(bytes(built.code), {name: _text(symbol) for name, symbol in built.symbol_mapping.items()})
@@ -106,6 +111,9 @@ def nvrtc_problem() -> str | None:
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
         return f"the CUDA kernels are compiled on first use, which needs NVRTC ({error}): {INSTALL}"
+    installed = version("cuda-core")
+    if int(installed.split(".")[0]) < int(CUDA_CORE.split(".")[0]):
+        return f"cuda-core {installed} is older than {CUDA_CORE}, whose interface the CUDA kernels need: {INSTALL}"
     return None
 
 
@@ -143,6 +151,8 @@ def _save(key: str, code: MachineCode) -> None:
 class PlannedKernel:
     """One problem, planned and compiled for a device: `workspace_bytes` says what it needs, `launch` starts it.
 
+    Only the kernels of the path that is taken are compiled.
+
     Args:
         problem: what to compute.
         device_id: the GPU, which must be current in the calling thread.
@@ -153,25 +163,32 @@ class PlannedKernel:
     """
 
     def __init__(self, problem: Problem, device_id: int = 0) -> None:
-        from cuda.bindings import driver
         from cuda.core import Device as CudaDevice
 
         self.problem = problem
         device = CudaDevice(device_id)
         device.set_current()
-        arch, properties = f"sm_{device.arch}", device.properties
-        fused, resident = fused_launch(problem), 0
-        if properties.cooperative_launch and problem.path in ("auto", "fused"):
-            kernel = _loaded((fused.kernel,), arch, device_id)[fused.kernel]
+        self._device_id, self._arch = device_id, f"sm_{device.arch}"
+        properties, resident = device.properties, 0
+        if properties.cooperative_launch and may_be_fused(problem):
+            fused = fused_launch(problem)
+            kernel = _loaded((fused.kernel,), self._arch, device_id)[fused.kernel]
             resident = kernel.occupancy.max_active_blocks_per_multiprocessor(fused.threads, fused.shared)
         if problem.path == "fused" and not resident:
             raise UserError("this GPU has no cooperative launch, which the path fused needs: use the path auto")
         major, minor = device.compute_capability
-        self.plan = plan_on(problem, Device(properties.multiprocessor_count, 10 * major + minor, resident))
-        own = launches(problem, self.plan)
-        self._kernels = _loaded(tuple(one.kernel for one in own), arch, device_id)  # held: the functions are theirs
+        self._device = Device(properties.multiprocessor_count, 10 * major + minor, resident)
+        self._take(plan_on(problem, self._device))
+
+    def _take(self, plan: Plan) -> None:
+        from cuda.bindings import driver
+
+        self.plan = plan
+        own = launches(self.problem, plan)
+        # Held: the functions are theirs.
+        self._kernels = _loaded(tuple(one.kernel for one in own), self._arch, self._device_id)
         self._functions = [(one, driver.CUfunction(int(self._kernels[one.kernel].handle))) for one in own]
-        self._arguments = arguments_by_addresses(problem, self.plan)
+        self._arguments = arguments_by_addresses(self.problem, plan)
 
     @property
     def workspace_bytes(self) -> int:
@@ -179,7 +196,11 @@ class PlannedKernel:
         return self.plan.workspace_bytes
 
     def launch(self, pointers: Pointers, stream: int) -> None:
-        """Start it on a stream (the driver's handle). Nothing is allocated: it can be captured in a CUDA graph.
+        """Start it on a stream (the driver's handle). Nothing is allocated: it can be captured in a CUDA graph after a
+        first launch outside of one.
+
+        Blocks that the driver's occupancy promised may be another process's (under MPS) or a tool's: where it then
+        refuses the cooperative launch, the path "auto" goes over to three launches for good.
 
         Raises:
             ValueError: an address is missing or off its alignment.
@@ -187,7 +208,23 @@ class PlannedKernel:
         """
         from cuda.bindings import driver
 
-        arguments = self._arguments(pointers)
+        status = self._start(pointers, stream)
+        refused = status in (
+            driver.CUresult.CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE,
+            driver.CUresult.CUDA_ERROR_NOT_SUPPORTED,
+        )
+        if refused and self.plan.path == "fused" and self.problem.path == "auto":
+            _log.info(f"the driver refuses the cooperative launch of the fused heads ({status.name}): three launches")
+            self._take(plan_on(self.problem, replace(self._device, resident_blocks=0)))
+            status = self._start(pointers, stream)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise UserError(cuda_sentence(status.name) or f"the GPU's driver refused a kernel ({status.name})")
+
+    def _start(self, pointers: Pointers, stream: int) -> Any:
+        """Start the plan's kernels; the driver's status, of the first that it refuses."""
+        from cuda.bindings import driver
+
+        arguments, status = self._arguments(pointers), driver.CUresult.CUDA_SUCCESS
         for one, function in self._functions:
             where = (*one.grid, one.threads, 1, 1, one.shared, driver.CUstream(stream), ctypes.addressof(arguments))
             if one.cooperative:
@@ -195,7 +232,8 @@ class PlannedKernel:
             else:
                 (status,) = driver.cuLaunchKernel(function, *where, 0)
             if status != driver.CUresult.CUDA_SUCCESS:
-                raise UserError(cuda_sentence(status.name) or f"the GPU's driver refused a kernel ({status.name})")
+                break
+        return status
 
 
 def arguments_by_addresses(problem: Problem, plan: Plan) -> Callable[[Pointers], ctypes.Array[Any]]:

@@ -203,6 +203,11 @@ def plan_on(problem: Problem, device: Device) -> Plan:
     )
 
 
+def may_be_fused(problem: Problem) -> bool:
+    """Whether its plan on some device takes the path "fused": only then is that kernel worth compiling."""
+    return problem.path in ("auto", "fused") and problem.batch <= MAX_ROWS
+
+
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 

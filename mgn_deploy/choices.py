@@ -51,3 +51,5 @@ ClusterDistance = Literal["jaccard", "cosine"]
 
 # Of embeddings to two dimensions.
 Projection = Literal["pca", "umap"]
+
+VERIFY_KEY = "MGN_DEPLOY_VERIFY_KEY"  # in the environment: the public key that has to have signed every bundle

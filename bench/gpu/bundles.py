@@ -67,7 +67,7 @@ def weights_bundle(weights: Path, folder: Path, precision: str) -> None:
         (folder / name).write_bytes(content)
         files[name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
     manifest = Manifest(
-        model=model.config, flip=True, precision=precision,  # type: ignore[arg-type]
+        model=model.config, flip=True, precision=precision,
         preprocessing=PREPROCESSING, files=files, source_weights_sha256=weights_hash(weights), tools={},
     )  # fmt: skip
     write_manifest(folder, manifest)

@@ -121,7 +121,7 @@ def correctness(setup: Setup) -> Rows:
             else Heads(case, inputs)(*maps)
         )
         found.square().sum().backward()
-        gradients.append(torch.cat([map_.grad.flatten() for map_ in maps]))
+        gradients.append(torch.cat([map_.grad.flatten() for map_ in maps if map_.grad is not None]))
     error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
     yield {"row": "gradient", "contender": "torch_op", "error": error, **({"failed": "wrong"} if error > 1e-5 else {})}
     if setup.cuda and not quick:
@@ -237,7 +237,7 @@ def embed(setup: Setup) -> Rows:
     config = setup.config()
     folder = setup.scratch / "files"
     draw_market1501(folder, train_identities=64 if setup.cuda else 4, test_identities=2)
-    files = [file.path for file in list_images(folder)]
+    files = [file.path for file in list_images(folder) if file.path]
     start = time.perf_counter()
     for _ in in_order(lambda path: read_crop(path, config.height, config.width), files):
         pass
@@ -281,7 +281,7 @@ def distances(setup: Setup) -> Rows:
         torch.nn.functional.normalize(torch.randn(count, dim, generator=generator), dim=1) for count in (queries, rows)
     )
     start = time.perf_counter()
-    found = distance_matrix(query.numpy(), gallery.numpy(), device=setup.device)
+    found = distance_matrix(query.numpy(), gallery.numpy(), device=setup.device)  # type: ignore[arg-type]
     took = time.perf_counter() - start
     expected = 1 - query[:8].double() @ gallery.double().T
     error = float((torch.from_numpy(found[:8]).double() - expected).abs().max())
@@ -329,7 +329,7 @@ def train_step(setup: Setup) -> Rows:
     config = setup.config(num_classes=people)
     for amp in ("off", "bf16", *(("fp16",) if setup.cuda else ())):
         torch.manual_seed(0)
-        model = MGN(config).to(setup.device, memory_format=torch.channels_last).train()
+        model = MGN(config).to(setup.device).to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         scaler = torch.amp.GradScaler(setup.device, enabled=amp == "fp16")
         crops = torch.randn(people * images, 3, config.height, config.width, device=setup.device)

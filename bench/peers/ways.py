@@ -212,7 +212,7 @@ def _quantize_static(given: Given) -> Run:
     _require("onnx", "cpu")
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self._left = iter(given.to_calibrate())
 

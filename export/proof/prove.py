@@ -14,6 +14,7 @@ from mgn_deploy.backends.base import Backend
 from mgn_deploy.backends.registry import ENGINES, Engine
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import Manifest, Proof, Quantisation, write_manifest
+from mgn_deploy.bundle.signature import SIGNATURE, read_private_key, sign
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.datasets.drawn import draw_people
 from mgn_deploy.embedder import Embedder
@@ -44,6 +45,7 @@ def prove_again(
     proof_images: str | os.PathLike[str] | None = None,
     data: Dataset | None = None,
     fused_heads: bool = False,
+    sign_key: str | os.PathLike[str] | None = None,
 ) -> dict[str, Proof]:
     """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
 
@@ -57,12 +59,15 @@ def prove_again(
         proof_images: folder of images to prove on; without it, on drawn people.
         data: labelled queries and gallery: each proof also has their rank-1 and mAP.
         fused_heads: engines on a GPU run the heads as the stripe-pool-reduce kernel.
+        sign_key: PEM file of an Ed25519 private key, to sign the new proofs; without it an earlier signature goes.
 
     Raises:
         CannotRun: images that were not recorded, or `data`, without PyTorch or the bundle's reference weights.
         UserError: no bundle, no images, or no engine to prove.
     """
     bundle = Bundle.open(folder)
+    if sign_key is not None:
+        read_private_key(sign_key)
     pixels = proof_pixels(proof_images, bundle.config.height, bundle.config.width)
     reference, reference_backend = _reference(bundle, pixels, with_backend=data is not None)
     made = prove_backends(bundle, pixels, reference, reference_backend, data, fused_heads=fused_heads)
@@ -76,6 +81,11 @@ def prove_again(
             made[name] = with_ranking(proof, before.ranking, bundle.manifest.precision, allowed)
     proofs = {**bundle.manifest.proofs, **made}
     write_manifest(bundle.folder, bundle.manifest.model_copy(update={"proofs": proofs}))
+    if sign_key is not None:
+        sign(bundle.folder, sign_key)
+    elif (bundle.folder / SIGNATURE).exists():
+        (bundle.folder / SIGNATURE).unlink()
+        _log.warning(f"{bundle.folder} has new proofs, and is no longer signed: --sign KEY signs it again")
     return made
 
 

@@ -2,6 +2,7 @@
 
     BUNDLE/manifest.json            what the model is, its input, precision, the hash of every file, the proofs
     BUNDLE/manifest.sha256          the manifest's own hash, as `sha256sum -c manifest.sha256` checks it
+    BUNDLE/manifest.sig             an Ed25519 signature of the manifest, where it was exported with --sign
     BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows
     BUNDLE/NAME.plan, NAME.layers.txt     TensorRT plans and their layer tables, where they were built
     BUNDLE/proof.npz                the reference's embeddings of the crops that the proof is on, and their hashes
@@ -19,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mgn_deploy.bundle.manifest import MANIFEST, MANIFEST_HASH, Manifest, hash_line, parse_manifest
+from mgn_deploy.bundle.signature import require_signature, trusted_key
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UserError
 
@@ -41,8 +43,13 @@ class Bundle:
         )
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Bundle:
+    def open(cls, folder: str | os.PathLike[str], *, verify_key: str | os.PathLike[str] | None = None) -> Bundle:
         """Read and check the manifest.
+
+        Args:
+            folder: the bundle.
+            verify_key: PEM file of the Ed25519 public key that has to have signed it; None: the one that the
+                environment's MGN_DEPLOY_VERIFY_KEY names, if any; "": none.
 
         Raises:
             UserError: no bundle there, a changed or unreadable manifest, or a schema later than this version reads.
@@ -63,6 +70,9 @@ class Bundle:
             raise UserError(
                 f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy the bundle or export it again"
             )
+        key = trusted_key() if verify_key is None else verify_key
+        if key:
+            require_signature(folder, content, key)
         return cls(folder, parse_manifest(content, folder / MANIFEST))
 
     def read(self, name: str) -> bytes:

@@ -72,8 +72,8 @@ class Proof(_Strict):
 
 
 class BlockError(_Strict):
-    """One block alone in INT8: the mean 1 - cosine that it causes, and the milliseconds an image that it saves, both by
-    the engine that ran the candidates (`export/precision.py`: for TensorRT's graphs ONNX Runtime on the CPU)."""
+    """One block in INT8: the mean 1 - cosine that it causes alone, and the milliseconds an image that it saves by the
+    profiler, both of the engine that ran the candidates (`export/precision/`: for TensorRT's graphs ONNX Runtime)."""
 
     block: str
     error: float

@@ -6,12 +6,14 @@ import io
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from mgn_deploy import __version__
+from mgn_deploy.choices import VERIFY_KEY
 from mgn_deploy.cli import (
     bench,
     demo,
@@ -142,5 +144,11 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    verify_key: Annotated[
+        Path | None,
+        typer.Option(envvar=VERIFY_KEY, help="Refuse bundles that this Ed25519 public key (PEM) did not sign."),
+    ] = None,
 ) -> None:
     show_log()
+    if verify_key is not None:
+        os.environ[VERIFY_KEY] = str(verify_key)

@@ -9,7 +9,7 @@ import typer
 
 from mgn_deploy.choices import DEFAULT_TOLERANCE, Metric, QueryPooling
 from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Data, Json, RankDevice, Seed
-from mgn_deploy.console import percent, print_json, print_table, progress
+from mgn_deploy.console import percent, print_json, print_table, progress, say
 
 if TYPE_CHECKING:
     from mgn_deploy.identity.open_set import OpenSet
@@ -62,6 +62,14 @@ def validate(
         QueryPooling | None,
         typer.Option(help="Pool each query with gt_bbox's images of its person and camera (Market-1501)."),
     ] = None,
+    reference_sample: Annotated[
+        int | None,
+        typer.Option("--reference-sample", min=2, help="Run the reference only on people with so many images."),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Where embeddings are kept, for a run that is stopped; without it the user's cache."),
+    ] = None,
     batch: Batch = 8,
     metric: MetricOption = "cosine",
     cameras: Cameras = True,
@@ -95,12 +103,16 @@ def validate(
     from mgn_deploy.retrieval.evaluation import Protocol
     from mgn_deploy.retrieval.multi_query import needed_subsets
     from mgn_deploy.retrieval.validate import validate as run
+    from mgn_deploy.retrieval.validate import validation_store
 
     protocol = Protocol(metric, cameras, aqe, dba, rerank, roc, single_shot, ci, seed, device)
     images = open_data(data, needed_subsets(multi_query))
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     original = Embedder.open_reference(bundle) if reference else None
     calibration = Calibration.find(embedder.bundle) if open_set else None
+    kept = store or validation_store(embedder.bundle, images)
+    if kept:
+        say(f"embeddings are kept in {kept}: a run that is stopped goes on from there")
     with progress() as update:
         result = run(
             images,
@@ -109,13 +121,16 @@ def validate(
             multi_query=multi_query,
             protocol=protocol,
             per_query=per_query,
+            store=kept,
+            reference_sample=reference_sample,
             batch_size=batch,
             progress=update,
         )
     found = None
     if open_set:
         assert result.embeddings is not None
-        found = open_set_of(images, *result.embeddings, calibration=calibration, seed=seed)
+        assert result.ranked is not None
+        found = open_set_of(result.ranked, *result.embeddings, calibration=calibration, seed=seed)
     if json:
         notes = [*images.notes, *result.notes]
         asked = {"multi_query": multi_query, "notes": notes, "tolerance_points": tolerance}
@@ -128,8 +143,15 @@ def validate(
         _print_scores(
             f"{data}, {result.measured.queries} queries{pooled}; percent",
             {result.backend: result.measured_scores, "PyTorch": result.reference_scores},
-            result.paired(),
+            result.paired() if result.sample is None else {},
         )
+        if result.sample:
+            assert result.sample.measured_scores is not None
+            _print_scores(
+                f"of these, {result.sample.measured.queries} queries beside the reference; percent",
+                {result.backend: result.sample.measured_scores, "PyTorch": result.sample.reference_scores},
+                result.paired(),
+            )
         if found:
             _print_open_set(found)
     result.require(tolerance)

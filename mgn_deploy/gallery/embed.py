@@ -121,7 +121,7 @@ def embed_folder(
     report = GalleryReport(skipped=source.skipped)
     start = time.monotonic()
     with StoreWriter(store, at_source(store, manifest, names)) as writer:
-        report.gone = len(writer.known.keys() - set(names))
+        report.gone = len(writer.known.keys() - set(names)) if source.complete else 0
         # Files never seen come first, so that a run that was killed and is run again orders them as one that was not.
         fresh = [file for file in source.files if file.name not in writer.known]
         seen = [file for file in source.files if file.name in writer.known]

@@ -50,6 +50,7 @@ class Source:
         files: the images, in the order of their rows.
         skipped: what is there and is no image, counted by kind.
         labels: who is on them, where the source says it.
+        complete: whether images that a store holds besides are gone; a choice of files does not tell.
     """
 
     uri: str
@@ -57,6 +58,7 @@ class Source:
     files: list[ImageFile]
     skipped: Counter[str] = field(default_factory=Counter)
     labels: Labels | None = None
+    complete: bool = True
 
     def decode(self, files: Sequence[ImageFile], height: int, width: int) -> Iterator[Decoded]:
         """Read some of the files, in their order, on threads ahead of the caller; a photo once for its boxes."""
@@ -126,7 +128,7 @@ def part_of(source: Source, part: str) -> Source:
         raise UserError(f"--shard {part}: give the part's number and their count, as in 3/16")
     number, count = int(match[1]) - 1, int(match[2])
     files = [file for index, file in enumerate(source.files) if index // SHARD_ROWS % count == number]
-    return replace(source, files=files, title=f"part {part} of {source.title}")
+    return replace(source, files=files, title=f"part {part} of {source.title}", complete=False)
 
 
 def files_source(
@@ -149,7 +151,7 @@ def files_source(
     for path in absolute:
         name = path.relative_to(base).as_posix()
         files.extend(archive_images(path, name, skipped) if is_archive(path) else [image_file(path, name)])
-    return Source(folder_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped)
+    return Source(folder_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped, complete=False)
 
 
 def common_folder(paths: Sequence[Path]) -> Path:

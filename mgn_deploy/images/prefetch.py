@@ -13,18 +13,22 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], ahead: int = 64) -> Iterator[R]:
+def in_order(function: Callable[[T], R], items: Iterable[T], ahead: int | None = None) -> Iterator[R]:
     """`map` on a few threads, so that decoding overlaps inference.
+
+    There are as many threads as CPUs that this process may use, and one more for what waits for files.
 
     Args:
         function: called once an item, on a thread; Pillow and NumPy release the GIL for most of their time.
         items: taken as results are asked for.
-        ahead: most calls begun before their result is asked for, which bounds the memory.
+        ahead: most calls begun before their result is asked for, which bounds the memory (64, or two a thread).
     """
-    workers = min(8, (os.cpu_count() or 1) + 1)
+    workers = usable_cpus() + 1
     remaining = iter(items)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        waiting = deque[Future[R]](pool.submit(function, item) for item in islice(remaining, ahead))
+        waiting = deque[Future[R]](
+            pool.submit(function, item) for item in islice(remaining, ahead or max(64, 2 * workers))
+        )
         try:
             while waiting:
                 result = waiting.popleft().result()
@@ -33,6 +37,14 @@ def in_order(function: Callable[[T], R], items: Iterable[T], ahead: int = 64) ->
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on: fewer than the machine's under `taskset`, in most containers and batch
+    systems."""
+    if hasattr(os, "sched_getaffinity"):  # not on Windows and macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -88,8 +88,8 @@ def _best_of_block(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`top_k` of one block, as many columns as k and the block allow; -1 and -inf where there is none.
 
-    FAISS keeps any of those that tie at the last rank, so a query is answered once the last value that it was given is
-    below its k-th one; the others are asked again for twice as many.
+    FAISS promises nothing of those that tie at the last rank, so a query is answered once the last value that it was
+    given is below its k-th one; the others are asked again for twice as many.
     """
     import faiss
 

@@ -118,14 +118,14 @@ class Queries:
                 f"--labels {labels}: of queries that are images choose {' or '.join(get_args(QueryLabels))}"
             )
         source = Path(source)
-        files = [(file.path, file.name) for file in list_images(source)] if source.is_dir() else [(source, source.name)]
-        names = [name for _, name in files]
+        names = [file.name for file in list_images(source)] if source.is_dir() else [source.name]
+        paths = [source / name for name in names] if source.is_dir() else [source]
         rule = read_labels(labels, names)
         rule.unlabelled(names)
         return cls(
             embedder.bundle.id,
-            embedder.embed([path for path, _ in files], batch_size=batch_size),
-            [path for path, _ in files],
+            embedder.embed(paths, batch_size=batch_size),
+            paths,
             names,
             *_label_arrays(rule, names),
         )

@@ -54,6 +54,28 @@ class Hit:
     key: str
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A store at one moment, and what is asked of it again and again.
+
+    Attributes:
+        store: as it was.
+        embeddings: `[n, dim]`.
+        cameras: int64 `[n]`.
+        times: float64 `[n]`, seconds; NaN where an image has none.
+    """
+
+    store: Store
+    embeddings: np.ndarray
+    cameras: np.ndarray
+    times: np.ndarray
+
+    @classmethod
+    def of(cls, store: Store) -> _Opened:
+        times = np.array([np.nan if row.time_s is None else row.time_s for row in store], np.float64)
+        return cls(store, store.embeddings(), store.cameras(), times)
+
+
 class Gallery:
     """A store opened for a long time. Threads may use it together.
 
@@ -68,7 +90,7 @@ class Gallery:
     def __init__(self, folder: str | os.PathLike[str], bundle_id: str) -> None:
         store = Store.open(folder)
         check_same_bundle(bundle_id, store)
-        self._opened = store, store.embeddings()
+        self._opened = _Opened.of(store)
         self._refreshing = threading.Lock()
         self._refreshed = time.monotonic()
         self._counting = threading.Lock()
@@ -79,7 +101,7 @@ class Gallery:
     @property
     def store(self) -> Store:
         """As it was when it was looked at last."""
-        return self._opened[0]
+        return self._opened.store
 
     def refresh(self) -> None:
         """See what was committed to the store since; looks at the disk every `REFRESH_SECONDS` at most.
@@ -102,7 +124,7 @@ class Gallery:
         if read_manifest(folder) != before:
             store = Store.open(folder)
             check_same_bundle(before.bundle_id, store)
-            self._opened = store, store.embeddings()
+            self._opened = _Opened.of(store)
 
     def search(
         self,
@@ -125,10 +147,11 @@ class Gallery:
         Raises:
             UserError: the store holds no image yet.
         """
-        store, embeddings = self._opened
+        opened = self._opened
+        store, embeddings = opened.store, opened.embeddings
         if not len(store):
             raise UserError(f"{store.folder.name} holds no image yet: embed some first")
-        wanted = _wanted(store, cameras, after, before)
+        wanted = _wanted(opened, cameras, after, before)
         indices, similarities = (
             top_k(query, embeddings, k) if wanted is None else _top_k_of(query, embeddings, wanted, k)
         )
@@ -146,15 +169,15 @@ class Gallery:
         source is no folder on this machine); its `cameras`, each with its number of images; and `seconds`, the first
         and the last time of its images (None where they have none)."""
         self.refresh()
-        store = self.store
-        cameras, counts = np.unique(store.cameras(), return_counts=True)
-        times = [row.time_s for row in store if row.time_s is not None]
+        opened = self._opened
+        cameras, counts = np.unique(opened.cameras, return_counts=True)
+        times = opened.times[~np.isnan(opened.times)]
         return {
-            "images": len(store),
-            "failures": len(store.failures),
+            "images": len(opened.store),
+            "failures": len(opened.store.failures),
             "found": self._count_source(),
             "cameras": {int(camera): int(count) for camera, count in zip(cameras, counts, strict=True) if camera >= 0},
-            "seconds": (min(times), max(times)) if times else None,
+            "seconds": (float(times.min()), float(times.max())) if len(times) else None,
         }
 
     def _count_source(self) -> int | None:
@@ -210,18 +233,18 @@ class Gallery:
 
 
 def _wanted(
-    store: Store, cameras: Sequence[int] | None, after: float | None, before: float | None
+    opened: _Opened, cameras: Sequence[int] | None, after: float | None, before: float | None
 ) -> np.ndarray | None:
     """The rows that the filters let through, int64, ascending; None without a filter."""
     if cameras is None and after is None and before is None:
         return None
-    wanted = np.ones(len(store), bool)
+    wanted = np.ones(len(opened.store), bool)
     if cameras is not None:
-        wanted &= np.isin(store.cameras(), cameras)
-    if after is not None or before is not None:
-        times = np.array([np.nan if row.time_s is None else row.time_s for row in store])
-        low, high = -np.inf if after is None else after, np.inf if before is None else before
-        wanted &= (times >= low) & (times < high)  # NaN is in no interval
+        wanted &= np.isin(opened.cameras, cameras)
+    if after is not None:
+        wanted &= opened.times >= after  # which NaN is not
+    if before is not None:
+        wanted &= opened.times < before
     return np.flatnonzero(wanted)
 
 

@@ -14,12 +14,15 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from mgn_deploy.backends.heads.cut import channels_last, cut_trunk, is_half
+from mgn_deploy.backends.onnxruntime.cuda import open_cuda
 from mgn_deploy.backends.onnxruntime.session import (
     CPU,
     CUDA,
     CUDA_OPTIONS,
     KEPT_SIZES,
     BoundSession,
+    cuda_library_problem,
     gpu_errors,
     open_session,
     placement,
@@ -207,6 +210,107 @@ def test_cudas_errors_in_onnxruntimes_words_become_what_the_user_can_do(message,
 def test_an_error_that_is_not_cudas_stays_what_it_is() -> None:
     with pytest.raises(ValueError, match="not CUDA's"), gpu_errors():
         raise ValueError("not CUDA's")
+
+
+# Channels last
+
+
+def test_half_precision_asks_for_channels_last_and_goes_on_without_where_the_build_has_none(monkeypatch) -> None:
+    asked = []
+
+    def open_session(graph, providers):
+        asked.append((graph, providers[CUDA].get("prefer_nhwc"), providers[CUDA]["user_compute_stream"]))
+        if "prefer_nhwc" in providers[CUDA]:
+            raise CannotRun("this build does not support NHWC layout")
+        return "session"
+
+    monkeypatch.setattr("mgn_deploy.backends.onnxruntime.cuda.open_session", open_session)
+    assert open_cuda(b"first", b"last", user_compute_stream="7") == ("session", "nchw")
+    assert asked == [(b"last", "1", "7"), (b"first", None, "7")]
+    asked.clear()
+    assert open_cuda(b"first", None, user_compute_stream="7") == ("session", "nchw")
+    assert asked == [(b"first", None, "7")]
+
+
+def test_where_the_build_has_channels_last_the_graph_for_them_is_opened(monkeypatch) -> None:
+    monkeypatch.setattr("mgn_deploy.backends.onnxruntime.cuda.open_session", lambda graph, providers: graph)
+    assert open_cuda(b"first", b"last") == (b"last", "nhwc")
+
+
+def test_a_trunk_for_channels_last_gives_the_same_maps_turned(graph, pixels) -> None:
+    trunk = cut_trunk(onnx.load_from_string(graph))
+    before = [output.name for output in trunk.graph.output]
+    turned = channels_last(trunk)
+    assert [output.name for output in turned.graph.output] == before == [output.name for output in trunk.graph.output]
+    first, last = (open_session(one.SerializeToString(), {CPU: {}}) for one in (trunk, turned))
+    expected = first.run(None, {"images": pixels})
+    for output, map_, turned_map in zip(last.get_outputs(), expected, last.run(None, {"images": pixels}), strict=True):
+        assert list(output.shape[1:]) == list(turned_map.shape[1:])
+        np.testing.assert_array_equal(turned_map, map_.transpose(0, 2, 3, 1))
+
+
+def test_a_graph_is_half_where_most_of_its_numbers_are(graph, pixels) -> None:
+    exact = onnx.load_from_string(graph)
+    assert not is_half(exact)
+    assert is_half(to_half(exact, "fp16", measure_ranges(exact, pixels))[0])
+    assert not is_half(to_half(exact, "bf16", measure_ranges(exact, pixels))[0])
+
+
+# CUDA's libraries
+
+
+def preloading(monkeypatch, found_in: str | None) -> list[str | None]:
+    """Let ONNX Runtime say what it does where the libraries lie in one folder: pip's packages (None), a folder, or
+    nowhere ("")."""
+    folders = []
+
+    def preload_dlls(directory=None):
+        folders.append(directory)
+        if directory != found_in:
+            print("Failed to load libcublasLt.so.12: libcublasLt.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload_dlls)
+    cuda_library_problem.cache_clear()
+    return folders
+
+
+def test_cudas_libraries_are_found_in_a_toolkit_that_the_environment_names(monkeypatch, tmp_path) -> None:
+    (tmp_path / "lib64").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    folders = preloading(monkeypatch, str(tmp_path / "lib64"))
+    assert cuda_library_problem() is None
+    assert folders == [None, str(tmp_path / "lib64")]
+
+
+def test_pips_packages_come_first(monkeypatch, tmp_path) -> None:
+    (tmp_path / "lib64").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    folders = preloading(monkeypatch, None)
+    assert cuda_library_problem() is None
+    assert folders == [None]
+
+
+def test_libraries_that_lie_nowhere_are_a_sentence(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
+    preloading(monkeypatch, "")
+    assert "libcublasLt.so.12" in cuda_library_problem()
+    assert "set CUDA_HOME" in cuda_library_problem()
+
+
+def test_a_broken_file_in_pips_packages_is_none_where_the_systems_own_loads(monkeypatch) -> None:
+    def preload_dlls(directory=None):
+        print("Failed to load /venv/site-packages/nvidia/cublas/lib/libcublasLt.so.12: wrong ELF class")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload_dlls)
+    cuda_library_problem.cache_clear()
+    assert cuda_library_problem() is None
+
+
+@pytest.fixture(autouse=True)
+def forget_libraries():
+    """What was found with a stand-in is no more true after the test."""
+    yield
+    cuda_library_problem.cache_clear()
 
 
 def test_no_int8_graph_is_for_the_cuda_provider() -> None:

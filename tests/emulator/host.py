@@ -43,26 +43,44 @@ CONSTANTS = {
 }
 
 
-def build_host(folder: Path, compiler: str = "g++", sanitize: bool = False, source: Path = SOURCE) -> Path:
-    """Compile to a shared library in `folder`; with AddressSanitizer and UBSan where asked. `source` is the
-    kernels' or, to see what the simulation notices, a copy with a fault in it.
+def build_host(
+    folder: Path,
+    compiler: str = "g++",
+    sanitize: bool = False,
+    source: Path = SOURCE,
+    memory_model: bool = False,
+    kernels: Sequence[str] | None = None,
+) -> Path:
+    """Compile to a shared library in `folder`; with AddressSanitizer and UBSan, or by GCC with `memory_model.cpp`,
+    where asked. `source` is the kernels' or, to see what the simulation notices, a copy with a fault in it; `kernels`
+    are the ones to compile (all).
 
     Raises:
         RuntimeError: the compiler fails, with what it says: also where it warns, or where the source has other
             constants or structures than `kernels/plan.py` and `kernels/params.py`.
     """
     unit = folder / "kernels.cpp"
-    unit.write_text(translation_unit(source))
+    unit.write_text(translation_unit(source, kernels or all_kernels()))
     library = folder / ("kernels_sanitized.so" if sanitize else "kernels.so")
     how = ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else ["-O2"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     # Jumping between stacks is what the fibers do; a fortified longjmp takes it for an attack.
     always = ["-std=c++17", *warnings, "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-I", str(Path(__file__).parent)]
-    command = [compiler, *always, *how, str(unit), "-o", str(library)]
+    parts = [str(unit)]
+    if memory_model:  # its hooks are called by the kernels and are not to call themselves
+        hooked = ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1", "-DMGN_MEMORY_MODEL"]
+        model, parts = Path(__file__).with_name("memory_model.cpp"), []
+        for file, options in ((unit, hooked), (model, [])):
+            parts.append(str(folder / f"{file.stem}.o"))
+            _compile([compiler, *always, *how, *options, "-c", str(file), "-o", parts[-1]])
+    _compile([compiler, *always, *how, *parts, "-o", str(library)])
+    return library
+
+
+def _compile(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
-    return library
 
 
 @cache
@@ -73,7 +91,7 @@ def host_library() -> Path:
     return build_host(Path(folder.name))
 
 
-def translation_unit(source: Path) -> str:
+def translation_unit(source: Path, names: Sequence[str]) -> str:
     """The kernels, what they must agree on with Python, and each kernel under its name for `shim_launch`."""
     facts = [f"{name} == {value}" for name, value in CONSTANTS.items()]
     for structure in (Branch, Params):
@@ -81,7 +99,7 @@ def translation_unit(source: Path) -> str:
         facts.append(f"sizeof({name}) == {ctypes.sizeof(structure)}")
         facts += [f"offsetof({name}, {field}) == {getattr(structure, field).offset}" for field, _ in structure._fields_]
     agreed = "".join(f"static_assert({fact});\n" for fact in facts)
-    kernels = "".join(f'const shim::Kernel kernel_{i}("{name}", {name});\n' for i, name in enumerate(all_kernels()))
+    kernels = "".join(f'const shim::Kernel kernel_{i}("{name}", {name});\n' for i, name in enumerate(names))
     return f'#define MGN_HOST_SHIM\n#include "{source}"\n{agreed}{kernels}'
 
 

@@ -5,8 +5,8 @@
 // What it finds: wrong indexes and borders (with ASan, on shared memory of exactly the asked size), loads of 16 bytes
 // off their alignment, barriers and shuffles that not all threads reach, arithmetic. Shared memory begins as NaN.
 // With shim_order warps take turns at random, some running far ahead of others, which a missing barrier shows by
-// other results. What it cannot find: races inside a warp, what CUDA's memory model allows beyond some order of all
-// accesses, how fast anything is. An mma here adds its products in float32 one after another; the hardware's order is
+// other results. With MGN_MEMORY_MODEL blocks see no more of each other than fences make them (memory_model.cpp). What
+// it cannot find: races inside a warp, missing fences inside a block, how fast anything is. An mma here adds its products in float32 one after another; the hardware's order is
 // its own.
 #ifndef MGN_HOST_SHIM_H
 #define MGN_HOST_SHIM_H
@@ -47,6 +47,32 @@ struct alignas(16) float4 { float x, y, z, w; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 using std::min;
 
+#ifdef MGN_MEMORY_MODEL
+extern "C" {
+void model_allocated(void* base, size_t bytes);
+void model_freed(void* base);
+void model_begin(int blocks, int together);
+void model_switch(int block);
+void model_fence();
+void model_end();
+unsigned model_atomic_add(unsigned* at, unsigned x);
+void model_read_only(const void* at, size_t bytes);
+}
+#else  // all accesses in one order, which every block sees
+inline void model_allocated(void*, size_t) {}
+inline void model_freed(void*) {}
+inline void model_begin(int, int) {}
+inline void model_switch(int) {}
+inline void model_fence() {}
+inline void model_end() {}
+inline unsigned model_atomic_add(unsigned* at, unsigned x) {
+    const unsigned before = *at;
+    *at += x;
+    return before;
+}
+inline void model_read_only(const void*, size_t) {}
+#endif
+
 namespace shim {
 
 [[noreturn]] inline void fail(const char* what) {
@@ -85,7 +111,7 @@ struct Fiber {
 };
 
 constexpr size_t kStack = 128 * 1024;
-constexpr long kMaxSweeps = 50'000'000;
+constexpr long kMaxIdleSweeps = 1000;  // turns of all warps in which all that ran only looked again
 
 struct Machine {
     Fiber* current = nullptr;
@@ -186,6 +212,7 @@ inline void run_blocks(std::vector<Block>& blocks) {
             fiber.watched = nullptr;
             fiber.spins = false;
             machine.current = &fiber;
+            model_switch(static_cast<int>(fiber.block - blocks.data()));
             to_fiber(&fiber);
             ran = true;
             progress |= !fiber.spins;
@@ -193,21 +220,21 @@ inline void run_blocks(std::vector<Block>& blocks) {
         }
         return progress;
     };
-    for (long sweep = 0; left; ++sweep) {
-        bool ran = false, skipped = false;
+    for (long idle = 0; left;) {
+        bool ran = false, skipped = false, progress = false;
         if (machine.order) std::shuffle(warps.begin(), warps.end(), machine.random);
         for (size_t warp : warps) {
             if (!machine.order) {
-                turn(warp, false, ran);
+                progress |= turn(warp, false, ran);
             } else if (machine.random() % 2) {
                 skipped = true;
             } else {  // this one alone, as far as it can get
-                while (turn(warp, machine.random() % 2, ran)) {
-                }
+                while (turn(warp, machine.random() % 2, ran)) progress = true;
             }
         }
         if (!ran && !skipped) fail("deadlock: threads wait at a barrier or shuffle that others have passed by or left");
-        if (sweep > kMaxSweeps) fail("threads spin for ever");
+        idle = progress ? 0 : idle + 1;
+        if (idle > kMaxIdleSweeps) fail("threads spin for ever");
     }
     for (const Block& block : blocks) {
         if (block.barrier.arrived) fail("a block ended with threads at a barrier");
@@ -220,6 +247,7 @@ inline void run_grid(dim3 grid, dim3 block_size, size_t shared, bool together, s
     machine.grid = grid, machine.block_size = block_size, machine.body = std::move(body);
     const size_t count = size_t(grid.x) * grid.y * grid.z, words = (shared + 15) / 16;
     std::vector<Block> blocks;
+    model_begin(static_cast<int>(count), together);
     for (size_t i = 0; i < count; ++i) {
         const size_t at = machine.order % 2 && !together ? count - 1 - i : i;
         Block block;
@@ -233,6 +261,7 @@ inline void run_grid(dim3 grid, dim3 block_size, size_t shared, bool together, s
             blocks.clear();
         }
     }
+    model_end();
 }
 
 // What shim_launch can start, by name; `host.py` writes a Kernel for each that a plan may name.
@@ -297,12 +326,8 @@ inline unsigned __float_as_uint(float x) {
     return bits;
 }
 inline void __syncthreads() { shim::wait_at(shim::machine.current->block->barrier, shim::machine.block_size.x); }
-inline void __threadfence() {}
-inline unsigned atomicAdd(unsigned* at, unsigned x) {
-    const unsigned before = *at;
-    *at += x;
-    return before;
-}
+inline void __threadfence() { model_fence(); }
+inline unsigned atomicAdd(unsigned* at, unsigned x) { return model_atomic_add(at, x); }
 inline unsigned __shfl_xor_sync(unsigned mask, unsigned x, int apart) {
     if (mask != 0xffffffffu) shim::fail("a shuffle of part of a warp");
     const int lane = threadIdx.x % 32;
@@ -343,7 +368,10 @@ inline uint4 load16(const void* from) {
     std::memcpy(&raw, from, 16);
     return raw;
 }
-inline uint4 load_input16(const void* from) { return load16(from); }
+inline uint4 load_input16(const void* from) {
+    model_read_only(from, 16);
+    return load16(from);
+}
 inline uint4 load_written16(const void* from) { return load16(from); }
 inline void prefetch_l2(const void*) {}
 
@@ -374,8 +402,15 @@ extern "C" void shim_order(unsigned order) {
     shim::machine.order = order;
     shim::machine.random.seed(order);
 }
-extern "C" void* shim_allocate(size_t bytes) { return std::malloc(bytes); }
-extern "C" void shim_free(void* memory) { std::free(memory); }
+extern "C" void* shim_allocate(size_t bytes) {
+    void* memory = std::malloc(bytes);
+    model_allocated(memory, bytes);
+    return memory;
+}
+extern "C" void shim_free(void* memory) {
+    model_freed(memory);
+    std::free(memory);
+}
 
 // `params` is what the kernel takes; 1: there is no kernel of that name.
 extern "C" int shim_launch(const char* name, const unsigned* grid, unsigned threads, size_t shared, int together,

@@ -101,6 +101,16 @@ def test_a_mapped_gallery_is_read_block_by_block(tmp_path):
     assert peak < gallery.nbytes / 2
 
 
+@pytest.mark.parametrize("k", [1, 30, 200, 900])
+def test_of_thousands_of_equal_neighbours_the_first_are_kept(k):
+    """FAISS keeps the k best in another way from 100 on, and promises nothing of those that tie."""
+    order = np.random.default_rng(0).permutation(6000)
+    levels = np.repeat(np.array([3, 2, 1], np.float32), 2000)[order, None]
+    indices, similarities = top_k(np.ones((2, 1), np.float32), levels, k)
+    assert indices.tolist() == [np.argsort(-levels[:, 0], kind="stable")[:k].tolist()] * 2
+    assert (similarities == 3).all()
+
+
 class Shards:
     """A gallery that comes in parts, as a store's does."""
 

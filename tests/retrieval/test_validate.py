@@ -20,7 +20,9 @@ from mgn_deploy.datasets.drawn import draw_crop, draw_market1501
 from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.decode import read_crop
+from mgn_deploy.retrieval.evaluation import Protocol
 from mgn_deploy.retrieval.ranking import RankingMetrics
 from mgn_deploy.retrieval.validate import KEYS, Validation, validate
 
@@ -177,6 +179,18 @@ def test_everything_that_can_be_asked_for_is_in_the_table_in_json_and_in_parquet
     assert {"reference_average_precision", "query", "identity", "right_answers"} <= set(table)
 
 
+def test_data_of_one_camera_is_refused_before_the_embedding_and_ranked_without_cameras(bundle_folder, tmp_path):
+    for frame, folder in enumerate(("query", "bounding_box_test")):
+        (tmp_path / folder).mkdir()
+        for person in (1, 2):
+            draw_crop(person, 1, frame).save(tmp_path / folder / f"{person}_c1_{frame}.png")
+    data, embedder = open_data(f"folder:{tmp_path}"), Embedder.open(bundle_folder, "onnxruntime")
+    with pytest.raises(UserError, match="where one camera made all images, rank without cameras"):
+        validate(data, embedder, None, progress=lambda *step: pytest.fail("embedded"))
+    result = validate(data, embedder, None, protocol=Protocol(cameras=False))
+    assert result.measured.queries_without_match == 0
+
+
 def test_a_folder_a_person_is_ranked_without_cameras(bundle_folder, tmp_path):
     for person in ("anna", "bert", "zoe"):
         (tmp_path / person).mkdir()
@@ -199,7 +213,7 @@ def test_progress_counts_queries_and_gallery_of_each_step(root, bundle_folder):
     data, seen = open_data(f"market1501:{root}"), []
     embedder = Embedder.open(bundle_folder, "onnxruntime")
     validate(data, embedder, embedder, batch_size=16, progress=lambda *step: seen.append(step))
-    total = len(data.query) + len(data.gallery)
+    total = len(data.query) + len(data.without_junk().gallery)
     for label in ("onnxruntime", "PyTorch reference"):
         steps = [done for name, done, whole in seen if name == label]
         assert steps == sorted(steps)
@@ -275,3 +289,62 @@ def test_an_unreadable_image_is_named(root, bundle_folder, tmp_path):
     broken.write_bytes(b"")
     with pytest.raises(UserError, match=f"{broken.name}' cannot be embedded: the file is empty"):
         validate(open_data(f"market1501:{tmp_path / 'people'}"), Embedder.open(bundle_folder, "onnxruntime"), None)
+
+
+# Kept embeddings
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_store(root, bundle_folder, tmp_path):
+    data = open_data(f"market1501:{root}")
+    embedder = Embedder.open(bundle_folder, "onnxruntime")
+    total = len(data.query) + len(data.without_junk().gallery)
+
+    def stop(step, done, whole):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        validate(data, embedder, None, store=tmp_path / "kept", progress=stop)
+    [folder] = (tmp_path / "kept").iterdir()
+    assert folder.name == f"onnxruntime-{embedder.bundle.id[:12]}"
+    before = len(Store.open(folder))
+    assert total // 2 <= before < total
+    done = []
+    result = validate(data, embedder, None, store=tmp_path / "kept", progress=lambda _, at, whole: done.append(whole))
+    assert done[0] == total - before
+    plain = validate(data, embedder, None)
+    assert result.measured.to_dict() == pytest.approx(plain.measured.to_dict(), abs=1e-9)
+
+
+def test_junk_is_never_embedded_and_changes_no_figure(root, bundle_folder, tmp_path, said):
+    data = open_data(f"market1501:{root}")
+    junk = [image for image in data.gallery if image.identity == -1]
+    assert junk
+    embedder = Embedder.open(bundle_folder, "onnxruntime")
+    validate(data, embedder, None, store=tmp_path / "kept")
+    [folder] = (tmp_path / "kept").iterdir()
+    names = {row.name for row in Store.open(folder)}
+    assert len(names) == len(data.query) + len(data.gallery) - len(junk)
+    assert f"{len(junk)} junk images of the gallery are never ranked, and not embedded" in said
+
+
+def test_the_reference_runs_on_a_sample_of_people(root, bundle_folder, said):
+    data = open_data(f"market1501:{root}")
+    embedder, reference = Embedder.open(bundle_folder, "onnxruntime"), Embedder.open_reference(bundle_folder)
+    result = validate(data, embedder, reference, reference_sample=20)
+    assert result.sample is not None
+    assert result.reference is None
+    assert result.measured.queries == len(data.query)
+    assert result.sample.measured.queries < len(data.query)
+    assert result.differences() == pytest.approx(dict.fromkeys(KEYS, 0), abs=1e-6)
+    assert result.passes()
+    assert "the difference is about them" in " ".join(said)
+
+
+def test_an_image_that_cannot_be_read_is_named(root, bundle_folder, tmp_path):
+    shutil.copytree(root, tmp_path / "people")
+    victim = sorted((tmp_path / "people/query").iterdir())[0]
+    victim.write_bytes(b"")
+    data = open_data(f"market1501:{tmp_path / 'people'}")
+    with pytest.raises(UserError, match=f"{victim.name}' cannot be embedded: the file is empty"):
+        validate(data, Embedder.open(bundle_folder, "onnxruntime"), None, store=tmp_path / "kept")

@@ -107,6 +107,34 @@ def cut_trunk(graph: onnx.ModelProto) -> onnx.ModelProto:
     return trunk
 
 
+def channels_last(trunk: onnx.ModelProto) -> onnx.ModelProto:
+    """Let a trunk's maps be `[n, H_b, W_b, C]`, under the same names. An engine that computes channels last and would
+    transpose them back for the graph's sake takes both transpositions out, and the kernel reads what it wrote."""
+    turned = onnx.ModelProto()
+    turned.CopyFrom(trunk)
+    for output in turned.graph.output:
+        name = f"{output.name}_channels_first"
+        for node in turned.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [name if one == output.name else one for one in names]
+        turned.graph.node.append(helper.make_node("Transpose", [name], [output.name], name, perm=[0, 2, 3, 1]))
+        dims = list(output.type.tensor_type.shape.dim)
+        del output.type.tensor_type.shape.dim[:]
+        output.type.tensor_type.shape.dim.extend(dims[axis] for axis in (0, 2, 3, 1))
+    del turned.graph.value_info[:]
+    onnx.checker.check_model(turned, full_check=True)
+    return turned
+
+
+def is_half(graph: onnx.ModelProto) -> bool:
+    """Whether its convolutions are of float16, by the type of the most numbers that it holds."""
+    numbers = dict.fromkeys((onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16), 0)
+    for tensor in graph.graph.initializer:
+        if tensor.data_type in numbers:
+            numbers[tensor.data_type] += int(np.prod(tensor.dims))
+    return numbers[onnx.TensorProto.FLOAT16] > numbers[onnx.TensorProto.FLOAT]
+
+
 def _metadata(graph: onnx.ModelProto, key: str) -> str:
     for entry in graph.metadata_props:
         if entry.key == key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from mgn_deploy.backends.heads.cuda import CudaHeads, heads_of_graph, map_type
 from mgn_deploy.backends.heads.fused import FusedHeads
 from mgn_deploy.backends.onnxruntime.session import (
     CUDA,
+    CUDA_CHANNELS_LAST,
     CUDA_OPTIONS,
     BoundSession,
     gpu_errors,
@@ -21,6 +23,9 @@ from mgn_deploy.backends.onnxruntime.session import (
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.cuda.buffers import part, split_batch
 from mgn_deploy.cuda.device import this_gpu
+from mgn_deploy.errors import CannotRun
+
+_log = logging.getLogger("mgn_deploy")
 
 MAX_BATCH = 64  # images that the maps' buffers hold; larger batches are run in parts
 
@@ -37,21 +42,21 @@ class OnnxRuntimeCudaBackend(Backend):
     batch_limits = BatchLimits(1, 8, MAX_BATCH)
 
     def __init__(self, graph: bytes, config: ModelConfig, fused_heads: bool = False) -> None:
+        import onnx
         import onnxruntime
+
+        from mgn_deploy.backends.heads.cut import cut_trunk, is_half
 
         self.version = onnxruntime.__version__
         self.hardware = this_gpu().hardware()
         self.fused_heads = fused_heads
         self._session: BoundSession | _FusedSession
+        model = onnx.load_from_string(graph)
         if fused_heads:
-            import onnx
-
-            from mgn_deploy.backends.heads.cut import cut_trunk
-
-            trunk = cut_trunk(onnx.load_from_string(graph)).SerializeToString()
-            self._session = _FusedSession(trunk, heads_of_graph(graph, config))
+            self._session = _FusedSession(cut_trunk(model), is_half(model), heads_of_graph(graph, config))
         else:
-            self._session = BoundSession(open_session(graph, {CUDA: CUDA_OPTIONS}), "cuda", config.dim)
+            session, _ = open_cuda(graph, graph if is_half(model) else None)
+            self._session = BoundSession(session, "cuda", config.dim)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -68,18 +73,23 @@ class OnnxRuntimeCudaBackend(Backend):
 class _FusedSession:
     """The trunk by ONNX Runtime and the heads by our kernel, one after the other on one stream of ours."""
 
-    def __init__(self, graph: bytes, heads: FusedHeads) -> None:
+    def __init__(self, trunk: Any, half: bool, heads: FusedHeads) -> None:
         from cuda.core import Device, LegacyPinnedMemoryResource
+
+        from mgn_deploy.backends.heads.cut import channels_last
 
         device = Device(0)
         device.set_current()
         self._stream = device.create_stream()
-        self._session = open_session(
-            graph, {CUDA: {**CUDA_OPTIONS, "user_compute_stream": str(int(self._stream.handle))}}
+        self._session, layout = open_cuda(
+            trunk.SerializeToString(),
+            channels_last(trunk).SerializeToString() if half else None,
+            user_compute_stream=str(int(self._stream.handle)),
         )
         outputs = self._session.get_outputs()
         dtypes = [{"tensor(float)": "float32", "tensor(float16)": "float16"}.get(one.type, one.type) for one in outputs]
-        self._maps = map_type(dtypes, ["nchw"] * len(outputs), [one.shape for one in outputs])
+        shapes = [one.shape if layout == "nchw" else [one.shape[axis] for axis in (0, 3, 1, 2)] for one in outputs]
+        self._maps = map_type(dtypes, [layout] * len(outputs), shapes)
         self._names = [one.name for one in outputs]
         self._views = 2 if heads.flip else 1
         self._dim = heads.config.dim
@@ -101,7 +111,8 @@ class _FusedSession:
             binding.bind_ortvalue_input("images", onnxruntime.OrtValue.ortvalue_from_numpy(images, "cuda", 0))
             kind = np.dtype(self._maps.dtype).type
             for name, address, size in zip(self._names, self._heads.map_addresses, self._maps.sizes, strict=True):
-                shape = (len(images) * self._views, self._maps.channels, *size)
+                rows, channels = len(images) * self._views, self._maps.channels
+                shape = (rows, channels, *size) if self._maps.layout == "nchw" else (rows, *size, channels)
                 binding.bind_output(name, "cuda", 0, kind, shape, address)
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)
@@ -112,3 +123,26 @@ class _FusedSession:
         rows = np.empty((len(images), self._dim), np.float32)
         ctypes.memmove(rows.ctypes.data, int(self._pinned.handle), rows.nbytes)
         return rows
+
+
+def open_cuda(graph: bytes, graph_channels_last: bytes | None, **options: str) -> tuple[Any, str]:
+    """Open one of two graphs on the GPU: the one for channels last where there is one and this build of ONNX Runtime
+    has kernels for them.
+
+    Args:
+        graph: for channels first.
+        graph_channels_last: None for float32, whose tensor cores would round.
+        options: of the provider, besides those that all sessions have.
+
+    Returns:
+        The session, and "nhwc" or "nchw".
+
+    Raises:
+        CannotRun: neither can be opened.
+    """
+    if graph_channels_last is not None:
+        try:
+            return open_session(graph_channels_last, {CUDA: {**CUDA_OPTIONS, **CUDA_CHANNELS_LAST, **options}}), "nhwc"
+        except CannotRun as error:
+            _log.info(f"ONNX Runtime computes channels first: {error}")
+    return open_session(graph, {CUDA: {**CUDA_OPTIONS, **options}}), "nchw"

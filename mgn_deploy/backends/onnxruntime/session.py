@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,9 @@ CUDA_OPTIONS = {
     "cudnn_conv_algo_search": "HEURISTIC",
     "use_tf32": "0",  # precision is the graph's to say
 }
+# For float16: cuDNN's kernels for tensor cores read channels last.
+CUDA_CHANNELS_LAST = {"prefer_nhwc": "1"}
+TOOLKITS = ("CUDA_HOME", "CUDA_PATH")  # environment variables of where a CUDA toolkit lies
 KEPT_SIZES = 4  # batch sizes whose buffers stay: `embed` has one, the proof four
 # How ONNX Runtime words CUDA's errors, and its own where its arena finds no more memory.
 _CUDA_FAILURE = re.compile(r"CUDA failure (\d+)")
@@ -55,19 +59,41 @@ def gpu_provider_problem(provider: str) -> str | None:
 
 @cache
 def cuda_library_problem() -> str | None:
-    """Load CUDA and cuDNN, also from pip's nvidia packages, where ONNX Runtime does not look by itself; or say what is
-    missing."""
+    """Load CUDA and cuDNN, also from pip's nvidia packages and from a toolkit, where ONNX Runtime does not look by
+    itself; or say what is missing."""
     import onnxruntime
 
     if not hasattr(onnxruntime, "preload_dlls"):
         return f"onnxruntime {onnxruntime.__version__} is older than 1.21 (pip install --upgrade 'mgn-deploy[gpu]')"
+    missing = _load_from(None)
+    if not missing:
+        return None
+    for folder in _toolkit_folders():
+        if not _load_from(folder):
+            return None
+    return (
+        f"CUDA's libraries cannot be loaded ({missing[0]}): pip install 'onnxruntime-gpu[cuda,cudnn]', or set "
+        "CUDA_HOME to the folder of a toolkit"
+    )
+
+
+def _load_from(folder: str | None) -> list[str]:
+    """What ONNX Runtime says of libraries that it finds neither there (None: pip's packages) nor where the system
+    looks."""
+    import onnxruntime
+
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        onnxruntime.preload_dlls()
-    failures = [line for line in said.getvalue().splitlines() if line.startswith("Failed to load")]
-    if not failures:
-        return None
-    return f"CUDA's libraries cannot be loaded ({failures[0]}): pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        onnxruntime.preload_dlls(directory=folder)
+    lines = (line for line in said.getvalue().splitlines() if line.startswith("Failed to load "))
+    # It tries a file by its path first, and then the system's of that name: only the second counts.
+    return [line for line in lines if not os.path.isabs(line.removeprefix("Failed to load ").partition(":")[0])]
+
+
+def _toolkit_folders() -> list[str]:
+    roots = [*filter(None, map(os.environ.get, TOOLKITS)), "/usr/local/cuda"]
+    folders = (os.path.join(root, *below) for root in roots for below in (("lib64",), ("lib",), ("bin",)))
+    return [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
 
 
 def open_session(graph: bytes, providers: Mapping[str, Mapping[str, str]]) -> Any:

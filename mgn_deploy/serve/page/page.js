@@ -66,7 +66,7 @@ function choose(chosen) {
     const { naturalWidth: width, naturalHeight: height } = $("preview");
     $("hint").hidden = height / width > 1.3 && height / width < 5 && width * height < 2e6;
     setBox(null);
-    ask().then(() => matchMedia("(max-width: 820px)").matches && $("status").scrollIntoView());
+    ask().then(() => $("hint").hidden && matchMedia("(max-width: 820px)").matches && $("status").scrollIntoView());
   };
   $("preview").onerror = ask; // a kind that the browser does not show, and the service may read
   $("drop").hidden = true;
@@ -297,6 +297,7 @@ function showStore({ name, images, failures, found, cameras, seconds }) {
   const total = found === null || found <= images + failures ? "" : ` of ${found.toLocaleString()}`;
   $("store-count").textContent = `${images.toLocaleString()}${total} images embedded${failed}`;
   $("store-progress").hidden = !total;
+  $("store").classList.toggle("growing", Boolean(total));
   $("store-progress").max = found ?? 1;
   $("store-progress").value = images + failures;
   seen.push([performance.now(), images]);
