@@ -162,6 +162,7 @@ def video_source(path: str | os.PathLike[str], boxes: Boxes, root: str | os.Path
         title=f"{len(files):,} boxes of {boxes.title} in {path.name!r}",
         files=files,
         skipped=boxes.skipped,
+        complete=False,  # a store may hold several videos of a folder
         clip=clip,
     )
 
