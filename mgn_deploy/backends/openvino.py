@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mgn_deploy.backends.base import Backend, refuse_fused_heads
+from mgn_deploy.backends.base import Backend, refuse_fused_heads, refuse_shapes
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun
@@ -37,10 +37,8 @@ class OpenVinoBackend(Backend):
             )
         except RuntimeError as error:
             raise CannotRun(f"OpenVINO cannot run this graph: {str(error).strip().splitlines()[-1]}") from None
-        shapes = [str(port.partial_shape) for port in (*compiled.inputs, *compiled.outputs)]
-        expected = [f"[?,{config.height},{config.width},3]", f"[?,{config.dim}]"]
-        if shapes != expected:
-            raise CannotRun(f"this graph maps {' to '.join(shapes)}, and the manifest's model {' to '.join(expected)}")
+        ports = (*compiled.inputs, *compiled.outputs)
+        refuse_shapes([[*port.partial_shape.to_string()[1:-1].split(",")] for port in ports], config)
         self._request = compiled.create_infer_request()
 
     @classmethod
