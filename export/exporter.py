@@ -10,10 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import onnx
 
 import mgn_deploy
 from mgn_deploy.backends.heads.cut import check_heads
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, Plan, build_plans, check_build
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import (
@@ -23,15 +25,18 @@ from mgn_deploy.bundle.manifest import (
     REFERENCE,
     FileEntry,
     Manifest,
+    Proof,
     Quantisation,
     write_manifest,
 )
+from mgn_deploy.bundle.signature import SIGNATURE, sign
 from mgn_deploy.export.graph.trace import build_graph
 from mgn_deploy.export.options import ExportOptions
 from mgn_deploy.export.precision.calibration_images import CalibrationImages, read_calibration_images
 from mgn_deploy.export.precision.convert import to_half_precision, to_int8
 from mgn_deploy.export.precision.half import float32_nodes
-from mgn_deploy.export.proof.prove import ProofPixels, proof_pixels, prove_backends
+from mgn_deploy.export.proof.prove import ProofPixels, drawn_pixels, embed_reference, proof_pixels, prove_backends
+from mgn_deploy.export.proof.record import RECORD, record_bytes
 from mgn_deploy.export.triton import write_model_repository
 from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.images.decode import PREPROCESSING
@@ -40,7 +45,7 @@ from mgn_deploy.train.model import MGN
 from mgn_deploy.train.weights import TENSORS, load_weights, weights_hash
 
 BUDGET_IMAGES = 128  # of the calibration images, where there are no real ones to prove on
-FILES = (MANIFEST, MANIFEST_HASH, GRAPH, REFERENCE, "*.plan", "*.layers.txt", "calibration.json")
+FILES = (MANIFEST, MANIFEST_HASH, SIGNATURE, GRAPH, REFERENCE, RECORD, "*.plan", "*.layers.txt", "calibration.json")
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -88,16 +93,28 @@ def export_bundle(
         if settings:
             _build_plans(folder, graph, settings, options, manifest, progress)
         write_manifest(folder, manifest)
-        bundle = Bundle(folder, manifest)
-        proofs = prove_backends(bundle, inputs.pixels, options.data, fused_heads=options.fused_heads)
+        proofs = _prove(Bundle(folder, manifest), inputs.pixels, options)
         if not options.reference:
             (folder / REFERENCE).unlink()
             del manifest.files[REFERENCE]
         write_manifest(folder, manifest.model_copy(update={"proofs": proofs}))
-    bundle = Bundle.open(out)
+        if options.sign is not None:
+            sign(folder, options.sign)
+    bundle = Bundle.open(out, verify_key="" if options.sign is None else None)
     if options.triton is not None:
         _write_triton(bundle, options)
     return bundle
+
+
+def _prove(bundle: Bundle, pixels: ProofPixels, options: ExportOptions) -> dict[str, Proof]:
+    """Record the reference's embeddings in the bundle, those of drawn people always, and prove the engines by them."""
+    backend = ENGINES["torch"].load().open(bundle)
+    recorded = [pixels] if pixels.drawn else [pixels, drawn_pixels(bundle.config.height, bundle.config.width)]
+    embeddings = embed_reference(backend, *recorded)
+    crops = np.concatenate([some.crops for some in recorded])
+    _write_file(bundle.folder, RECORD, record_bytes(crops, embeddings), bundle.manifest.files)
+    reference = embeddings[: len(pixels.crops)]
+    return prove_backends(bundle, pixels, reference, backend, options.data, fused_heads=options.fused_heads)
 
 
 def _read_inputs(weights: Path, options: ExportOptions) -> _Inputs:

@@ -11,6 +11,7 @@ from typing import TypeAlias, get_args
 from mgn_deploy.backends.registry import ENGINES, EXPORT_ENGINES
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, check_batch
 from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH
+from mgn_deploy.bundle.signature import read_private_key
 from mgn_deploy.choices import Precision
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.errors import UserError
@@ -46,6 +47,7 @@ class ExportOptions:
         flip: average the features of image and mirror in the graph (section 4.1).
         reference: put the PyTorch weights into the bundle, for the torch backend, `prove` and `validate`.
         proof_images: folder of images to prove on; None: drawn people.
+        sign: PEM file of an Ed25519 private key to sign the bundle with.
 
     Raises:
         UserError: a value that cannot be, or an option that does not go with the others.
@@ -68,6 +70,7 @@ class ExportOptions:
     flip: bool = True
     reference: bool = True
     proof_images: PathLike | None = None
+    sign: PathLike | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -76,6 +79,8 @@ class ExportOptions:
             raise UserError(f"--engine {self.engine}: choose {', '.join(EXPORT_ENGINES)}")
         self._check_plan_options()
         self._check_calibration()
+        if self.sign is not None:
+            read_private_key(self.sign)
         if self.triton is not None:
             self._check_triton(Path(self.triton))
 

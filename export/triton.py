@@ -20,6 +20,7 @@ from mgn_deploy.bundle.engine_entry import EngineEntry
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder
+from mgn_deploy.images.decode import PREPROCESSING
 
 MODEL_NAME = "mgn"
 # Backends of ours that run graphs as Triton's onnxruntime backend does.
@@ -39,6 +40,8 @@ dynamic_batching {
   max_queue_delay_microseconds: $delay
 }
 instance_group { count: 1 kind: $kind }
+parameters { key: "bundle_id" value { string_value: "$bundle_id" } }
+parameters { key: "preprocessing" value { string_value: "$preprocessing" } }
 $warmups""")
 
 _WARMUP = Template("""\
@@ -131,6 +134,8 @@ def _config(bundle: Bundle, file: str, max_batch: int, preferred: Sequence[int],
     return _CONFIG.substitute(
         sides,
         name=name,
+        bundle_id=bundle.id,
+        preprocessing=PREPROCESSING,
         backend="tensorrt" if file == "model.plan" else "onnxruntime",
         file=file,
         most=max_batch,

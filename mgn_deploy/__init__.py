@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from mgn_deploy.telemetry import switch_off
+
 if TYPE_CHECKING:
     from mgn_deploy.bundle.bundle import Bundle as Bundle
     from mgn_deploy.embedder import Embedder as Embedder
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from mgn_deploy.gallery.store import Store as Store
 
 __version__ = "0.1.0"
+
+switch_off()
 
 _HOME = {
     "Bundle": "mgn_deploy.bundle.bundle",

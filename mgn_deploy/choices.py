@@ -45,3 +45,11 @@ QueryPooling = Literal["avg", "max"]
 
 # Points that an engine's rank-1 and mAP may differ from the reference's.
 DEFAULT_TOLERANCE = 0.5
+
+# Between images that are grouped.
+ClusterDistance = Literal["jaccard", "cosine"]
+
+# Of embeddings to two dimensions.
+Projection = Literal["pca", "umap"]
+
+VERIFY_KEY = "MGN_DEPLOY_VERIFY_KEY"  # in the environment: the public key that has to have signed every bundle

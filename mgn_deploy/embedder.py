@@ -15,6 +15,7 @@ from PIL import Image
 
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.backends.opening import open_backend
+from mgn_deploy.backends.remote import ServedModel, open_server
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.choices import MAX_BATCH
 from mgn_deploy.config import ModelConfig
@@ -35,10 +36,11 @@ class Embedder:
         dim: of an embedding.
     """
 
-    def __init__(self, backend: Backend, config: ModelConfig, bundle: Bundle | None = None) -> None:
+    def __init__(self, backend: Backend, config: ModelConfig | ServedModel, bundle: Bundle | None = None) -> None:
         self.backend = backend
         self.height, self.width, self.dim = config.height, config.width, config.dim
         self._bundle = bundle
+        self._served_id = config.bundle_id if isinstance(config, ServedModel) else None
 
     def __repr__(self) -> str:
         model = self._bundle or f"{self.height}x{self.width} crops"
@@ -61,6 +63,37 @@ class Embedder:
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(open_backend(opened, backend, allow_unproven=allow_unproven), opened.config, opened)
+
+    @classmethod
+    def connect(cls, server: str, bundle: Bundle | str | os.PathLike[str] | None = None) -> Embedder:
+        """Open the model that a server runs: images are decoded here and embedded there.
+
+        Args:
+            server: `http://HOST:PORT` of `mgn-deploy serve`, or `grpc://HOST:PORT` of Triton.
+            bundle: which the server must run; None: whichever it runs.
+
+        Raises:
+            UserError: nobody answers there, or it runs another bundle.
+            CannotRun: Triton's client is not installed.
+        """
+        backend = open_server(server)
+        if bundle is not None:
+            wanted = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            if wanted.id != backend.model.bundle_id:
+                raise UserError(
+                    f"{server} runs bundle {backend.model.bundle_id[:12]} and {wanted.folder} is {wanted.id[:12]}: "
+                    "their embeddings cannot be compared; serve that bundle"
+                )
+        return cls(backend, backend.model)
+
+    @property
+    def bundle_id(self) -> str:
+        """The id of the bundle that embeds, here or on a server.
+
+        Raises:
+            UserError: it was made of a backend alone.
+        """
+        return self._served_id or self.bundle.id
 
     @property
     def bundle(self) -> Bundle:

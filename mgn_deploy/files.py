@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fnmatch
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from platformdirs import user_cache_path
-
 from mgn_deploy.errors import UserError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 def sha256_file(path: Path) -> str:
@@ -40,6 +43,8 @@ def cache_folder(kind: str) -> Path:
     Raises:
         UserError: this user has no home folder, as a container's user without an entry in /etc/passwd has none.
     """
+    from platformdirs import user_cache_path
+
     with suppress(RuntimeError):  # older releases of platformdirs return "~/.cache" as it is instead of raising
         folder = user_cache_path("mgn-deploy")
         if folder.is_absolute():
@@ -86,6 +91,7 @@ def atomic_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
         if path.exists() and not (path.is_dir() and all(_named(name, names) for name in os.listdir(path))):
             raise UserError(f"{path} exists and holds what this command did not write: choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
         new = Path(tempfile.mkdtemp(dir=path.parent, prefix=".mgn-", suffix=".tmp"))
         try:
             yield new
@@ -93,20 +99,12 @@ def atomic_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
                 sync_folder(file)
             os.chmod(new, 0o777 & ~_umask())
             if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=".mgn-", suffix=".old"))
-                os.replace(path, old)
-                try:
-                    os.replace(new, path)
-                except BaseException:
-                    os.replace(old, path)
-                    raise
-                shutil.rmtree(old)
+                _exchange(new, path)
             else:
                 os.replace(new, path)
             sync_folder(path.parent)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)  # what is left of it, or the folder that it replaced
 
 
 def sync_folder(path: Path) -> None:
@@ -128,6 +126,33 @@ def _explained(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full ({error.strerror}); free some space and run the same command again"
             ) from error
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders: by one system call where the kernel and the file system have it (Linux, not NFS).
+
+    Elsewhere by three renames: a process that is killed between them leaves the earlier folder under a name that begins
+    with `.mgn-` and ends with `.old`.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 and renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return
+    between = Path(tempfile.mkdtemp(dir=other.parent, prefix=".mgn-", suffix=".old"))
+    os.replace(other, between)
+    try:
+        os.replace(one, other)
+    except BaseException:
+        os.replace(between, other)
+        raise
+    os.replace(between, one)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left an hour ago or earlier: no run writes a folder for so long."""
+    for left in folder.glob(".mgn-*.tmp"):
+        with suppress(OSError):  # of somebody else, or gone already
+            if left.is_dir() and time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left)
 
 
 def _named(name: str, patterns: Collection[str]) -> bool:

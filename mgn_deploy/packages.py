@@ -5,12 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.telemetry import without_openvino_telemetry
 
 
 def import_problem(package: str, extra: str) -> str | None:
     """Import a package; None, or the sentence that says why it cannot be and what to install."""
     try:
-        import_module(package)
+        with without_openvino_telemetry():
+            import_module(package)
     except ImportError as error:
         if getattr(error, "name", None) in (package, package.partition(".")[0]):
             return f"{package} is not installed (pip install 'mgn-deploy[{extra}]')"

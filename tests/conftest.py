@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {CORES[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(CORES)]})
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: before PyTorch is loaded
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mgn-tests-")  # no test reads or fills the user's
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.config import ModelConfig
@@ -114,7 +116,7 @@ def gallery_store(bundle_folder: Path, crops: Path, tmp_path_factory: pytest.Tem
     from mgn_deploy.gallery.embed import embed_folder
 
     folder = tmp_path_factory.mktemp("store") / "gallery"
-    embed_folder(crops, folder, Embedder.open(bundle_folder, "onnxruntime"))
+    embed_folder(crops, folder, Embedder.open(bundle_folder, "onnxruntime"), labels="market1501")
     return folder
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from mgn_deploy import files
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder, cache_folder
 
@@ -27,8 +31,35 @@ def test_replacing_through_a_link_keeps_the_link(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
-def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
+def test_replaced_folder_is_there_at_every_moment(tmp_path):
     replace_folder(tmp_path / "out", "old")
+    script = (
+        "import sys; from pathlib import Path; from mgn_deploy.files import atomic_folder\n"
+        "for number in range(100):\n"
+        "    with atomic_folder(Path(sys.argv[1]), ['marker']) as new: (new / 'marker').write_text(str(number))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"]) as process:
+        missing = 0
+        while process.poll() is None:
+            missing += not (tmp_path / "out/marker").exists()
+    assert process.returncode == 0
+    assert (tmp_path / "out/marker").read_text() == "99"
+    assert missing == 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_leftover_of_a_killed_run_goes_once_it_is_old(tmp_path):
+    for name, age in ((".mgn-old.tmp", 4000), (".mgn-new.tmp", 10)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    replace_folder(tmp_path / "out", "x")
+    assert sorted(os.listdir(tmp_path)) == [".mgn-new.tmp", "out"]
+
+
+def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
+    """Where the file system does not exchange folders."""
+    replace_folder(tmp_path / "out", "old")
+    monkeypatch.setattr(files, "_RENAME_EXCHANGE", 1 << 20)  # no such flag
     rename = os.replace
 
     def failing(source, target):

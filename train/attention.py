@@ -46,7 +46,11 @@ def draw_attention_on(
     model = load_weights(weights)
     config = model.config
     paths = [Path(source) for source in sources]
-    files = [file for path in paths for file in ([one.path for one in list_images(path)] if path.is_dir() else [path])]
+    files = [
+        file
+        for path in paths
+        for file in ([one.path for one in list_images(path) if one.path] if path.is_dir() else [path])
+    ]
     files = files[:limit]
     try:
         crops = np.stack([read_crop(file, config.height, config.width) for file in files])

@@ -100,7 +100,7 @@ def load_checkpoint(folder: Path) -> State | None:
 
 def restore(
     state: State,
-    people: list[int],
+    people: list[int | str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,

@@ -62,7 +62,10 @@ class TrainingSet:
         return torch.from_numpy(np.stack(crops)), torch.from_numpy(self.classes[chosen[number]])
 
     def _read(self, index: int) -> np.ndarray:
-        return read_labelled(self.images[index], self._height, self._width)
+        try:
+            return read_labelled(self.images[index], self._height, self._width)
+        except UserError as error:  # it was whole when the run began
+            raise UserError(f"{error}; replace it, or delete it and go on with --allow-data-change") from None
 
 
 def read_labelled(image: LabelledImage, height: int, width: int) -> np.ndarray:

@@ -31,7 +31,8 @@ class RunLog:
         if self._path.is_file():
             with open(self._path, newline="", encoding="utf-8", errors="replace") as file:
                 rows = [{field: row.get(field) for field in FIELDS} for row in csv.DictReader(file)]
-            self._rows = [row for row in rows if (row["epoch"] or "").isdecimal() and int(row["epoch"]) <= first_epoch]
+            kept = {str(epoch) for epoch in range(1, first_epoch + 1)}
+            self._rows = [row for row in rows if row["epoch"] in kept]
         self._board = _board(folder, first_epoch + 1)
 
     def write(self, row: dict[str, float]) -> None:

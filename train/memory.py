@@ -13,26 +13,32 @@ from torch import nn
 from mgn_deploy.errors import UserError
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container
-KEYS = "a smaller network (model.base_width, branches, reduced_width)"
+CHOOSE = (
+    "choose smaller batches (batch.identities or batch.images, with batch.accumulate to make up for it), smaller "
+    "images (model.height, width) or a smaller network (model.base_width, branches, reduced_width)"
+)
 
 
-def require_memory(model: nn.Module, copies: int) -> None:
-    """Refuse a model that this machine cannot hold, rather than be killed for it.
+def model_bytes(model: nn.Module) -> int:
+    """Count the bytes of a model's parameters; it may be on the device "meta"."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+
+
+def require_memory(needed: int) -> None:
+    """Refuse what this machine, or its container, surely cannot hold, rather than be killed for it.
 
     Args:
-        model: of any device, "meta" too.
-        copies: how often its parameters are held: with gradients, and what the optimizer gathers.
+        needed: a lower bound, in bytes.
 
     Raises:
-        UserError: all of the machine's memory, or its container's, is less than that.
+        UserError: all of the memory is less than that.
     """
-    needed = copies * sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # no such file outside of containers, or "max" in it
         memory = min(memory, int(CGROUP.read_text()))
     if needed > memory:
         raise UserError(
-            f"this model takes {needed / 2**30:.1f} GiB, and this machine has {memory / 2**30:.1f}: choose {KEYS}"
+            f"this takes {needed / 2**30:.1f} GiB of memory or more, and there are {memory / 2**30:.1f} here: {CHOOSE}"
         )
 
 
@@ -45,7 +51,4 @@ def explained_memory() -> Iterator[None]:
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not out_of_memory and "can't allocate memory" not in str(error):
             raise
-        raise UserError(
-            "the memory does not hold this: give smaller batches (batch.identities or batch.images, with "
-            f"batch.accumulate to make up for it), smaller images (model.height, width), or {KEYS}"
-        ) from error
+        raise UserError(f"the memory does not hold this: {CHOOSE}") from error

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from mgn_deploy.datasets import Dataset, LabelledImage, open_data
-from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK
+from mgn_deploy.datasets.dataset import JUNK
 from mgn_deploy.errors import UnreadableImage, UserError, first_names
 from mgn_deploy.images.check import ImageFacts, check_image
 from mgn_deploy.images.prefetch import in_order
@@ -17,19 +17,19 @@ from mgn_deploy.train.recipe import Batch
 
 _log = logging.getLogger("mgn_deploy")
 
-WITH_DISTRACTORS = ("market1501", "dukemtmc")  # whose identity 0 is nobody; elsewhere it is a person
-
 
 @dataclass(frozen=True)
 class Prepared:
     """Data that can be trained on.
 
     `data` has people alone in `train`, and no `query` and `gallery` where nothing is evaluated. `facts` tell of each
-    training image, by its path below the root: identity, camera, size in bytes, CRC-32 (`ImageFacts`).
+    training image, by its path below the root: identity (a name where the data set has names), camera, size in bytes,
+    CRC-32 (`ImageFacts`). `people` are the identities in the order of their classes.
     """
 
     data: Dataset
-    facts: dict[str, tuple[int, int, int, int]]
+    facts: dict[str, list[int | str]]
+    people: list[int | str]
 
 
 def open_training_data(spec: str, evaluate: bool = True) -> Dataset:
@@ -42,10 +42,10 @@ def open_training_data(spec: str, evaluate: bool = True) -> Dataset:
         try:
             return open_data(spec, ("train", "query", "gallery"))
         except UserError as error:
-            data = open_data(spec, ("train",))  # raises where it is these that are missing
-            _log.warning(f"the run is not evaluated: {error}")
+            data = open_data(spec, ["train"])  # raises where it is these that are missing
+            _log.warning(f"query and gallery are not read: {error}")
             return data
-    return open_data(spec, ("train",))
+    return open_data(spec, ["train"])
 
 
 def prepare(data: Dataset, batch: Batch, evaluate: bool = True, progress: Progress | None = None) -> Prepared:
@@ -67,24 +67,25 @@ def prepare(data: Dataset, batch: Batch, evaluate: bool = True, progress: Progre
         f"{len(data.train)} training images, {len(data.query)} queries, {len(data.gallery)} gallery images of "
         f"{data.root}"
     )
-    facts = _check(data, progress)
-    return Prepared(
-        data,
-        {
-            os.path.relpath(image.path, data.root): (image.identity, image.camera, fact.size, fact.crc)
-            for image, fact in zip(data.train, facts, strict=False)
-        },
-    )
+    found = _check(data, progress)
+    names = {number: name for name, number in data.people.items()}
+    facts: dict[str, list[int | str]] = {
+        os.path.relpath(image.path, data.root): [
+            names.get(image.identity, image.identity),
+            image.camera,
+            one.size,
+            one.crc,
+        ]
+        for image, one in zip(data.train, found, strict=False)
+    }
+    identities = sorted({image.identity for image in data.train})
+    return Prepared(data, facts, [names.get(identity, identity) for identity in identities])
 
 
 def _people(data: Dataset, batch: Batch) -> list[LabelledImage]:
-    nobody = {JUNK, DISTRACTOR} if data.name in WITH_DISTRACTORS else {JUNK}
-    images = [image for image in data.train if image.identity not in nobody]
+    images = [image for image in data.train if image.identity != JUNK and data.is_person(image.identity)]
     if len(images) < len(data.train):
-        _log.warning(
-            f"{len(data.train) - len(images)} of the {len(data.train)} training images are nobody's (identity "
-            f"{' or '.join(map(str, sorted(nobody)))}): they are not trained on"
-        )
+        _log.warning(f"{len(data.train) - len(images)} training images of junk or distractors are not trained on")
     counts = Counter(image.identity for image in images)
     if len(counts) < 2:
         raise UserError(f"training needs images of at least two identities; these have {len(counts)}")
@@ -98,12 +99,12 @@ def _people(data: Dataset, batch: Batch) -> list[LabelledImage]:
 
 def _can_be_evaluated(data: Dataset) -> bool:
     if not data.query or not data.gallery:
-        return False  # whoever opened the data has said why
+        _log.warning("the run is not evaluated: there are no queries, or no gallery to find them in")
+        return False
     cameras: dict[int, set[int]] = {}
     for image in data.gallery:
-        cameras.setdefault(image.identity, set()).add(image.camera)
-    for nobody in (JUNK, *([DISTRACTOR] if data.name in WITH_DISTRACTORS else [])):
-        cameras.pop(nobody, None)
+        if data.is_person(image.identity):
+            cameras.setdefault(image.identity, set()).add(image.camera if data.has_cameras else -1)  # no query's
     alone = sum(not cameras.get(query.identity, set()) - {query.camera} for query in data.query)
     if alone == len(data.query):
         _log.warning("the run is not evaluated: no query has an image of the same person by another camera in gallery")

@@ -11,18 +11,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mgn_deploy.config import ModelConfig
+from mgn_deploy.errors import first_names
 from mgn_deploy.train.checkpoint import Position, State, load_checkpoint, restore, save_checkpoint
-from mgn_deploy.train.data import TrainingSet
+from mgn_deploy.train.data import BATCHES_AHEAD, TrainingSet
 from mgn_deploy.train.distributed import Group
 from mgn_deploy.train.log import RunLog
-from mgn_deploy.train.memory import require_memory
+from mgn_deploy.train.memory import model_bytes, require_memory
 from mgn_deploy.train.model import MGN, Embedding
 from mgn_deploy.train.prepare import Prepared
 from mgn_deploy.train.recipe import Recipe
 from mgn_deploy.train.sampler import IdentitySampler
 from mgn_deploy.train.schedule import make_optimizer
 from mgn_deploy.train.started import Started, require_same
-from mgn_deploy.train.weights import empty_model, fine_tuned_model, new_model, save_weights
+from mgn_deploy.train.weights import TENSORS, fine_tuned_model, new_model, save_weights
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -43,13 +44,12 @@ class Run:
         self.data, self.recipe, self.out, self.group = prepared.data, recipe, out, group
         num_classes = len({image.identity for image in self.data.train})
         state = load_checkpoint(out)
-        if not Path(recipe.model.init).is_dir():
-            copies = 3 if recipe.optim.name == "sgd" else 4  # weights, gradients, momentum or Adam's two
-            require_memory(empty_model(recipe.model.config(num_classes)), 1 if group.device.type == "cuda" else copies)
-        model = _first_model(recipe, num_classes) if state is None else _model_of(state, num_classes)
+        model = _model_of(state, num_classes) if state else _first_model(recipe, num_classes)
         self.started = Started.of(recipe, model.config, group.ranks, prepared)
         if state:
             require_same(out, state.started, self.started, allow_data_change)
+        if group.device.type == "cpu":
+            require_memory(_bytes(model, recipe))
         self.model = model.to(group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.training = TrainingSet(self.data.train, model.config.height, model.config.width, model.config.mean)
         batch, seed = recipe.batch, recipe.loop.seed
@@ -116,12 +116,28 @@ class Run:
 
 def _first_model(recipe: Recipe, num_classes: int) -> MGN:
     """Make the network that a run starts from."""
-    table, seed = recipe.model, recipe.loop.seed
-    if Path(table.init).is_dir():
-        return fine_tuned_model(table.init, num_classes, table.height, table.width, seed)
-    return new_model(table.config(num_classes), table.init, seed)
+    table, seed, init = recipe.model, recipe.loop.seed, Path(recipe.model.init)
+    if init.is_dir() or init.name == TENSORS:
+        model = fine_tuned_model(init, num_classes, table.height, table.width, seed)
+        own = model.config.model_dump()
+        other = [key for key, value in table if key != "init" and value != own[key]]
+        if other:
+            _log.info(
+                f"{first_names([f'model.{key} is {own[key]}' for key in other])}: as in {init}, not as in the recipe"
+            )
+        return model
+    return new_model(table.config(num_classes), init, seed)
 
 
 def _model_of(state: State, num_classes: int) -> MGN:
     """Make the network of a run that goes on; its weights are in the state."""
     return new_model(ModelConfig.checked(**{**state.started.model, "num_classes": num_classes}))
+
+
+def _bytes(model: MGN, recipe: Recipe) -> int:
+    """Bound from below the bytes that training takes on a CPU."""
+    config, batch = model.config, recipe.batch
+    copies = 3 if recipe.optim.name == "sgd" else 4  # weights, gradients, momentum or Adam's two
+    pixels = batch.identities * batch.images * config.height * config.width
+    # uint8 batches ahead, a float32 one, and what the stem's convolution and norm keep of it at half its size
+    return copies * model_bytes(model) + pixels * (3 * BATCHES_AHEAD + 12 + 2 * config.base_width)

@@ -26,14 +26,15 @@ FREE = ("schedule.epochs", "schedule.max_seconds", "loop.evaluate_every")
 class Started:
     """What decides a run's weights.
 
-    `recipe` is by "table.key", `model` the config, `ranks` the number of processes, `images` the training images as in
-    `Prepared`, and `evaluation` a hash of what is evaluated on (which decides only `best`).
+    `recipe` is by "table.key", `model` the config, `ranks` the number of processes, `images` and `people` are those of
+    `Prepared`, and `evaluation` is a hash of what is evaluated on (which decides only `best`).
     """
 
     recipe: dict[str, Any]
     model: dict[str, Any]
     ranks: int
-    images: dict[str, list[int]]
+    images: dict[str, list[int | str]]
+    people: list[int | str]
     evaluation: str
 
     @classmethod
@@ -46,18 +47,14 @@ class Started:
             {f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()},
             config.model_dump(mode="json"),
             ranks,
-            {name: list(facts) for name, facts in prepared.facts.items()},
+            prepared.facts,
+            prepared.people,
             hashlib.sha256(repr(evaluated).encode("utf-8", "surrogateescape")).hexdigest(),
         )
 
     def to_json(self) -> str:
         """Write it as JSON; `Started(**json.loads(text))` reads it."""
         return json.dumps(asdict(self))
-
-    @property
-    def people(self) -> list[int]:
-        """The identities in the order of their classes."""
-        return sorted({facts[0] for facts in self.images.values()})
 
 
 def require_same(folder: Path, before: Started, now: Started, allow_data_change: bool = False) -> None:
@@ -72,14 +69,11 @@ def require_same(folder: Path, before: Started, now: Started, allow_data_change:
         UserError: the sentence names each key with both values, or the first files of each kind of difference.
     """
     changed = {key: value for key, value in now.recipe.items() if before.recipe.get(key, value) != value}
-    for key in FREE:
-        if key in changed:
-            _log.info(f"{key} is {changed.pop(key)} from here on; it was {before.recipe[key]}")
-    if changed:
-        keys = "; ".join(f"{key} was {before.recipe[key]!r} and is {value!r}" for key, value in changed.items())
+    told = [f"{key} was {before.recipe[key]!r} and is {value!r}" for key, value in changed.items() if key not in FREE]
+    if told:
         raise UserError(
-            f"{folder} holds a run of another recipe: {keys}; give the run's values, or start another in a folder of "
-            f"its own, from these weights with --init (only {', '.join(FREE)} may change)"
+            f"{folder} holds a run of another recipe ({first_names(told)}): give the run's values, or start another in "
+            f"a folder of its own, from these weights with --init (only {', '.join(FREE)} may change)"
         )
     if before.ranks != now.ranks:
         raise UserError(f"{folder} holds a run of {before.ranks} processes, and this has {now.ranks}: start as many")
@@ -89,11 +83,14 @@ def require_same(folder: Path, before: Started, now: Started, allow_data_change:
             f"{folder} holds a run with other training images ({difference}): put them back, choose another folder, or "
             "go on with these by --allow-data-change"
         )
+    for key in FREE:
+        if key in changed:
+            _log.info(f"{key} is {changed[key]} from here on; it was {before.recipe[key]}")
     if difference:
         _log.warning(f"{folder} goes on with other training images ({difference})")
 
 
-def image_differences(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
+def image_differences(before: dict[str, list[int | str]], now: dict[str, list[int | str]]) -> str:
     """Count and name what was added, removed, changed and labelled otherwise; empty where nothing was."""
     both = [name for name in now if name in before and now[name] != before[name]]
     relabelled = [name for name in both if now[name][0] != before[name][0]]

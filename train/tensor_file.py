@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.train.file_kind import AGAIN, STATE_DICT, is_safetensors
 
 
 def read_tensor_file(path: Path) -> Any:
@@ -22,15 +23,15 @@ def read_tensor_file(path: Path) -> Any:
         UserError: no such file, a damaged one, or one with Python objects in it.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    return _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): copy it again") from None
+        raise UserError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from None
 
 
 def _read_torch(path: Path) -> Any:
@@ -38,17 +39,18 @@ def _read_torch(path: Path) -> Any:
         # fast-reid keeps the best metric beside the model, as a NumPy number.
         with torch.serialization.safe_globals(_numpy_numbers()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol: what matters is whether it can be read
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with open(path, "rb") as file:  # of a path, torch.load looks at the suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a foreign file; the message says what
-        unsafe = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        unsafe = re.search(r"(?:unsupported|Unsupported) (?:global: GLOBAL|GLOBAL|class) (\S+)", str(error))
         if unsafe:
             raise UserError(
                 f"{path} cannot be read as weights: it holds Python objects ({unsafe[1]}), and reading them could run "
-                "code; save `model.state_dict()` where it was made"
+                f"code; {STATE_DICT}"
             ) from None
-        reason = next((line for line in str(error).splitlines() if line), "it ends too early")[:120]
         raise UserError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {reason}): it is damaged, or something else"
+            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged, or no file of torch.save or "
+            f"safetensors; {AGAIN}, or {STATE_DICT}"
         ) from None
 
 

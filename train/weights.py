@@ -18,7 +18,8 @@ from mgn_deploy.choices import MAX_SEED
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import atomic_folder, sha256_file
-from mgn_deploy.train.memory import explained_memory, require_memory
+from mgn_deploy.train.importers.reading import read_checkpoint
+from mgn_deploy.train.memory import explained_memory, model_bytes, require_memory
 from mgn_deploy.train.model import MGN, resnet_of
 from mgn_deploy.train.tensor_file import read_tensor_file
 
@@ -58,9 +59,10 @@ def load_weights(folder: str | os.PathLike[str]) -> MGN:
     """
     folder = Path(folder)
     if not (folder / TENSORS).is_file() or not (folder / CONFIG).is_file():
+        inner = next((path.parent for path in sorted(folder.glob(f"*/{TENSORS}"), reverse=True)), None)
         raise UserError(
             f"{folder} is not a weights folder: it needs {CONFIG} and {TENSORS}, as `mgn-deploy init`, `train` and "
-            "`import` write them"
+            f"`import` write them{f'; {inner} is one' if inner else ''}"
         )
     try:
         config = ModelConfig.model_validate_json((folder / CONFIG).read_bytes())
@@ -108,6 +110,7 @@ def new_model(config: ModelConfig, init: str | os.PathLike[str] = "random", seed
     """
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed {seed}: seeds are 0 to {MAX_SEED}")
+    require_memory(model_bytes(empty_model(config)))
     with explained_memory(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         resnet = resnet_of(config)
@@ -128,7 +131,6 @@ def write_untrained_weights(
     Raises:
         UserError: as `new_model` and `save_weights`.
     """
-    require_memory(empty_model(config), copies=1)
     model = new_model(config, init, seed)
     if str(init) == "random":
         add_noise(model, seed)
@@ -160,26 +162,36 @@ def fine_tuned_model(folder: str | os.PathLike[str], num_classes: int, height: i
     Raises:
         UserError: not a weights folder, one that is damaged, or a size out of range.
     """
-    trained = load_weights(folder)
+    folder = Path(folder)
+    trained = load_weights(folder.parent if folder.name == TENSORS else folder)
+    before = trained.config.num_classes
     changes = {"num_classes": num_classes, "height": height, "width": width}
     model = new_model(ModelConfig.checked(**{**trained.config.model_dump(), **changes}), seed=seed)
     state = trained.state_dict()
-    if trained.config.num_classes != num_classes:
+    if before != num_classes:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("classifiers.")}
         state |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("classifiers.")}
     model.load_state_dict(state)
+    heads = "kept" if before == num_classes else f"dropped, new ones for {num_classes} people take their place"
+    _log.info(
+        f"starting from {os.fspath(folder)}: {trained.config.backbone} MGN {trained.config.branches}"
+        + (f"; its classifiers of {before} people are {heads}" if before else "")
+    )
     return model
 
 
 def _load_resnet(resnet: nn.Module, backbone: str, init: str | os.PathLike[str]) -> None:
-    state = _download_imagenet(backbone) if str(init) == "imagenet" else _read_resnet(Path(init))
+    if str(init) != "imagenet" and not Path(init).is_file():
+        raise UserError(f"--init {init}: no such file; it takes random, imagenet, or a ResNet's state dict")
+    state = _download_imagenet(backbone) if str(init) == "imagenet" else read_checkpoint(Path(init)).tensors
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     own = {name: tensor for name, tensor in resnet.state_dict().items() if not name.startswith("fc.")}
     wrong = sorted(name for name in own.keys() ^ state.keys() if not name.endswith("num_batches_tracked"))
     wrong += [name for name in own if name in state and own[name].shape != state[name].shape]
     if wrong:
         raise UserError(
-            f"{init}: not the state dict of torchvision's {backbone} ({len(wrong)} tensors differ, first {wrong[0]!r})"
+            f"{init}: not the state dict of torchvision's {backbone} ({len(wrong)} tensors differ, first "
+            f"{wrong[0]!r}): of a public MGN, `mgn-deploy import` makes a weights folder"
         )
     resnet.load_state_dict(state, strict=False)
 
@@ -195,17 +207,6 @@ def _download_imagenet(backbone: str) -> dict[str, Tensor]:
             f"torchvision's ImageNet weights of {backbone} cannot be downloaded ({error}): fetch {weights.url} "
             "elsewhere and give the file with --init FILE, or start from random weights with --init random"
         ) from None
-
-
-def _read_resnet(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; --init takes random, imagenet or the file of a torchvision ResNet's state dict"
-        )
-    state = read_tensor_file(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a state dict (a mapping from names to tensors)")
-    return state
 
 
 def _first_difference(model: MGN, tensors: dict[str, Tensor]) -> str | None:

@@ -1,4 +1,4 @@
-"""What `bench.kernel` measures: the cases, their inputs, their right answers, and how little they could cost."""
+"""What is measured of the heads: the cases, their inputs, their right answers, and how little they could cost."""
 
 from __future__ import annotations
 

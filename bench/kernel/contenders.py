@@ -1,4 +1,5 @@
-"""Who runs in `bench.kernel`: the fused kernel, and the same heads by PyTorch in several ways.
+"""Who runs in the suite's stages `correctness` and `kernel`: the fused kernel, and the same heads by PyTorch in several
+ways.
 
 A contender is made for one case and its inputs, and then run again and again over the same memory.
 """
@@ -16,32 +17,14 @@ from mgn_deploy.bench.kernel.cases import Case, Inputs, finish, tolerance
 from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS
 from mgn_deploy.train.model import stripe_pool
 
-NAMES = {
-    "kernel": "stripe_pool_reduce.cu, the path that its plan takes, launched by itself",
-    "kernel_graph": "the same in a CUDA graph, as in the pipeline: the headline",
-    "kernel_fused": "stripe_pool_reduce.cu told to take the path fused",
-    "kernel_rows": "stripe_pool_reduce.cu told to take the path rows",
-    "kernel_tiles": "stripe_pool_reduce.cu told to take the path tiles",
-    "torch_op": "torch.ops.mgn_deploy.stripe_pool_reduce, mirror average and L2 norm by PyTorch",
-    "eager": "the heads of train/model.py by PyTorch eager (cuDNN's or cuBLAS's 1x1 convolutions), batch norms folded",
-    "eager_graph": "the same in a CUDA graph",
-    "compiled": "the same by torch.compile, static shapes",
-    "compiled_graph": "the same by torch.compile in a CUDA graph",
-    "lean_graph": "PyTorch eager reading each map once and reducing in one batched product, in a CUDA graph",
-    "lean_compiled_graph": "the same by torch.compile in a CUDA graph",
-    "tensorrt": "a TensorRT or TensorRT-RTX engine of the heads alone, not in a CUDA graph; NHWC maps through a "
-    "Transpose; weights, bias and products are of the maps' type, where exports go on in float32 after the maxima: a "
-    "faster rival, as there is less to move and to compute, than the engine that ships",
-}
-
 
 @dataclass(frozen=True)
 class Contender:
     """One way to compute a case's heads.
 
     `run` starts it on the current stream and returns where the result will be; `poison` spoils what it has to write.
-    `facts` go into the results. `roundings` is how often it may round to the maps' type: PyTorch and TensorRT round the
-    product, the sum with the bias and the sum with the mirror.
+    `facts` go into the results. `roundings` is how often it may round to the maps' type: PyTorch rounds the product,
+    the sum with the bias and the sum with the mirror.
     """
 
     run: Callable[[], Tensor]
@@ -158,26 +141,30 @@ def graphed(contender: Contender) -> Contender:
 
 
 def makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:
-    """Return how to make each contender of a case on a GPU; making one may fail."""
-    torch.compiler.reset()  # else the ninth shape would be refused
+    """Return how to make each contender of a case; making one may fail. What needs a GPU is left out on a CPU.
+
+    `kernel_graph`, the kernel in a CUDA graph as in the pipeline, is the headline; its rivals are named ..._graph.
+    `lean` reads each map once and reduces in one batched product.
+    """
     heads, lean = Heads(case, inputs), LeanHeads(case, inputs)
-    # For this very shape: code for any batch is slower.
-    compiled, lean_compiled = (torch.compile(one, fullgraph=True, dynamic=False) for one in (heads, lean))
     ways: dict[str, Callable[[], Contender]] = {
-        "kernel": lambda: Kernel(case, inputs).contender(),
-        "kernel_graph": lambda: graphed(Kernel(case, inputs).contender()),
         "torch_op": lambda: torch_op(case, inputs),
         "eager": lambda: module(heads, inputs),
-        "eager_graph": lambda: graphed(module(heads, inputs)),
-        "compiled": lambda: module(compiled, inputs),
-        "compiled_graph": lambda: graphed(module(compiled, inputs)),
-        "lean_graph": lambda: graphed(module(lean, inputs)),
-        "lean_compiled_graph": lambda: graphed(module(lean_compiled, inputs)),
+        "lean": lambda: module(lean, inputs),
     }
-    if case.rows <= MAX_ROWS:
-        ways["kernel_fused"] = lambda: Kernel(case, inputs, "fused").contender()
-        ways["kernel_rows"] = lambda: Kernel(case, inputs, "rows").contender()
-        ways["kernel_tiles"] = lambda: Kernel(case, inputs, "tiles").contender()
+    if not inputs.weight.is_cuda:
+        return ways
+    torch.compiler.reset()  # else the ninth shape would be refused
+    compiled = torch.compile(lean, fullgraph=True, dynamic=False)  # for this very shape: code for any batch is slower
+    ways |= {
+        "kernel": lambda: Kernel(case, inputs).contender(),
+        "kernel_graph": lambda: graphed(Kernel(case, inputs).contender()),
+        "eager_graph": lambda: graphed(module(heads, inputs)),
+        "lean_graph": lambda: graphed(module(lean, inputs)),
+        "compiled_graph": lambda: graphed(module(compiled, inputs)),
+    }
+    for path in ("fused", "rows", "tiles") if case.rows <= MAX_ROWS else ():
+        ways[f"kernel_{path}"] = lambda path=path: Kernel(case, inputs, path).contender()  # type: ignore[misc]
     return ways
 
 

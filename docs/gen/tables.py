@@ -23,7 +23,7 @@ BARE, EMBED, EAGER = "bare engine", "embed (files to store)", "PyTorch eager"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 _MARKED = re.compile(r"(<!-- table: ([a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-(.+)-(throughput|matrix|precision|plans|training)-(.+)\.(json|csv)")
+_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-(.+)-(throughput|bench|peers|precision|plans|training)-(.+)\.(json|csv)")
 
 
 class Result(NamedTuple):
@@ -144,11 +144,21 @@ def store_manifest() -> str:
     return _table(["key", "type", "without it"], list(_keys(StoreManifest)))
 
 
+def bench_result() -> str:
+    """Every key of a result of `bench`."""
+    from mgn_deploy.bench.result import Result
+
+    return _table(["key", "type", "without it"], list(_keys(Result)))
+
+
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
     """Key, type and default of each field; those of models within come after their own, below its key."""
     for name, field in model.model_fields.items():
         outer, inner = _inner_model(field.annotation)
-        default = "" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+        value = (
+            json.dumps(field.get_default(call_default_factory=True), default=dict) if not field.is_required() else ""
+        )
+        default = f"`{value}`" if value else ""
         yield [f"`{prefix}{name}`", outer, default]
         if inner:
             yield from _keys(
@@ -187,13 +197,55 @@ def _type(annotation: Any) -> str:
 
 def throughput() -> str:
     """The rows of the latest day."""
-    measured = results("throughput")
-    return _throughput([one for one in measured if one.date == measured[0].date])
+    measured = _rates()
+    return _throughput([one for one in measured if one.date == max(other.date for other in measured)])
 
 
 def all_throughput() -> str:
     """The rows of every day, the latest first."""
-    return _throughput(results("throughput"))
+    return _throughput(_rates())
+
+
+def _rates() -> list[Result]:
+    """Of `bench`, and of the bench of images/s that it replaced."""
+    return sorted([*results("bench"), *results("throughput")], key=lambda one: one.date, reverse=True)
+
+
+def bench() -> str:
+    """Latency, speed and accuracy of every row of `bench`'s results."""
+    from mgn_deploy.bench.page import remarks, table
+    from mgn_deploy.bench.result import read_result
+
+    parts = []
+    for one in results("bench"):
+        result = read_result(one.path)
+        columns, rows = table(result)
+        said = "\n".join(f"- {sentence}" for sentence in remarks(result))
+        parts.append(f"{one.date}; images: {result.images}:\n\n{_table(columns, rows)}\n\n{said}")
+    return "\n\n".join(parts) or "None is committed yet: `bench/results/README.md` has the commands."
+
+
+def peers() -> str:
+    """Other ways to run the same network on the same crops, of `bench/peers/`."""
+    parts = []
+    for one in results("peers"):
+        content = one.content()
+        columns = ["", "images/s", "of ours", "1 - cosine to float32", "remark"]
+        rows = []
+        for row in content["rows"]:
+            rate, ratio = row.get("images_per_second"), row.get("of_ours")
+            distance = row.get("distance")
+            rows.append(
+                [
+                    row["peer"],
+                    _rate(rate["median"]) if rate else "",
+                    f"{ratio:.2f}" if ratio else "",
+                    f"{distance:.1e}" if distance is not None else "",
+                    row.get("left_out") or row.get("remark", ""),
+                ]
+            )
+        parts.append(f"{one.date}, {content['machine']}; {content['model']}:\n\n{_table(columns, rows)}")
+    return "\n\n".join(parts) or "None is committed yet: `bench/results/README.md` has the command."
 
 
 def _throughput(measured: Sequence[Result]) -> str:
@@ -209,10 +261,36 @@ def _grouped(measured: Sequence[Result]) -> Iterator[tuple[tuple[str, str], list
     """What was measured on one day on one machine, the largest model first."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in measured:
-        content = one.content()
-        groups.setdefault((one.date, content["machine"]), []).append(content)
+        for content in _contents(one):
+            groups.setdefault((one.date, content["machine"]), []).append(content)
     for key, some in groups.items():
         yield key, sorted(some, key=lambda content: content["images_per_second"][BARE]["median"])
+
+
+def _contents(one: Result) -> Iterator[dict[str, Any]]:
+    """What a file has of images/s, a row each."""
+    content = one.content()
+    if one.kind == "throughput":
+        yield content
+        return
+    environment = content["environment"]
+    hardware = environment["hardware"]
+    sets = " ".join(hardware["instruction_sets"])
+    for row in content["rows"]:
+        if row["embed"]:
+            rates = {BARE: {"median": row["offline"]["median"], "of_bare_engine": 1.0}}
+            rates[EMBED] = {"median": row["embed"]["median"], "of_bare_engine": row["embed_of_offline"]}
+            if row["over_reference"]:
+                eager = row["offline"]["median"] / row["over_reference"]
+                rates[EAGER] = {"median": eager, "of_bare_engine": 1 / row["over_reference"]}
+            yield {
+                "model": f"{row['model']} {row['precision']}",
+                "mirror_average": row["mirror"],
+                "backend": f"{row['engine']} {row['version']}",
+                "batch": row["batch"],
+                "machine": f"{hardware['gpu'] or hardware['cpu']}, {environment['cpus']} CPUs ({sets})",
+                "images_per_second": rates,
+            }
 
 
 def _throughput_row(content: dict[str, Any]) -> list[str]:
@@ -227,38 +305,14 @@ def _throughput_row(content: dict[str, Any]) -> list[str]:
 
 
 def precision() -> str:
-    """Every precision and engine of a model: of `bench/gpu/matrix.py`, and of the bench that it replaced."""
+    """Precisions and engines of a small model, by a bench that `mgn-deploy bench` has replaced."""
+    columns = ["", "rank-1", "mAP", "mean / worst cosine", "top-10 agreement", "graph, MB", "batch 1", "batch 8"]
     parts = []
-    for one in [*results("matrix"), *results("precision")]:
+    for one in results("precision"):
         content = one.content()
-        if "bench" in content:
-            batches = list(next(row["speed"] for row in content["rows"] if "speed" in row))
-            rows = [_matrix_row(row, batches) for row in content["rows"] if "speed" in row]
-            machine = content["device"].get("gpu") or content["device"]["cpu"]
-        else:
-            batches, machine = ["1", "8"], content["machine"]
-            rows = [_precision_row(row) for row in content["rows"]]
-        columns = ["", "rank-1", "mAP", "mean / worst cosine", "top-10 agreement", "graph, MB"]
-        columns += [f"batch {batch}" for batch in batches]
-        parts.append(f"{one.date}, {machine}; {content['model']}:\n\n{_table(columns, rows)}")
+        rows = [_precision_row(row) for row in content["rows"]]
+        parts.append(f"{one.date}, {content['machine']}; {content['model']}:\n\n{_table(columns, rows)}")
     return "\n\n".join(parts)
-
-
-def _matrix_row(row: dict[str, Any], batches: Sequence[str]) -> list[str]:
-    proof, heads = row["proof"], " fused heads" if row["fused_heads"] else ""
-    ranking = proof["ranking"]
-    return [
-        f"{row['engine']} {row['precision']}{heads}",
-        *([f"{100 * ranking[key]:.2f}" for key in ("rank1", "mAP")] if ranking else ["", ""]),
-        f"{proof['mean_cosine']:.5f} / {proof['worst_cosine']:.5f}",
-        f"{proof['top10_agreement']:.3f}",
-        f"{row['graph MB']}",
-        *(_speed(row["speed"][batch]) for batch in batches),
-    ]
-
-
-def _speed(measured: dict[str, Any]) -> str:
-    return f"{_rate(measured['images/s'])} ({measured['rivals']['torch fp32']['x']:.1f}x)"
 
 
 def _precision_row(row: dict[str, Any]) -> list[str]:
@@ -346,9 +400,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "floors": floors,
     "manifest": manifest,
     "store manifest": store_manifest,
+    "bench result": bench_result,
     "recipes": recipes,
     "throughput": throughput,
     "all throughput": all_throughput,
+    "bench": bench,
+    "peers": peers,
     "precision": precision,
     "plans": plans,
     "training": training,

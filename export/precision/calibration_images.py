@@ -59,7 +59,7 @@ def read_calibration_images(
     rng = np.random.default_rng(seed)
     crops: list[np.ndarray] = []
     blank = 0
-    for path in _by_cameras_in_turn([file.path for file in list_images(folder)], rng):
+    for path in _by_cameras_in_turn([file.path for file in list_images(folder) if file.path], rng):
         if len(crops) == count:
             break
         try:

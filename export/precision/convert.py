@@ -17,6 +17,7 @@ from mgn_deploy.errors import CannotRun
 from mgn_deploy.export.precision.calibration_images import CalibrationImages
 from mgn_deploy.export.precision.half import to_half
 from mgn_deploy.export.precision.int8 import Drop, agreement_drop, build_int8
+from mgn_deploy.export.precision.profile import block_milliseconds
 from mgn_deploy.export.precision.ranges import measure_ranges
 from mgn_deploy.export.proof.agreement import run_in_batches
 from mgn_deploy.retrieval.validate import validate
@@ -71,9 +72,12 @@ def to_int8(
     def open_graph(model: onnx.ModelProto) -> Backend:
         return runner.open_graph(model.SerializeToString(), config)
 
+    def milliseconds(model: onnx.ModelProto, pixels: np.ndarray) -> dict[str, float]:
+        return block_milliseconds(model, pixels, row.calibrated_by)
+
     reference = open_graph(graph)
     drop = _map_drop(data, config, reference) if data else _agreement_drop(budget_crops, reference)
-    made = build_int8(graph, plain, images.crops, row.placement, open_graph, drop, max_drop)
+    made = build_int8(graph, plain, images.crops, row.placement, open_graph, drop, max_drop, milliseconds)
     drop_of = "mAP" if data else "top-10 agreement"
     _log.info(
         f"INT8 by {made.method}: {made.drop:.2f} points of {drop_of} lost, {len(made.in_float)} blocks left in float"

@@ -43,6 +43,8 @@ def quantise(
     thresholds: Mapping[str, float],
     placement: Placement,
     in_float: Collection[str] = (),
+    *,
+    correct_bias: bool = False,
 ) -> onnx.ModelProto:
     """A copy of the graph with Q/DQ pairs.
 
@@ -52,8 +54,9 @@ def quantise(
         thresholds: the magnitude of each activation that maps to the largest integer.
         placement: which engine's.
         in_float: names of groups (`conv_groups`) that are not quantised.
+        correct_bias: add to each bias what its channel's mean output loses by the rounding of the weights.
     """
-    writer = _Writer(graph, ranges, thresholds, placement)
+    writer = _Writer(graph, ranges, thresholds, placement, correct_bias)
     producers = {output: node for node in graph.graph.node for output in node.output}
     zone = {node.name for node in trunk_nodes(graph)}
     added = {name for node in trunk_nodes(graph) if node.op_type == "Add" for name in node.input}
@@ -98,8 +101,10 @@ class _Writer:
         ranges: Mapping[str, TensorRange],
         thresholds: Mapping[str, float],
         placement: Placement,
+        correct_bias: bool,
     ) -> None:
         self._graph, self._thresholds, self._placement = graph, thresholds, placement
+        self._correct_bias = correct_bias
         self.ranges = dict(ranges)
         self._constants = {tensor.name: tensor for tensor in graph.graph.initializer}
         self._quantised: dict[str, str] = {}
@@ -131,6 +136,11 @@ class _Writer:
             largest[:] = largest.max()
         scale = (largest / levels).astype(np.float32)
         integers = np.round(values / scale.reshape(-1, 1, 1, 1)).clip(-levels, levels).astype(np.int8)
+        if self._correct_bias and len(node.input) > 2:
+            lost = values - integers * scale.reshape(-1, 1, 1, 1)
+            bias = numpy_helper.to_array(self._constants[node.input[2]])
+            corrected = (bias + self._mean_output(node, activation, lost)).astype(np.float32)
+            node.input[2] = self._constant(f"{node.input[2]}/corrected", corrected)
         by_shares = self._placement.one_scale and not added
         shared = self._within_half(scale.max(), integers, activation) if by_shares else scale.max()
         node.input[1] = self._dequantised(weight, integers, shared if self._placement.one_scale else scale)
@@ -144,6 +154,23 @@ class _Writer:
         self.nodes.append(node)
         if by_shares:
             self._append_shares(node, scale / shared)
+
+    def _mean_output(self, node: onnx.NodeProto, activation: str, weight: np.ndarray) -> np.ndarray:
+        """The mean output of the convolution with this weight, by channel: that of the mean input, as it is linear."""
+        import torch
+
+        mean = self.ranges[activation].mean
+        if mean is None:
+            raise ValueError(f"the range of {activation} was measured without its mean")
+        given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        pads = given.get("pads", [0, 0, 0, 0])
+        image = np.pad(mean, ((0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
+        output = torch.nn.functional.conv2d(
+            torch.from_numpy(image)[None],
+            torch.from_numpy(weight.astype(np.float64)),
+            stride=tuple(given.get("strides", (1, 1))),
+        )
+        return output.mean((0, 2, 3)).numpy()
 
     def _within_half(self, scale: float, integers: np.ndarray, activation: str) -> np.ndarray:
         """The scale, or as much less as it takes for float16 to hold the convolution's sums; the shares make up for it.

@@ -20,12 +20,14 @@ class TensorRange:
     """`largest` magnitude, whether any value is negative, and a histogram of magnitudes over 0..`largest`, float64
     `[2048]`.
 
-    The histogram counts only what is not zero: zeros, of which ReLU leaves many, are exact at any scale.
+    The histogram counts only what is not zero: zeros, of which ReLU leaves many, are exact at any scale. `mean` is the
+    average over the images, float64 `[C, H, W]`.
     """
 
     largest: float = 0.0
     negative: bool = False
     histogram: np.ndarray | None = None
+    mean: np.ndarray | None = None
 
 
 def measure_ranges(
@@ -39,7 +41,7 @@ def measure_ranges(
     Args:
         graph: float32, as `build_graph` makes it.
         crops: uint8 `[n, height, width, 3]`.
-        histograms: also count magnitudes, in a second pass.
+        histograms: also count magnitudes, in a second pass, and average.
 
     Returns:
         By tensor name.
@@ -57,6 +59,9 @@ def measure_ranges(
             if histograms and not np.isfinite(largest):
                 raise UserError(f"{name} of the graph is not finite on these images: train the weights again")
             one.negative = one.negative or bool(value.min() < 0)
+            if histograms:
+                total = value.sum(axis=0, dtype=np.float64) / len(crops)
+                one.mean = total if one.mean is None else one.mean + total
     if not histograms:
         return ranges
     for one in ranges.values():

@@ -14,12 +14,14 @@ from mgn_deploy.backends.base import Backend
 from mgn_deploy.backends.registry import ENGINES, Engine
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import Manifest, Proof, Quantisation, write_manifest
+from mgn_deploy.bundle.signature import SIGNATURE, read_private_key, sign
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.datasets.drawn import draw_people
 from mgn_deploy.embedder import Embedder
-from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.errors import CannotRun, GateFailed, UserError
 from mgn_deploy.export.proof.agreement import run_in_batches
 from mgn_deploy.export.proof.proof import add_ranking, proof_crops, prove, with_ranking
+from mgn_deploy.export.proof.record import recorded_embeddings
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.retrieval.ranking import RankingMetrics
 from mgn_deploy.retrieval.validate import validate
@@ -43,25 +45,32 @@ def prove_again(
     proof_images: str | os.PathLike[str] | None = None,
     data: Dataset | None = None,
     fused_heads: bool = False,
+    sign_key: str | os.PathLike[str] | None = None,
 ) -> dict[str, Proof]:
     """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
 
-    Proofs of backends that do not run here stay in the bundle as they are; those made here are returned. Without `data`
-    they keep the ranking that was measured before, and what it misses.
+    Engines are compared with the reference's embeddings that the export recorded (`record.py`), which needs no PyTorch;
+    of images that it did not record, with what PyTorch makes of them here. Proofs of backends that do not run here stay
+    in the bundle as they are; those made here are returned. Without `data` they keep the ranking that was measured
+    before, and what it misses.
 
     Args:
-        folder: a bundle with its reference weights.
+        folder: a bundle.
         proof_images: folder of images to prove on; without it, on drawn people.
         data: labelled queries and gallery: each proof also has their rank-1 and mAP.
         fused_heads: engines on a GPU run the heads as the stripe-pool-reduce kernel.
+        sign_key: PEM file of an Ed25519 private key, to sign the new proofs; without it an earlier signature goes.
 
     Raises:
-        CannotRun: PyTorch is not installed, or the bundle was exported with --no-reference.
+        CannotRun: images that were not recorded, or `data`, without PyTorch or the bundle's reference weights.
         UserError: no bundle, no images, or no engine to prove.
     """
     bundle = Bundle.open(folder)
+    if sign_key is not None:
+        read_private_key(sign_key)
     pixels = proof_pixels(proof_images, bundle.config.height, bundle.config.width)
-    made = prove_backends(bundle, pixels, data, fused_heads=fused_heads)
+    reference, reference_backend = _reference(bundle, pixels, with_backend=data is not None)
+    made = prove_backends(bundle, pixels, reference, reference_backend, data, fused_heads=fused_heads)
     for name, proof in made.items():
         before = bundle.manifest.proofs.get(name)
         if before and before.ranking and not proof.ranking:
@@ -72,6 +81,11 @@ def prove_again(
             made[name] = with_ranking(proof, before.ranking, bundle.manifest.precision, allowed)
     proofs = {**bundle.manifest.proofs, **made}
     write_manifest(bundle.folder, bundle.manifest.model_copy(update={"proofs": proofs}))
+    if sign_key is not None:
+        sign(bundle.folder, sign_key)
+    elif (bundle.folder / SIGNATURE).exists():
+        (bundle.folder / SIGNATURE).unlink()
+        _log.warning(f"{bundle.folder} has new proofs, and is no longer signed: --sign KEY signs it again")
     return made
 
 
@@ -90,29 +104,78 @@ def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int)
     """
     if folder is not None:
         return ProofPixels(proof_crops(Path(folder), height, width), Path(os.path.abspath(folder)).name, False)
+    _log.info("the proof is on drawn people: --proof-images DIR proves on yours")
+    return drawn_pixels(height, width)
+
+
+def drawn_pixels(height: int, width: int) -> ProofPixels:
+    """Drawn people, the same pixels everywhere."""
     from PIL import Image
 
-    _log.info("the proof is on drawn people: --proof-images DIR proves on yours")
     people = [read_crop(Image.fromarray(pixels), height, width) for pixels in draw_people(DRAWN_IMAGES)]
     return ProofPixels(np.stack(people), "drawn people", True)
 
 
-def prove_backends(
-    bundle: Bundle, pixels: ProofPixels, data: Dataset | None, *, fused_heads: bool = False
-) -> dict[str, Proof]:
-    """Make a proof for each backend that runs here; the reference is PyTorch with the source weights, batch norms not
-    folded.
+def _reference(bundle: Bundle, pixels: ProofPixels, *, with_backend: bool) -> tuple[np.ndarray, Backend | None]:
+    """The reference's embeddings of the crops, recorded or made here, and PyTorch opened where it is here.
+
+    `with_backend`: it is needed in any case.
+    """
+    torch = ENGINES["torch"].load()
+    missing = torch.missing()
+    try:
+        backend = None if missing else torch.open(bundle)
+    except CannotRun as error:
+        missing, backend = str(error), None
+    if with_backend and backend is None:
+        raise CannotRun(f"--data ranks people with the reference too, which cannot run here: {missing}")
+    try:
+        return recorded_embeddings(bundle, pixels.crops, pixels.source), backend
+    except CannotRun as error:
+        if backend is None:
+            raise CannotRun(f"{error}; others need the reference, which cannot run here: {missing}") from None
+        _log.info(f"{error}; they are embedded here")
+        return embed_reference(backend, pixels), backend
+
+
+def embed_reference(backend: Backend, *pixels: ProofPixels) -> np.ndarray:
+    """The reference's embeddings `[n, dim]` of crops; it is PyTorch with the source weights, batch norms not folded.
 
     Raises:
-        UserError: the reference's embeddings are not finite, or no engine besides it runs the bundle here.
+        UserError: they are not finite.
     """
-    _log.info(f"embedding {len(pixels.crops)} images of {pixels.source} with the PyTorch reference")
-    reference_backend = ENGINES["torch"].load().open(bundle)
-    reference = run_in_batches(reference_backend, pixels.crops)
+    for some in pixels:
+        _log.info(f"embedding {len(some.crops)} images of {some.source} with the PyTorch reference")
+    reference = np.concatenate([run_in_batches(backend, some.crops) for some in pixels])
     if not np.isfinite(reference).all():
         raise UserError("PyTorch's own embeddings with these weights are not finite: train them again")
+    return reference
+
+
+def prove_backends(
+    bundle: Bundle,
+    pixels: ProofPixels,
+    reference: np.ndarray,
+    reference_backend: Backend | None,
+    data: Dataset | None,
+    *,
+    fused_heads: bool = False,
+) -> dict[str, Proof]:
+    """Make a proof for each backend that runs here.
+
+    Args:
+        bundle: it is not changed.
+        pixels: crops to prove on.
+        reference: the reference's embeddings of them.
+        reference_backend: PyTorch with the source weights; None where it is not here.
+        data: labelled people to rank with each backend and with the reference.
+        fused_heads: engines on a GPU run the heads as the stripe-pool-reduce kernel.
+
+    Raises:
+        UserError: no engine besides the reference runs the bundle here.
+    """
     ranked = None
-    if data:
+    if data and reference_backend:
         ranked = validate(data, Embedder(reference_backend, bundle.config), None).measured
     proofs: dict[str, Proof] = {}
     failed: list[str] = []
@@ -123,11 +186,10 @@ def prove_backends(
             continue
         _log.info(f"proving {row.name} on them")
         try:
-            backend = (
-                reference_backend
-                if row.name == "torch"
-                else row.load().open(bundle, fused_heads=fused_heads and row.fused_heads)
-            )
+            if row.name == "torch" and reference_backend:
+                backend = reference_backend
+            else:
+                backend = row.load().open(bundle, fused_heads=fused_heads and row.fused_heads)
             proofs[row.name] = _prove_one(bundle, backend, pixels, reference, data, ranked)
         except UserError as error:  # as where a GPU's memory is full: the other backends' proofs are worth having
             _log.warning(f"no proof for {row.name}: {error}")

@@ -8,6 +8,7 @@ from mgn_deploy.backends.base import Backend, refuse_fused_heads
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.machine import this_cpu
+from mgn_deploy.telemetry import without_openvino_telemetry
 
 
 class OpenVinoBackend(Backend):
@@ -16,7 +17,8 @@ class OpenVinoBackend(Backend):
     name = "openvino"
 
     def __init__(self, graph: bytes) -> None:
-        import openvino
+        with without_openvino_telemetry():
+            import openvino
 
         self.version = openvino.__version__
         self.hardware = this_cpu()

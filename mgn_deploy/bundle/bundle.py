@@ -2,8 +2,10 @@
 
     BUNDLE/manifest.json            what the model is, its input, precision, the hash of every file, the proofs
     BUNDLE/manifest.sha256          the manifest's own hash, as `sha256sum -c manifest.sha256` checks it
+    BUNDLE/manifest.sig             an Ed25519 signature of the manifest, where it was exported with --sign
     BUNDLE/graph.onnx               uint8 [n, height, width, 3] RGB -> float32 [n, dim] unit rows
     BUNDLE/NAME.plan, NAME.layers.txt     TensorRT plans and their layer tables, where they were built
+    BUNDLE/proof.npz                the reference's embeddings of the crops that the proof is on, and their hashes
     BUNDLE/reference.safetensors    the PyTorch weights (left out by --no-reference): torch backend, `validate`
 
 A file's bytes are compared with the manifest before any parser sees them.
@@ -18,8 +20,11 @@ from functools import cached_property
 from pathlib import Path
 
 from mgn_deploy.bundle.manifest import MANIFEST, MANIFEST_HASH, Manifest, hash_line, parse_manifest
+from mgn_deploy.bundle.signature import require_signature, trusted_key
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UserError
+
+_MOST_MANIFEST_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,13 @@ class Bundle:
         )
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Bundle:
+    def open(cls, folder: str | os.PathLike[str], *, verify_key: str | os.PathLike[str] | None = None) -> Bundle:
         """Read and check the manifest.
+
+        Args:
+            folder: the bundle.
+            verify_key: PEM file of the Ed25519 public key that has to have signed it; None: the one that the
+                environment's MGN_DEPLOY_VERIFY_KEY names, if any; "": none.
 
         Raises:
             UserError: no bundle there, a changed or unreadable manifest, or a schema later than this version reads.
@@ -52,14 +62,17 @@ class Bundle:
                 f"{folder} is not a bundle ({error.strerror}): `mgn-deploy export WEIGHTS -o BUNDLE` makes one"
             ) from None
         try:
-            content = (folder / MANIFEST).read_bytes()
-            expected = (folder / MANIFEST_HASH).read_bytes()
+            with open(folder / MANIFEST, "rb") as manifest, open(folder / MANIFEST_HASH, "rb") as hashes:
+                content, expected = manifest.read(_MOST_MANIFEST_BYTES), hashes.read(4096)
         except OSError as error:
             raise UserError(f"{folder} is not a bundle: {Path(error.filename).name}: {error.strerror}") from None
-        if expected != hash_line(content):
+        if hash_line(content) not in expected.splitlines(keepends=True):
             raise UserError(
                 f"{folder / MANIFEST} is not what was written (its SHA-256 differs): copy the bundle or export it again"
             )
+        key = trusted_key() if verify_key is None else verify_key
+        if key:
+            require_signature(folder, content, key)
         return cls(folder, parse_manifest(content, folder / MANIFEST))
 
     def read(self, name: str) -> bytes:
@@ -72,7 +85,8 @@ class Bundle:
         if entry is None:
             raise UserError(f"{self.folder} was exported without {name}")
         try:
-            content = (self.folder / name).read_bytes()
+            path = self.folder / name
+            content = path.read_bytes() if path.stat().st_size == entry.size else b""
         except OSError as error:
             raise UserError(f"{self.folder / name}: {error.strerror}; copy the bundle or export it again") from None
         if len(content) != entry.size or hashlib.sha256(content).hexdigest() != entry.sha256:

@@ -72,8 +72,8 @@ class Proof(_Strict):
 
 
 class BlockError(_Strict):
-    """One block alone in INT8: the mean 1 - cosine that it causes, and the milliseconds an image that it saves, both by
-    the engine that ran the candidates (`export/precision.py`: for TensorRT's graphs ONNX Runtime on the CPU)."""
+    """One block in INT8: the mean 1 - cosine that it causes alone, and the milliseconds an image that it saves by the
+    profiler, both of the engine that ran the candidates (`export/precision/`: for TensorRT's graphs ONNX Runtime)."""
 
     block: str
     error: float
@@ -133,12 +133,13 @@ class Manifest(_Strict):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest and, last, its hash."""
+    """Write the manifest and its hash. Whenever it is killed, the manifest is one that the hash file has a line of."""
     content = manifest.model_dump_json(indent=2).encode() + b"\n"
-    with atomic_file(folder / MANIFEST) as file:
-        file.write(content)
-    with atomic_file(folder / MANIFEST_HASH) as file:
-        file.write(hash_line(content))
+    line, hashes = hash_line(content), folder / MANIFEST_HASH
+    before = hashes.read_bytes() if hashes.is_file() else b""
+    for path, written in ((hashes, before + line), (folder / MANIFEST, content), (hashes, line)):
+        with atomic_file(path) as file:
+            file.write(written)
 
 
 def hash_line(manifest: bytes) -> bytes:

@@ -71,7 +71,7 @@ def _print(made: Demo) -> None:
     print("Next:")
     print(f"  mgn-deploy search {made.query_store} {made.gallery_store} -k 5")
     print(f"  mgn-deploy embed YOUR_IMAGES -o your-store --bundle {made.bundle}")
-    print(f"  mgn-deploy bench --bundle {made.bundle}")
+    print(f"  mgn-deploy bench {made.bundle}")
     print("  # a network of the paper's size:")
     print("  mgn-deploy init -o weights-r50 --init random && mgn-deploy export weights-r50 -o bundle-r50")
 

@@ -8,29 +8,46 @@ from typing import Annotated
 import typer
 
 from mgn_deploy.choices import Dtype
-from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Json, out
+from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, BoxClass, BoxesFile, Json, MinScore, Video, out
 from mgn_deploy.console import print_json, progress, say
+from mgn_deploy.errors import UserError
 
 
 def embed(
-    images: Annotated[
-        list[Path],
-        typer.Argument(help="A folder of images, searched recursively; or images, folders and patterns ('a/*.jpg')."),
-    ],
     store: Annotated[Path, out("The embedding store to write or to go on with.")],
-    bundle: Bundle,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A folder of images, searched recursively; images, tar shards, folders and patterns ('a/*.jpg'); the "
+            "same as s3://, gs:// or http:// URLs; or a list: a path a line, or a .csv, .tsv or .parquet with a column "
+            "path ('-': stdin)."
+        ),
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="The bundle that embeds; with --server the one that it must run.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Embed by http://HOST:PORT (mgn-deploy serve) or grpc://HOST:PORT (Triton)."),
+    ] = None,
     backend: Backend = "auto",
     batch: Batch = 8,
     dtype: Annotated[Dtype, typer.Option(help="Of the stored embeddings.")] = "float32",
     labels: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Who is on an image: none, market1501 (0002_c1... is person 2, camera 1), folder (the first folder of "
-            "its path), or a table with the columns path, identity and camera."
+            "its path), track (of a tracker's boxes), or a table with the columns path, identity and camera, as a list "
+            "may be itself."
         ),
-    ] = "none",
+    ] = None,
+    boxes: BoxesFile = None,
+    video: Video = None,
+    box_class: BoxClass = ["person"],  # noqa: B006
+    min_score: MinScore = 0.0,
     root: Annotated[
-        Path | None, typer.Option(help="The folder that names begin at, where several images are given.")
+        str | None,
+        typer.Option(help="The folder or URL that names begin at, where a list or several images are given."),
     ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="N/OF", help="Only one part of the images, as in 3/16; `store merge` joins.")
@@ -50,13 +67,18 @@ def embed(
     """
     from mgn_deploy.embedder import Embedder
     from mgn_deploy.gallery.embed import embed_folder
-    from mgn_deploy.gallery.sources import open_source, part_of
+    from mgn_deploy.gallery.inputs import open_inputs
 
-    source = open_source(*images, root=root)
-    if shard is not None:
-        source = part_of(source, shard)
-    embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
-    say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
+    source = open_inputs(
+        images or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video, part=shard
+    )
+    if server is not None:
+        embedder = Embedder.connect(server, bundle)
+    elif bundle is not None:
+        embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
+    else:
+        raise UserError("what embeds the images? give --bundle, or --server")
+    say(f"{server or bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
     try:
         with progress() as update:
             report = embed_folder(

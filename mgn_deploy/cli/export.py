@@ -79,6 +79,9 @@ def export(
     triton: Annotated[
         Path | None, _content(help="Also write a model repository for Triton Inference Server, to this folder.")
     ] = None,
+    sign: Annotated[
+        Path | None, _content(help="Sign it with this Ed25519 private key (PEM); --verify-key checks it.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Export weights to a bundle and prove it against PyTorch.
@@ -108,24 +111,30 @@ def export(
         flip=flip,
         reference=reference,
         proof_images=proof_images,
+        sign=sign,
     )
     with progress("steps") as update:
         bundle = export_bundle(weights, folder, options, progress=update)
     _tell(bundle, bundle.manifest.proofs, json)
 
 
-def prove(bundle: Bundle, proof_images: ProofImages = None, data: ProofData = None, json: Json = False) -> None:
+def prove(
+    bundle: Bundle,
+    proof_images: ProofImages = None,
+    data: ProofData = None,
+    sign: Annotated[Path | None, typer.Option(help="Sign the new proofs with this Ed25519 private key (PEM).")] = None,
+    json: Json = False,
+) -> None:
     """Prove a bundle again, on this machine's engines.
 
     The proofs of every engine that is installed here are written into the bundle, as after copying it to another
-    machine.
+    machine. It needs PyTorch only for images that the export did not record, and for --data.
     """
-    require_training()
     from mgn_deploy.bundle.bundle import Bundle
     from mgn_deploy.datasets import open_data
     from mgn_deploy.export.proof.prove import prove_again
 
-    made = prove_again(bundle, proof_images=proof_images, data=open_data(data) if data else None)
+    made = prove_again(bundle, proof_images=proof_images, data=open_data(data) if data else None, sign_key=sign)
     _tell(Bundle.open(bundle), made, json)
 
 

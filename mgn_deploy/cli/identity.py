@@ -273,4 +273,4 @@ def _print_answers(answers: list[Identification]) -> None:
         elif answer.known:
             print(f"{images}: {answer.name}, p = {answer.probability:.2f}")
         else:
-            print(f"{images}: unknown, p = {answer.probability:.2f}; most like {best.name}, p = {best.probability:.2f}")
+            print(f"{images}: unknown (below the threshold: most like {best.name}, p = {best.probability:.2f})")

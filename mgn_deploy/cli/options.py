@@ -42,9 +42,23 @@ Backend = Annotated[
     typer.Option("--backend", metavar="ENGINE", help=f"auto (the first that is installed and proven) or {_BACKENDS}."),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, max=MAX_BATCH, help="Images a call of the engine.")]
+BoxClass = Annotated[
+    list[str],
+    typer.Option("--box-class", help="Name or number of a class that is taken, or all.", rich_help_panel="Boxes"),
+]
+BoxesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--boxes",
+        help="A row for each box in the images: MOTChallenge's text, YOLO's folder, COCO's JSON, or a table of path, "
+        "left, top, width and height.",
+        rich_help_panel="Boxes",
+    ),
+]
 Bundle = Annotated[Path, typer.Option("--bundle", help="The bundle: a folder that `export` wrote.")]
 Data = Annotated[str, typer.Option("--data", help=f"Labelled people as KIND:DIR; KIND is {DATA_KINDS}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+MinScore = Annotated[float, typer.Option("--min-score", help="Of boxes that have a score.", rich_help_panel="Boxes")]
 ProofData = Annotated[
     str | None,
     typer.Option(
@@ -61,8 +75,15 @@ ProofImages = Annotated[
         help="Folder of images to prove the engines on; drawn people without it.",
     ),
 ]
-QueryBundle = Annotated[Path | None, typer.Option("--bundle", help="The bundle that embeds queries that are images.")]
+QueryBundle = Annotated[
+    Path | None,
+    typer.Option("--bundle", help="The bundle that embeds queries that are images; without it the gallery's."),
+]
 RankDevice = Annotated[
     Device, typer.Option("--device", help="Where distances are computed; auto: on a CUDA device if there is one.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Of all random numbers.")]
+Video = Annotated[
+    Path | None,
+    typer.Option("--video", help="A video, in place of images, that --boxes is about.", rich_help_panel="Boxes"),
+]

@@ -18,7 +18,7 @@ SHOWN_QUERIES = 20
 
 
 def search(
-    query: Annotated[Path, typer.Argument(help="An embedding store, or with --bundle an image or a folder of images.")],
+    query: Annotated[Path, typer.Argument(help="An embedding store, an image or a folder of images.")],
     gallery: Annotated[Path, typer.Argument(help="Embedding store of the gallery.")],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Neighbours a query.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Also write a page of the rank lists, images inlined.")] = None,
@@ -35,19 +35,27 @@ def search(
     rerank: Annotated[bool, typer.Option("--rerank", help="Re-rank by k-reciprocal neighbours.")] = False,
     aqe: Annotated[int, typer.Option(min=0, help="Expand a query by so many neighbours first; 0: by none.")] = 0,
     device: RankDevice = "cpu",
+    far: Annotated[
+        float, typer.Option("--far", help="Where the bundle has a calibration: share of wrong pairs above the line.")
+    ] = 1e-3,
+    prior: Annotated[
+        float | None, typer.Option(help="Share of pairs that are one person; without it estimated from the gallery.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show the nearest gallery images of each query.
 
-    Nothing is left out but the query's own file, unless --exclude-same-camera asks for it.
+    Nothing is left out but the query's own file, unless --exclude-same-camera asks for it. With a bundle that is
+    calibrated each result has a probability.
     """
     from mgn_deploy.gallery.store import Store
+    from mgn_deploy.identity.ranked import judge_by_bundle
     from mgn_deploy.report.rank_page import gallery_facts, write_rank_page
     from mgn_deploy.retrieval.search import Queries
     from mgn_deploy.retrieval.search import search as run
 
     images = Store.open(gallery)
-    queries = Queries.open(query, bundle, backend, allow_unproven=allow_unproven, labels=labels)
+    queries = Queries.open(query, bundle, backend, allow_unproven=allow_unproven, labels=labels, gallery=images)
     with progress("steps") as update:
         lists = run(
             queries,
@@ -59,8 +67,10 @@ def search(
             device=device,
             progress=update,
         )
+    lists, judged = judge_by_bundle(lists, bundle, images, far=far, prior=prior, expanded=aqe > 0)
     if html is not None:
-        write_rank_page(html, lists, title=f"{query.name} in {gallery.name}", facts=gallery_facts(images))
+        facts = gallery_facts(images)
+        write_rank_page(html, lists, title=f"{query.name} in {gallery.name}", facts=facts, judged=judged)
         say(f"{html}: {len(lists)} rank lists")
     if json:
         print_json([ranked.to_dict() for ranked in lists])
@@ -113,12 +123,15 @@ def _print_lists(lists: list[RankList]) -> None:
             "unknown" if result.identity is None else str(result.identity),
             "unknown" if result.camera is None else str(result.camera),
             *([] if result.distance is None else [f"{result.distance:.4f}"]),
+            *([] if result.probability is None else [f"{result.probability:.3f}", "yes" if result.same else "no"]),
         ]
         for ranked in lists[:SHOWN_QUERIES]
         for rank, result in enumerate(ranked.results, start=1)
     ]
     columns = ["query", "rank", "similarity", "gallery image", "identity", "camera"]
     reranked = any(result.distance is not None for ranked in lists for result in ranked.results)
-    print_table([*columns, "re-ranked distance"] if reranked else columns, rows)
+    judged = any(result.probability is not None for ranked in lists for result in ranked.results)
+    columns += (["re-ranked distance"] if reranked else []) + (["probability", "above threshold"] if judged else [])
+    print_table(columns, rows)
     if len(lists) > SHOWN_QUERIES:
         say(f"the first {SHOWN_QUERIES} of {len(lists)} queries; --json or --html for all")

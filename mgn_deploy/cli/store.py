@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mgn_deploy.cli.options import Json, out
-from mgn_deploy.console import print_json, print_table
+from mgn_deploy.cli.options import BoxClass, BoxesFile, Json, MinScore, Video, out
+from mgn_deploy.console import print_json, print_table, progress
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Look at embedding stores, check, mend, join and export them."
@@ -47,7 +47,10 @@ def info(store: StoreFolder, json: Json = False) -> None:
 
 @app.command(epilog="Example:\n\nmgn-deploy store verify store")
 def verify(store: StoreFolder, json: Json = False) -> None:
-    """Compare every byte with the manifest's checksums; exit code 1 where one differs."""
+    """Compare every byte with the checksums.
+
+    Exit code 1 where one differs.
+    """
     from mgn_deploy.errors import GateFailed
     from mgn_deploy.gallery.maintain import verify as run
 
@@ -84,15 +87,22 @@ def repair(store: StoreFolder, json: Json = False) -> None:
 @app.command(epilog="Example:\n\nmgn-deploy store prune store photos")
 def prune(
     store: StoreFolder,
-    source: Annotated[list[Path], typer.Argument(help="The folder or files that were embedded.")],
-    root: Annotated[Path | None, typer.Option(help="As of `embed`.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Argument(help="What was embedded, with the options that `embed` was given.")
+    ] = None,
+    boxes: BoxesFile = None,
+    video: Video = None,
+    box_class: BoxClass = ["person"],  # noqa: B006
+    min_score: MinScore = 0.0,
+    root: Annotated[str | None, typer.Option(help="As of `embed`.")] = None,
     json: Json = False,
 ) -> None:
     """Remove the rows of images that are no longer in the source."""
+    from mgn_deploy.gallery.inputs import open_inputs
     from mgn_deploy.gallery.maintain import prune as run
-    from mgn_deploy.gallery.sources import open_source
 
-    removed = run(store, [file.name for file in open_source(*source, root=root).files])
+    found = open_inputs(source or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video)
+    removed = run(store, [file.name for file in found.files])
     if json:
         print_json({"store": str(store), "removed": removed})
     else:
@@ -129,6 +139,27 @@ def merge(
         print_json({"store": str(merged), "rows": rows})
     else:
         print(f"{merged}: {rows} rows of {len(stores)} stores")
+
+
+@app.command("pool-tracks", epilog="Example:\n\nmgn-deploy store pool-tracks store -o tracks")
+def pool_tracks(
+    store: StoreFolder,
+    tracks: Annotated[Path, out("The new store.")],
+    best: Annotated[int, typer.Option(min=1, help="Most images that are taken of a track: the largest, sharpest.")] = 8,
+    json: Json = False,
+) -> None:
+    """Pool each track's best images into one embedding.
+
+    The row of a track is that of its best image; taken.parquet in the new store names all images that were taken.
+    """
+    from mgn_deploy.gallery.tracks import pool_tracks as run
+
+    with progress() as update:
+        pooled = run(store, tracks, best=best, progress=update)
+    if json:
+        print_json({"store": str(tracks), **pooled.to_dict()})
+    else:
+        print(f"{tracks}: {pooled.tracks} tracks, of {pooled.taken} of {pooled.images} images")
 
 
 @app.command(epilog="Example:\n\nmgn-deploy store compact store")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
+
+from mgn_deploy.errors import UserError
 
 Subset = Literal["train", "query", "gallery", "multi-query"]
 SUBSETS: tuple[Subset, ...] = get_args(Subset)
@@ -65,6 +69,35 @@ class Dataset:
     def is_person(self, identity: int) -> bool:
         """Whether the number is a person's, and neither junk nor a distractor."""
         return identity not in self.junk and identity not in self.distractors
+
+    def without_junk(self) -> Dataset:
+        """The same without the gallery's junk, which is never ranked."""
+        return replace(self, gallery=[image for image in self.gallery if image.identity not in self.junk])
+
+    def sample(self, count: int, seed: int = 0) -> Dataset:
+        """Query and gallery of people drawn at random until they have `count` images, and a like share of distractors.
+
+        Raises:
+            UserError: count is below 2.
+        """
+        if count < 2:
+            raise UserError(f"a sample of {count} images ranks nothing: take at least 2")
+        by_person: dict[int, int] = Counter(image.identity for image in (*self.query, *self.gallery))
+        people = sorted(identity for identity in by_person if self.is_person(identity))
+        random.Random(seed).shuffle(people)
+        taken: set[int] = set()
+        images = 0
+        while people and images < count:
+            taken.add(people.pop())
+            images = sum(by_person[identity] for identity in taken)
+        others = [image for image in self.gallery if not self.is_person(image.identity)]
+        share = len(taken) / max(1, len(taken) + len(people))
+        kept = set(random.Random(seed).sample(others, round(share * len(others))))
+        return replace(
+            self,
+            query=[image for image in self.query if image.identity in taken],
+            gallery=[image for image in self.gallery if image.identity in taken or image in kept],
+        )
 
     def images(self, subset: Subset) -> list[LabelledImage]:
         """The images of a subset."""

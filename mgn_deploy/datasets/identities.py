@@ -44,7 +44,7 @@ def open_identities(root: str | os.PathLike[str], subsets: Collection[Subset]) -
         notes.append(f"{len(loose):,} images beside the people's folders were left out, {loose[0]!r} the first")
     rows = [(file, labels(file.name), _camera(file.name)) for file in files]
     images = [
-        LabelledImage(file.path, label.identity, NO_CAMERA if camera is None else camera)
+        LabelledImage(root / file.name, label.identity, NO_CAMERA if camera is None else camera)
         for file, label, camera in rows
         if label is not None
     ]
@@ -57,15 +57,13 @@ def open_identities(root: str | os.PathLike[str], subsets: Collection[Subset]) -
         notes.append(f"{without:,} of {len(images):,} images name no camera (cam_1), so that cameras are not used")
     if without:
         images = [LabelledImage(image.path, image.identity, NO_CAMERA) for image in images]
+    train, (query, gallery) = list[LabelledImage](), _divided(images)
     if "train" in subsets:
         train, query, gallery = images, [], []
         if len(subsets) > 1:
             notes.append("everybody is trained on: there is nobody left to evaluate with")
-    else:
-        train = []
-        query, gallery = _divided(images)
-        if not query:
-            raise UserError(f"{root} holds no person with two images: there is nothing to look for")
+    elif not query:
+        raise UserError(f"{root} holds no person with two images: there is nothing to look for")
     for note in notes:
         _log.warning(note)
     data = Dataset.read("identities", root, subsets, {"train": train, "query": query, "gallery": gallery}.__getitem__)
@@ -82,7 +80,7 @@ def _divided(images: list[LabelledImage]) -> tuple[list[LabelledImage], list[Lab
     """Queries and gallery."""
     of_person = Counter(image.identity for image in images)
     seen: set[tuple[int, int]] = set()
-    query, gallery = [], []
+    query, gallery = list[LabelledImage](), list[LabelledImage]()
     for image in images:
         shot = (image.identity, image.camera)
         asks = shot not in seen and of_person[image.identity] > 1

@@ -6,21 +6,21 @@ Market-1501's rule, and is a date to whoever named it.
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from mgn_deploy.datasets.market1501 import parse_name
+from mgn_deploy.datasets.tables import TableRow, read_table
 from mgn_deploy.errors import UserError
 
 _log = logging.getLogger("mgn_deploy")
 
 KINDS = ("none", "market1501", "folder")
-TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 LARGEST = 2**31 - 1  # a store keeps identity and camera as int32
 SMALLEST = -1  # Market-1501's junk; a store has -2 for unknown
 
@@ -69,9 +69,9 @@ def read_labels(
 
     Args:
         kind: `none`; `market1501` (`0002_c1s1_000451_03.jpg` is person 2 of camera 1); `folder` (`anna/7.jpg` is
-            person `anna`: the first folder of the path, no camera); or a table, .csv, .tsv or .txt in UTF-8 with the
-            columns path, identity and, if need be, camera, in any order, among others, divided by commas, semicolons or
-            tabs. A path is an image's name.
+            person `anna`: the first folder of the path, no camera); or a table, .csv, .tsv or .txt in UTF-8 or
+            .parquet, with the columns path, identity and, if need be, camera, in any order, among others; text is
+            divided by commas, semicolons or tabs. A path is an image's name.
         names: all images, for `folder`, which numbers the people 1, 2, ... by the bytes of their names.
         people: numbers that an earlier call gave; they are kept, and people who are new are numbered after them. For
             `folder`, and a table whose identities are no integers.
@@ -118,72 +118,43 @@ def _by_folder(names: Iterable[str], known: Mapping[str, int]) -> Labels:
 
 
 def _by_table(path: Path, known: Mapping[str, int]) -> Labels:
-    rows = _read_table(path)
-    people, identity_of = _numbering(path, "identity", [row.identity for row in rows], known)
-    cameras, camera_of = _numbering(path, "camera", [row.camera for row in rows], {})
+    return table_labels(str(path), read_table(path, ("path", "identity")), known)
+
+
+def table_labels(title: str, rows: Sequence[TableRow], known: Mapping[str, int] | None = None) -> Labels:
+    """The labels that a table's columns path, identity and, if it is there, camera give.
+
+    Args:
+        title: of the table, in messages and as the rule's `kind`.
+        rows: as `read_table` reads them; one without an identity says nothing.
+        known: as `people` of `read_labels`.
+
+    Raises:
+        UserError: two rows say two things of one image, or a number is out of range.
+    """
+    people, identity_of = _numbering(title, "identity", [row.cells["identity"] for row in rows], known or {})
+    cameras, camera_of = _numbering(title, "camera", [row.cells.get("camera", "") for row in rows], {})
     labels: dict[str, Label] = {}
     for row in rows:
-        if not row.identity:
+        if not row.cells["identity"]:
             continue  # known to nobody
-        label = Label(identity_of(row.identity), camera_of(row.camera) if row.camera else None)
-        if labels.setdefault(row.name, label) != label:
-            raise UserError(f"{path}, line {row.line}: {row.name!r} has another label than in an earlier line")
+        camera = row.cells.get("camera")
+        label = Label(identity_of(row.cells["identity"]), camera_of(camera) if camera else None)
+        if labels.setdefault(row.path, label) != label:
+            raise UserError(f"{title}, line {row.line}: {row.path!r} has another label than in an earlier line")
 
-    return Labels(str(path), people, cameras, labels.get)
-
-
-class _TableRow(NamedTuple):
-    line: int
-    name: str
-    identity: str
-    camera: str
-
-
-def _read_table(path: Path) -> list[_TableRow]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): --labels takes a table or {KINDS}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save the table as UTF-8") from None
-    lines = text.splitlines()
-    header = lines[0] if lines else ""
-    delimiter = max("\t;,", key=header.count)
-    try:
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        columns = [column.strip().lower() for column in next(reader, [])]
-        missing = [column for column in ("path", "identity") if columns.count(column) != 1]
-        if missing or columns.count("camera") > 1:
-            raise UserError(
-                f"{path}: the first line has to name the columns path, identity and, if need be, camera, each once; it "
-                f"is {header[:80]!r}"
-            )
-        return [_row(path, reader.line_num, columns, cells) for cells in reader if any(map(str.strip, cells))]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not a table ({error})") from None
-
-
-def _row(path: Path, line: int, columns: list[str], cells: list[str]) -> _TableRow:
-    if len(cells) > len(columns):
-        raise UserError(
-            f"{path}, line {line}: {len(cells)} cells under {len(columns)} columns; quote cells with commas"
-        )
-    values = dict(zip(columns, map(str.strip, cells), strict=False))
-    name = values["path"].replace("\\", "/").removeprefix("./")
-    if not name:
-        raise UserError(f"{path}, line {line}: the path is empty")
-    return _TableRow(line, name, values.get("identity", ""), values.get("camera", ""))
+    return Labels(title, people, cameras, labels.get)
 
 
 def _numbering(
-    path: Path, column: str, texts: list[str], known: Mapping[str, int]
+    title: str, column: str, texts: list[str], known: Mapping[str, int]
 ) -> tuple[Mapping[str, int], Callable[[str], int]]:
     """The numbers of a column's texts, empty where they are integers themselves; and what gives each its number."""
     texts = [text for text in texts if text]
     if not known and all(_is_integer(text) for text in texts):
         wrong = next((text for text in texts if not SMALLEST <= int(text) <= LARGEST), None)
         if wrong is not None:
-            raise UserError(f"{path}: {column} {wrong} is not from {SMALLEST} to {LARGEST}")
+            raise UserError(f"{title}: {column} {wrong} is not from {SMALLEST} to {LARGEST}")
         return {}, int
     numbers = number(texts, known)
     return numbers, numbers.__getitem__

@@ -73,11 +73,12 @@ def _labelled(root: Path, name: str) -> list[LabelledImage]:
         raise UserError(f"{root} has no folder {name!r}: {why}")
     images = []
     for file in list_images(folder):
-        label = parse_name(file.path.name)
+        path = folder / file.name
+        label = parse_name(path.name)
         if label is None:
             raise UserError(
-                f"{file.path}: the name gives no identity and camera; Market-1501's are like 0002_c1s1_000451_03.jpg "
+                f"{path}: the name gives no identity and camera; Market-1501's are like 0002_c1s1_000451_03.jpg "
                 "(--data identities:DIR reads a folder a person, whatever the files' names)"
             )
-        images.append(LabelledImage(file.path, *label))
+        images.append(LabelledImage(path, *label))
     return images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -14,21 +13,21 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.choices import Dtype
-from mgn_deploy.datasets.labels import Labels, read_labels
+from mgn_deploy.datasets.labels import LARGEST, Label, Labels, read_labels
 from mgn_deploy.embedder import Embedder, check_batch_size
-from mgn_deploy.errors import GateFailed, UnreadableImage
+from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.gallery.relocate import at_source
 from mgn_deploy.gallery.shards import Row, StoreManifest
-from mgn_deploy.gallery.sources import Decoded, Source, file_bytes, open_source
+from mgn_deploy.gallery.sources import MOST_CROP_SIDE, Decoded, Source, open_source
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.images.listing import ImageFile
-from mgn_deploy.images.prefetch import in_order
 from mgn_deploy.interrupt import DeferredInterrupt, Stopped
 from mgn_deploy.progress import Progress
 
 COMMIT_SECONDS = 30.0  # at most so much work is lost by a power cut
 LOGGED_FAILURES = 10
+TRACK = "track"  # the rule of --labels by which a track is a person
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -43,6 +42,7 @@ class GalleryReport:
         failed: name and reason of each file that it could not read.
         skipped: files that are no image, by extension.
         relabelled: images that were in the store with another identity or camera, and have the new one.
+        unlike_crops: images that were embedded whole and are wider than high or larger than any crop of a person.
         seconds: how long it took.
     """
 
@@ -52,6 +52,7 @@ class GalleryReport:
     failed: list[tuple[str, str]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     relabelled: int = 0
+    unlike_crops: int = 0
     seconds: float = 0.0
 
     @property
@@ -76,7 +77,7 @@ def embed_folder(
     *,
     batch_size: int = 8,
     dtype: Dtype = "float32",
-    labels: str | os.PathLike[str] = "none",
+    labels: str | os.PathLike[str] | None = None,
     max_failures: int | None = None,
     verify_content: bool = False,
     progress: Progress | None = None,
@@ -92,7 +93,9 @@ def embed_folder(
         store: a new folder or the store of an earlier run over the same source with the same bundle and backend.
         embedder: decides the bundle, and is called with `batch_size` images at a time.
         dtype: of the stored embeddings.
-        labels: who is on an image: none, market1501, folder or a table, as in `datasets.labels.read_labels`.
+        labels: who is on an image: none, market1501, folder or a table, as in `datasets.labels.read_labels`; `track`: a
+            box's track is its person; None: what the source says, as a list with a column identity does, or else
+            nothing.
         max_failures: stop after more bad files than this; None: never.
         verify_content: read the files that are in the store already, and embed again those whose SHA-256 is another.
         progress: called after each batch with the files done and to do.
@@ -104,26 +107,32 @@ def embed_folder(
     check_batch_size(batch_size)
     source = folder if isinstance(folder, Source) else open_source(folder)
     names = [file.name for file in source.files]
-    rule = read_labels(labels, names)
+    rule = _labels(labels, source)
     rule.unlabelled(names)
     manifest = StoreManifest(
-        bundle_id=embedder.bundle.id,
+        bundle_id=embedder.bundle_id,
         backend=embedder.backend.name,
         preprocessing=PREPROCESSING,
         dim=embedder.dim,
         dtype=dtype,
+        bundle_path=os.path.abspath(embedder.bundle.folder),
         source=source.uri,
     )
     report = GalleryReport(skipped=source.skipped)
     start = time.monotonic()
     with StoreWriter(store, at_source(store, manifest, names)) as writer:
-        report.gone = len(writer.known.keys() - set(names))
+        report.gone = len(writer.known.keys() - set(names)) if source.complete else 0
         # Files never seen come first, so that a run that was killed and is run again orders them as one that was not.
         fresh = [file for file in source.files if file.name not in writer.known]
         seen = [file for file in source.files if file.name in writer.known]
         again = [file for file in seen if not _is_done(file, writer.known[file.name])]
         if verify_content:
-            again = [file for file, same in _verified(seen, writer.known) if not same]
+            digests = zip(seen, source.digests(seen), strict=True)
+            again = [
+                file
+                for file, digest in digests
+                if not _is_done(file, writer.known[file.name]) or digest != writer.known[file.name].sha256
+            ]
         report.unchanged = len(seen) - len(again)
         report.relabelled = _relabel(writer, rule)
         run = _Run(writer, embedder, batch_size, rule, report, max_failures)
@@ -143,12 +152,31 @@ def embed_folder(
     return report
 
 
+def _labels(kind: str | os.PathLike[str] | None, source: Source) -> Labels:
+    if kind is None:
+        return source.labels or read_labels("none")
+    if kind == TRACK:
+        tracks = {file.name: Label(file.track, None) for file in source.files if file.track is not None}
+        if not tracks:
+            raise UserError(f"--labels {TRACK}: {source.title} has no tracks, which a tracker's --boxes would give")
+        largest = max(label.identity for label in tracks.values())
+        if largest > LARGEST:
+            raise UserError(f"--labels {TRACK}: track {largest} is larger than {LARGEST}, a person's largest number")
+        return Labels(TRACK, rule=tracks.get)
+    return read_labels(kind, [file.name for file in source.files])
+
+
 def _log_losses(report: GalleryReport, title: str) -> None:
     for name, reason in report.failed[:LOGGED_FAILURES]:
         _log.warning(f"cannot be read: {name!r}: {reason}")
     if len(report.failed) > LOGGED_FAILURES:
         more = len(report.failed) - LOGGED_FAILURES
         _log.warning(f"... and {more} more, in the store's Parquet with their reasons")
+    if report.unlike_crops:
+        _log.warning(
+            f"{report.unlike_crops} images are wider than high or larger than {MOST_CROP_SIDE} pixels, which no crop "
+            "of one person is: give a detector's boxes by --boxes"
+        )
     if report.gone:
         _log.warning(
             f"{report.gone} images of the store are no longer in {title}; they stay until `mgn-deploy store prune`"
@@ -156,20 +184,11 @@ def _log_losses(report: GalleryReport, title: str) -> None:
 
 
 def _is_done(file: ImageFile, row: Row) -> bool:
-    return row.error is None and (row.size, row.mtime_ns) == (file.size, file.mtime_ns)
+    return row.error is None and _what_was_embedded(row) == _what_was_embedded(file)
 
 
-def _verified(files: list[ImageFile], known: dict[str, Row]) -> Iterator[tuple[ImageFile, bool]]:
-    """Each file and whether its content is what was embedded."""
-
-    def same(file: ImageFile) -> bool:
-        row = known[file.name]
-        try:
-            return _is_done(file, row) and row.sha256 == hashlib.sha256(file_bytes(file)).digest()
-        except UnreadableImage:
-            return False
-
-    return zip(files, in_order(same, files), strict=True)
+def _what_was_embedded(image: Row | ImageFile) -> tuple[object, ...]:
+    return image.size, image.mtime_ns, image.box, image.frame, image.track
 
 
 def _relabel(writer: StoreWriter, rule: Labels) -> int:
@@ -246,6 +265,7 @@ class _Run:
         file = image.file
         if image.error is not None:
             self._report.failed.append((file.name, image.error))
+        self._report.unlike_crops += image.unlike_crop
         identity, camera = self._labels(file.name) or (None, None)
         return Row(
             file.name, file.size, file.mtime_ns, image.error, identity, camera, image.sha256,

@@ -9,9 +9,9 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.archives import archive_of
 from mgn_deploy.gallery.shards import MANIFEST, StoreManifest, open_shards, read_manifest
 from mgn_deploy.gallery.writer import StoreWriter
-from mgn_deploy.images.listing import list_images
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -58,7 +58,7 @@ def relocate(store: str | os.PathLike[str], source: str) -> tuple[int, int]:
     with StoreWriter(folder, manifest) as writer:
         there = len(writer.known)
         if uri.startswith("file:"):
-            there = len(writer.known.keys() & {file.name for file in list_images(_path(uri))})
+            there = sum(_is_there(_path(uri) / row.file) for row in writer.known.values())
             if writer.known and not there:
                 raise UserError(
                     f"not one of the {len(writer.known)} images of {folder} is in {_path(uri)}: give the folder that "
@@ -66,6 +66,10 @@ def relocate(store: str | os.PathLike[str], source: str) -> tuple[int, int]:
                 )
         writer.replace(writer.manifest.shards, source=uri)
         return there, len(writer.known)
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.lexists(path) or archive_of(path) is not None
 
 
 def _exists(uri: str) -> bool:

@@ -79,6 +79,7 @@ class StoreManifest(BaseModel):
     preprocessing: str
     dim: int = Field(ge=1, le=2**20)
     dtype: Dtype
+    bundle_path: str | None = None  # where the bundle was then; says nothing about the rows
     source: str  # what the rows' paths are below, as a URI: file: (which holds any name's bytes), s3:, ...
     shards: tuple[ShardEntry, ...] = ()
 
@@ -117,6 +118,11 @@ class Row:
     def status(self) -> str:
         """`ok` or `failed`."""
         return "ok" if self.error is None else "failed"
+
+    @property
+    def file(self) -> str:
+        """The name below the source of the image or, where the row is a box, of the photo or video that it is in."""
+        return self.name if self.box is None else self.name.rpartition("#")[0]
 
 
 class Shard:

@@ -1,4 +1,4 @@
-"""Where the images of a gallery come from: a folder, files, patterns or a list; others in files beside this one."""
+"""Where the images of a gallery come from: a folder, files or patterns here, others in files beside this one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mgn_deploy.datasets.labels import Labels
 from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.gallery.archives import archive_images, is_archive
 from mgn_deploy.gallery.shards import SHARD_ROWS
-from mgn_deploy.images.decode import load_rgb, resize_crop
+from mgn_deploy.images.decode import MIN_SIDE, load_rgb, resize_crop
 from mgn_deploy.images.formats import skipped_sentence, why_not_listed
 from mgn_deploy.images.listing import ImageFile, image_file, list_images
 from mgn_deploy.images.prefetch import in_order
 
 MOST_FILE_BYTES = 512 * 2**20  # 64 megapixels of 16-bit RGB, uncompressed, are less
+MOST_CROP_SIDE = 2000  # pixels: a larger image is a photo with somebody in it
 _GLOB = frozenset("*?[")
 
 
@@ -34,6 +37,7 @@ class Decoded:
     pixels: np.ndarray | None = None
     error: str | None = None
     sha256: bytes | None = None  # of the file's content
+    unlike_crop: bool = False  # a whole image that is wider than high or larger than MOST_CROP_SIDE
 
 
 @dataclass
@@ -45,35 +49,65 @@ class Source:
         title: for messages.
         files: the images, in the order of their rows.
         skipped: what is there and is no image, counted by kind.
+        labels: who is on them, where the source says it.
+        complete: whether images that a store holds besides are gone; a choice of files does not tell.
     """
 
     uri: str
     title: str
     files: list[ImageFile]
     skipped: Counter[str] = field(default_factory=Counter)
+    labels: Labels | None = None
+    complete: bool = True
 
     def decode(self, files: Sequence[ImageFile], height: int, width: int) -> Iterator[Decoded]:
         """Read some of the files, in their order, on threads ahead of the caller; a photo once for its boxes."""
-        photos = [list(group) for _, group in groupby(files, key=lambda file: file.path or file.name)]
-        for crops in in_order(lambda photo: _crops(photo, height, width), photos):
+        for crops in in_order(lambda photo: _crops(photo, height, width), photos_of(files)):
             yield from crops
+
+    def digests(self, files: Sequence[ImageFile]) -> Iterator[bytes | None]:
+        """The SHA-256 of the content that each file's crop is of; None where it cannot be read."""
+        for photo, digest in zip(photos_of(files), in_order(_digest, photos_of(files)), strict=True):
+            yield from [digest] * len(photo)
+
+
+def photos_of(files: Sequence[ImageFile]) -> list[list[ImageFile]]:
+    """The files, those that are boxes of one photo and follow each other together."""
+    return [list(group) for _, group in groupby(files, key=lambda file: file.path or file.read or file.name)]
 
 
 def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Source:
-    """The images of a folder (searched recursively), or of files and patterns (`cam1/*.jpg`) together.
+    """The images of a folder (searched recursively), of files and patterns (`cam1/*.jpg`) together, or of a list.
 
     Args:
-        places: one folder, or files, folders and patterns.
-        root: what the names of several places are below; by default the folder that all are in.
+        places: one folder; or files, tar archives, folders and patterns; or a list, as `lists.list_source` takes it; or
+            URLs, as `remote.remote_source` takes them.
+        root: what the names of several places are below; by default the folder that all are in. Of a list what its
+            relative paths are below.
 
     Raises:
         UserError: one of them is missing or no image, or lies outside `root`.
     """
+    from mgn_deploy.gallery.lists import is_list, list_source
+    from mgn_deploy.gallery.remote import is_remote, remote_source
+
     paths = [os.fspath(place) for place in places]
+    remote = [path for path in paths if is_remote(path)]
+    if remote:
+        if len(remote) < len(paths):
+            raise UserError(
+                f"{remote[0]!r} is given beside paths of this machine: embed them into a store of their own"
+            )
+        return remote_source(remote, None if root is None else os.fspath(root))
+    lists = [path for path in paths if is_list(path)]
+    if lists and len(paths) > 1:
+        raise UserError(f"{lists[0]!r} is a list of images and is given among others: give it alone")
+    if lists:
+        return list_source(lists[0], root)
     if len(paths) == 1 and root is None and os.path.isdir(paths[0]):
         folder = Path(paths[0])
         listing = list_images(folder)
-        return Source(_uri(folder), repr(str(folder)), listing.files, listing.skipped)
+        return Source(folder_uri(folder), repr(str(folder)), listing.files, listing.skipped)
     found: list[Path] = []
     skipped: Counter[str] = Counter()
     for path in paths:
@@ -94,26 +128,35 @@ def part_of(source: Source, part: str) -> Source:
         raise UserError(f"--shard {part}: give the part's number and their count, as in 3/16")
     number, count = int(match[1]) - 1, int(match[2])
     files = [file for index, file in enumerate(source.files) if index // SHARD_ROWS % count == number]
-    return replace(source, files=files, title=f"part {part} of {source.title}")
+    return replace(source, files=files, title=f"part {part} of {source.title}", complete=False)
 
 
 def files_source(
     paths: Sequence[Path], root: str | os.PathLike[str] | None = None, skipped: Counter[str] | None = None
 ) -> Source:
-    """Single files, whose names are below a root.
+    """Single files, and the images in tar archives, whose names are below a root.
 
     Raises:
         UserError: a file lies outside the root, or there is none.
     """
     if not paths:
         raise UserError(skipped_sentence(skipped or {}) or "no image is given")
-    absolute = [Path(os.path.abspath(path)) for path in dict.fromkeys(paths)]
-    base = Path(os.path.abspath(root)) if root else Path(os.path.commonpath([path.parent for path in absolute]))
+    absolute = list(dict.fromkeys(Path(os.path.abspath(path)) for path in paths))
+    base = Path(os.path.abspath(root)) if root else common_folder(absolute)
     outside = next((path for path in absolute if base not in path.parents), None)
     if outside:
         raise UserError(f"{str(outside)!r} is not below {str(base)!r}: give --root, the folder that holds all images")
-    files = [image_file(path, path.relative_to(base).as_posix()) for path in absolute]
-    return Source(_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped or Counter())
+    skipped = Counter() if skipped is None else skipped
+    files: list[ImageFile] = []
+    for path in absolute:
+        name = path.relative_to(base).as_posix()
+        files.extend(archive_images(path, name, skipped) if is_archive(path) else [image_file(path, name)])
+    return Source(folder_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped, complete=False)
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The deepest folder that all files are below, by their absolute paths."""
+    return Path(os.path.commonpath([path.parent for path in paths]))
 
 
 def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
@@ -130,7 +173,7 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         for match in matches:
             if os.path.isdir(match):
                 continue  # `**` names them besides their files
-            reason = why_not_listed(match, os.path.basename(match))
+            reason = None if is_archive(match) else why_not_listed(match, os.path.basename(match))
             if reason is None:
                 yield Path(match)
             else:
@@ -141,15 +184,14 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         )
 
 
-def _uri(folder: Path) -> str:
+def folder_uri(folder: Path) -> str:
+    """A folder of this machine as a store's manifest keeps it."""
     return Path(os.path.abspath(folder)).as_uri()
 
 
 def _crops(files: Sequence[ImageFile], height: int, width: int) -> list[Decoded]:
     """The crops of one photo's files."""
     try:
-        if files[0].problem:
-            raise UnreadableImage(files[0].problem)
         content = file_bytes(files[0])
         digest = hashlib.sha256(content).digest()
         image = load_rgb(content)
@@ -159,18 +201,42 @@ def _crops(files: Sequence[ImageFile], height: int, width: int) -> list[Decoded]
     return [crop_of(file, image, height, width, digest) for file in files]
 
 
+def _digest(files: Sequence[ImageFile]) -> bytes | None:
+    try:
+        return hashlib.sha256(file_bytes(files[0])).digest()
+    except UnreadableImage:
+        return None
+
+
 def crop_of(file: ImageFile, image: Image.Image, height: int, width: int, digest: bytes | None) -> Decoded:
     """A file's crop of the photo or frame that it is in; its error where its box is outside."""
-    if file.box is not None:
-        left, top, box_width, box_height = file.box
-        edges = (round(left), round(top), round(left + box_width), round(top + box_height))
-        clipped = (max(edges[0], 0), max(edges[1], 0), min(edges[2], image.width), min(edges[3], image.height))
-        if clipped[2] - clipped[0] < 4 or clipped[3] - clipped[1] < 4:
-            return Decoded(
-                file, error=f"the box has less than 4x4 pixels inside the {image.width}x{image.height} image"
-            )
-        image = image.crop(clipped)
-    return Decoded(file, resize_crop(image, height, width), sha256=digest)
+    try:
+        crop = cut(image, file.box)
+    except UnreadableImage as problem:
+        return Decoded(file, error=str(problem))
+    unlike = file.box is None and (image.width > image.height or max(image.size) > MOST_CROP_SIDE)
+    return Decoded(file, resize_crop(crop, height, width), sha256=digest, unlike_crop=unlike)
+
+
+def cut(image: Image.Image, box: tuple[float, float, float, float] | None) -> Image.Image:
+    """What a box shows of an upright photo: its edges rounded to whole pixels (a half to the even one) and clipped.
+
+    Args:
+        image: the photo or frame.
+        box: left, top, width and height in pixels; None: the whole image.
+
+    Raises:
+        UnreadableImage: less than 4x4 pixels of it are inside.
+    """
+    if box is None:
+        return image
+    left, top, width, height = box
+    edges = (round(left), round(top), round(left + width), round(top + height))
+    clipped = (max(edges[0], 0), max(edges[1], 0), min(edges[2], image.width), min(edges[3], image.height))
+    if clipped[2] - clipped[0] < MIN_SIDE or clipped[3] - clipped[1] < MIN_SIDE:
+        size = f"{image.width}x{image.height}"
+        raise UnreadableImage(f"the box has less than {MIN_SIDE}x{MIN_SIDE} pixels inside the {size} image")
+    return image.crop(clipped)
 
 
 def file_bytes(file: ImageFile) -> bytes:
@@ -179,6 +245,8 @@ def file_bytes(file: ImageFile) -> bytes:
     Raises:
         UnreadableImage: it cannot be read, is no regular file, or is larger than any image that is taken.
     """
+    if file.problem:
+        raise UnreadableImage(file.problem)
     if file.read:
         return file.read()
     assert file.path is not None

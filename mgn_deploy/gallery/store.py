@@ -11,12 +11,14 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 
-from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
 from mgn_deploy.gallery.shards import Row, Shard, StoreManifest, open_shards, read_manifest
 from mgn_deploy.packages import import_problem
 
 if TYPE_CHECKING:
     import pandas as pd
+    from PIL import Image
 
 UNKNOWN = -2  # identity or camera of an image of which nobody said it (-1 is Market-1501's junk)
 
@@ -147,6 +149,23 @@ class Store:
             result[rows] = block
         return result
 
+    def find_bundle(self) -> Bundle:
+        """The bundle that embedded the store, where it was then.
+
+        Raises:
+            UserError: it is not there, or is another one now: which one is wanted.
+        """
+        wanted = f"{self.folder} was embedded by bundle {self.manifest.bundle_id[:12]}"
+        if self.manifest.bundle_path is None:
+            raise UserError(f"{wanted}: give its folder by --bundle")
+        try:
+            bundle = Bundle.open(self.manifest.bundle_path)
+        except UserError:
+            raise UserError(f"{wanted}, which is no longer in {self.manifest.bundle_path}: give --bundle") from None
+        if bundle.id != self.manifest.bundle_id:
+            raise UserError(f"{wanted}, and {bundle.folder} is {bundle.id[:12]} now: give the right one by --bundle")
+        return bundle
+
     def path(self, row: Row) -> Path:
         """Where the image was when it was embedded.
 
@@ -159,6 +178,19 @@ class Store:
         if row.name.startswith("/") or ".." in row.name.split("/"):
             raise UserError(f"{row.name!r} of {self.folder} leads out of the store's source folder: it is not opened")
         return Path(os.fsdecode(unquote_to_bytes(source.path))) / row.name
+
+    def image(self, row: Row) -> Image.Image:
+        """The crop that was embedded, from its file: a photo, a box in one or in a video's frame, or a tar's member.
+
+        Raises:
+            UserError: it is gone or cannot be read any more, or `path` refuses it.
+        """
+        from mgn_deploy.gallery.crops import row_crop  # which needs what reads every kind of file
+
+        try:
+            return row_crop(self, row)
+        except UnreadableImage as problem:
+            raise UserError(f"{row.name!r} of {self.folder} cannot be read: {problem}") from None
 
     def identities(self) -> np.ndarray:
         """int64 `[len(store)]`; UNKNOWN (-2) where nobody said it."""

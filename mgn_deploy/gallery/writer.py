@@ -30,6 +30,7 @@ from mgn_deploy.gallery.shards import (
 )
 
 LOCK = ".lock"
+_NOT_COMPARED = {"shards", "schema_version", "bundle_path"}
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -105,7 +106,7 @@ class StoreWriter:
 
     def relabel(self, labels: Mapping[str, tuple[int | None, int | None]]) -> None:
         """Give rows another identity and camera, by their names; embeddings stay as they are."""
-        shards = []
+        shards: list[ShardEntry] = []
         for shard in open_shards(self.folder, self.manifest):
             rows = [
                 replace(row, identity=labels[row.name][0], camera=labels[row.name][1]) if row.name in labels else row
@@ -141,7 +142,7 @@ class StoreWriter:
         shards = open_shards(self.folder, found)
         for shard in shards:
             self.known.update((row.name, row) for row in shard.rows)
-        self.manifest = found
+        self.manifest = found.model_copy(update={"bundle_path": self.manifest.bundle_path or found.bundle_path})
         if found.schema_version == 1:
             _log.warning(f"{self.folder} has no checksums (schema 1): they are added now, of the files as they are")
             self.manifest = found.model_copy(update={"schema_version": 2})
@@ -157,8 +158,8 @@ class StoreWriter:
 
     def check_same(self, found: StoreManifest, folder: Path) -> None:
         """Raise UserError where another store, `found` in `folder`, was made otherwise than this one."""
-        wanted = self.manifest.model_dump(exclude={"shards", "schema_version"})
-        for key, value in found.model_dump(exclude={"shards", "schema_version"}).items():
+        wanted = self.manifest.model_dump(exclude=_NOT_COMPARED)
+        for key, value in found.model_dump(exclude=_NOT_COMPARED).items():
             if value != wanted[key]:
                 raise UserError(
                     f"{folder} was made with {key} {_short(value)} and this run has {_short(wanted[key])}: "

@@ -75,6 +75,11 @@ def calibrate(
         UserError: an image cannot be read, too few people or pairs, or one camera alone.
     """
     check_prior(prior)
+    if not data.has_cameras and not same_camera:
+        raise UserError(
+            f"{data.root} does not say which camera took which image, and pairs by one camera are easier than those to "
+            "come: give images by known cameras, or pass --same-camera and expect too good figures"
+        )
     if replicates < 2:
         raise UserError(f"intervals need at least 2 draws of people, not {replicates}")
     images, people = _people_of(data, subsets)
@@ -191,7 +196,7 @@ def _people_of(data: Dataset, subsets: Collection[Subset]) -> tuple[list[Labelle
     images, keys = [], []
     for subset in (one for one in SUBSETS if one in subsets):
         for image in data.images(subset):
-            if image.identity > 0:
+            if data.is_person(image.identity):
                 images.append(image)
                 keys.append((subset == "train", image.identity))
     if not images:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.errors import UserError
 from mgn_deploy.identity.calibration import Calibration
 from mgn_deploy.identity.identify import decide_for_list
@@ -167,6 +168,48 @@ def measure_open_set(
         for index, (name, problem) in enumerate(zip(names, problems, strict=True))
     ]
     return OpenSet(len(people), enrolled, float(mated_searches), float(stranger_searches), len(drawn), points)
+
+
+def open_set_of(
+    data: Dataset,
+    query: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> OpenSet:
+    """`measure_open_set` of a data set's queries and gallery; junk and distractors are left out.
+
+    Args:
+        data: its query and gallery subsets.
+        query, gallery: their embeddings, unit rows in their order.
+        calibration: of the bundle that made them.
+        seed: of the draws.
+        progress: called with the queries done and to do.
+
+    Raises:
+        UserError: what `measure_open_set` refuses.
+    """
+
+    def labels(images: Sequence[LabelledImage]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        people = np.array([data.is_person(image.identity) for image in images], bool)
+        identities, cameras = (np.array([getattr(image, of) for image in images]) for of in ("identity", "camera"))
+        return people, identities[people], cameras[people] if data.has_cameras else np.zeros(people.sum(), np.int64)
+
+    mine, query_ids, query_cameras = labels(data.query)
+    theirs, gallery_ids, gallery_cameras = labels(data.gallery)
+    return measure_open_set(
+        query[mine],
+        gallery[theirs],
+        query_ids,
+        query_cameras,
+        gallery_ids,
+        gallery_cameras,
+        calibration=calibration,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def _to_people(

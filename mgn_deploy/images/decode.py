@@ -10,10 +10,11 @@ import io
 import os
 import stat
 import warnings
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mgn_deploy.errors import UnreadableImage
 from mgn_deploy.images.formats import HEIF_HINT, content_format, readable_formats
@@ -26,6 +27,8 @@ PREPROCESSING = "pillow-bicubic-1"
 # can be 50 KB on disk and 1.2 GB in memory).
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 4
+
+T = TypeVar("T")
 
 # Pillow warns of what is checked below and of harmless metadata. Set once: `catch_warnings` is not for threads.
 warnings.filterwarnings("ignore", module="PIL")
@@ -42,24 +45,16 @@ def load_rgb(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Imag
     Raises:
         UnreadableImage: not an image, truncated, empty, below 4 pixels a side or above 64 megapixels, no permission.
     """
-    try:
-        if isinstance(source, Image.Image):
-            return _checked_rgb(source)
-        if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
-            raise UnreadableImage("not a regular file")  # opening a named pipe would wait forever
-        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
-        with file, _open(file) as image:
-            return _checked_rgb(image)
-    except UnreadableImage:
-        raise
-    except Image.DecompressionBombError:  # Pillow's own limit is higher than ours, and checked earlier
-        raise UnreadableImage(f"more than the limit of {MAX_PIXELS // 10**6} megapixels") from None
-    except OSError as error:
-        # Pillow reports broken files as OSError without an errno; the system's own have one.
-        raise UnreadableImage(error.strerror or str(error) or type(error).__name__) from error
-    except Exception as error:
-        # Pillow's parsers let through whatever a broken file leads them to: SyntaxError, struct.error, zlib.error, ...
-        raise UnreadableImage(f"broken image ({type(error).__name__}: {error})") from error
+    return _read(source, _checked_rgb)
+
+
+def upright_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
+    """The width and height that `load_rgb` gives an image file, by its header.
+
+    Raises:
+        UnreadableImage: not an image, empty, no permission.
+    """
+    return _read(source, _upright_size)
 
 
 def read_crop(source: str | os.PathLike[str] | bytes | Image.Image, height: int, width: int) -> np.ndarray:
@@ -80,6 +75,28 @@ def resize_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
     return np.asarray(image, dtype=np.uint8)
 
 
+def _read(source: str | os.PathLike[str] | bytes | Image.Image, use: Callable[[Image.Image], T]) -> T:
+    """What `use` gives of an opened image; whatever is raised on the way is an UnreadableImage."""
+    try:
+        if isinstance(source, Image.Image):
+            return use(source)
+        if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
+            raise UnreadableImage("not a regular file")  # opening a named pipe would wait forever
+        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+        with file, _open(file) as image:
+            return use(image)
+    except UnreadableImage:
+        raise
+    except Image.DecompressionBombError:  # Pillow's own limit is higher than ours, and checked earlier
+        raise UnreadableImage(f"more than the limit of {MAX_PIXELS // 10**6} megapixels") from None
+    except OSError as error:
+        # Pillow reports broken files as OSError without an errno; the system's own have one.
+        raise UnreadableImage(error.strerror or str(error) or type(error).__name__) from error
+    except Exception as error:
+        # Pillow's parsers let through whatever a broken file leads them to: SyntaxError, struct.error, zlib.error, ...
+        raise UnreadableImage(f"broken image ({type(error).__name__}: {error})") from error
+
+
 def _open(file: BinaryIO) -> Image.Image:
     try:
         return Image.open(file, formats=readable_formats())
@@ -91,6 +108,11 @@ def _open(file: BinaryIO) -> Image.Image:
             raise UnreadableImage(f"a HEIC image: {HEIF_HINT}") from None
         known = ", ".join(readable_formats()).lower()
         raise UnreadableImage(f"not an image (its content is none of {known})") from None
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else (width, height)
 
 
 def _checked_rgb(image: Image.Image) -> Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 
@@ -20,7 +20,7 @@ AVIF_HINT = "Pillow 11.3 or later reads them"
 NO_EXTENSION = "without extension"
 MACOS = "of macOS's metadata"
 
-_HEAD_BYTES = 32
+HEAD_BYTES = 32
 _HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 _BMP_HEADERS = {12, 40, 52, 56, 64, 108, 124}  # sizes of the header that follows: "BM" alone is also text
 
@@ -68,13 +68,18 @@ def content_format(head: bytes) -> str | None:
 
 def why_not_listed(path: str, name: str) -> str | None:
     """Why a file is passed over, as `skipped_sentence` counts it: its extension, or more; None: it is an image."""
+    return why_no_image(name, lambda: _head(path))
+
+
+def why_no_image(name: str, head: Callable[[], bytes]) -> str | None:
+    """`why_not_listed` of what is no file: `head`, called if need be, gives its first 32 bytes."""
     if name.startswith("._"):
         return MACOS
     extension = os.path.splitext(name)[1].lower()
     if extension in EXTENSIONS:
         kind = {".heic": "HEIF", ".heif": "HEIF", ".avif": "AVIF"}.get(extension)
     else:
-        kind = content_format(_head(path))
+        kind = content_format(head())
         if kind is None:
             return extension or NO_EXTENSION
     if kind == "HEIF" and kind not in readable_formats():
@@ -99,7 +104,7 @@ def _head(path: str) -> bytes:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return b""
         with open(path, "rb") as file:
-            return file.read(_HEAD_BYTES)
+            return file.read(HEAD_BYTES)
     except OSError:
         return b""
 

@@ -130,7 +130,8 @@ def image_file(path: Path, name: str) -> ImageFile:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        return ImageFile(path, name, problem="a link to a file that does not exist")
+        link = os.path.islink(path)
+        return ImageFile(path, name, problem="a link to a file that does not exist" if link else "no such file")
     except OSError as error:
         return ImageFile(path, name, problem=error.strerror)
     problem = None if stat.S_ISREG(status.st_mode) else "not a regular file"

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
 
 TILE_BYTES = 256 << 20
-CHUNK_ROWS = 64  # of a tile that a thread turns from products into distances, while they are in its cache
+CHUNK_BYTES = 1 << 19  # of a tile that a thread turns from products into distances, while they are in its cache
 SAMPLE = (256, 2048)  # queries and gallery rows that `measured_error` compares
 
 
@@ -166,23 +166,39 @@ def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, til
     if metric not in get_args(Metric):
         raise UserError(f"the metric {metric!r} is not known: choose one of {', '.join(get_args(Metric))}")
     for name, embeddings in (("query", query), ("gallery", gallery)):
-        if embeddings.ndim != 2 or embeddings.dtype.kind != "f":
-            form = f"{embeddings.dtype} {list(embeddings.shape)}"
-            raise UserError(f"the {name} embeddings are {form}, but have to be floating [images, dimensions]")
-        if embeddings.size == 0:
-            raise UserError(f"the {name} embeddings are empty {list(embeddings.shape)}: embed some images first")
-    if query.shape[1] != gallery.shape[1]:
-        raise UserError(
-            f"query embeddings have {query.shape[1]} dimensions and gallery embeddings {gallery.shape[1]}: "
-            "both have to come from the same model"
-        )
+        check_form(name, embeddings)
+    check_same_length(query.shape[1], gallery.shape[1])
     for name, embeddings in (("query", query), ("gallery", gallery)):
         for rows in _slices(len(embeddings), max(1, tile_bytes // (8 * embeddings.shape[1]))):
-            # Squares, as they need no mask beside the tile and bound every product (Cauchy-Schwarz).
-            broken = np.flatnonzero(~np.isfinite(_squares(_float32(embeddings[rows]))))
-            if broken.size:
-                row = rows.start + int(broken[0])
-                raise UserError(f"{name} embedding {row} is not finite (NaN, infinite or huge): embed it again")
+            check_finite(name, embeddings[rows], rows.start)
+
+
+def check_form(name: str, embeddings: np.ndarray) -> None:
+    """Raise a UserError unless they are floating [n, d] and not empty."""
+    if embeddings.ndim != 2 or embeddings.dtype.kind != "f":
+        form = f"{embeddings.dtype} {list(embeddings.shape)}"
+        raise UserError(f"the {name} embeddings are {form}, but have to be floating [images, dimensions]")
+    if embeddings.size == 0:
+        raise UserError(f"the {name} embeddings are empty {list(embeddings.shape)}: embed some images first")
+
+
+def check_same_length(query: int, gallery: int) -> None:
+    """Raise a UserError where the embeddings of the two have not as many dimensions."""
+    if query != gallery:
+        raise UserError(
+            f"query embeddings have {query} dimensions and gallery embeddings {gallery}: "
+            "both have to come from the same model"
+        )
+
+
+def check_finite(name: str, rows: np.ndarray, start: int = 0) -> None:
+    """Raise a UserError that names the first row, counted from `start`, that is not finite."""
+    # Squares, as they need no mask beside the rows and bound every product (Cauchy-Schwarz).
+    broken = np.flatnonzero(~np.isfinite(_squares(_float32(rows))))
+    if broken.size:
+        raise UserError(
+            f"{name} embedding {start + int(broken[0])} is not finite (NaN, infinite or huge): embed it again"
+        )
 
 
 def _distances(arrays: Arrays, query: np.ndarray, gallery: np.ndarray, metric: Metric, out: np.ndarray) -> None:
@@ -192,30 +208,48 @@ def _distances(arrays: Arrays, query: np.ndarray, gallery: np.ndarray, metric: M
     squares = [xp.sum(side * side, axis=1) for side in (left, right)] if metric == "euclidean" else None
 
     def finish(rows: slice) -> None:
-        products = whole[rows, :]
+        values = whole[rows, :]
         if squares is None:
-            distances = xp.clip(1 - products, 0, 2)
+            values -= 1
+            values *= -1
+            values = _clamp(arrays, values, 2)
         else:
-            distances = xp.sqrt(xp.clip(squares[0][rows, None] + squares[1][None, :] - 2 * products, 0, None))
-        out[rows] = arrays.get(distances)
+            values *= -2
+            values += squares[0][rows, None]
+            values += squares[1][None, :]
+            values = xp.sqrt(_clamp(arrays, values, None))
+        if not arrays.is_numpy or squares is not None:
+            out[rows] = arrays.get(values)
 
-    if arrays.is_numpy:
+    if arrays.is_numpy:  # a chunk stays in a core's cache; of Euclidean distances it has a copy, half the tile at most
         threads = os.cpu_count() or 1
-        height = min(max(1, len(query) // (4 * threads)), CHUNK_ROWS)  # two copies a thread: half the tile at most
+        height = max(1, min(len(query) // (2 * threads), CHUNK_BYTES // (4 * len(gallery))))
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(finish, _slices(len(query), height)))
     else:
         finish(slice(0, len(query)))
 
 
+def _clamp(arrays: Arrays, values: Any, high: float | None) -> Any:
+    """To 0 and above, and to `high` and below."""
+    if arrays.is_numpy:
+        return np.clip(values, 0, high, out=values)  # in place, where the array API has none
+    return arrays.xp.clip(values, 0, high)
+
+
 def _tiles(query: np.ndarray, gallery: np.ndarray, tile_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """Square tiles of side s: s queries, s gallery rows, s x s distances in float32 and half of them once more:
-    4(2ds + 1.5 s^2) bytes."""
+    """Tiles of at most s queries and s gallery rows, with s x s distances in float32 and half of them once more:
+    4(2ds + 1.5 s^2) bytes. All are about as large: BLAS is slow on a narrow last one."""
     dim = query.shape[1]
     side = max(1, (math.isqrt(4 * dim * dim + 6 * tile_bytes // 4) - 2 * dim) // 3)
-    for rows in _slices(len(query), side):
-        for columns in _slices(len(gallery), side):
+    for rows in _slices(len(query), _even(len(query), side)):
+        for columns in _slices(len(gallery), _even(len(gallery), side)):
             yield rows, columns
+
+
+def _even(length: int, largest: int) -> int:
+    """The step that divides a length into as few equal parts as `largest` allows."""
+    return math.ceil(length / math.ceil(length / largest))
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

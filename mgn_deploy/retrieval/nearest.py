@@ -6,15 +6,27 @@ similarities rank by gallery index, at the last rank too, and rows that are left
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.retrieval.distance import TILE_BYTES, check_embeddings
+from mgn_deploy.retrieval.distance import TILE_BYTES, check_finite, check_form, check_same_length
 
 # For the queries of a slice, gallery rows to leave out: (query within the slice, gallery row), int64 `[n]` each.
 Exclusion = Callable[[slice], tuple[np.ndarray, np.ndarray]]
+
+
+class Blocks(Protocol):
+    """Embeddings on disk that are read in order, as a `Store`'s."""
+
+    def __len__(self) -> int: ...
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield (rows, embeddings `[rows, d]`)."""
+        ...
+
 
 QUERY_ROWS = 1024
 SPARE = 16  # neighbours asked for beyond those that are wanted: most ties and exclusions cost no second search
@@ -22,7 +34,7 @@ SPARE = 16  # neighbours asked for beyond those that are wanted: most ties and e
 
 def top_k(
     query: np.ndarray,
-    gallery: np.ndarray,
+    gallery: np.ndarray | Blocks,
     k: int,
     *,
     excluded: Exclusion | None = None,
@@ -34,8 +46,8 @@ def top_k(
     k' = min(k, g). Where a query runs out of candidates, the index is -1 and the similarity -inf.
 
     Args:
-        query, gallery: embeddings `[q, d]` and `[g, d]`, float32 or float16; a gallery that is mapped from disk is read
-            once, block by block, and may be larger than memory.
+        query, gallery: embeddings `[q, d]` and `[g, d]`, float32 or float16. A gallery that is a store or mapped from
+            disk is read once, block by block, and may be larger than memory.
         k: at least 1.
         excluded: the gallery rows that some queries must not get.
         block_bytes: of gallery rows in float32, at once.
@@ -43,7 +55,12 @@ def top_k(
     Raises:
         UserError: embeddings that are empty, not finite or of two lengths; k below 1.
     """
-    check_embeddings(query, gallery, "cosine", block_bytes)
+    check_form("query", query)
+    check_finite("query", query)
+    if isinstance(gallery, np.ndarray):
+        check_form("gallery", gallery)
+    elif not len(gallery):
+        raise UserError("the gallery holds no embedding: embed some images first")
     if k < 1:
         raise UserError(f"k is {k}, but at least 1 neighbour has to be asked for")
     k = min(k, len(gallery))
@@ -52,10 +69,11 @@ def top_k(
     asked = np.ascontiguousarray(query, np.float32)
     parts = list(_slices(len(query), QUERY_ROWS))
     without = [_keys(excluded, rows, len(gallery)) for rows in parts]
-    for columns in _slices(len(gallery), max(1, block_bytes // (4 * query.shape[1]))):
-        block = np.ascontiguousarray(gallery[columns], np.float32)
+    for start, block in _blocks(gallery, max(1, block_bytes // (4 * query.shape[1]))):
+        check_same_length(query.shape[1], block.shape[1])
+        check_finite("gallery", block, start)
         for rows, left_out in zip(parts, without, strict=True):
-            found, values = _best_of_block(asked[rows], block, k, left_out, columns.start, len(gallery))
+            found, values = _best_of_block(asked[rows], block, k, left_out, start, len(gallery))
             # Earlier blocks first, each by index: so a stable sort leaves equal values by index.
             values = np.concatenate([similarities[rows], values], axis=1)
             found = np.concatenate([indices[rows], found], axis=1)
@@ -70,8 +88,8 @@ def _best_of_block(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`top_k` of one block, as many columns as k and the block allow; -1 and -inf where there is none.
 
-    FAISS keeps any of those that tie at the last rank, so a query is answered once the last value that it was given is
-    below its k-th one; the others are asked again for twice as many.
+    FAISS promises nothing of those that tie at the last rank, so a query is answered once the last value that it was
+    given is below its k-th one; the others are asked again for twice as many.
     """
     import faiss
 
@@ -91,6 +109,27 @@ def _best_of_block(
         indices[open_rows[answered]], similarities[open_rows[answered]] = found[answered], values[answered]
         open_rows, fetched = open_rows[~answered], min(2 * fetched, len(block))
     return indices, similarities
+
+
+def _blocks(gallery: np.ndarray | Blocks, height: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The first row and the rows, contiguous float32, of blocks of about `height` rows."""
+    if isinstance(gallery, np.ndarray):
+        parts: Iterable[np.ndarray] = (gallery[rows] for rows in _slices(len(gallery), height))
+    else:
+        parts = (block for _, block in gallery.blocks())
+    start, waiting = 0, list[np.ndarray]()
+    for part in parts:
+        waiting.append(part)
+        if sum(map(len, waiting)) >= height:
+            yield start, _float32(waiting)
+            start += sum(map(len, waiting))
+            waiting.clear()
+    if waiting:
+        yield start, _float32(waiting)
+
+
+def _float32(parts: list[np.ndarray]) -> np.ndarray:
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts), np.float32)
 
 
 def _keys(excluded: Exclusion | None, rows: slice, gallery: int) -> np.ndarray:

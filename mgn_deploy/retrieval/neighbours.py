@@ -89,14 +89,35 @@ def _chunks(turns: list[tuple[Any, slice, slice]], small: bool) -> Iterator[tupl
 
 
 def _take(arrays: Arrays, best: _Best, lowest: np.ndarray, tile: Any, rows: slice, columns: slice) -> None:
-    """Merge a tile, of -distance / 2 of `rows` to `columns`, into what is known of `rows`."""
+    """Merge a tile, of -distance / 2 of `rows` to `columns`, into what is known of `rows`.
+
+    Columns ascend from call to call, so that a value that only equals the k-th best so far has a higher index.
+    """
     k = best.indices.shape[1]
     if arrays.is_numpy:
         tile = np.ascontiguousarray(tile)
     lowest[rows] = np.minimum(lowest[rows], arrays.get(arrays.xp.min(tile, axis=1)))
+    if arrays.is_numpy:
+        better = np.flatnonzero(tile > best.values[rows, -1:])
+        if len(better) < tile.size // 32:  # most tiles: only these are looked at
+            _merge(best, rows, better // tile.shape[1], columns.start + better % tile.shape[1], tile.ravel()[better])
+            return
     kept, found = arrays.largest(tile, min(k, tile.shape[1]))
-    indices = np.concatenate([best.indices[rows], kept + columns.start], axis=1)
-    values = np.concatenate([best.values[rows], found], axis=1)
-    order = np.lexsort((indices, -values), axis=1)[:, :k]
-    best.indices[rows] = np.take_along_axis(indices, order, axis=1)
-    best.values[rows] = np.take_along_axis(values, order, axis=1)
+    line = np.repeat(np.arange(len(kept)), kept.shape[1])
+    _merge(best, rows, line, kept.ravel() + columns.start, found.ravel())
+
+
+def _merge(best: _Best, rows: slice, line: np.ndarray, index: np.ndarray, value: np.ndarray) -> None:
+    """Keep the k best of those that `rows` have and of these: (line within `rows`, index, value) each."""
+    lines = np.unique(line)
+    if not len(lines):
+        return
+    k = best.indices.shape[1]
+    old = lines + rows.start
+    line = np.concatenate([np.repeat(np.arange(len(lines)), k), np.searchsorted(lines, line)])
+    index = np.concatenate([best.indices[old].ravel(), index])
+    value = np.concatenate([best.values[old].ravel(), value])
+    order = np.lexsort((index, -value, line))
+    starts = np.searchsorted(line[order], np.arange(len(lines)))
+    first = order[starts[:, None] + np.arange(k)]
+    best.indices[old], best.values[old] = index[first], value[first]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mgn_deploy.datasets.dataset import JUNK
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,9 @@ class RankedImage:
         identity: the person's number, -1 for junk, None if unknown.
         camera: the camera's number, None if unknown.
         distance: re-ranked distance to the query, 0 to 1; None where the similarity ranks.
+        probability: that it is the query's person; None without a calibration (`identity.ranked.judge`).
+        same: whether the similarity reaches the threshold; None as `probability`.
+        load: what gives the crop, of a row that is no file of its own (a box, a video's frame); None: `path` is read.
     """
 
     path: Path
@@ -28,6 +35,9 @@ class RankedImage:
     identity: int | None
     camera: int | None
     distance: float | None = None
+    probability: float | None = None
+    same: bool | None = None
+    load: Callable[[], Image.Image] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class RankList:
                 "name": one.name,
                 "similarity": round(one.similarity or 0.0, 6),
                 **({} if one.distance is None else {"reranked_distance": round(one.distance, 6)}),
+                **({} if one.probability is None else {"probability": one.probability, "same": one.same}),
                 **_labels(one),
             }
             for rank, one in enumerate(self.results, start=1)

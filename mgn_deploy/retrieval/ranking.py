@@ -24,6 +24,10 @@ from mgn_deploy.retrieval.truth import Truth
 
 BLOCK_ROWS = 32  # their sorted copy stays in a core's cache
 RANKS = (1, 5, 10)
+NO_ANSWER = (
+    "no query has a right answer in the gallery (same identity, another camera): check the identities and cameras, or "
+    "that query and gallery belong together; where one camera made all images, rank without cameras (--no-cameras)"
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,7 @@ class RankingMetrics:
             raise UserError(f"ranks are {list(ranks)}, but a rank starts at 1")
         matched = scores.matched
         if not matched.any():
-            raise UserError(
-                "no query has a right answer in the gallery (same identity, another camera): "
-                "check the identities and cameras, or that query and gallery belong together"
-            )
+            raise UserError(NO_ANSWER)
         return cls(
             rank={k: float(np.mean(scores.first_rank[matched] <= k)) for k in ranks},
             mAP=float(scores.average_precision[matched].mean()),

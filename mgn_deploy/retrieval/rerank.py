@@ -31,7 +31,8 @@ from mgn_deploy.retrieval.neighbours import Neighbours, find_neighbours
 
 K1, K2, WEIGHT = 20, 6, 0.3  # the authors', for every data set of the paper
 BLOCK_VALUES = 1 << 23  # of an intermediate array, so that memory does not grow with N
-QUERY_ROWS = 128
+JACCARD_VALUES = 1 << 19  # of a block of Jaccard distances: 4 MiB of sums, which a core's cache holds
+QUERY_ROWS = 512
 
 
 def rerank(
@@ -124,8 +125,10 @@ def rerank_rows(
         rows = slice(start, min(start + QUERY_ROWS, len(query)))
         distances = encodings.jaccard(rows)[:, len(query) :]
         if weight:
+            original = encodings.original(images, rows)[:, len(query) :]
+            original *= weight
             distances *= 1 - weight
-            distances += weight * encodings.original(images, rows)[:, len(query) :]
+            distances += original
         yield rows, distances
         if progress:
             progress("re-ranking", rows.stop, len(query))
@@ -138,12 +141,14 @@ class Encodings:
     Attributes:
         neighbours: of each image.
         rows, columns: (offsets int64 `[n + 1]`, indices int64, values float32) each.
+        squares: float32 `[n]`, the embeddings' squared lengths.
         arrays: where original distances are computed.
     """
 
     neighbours: Neighbours
     rows: _Sparse
     columns: _Sparse
+    squares: np.ndarray
     arrays: Arrays
 
     def __len__(self) -> int:
@@ -153,7 +158,7 @@ class Encodings:
         """Jaccard distances of these images to all (equation 10), float32 `[wanted, n]`."""
         start, stop, _ = wanted.indices(len(self))
         n = len(self)
-        height = max(1, BLOCK_VALUES // n)
+        height = max(1, JACCARD_VALUES // n)
         out = np.empty((stop - start, n), np.float32)
 
         def fill(first: int) -> None:
@@ -161,8 +166,11 @@ class Encodings:
             row, column, value = self.rows.entries(np.arange(first, last))
             entry, image, other = self.columns.entries(column)
             smaller = np.minimum(value[entry], other)
-            common = np.bincount(row[entry] * n + image, smaller, (last - first) * n).reshape(-1, n)
-            out[first - start : last - start] = 1 - common / (2 - common)
+            common = np.bincount(row[entry] * n + image, smaller, (last - first) * n)
+            some = np.flatnonzero(common)
+            distances = out[first - start : last - start].reshape(-1)
+            distances.fill(1)
+            distances[some] -= common[some] / (2 - common[some])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(fill, range(start, stop, height)))
@@ -170,8 +178,26 @@ class Encodings:
 
     def original(self, images: np.ndarray, wanted: slice) -> np.ndarray:
         """Original distances of these images to all, float32 `[wanted, n]`, 0 to 1; `images` are those encoded."""
-        tile = _squared_distances(self.arrays, images, wanted)
-        return np.divide(tile, _or_one(self.neighbours.farthest[wanted])[:, None], out=tile)
+        arrays, mine = self.arrays, self.arrays.put(images[wanted])
+        out = np.empty((len(mine), len(self)), np.float32)
+        for columns in _blocks(len(self), images.shape[1]):
+            theirs = arrays.put(images[columns])
+            if arrays.is_numpy:
+                arrays.product(mine, theirs, out[:, columns])
+            else:
+                out[:, columns] = arrays.get(arrays.product(mine, theirs))
+
+        def finish(rows: slice) -> None:
+            part = out[rows]
+            part *= -2
+            part += self.squares[wanted][rows, None]
+            part += self.squares
+            np.maximum(part, 0, out=part)
+            part /= _or_one(self.neighbours.farthest[wanted][rows])[:, None]
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(finish, _blocks(len(out), 16 * len(self))))
+        return out
 
 
 def encode(
@@ -200,7 +226,8 @@ def encode(
     encodings = _weighted(images, neighbours, members)
     if k2 != 1:
         encodings = _averaged(encodings, neighbours.indices[:, :k2])
-    return Encodings(neighbours, encodings, encodings.transposed(), arrays)
+    squares = np.concatenate([_squares(images[rows]) for rows in _blocks(len(images), images.shape[1])])
+    return Encodings(neighbours, encodings, encodings.transposed(), squares, arrays)
 
 
 @dataclass(frozen=True)
@@ -270,15 +297,23 @@ def _expanded(nearest: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
 def _weighted(images: np.ndarray, neighbours: Neighbours, members: tuple[np.ndarray, np.ndarray]) -> _Sparse:
     """Members weigh exp(-original distance) (equation 7), and each image's weights sum to 1."""
     row, member = members
-    n = len(images)
+    n, k = neighbours.indices.shape
+    # Most members are among the image's nearest, whose distances are known; the others are its neighbours' neighbours.
+    keys = (np.arange(n)[:, None] * n + neighbours.indices).ravel()
+    order = np.argsort(keys)
+    place = np.minimum(np.searchsorted(keys, row * n + member, sorter=order), n * k - 1)
+    known = keys[order[place]] == row * n + member
     distances = np.empty(len(row), np.float32)
+    distances[known] = neighbours.distances.ravel()[order[place[known]]]
+    others = np.flatnonzero(~known)
 
     def measure(part: slice) -> None:
-        difference = np.asarray(images[row[part]], np.float32) - np.asarray(images[member[part]], np.float32)
-        distances[part] = np.einsum("ij,ij->i", difference, difference)
+        here = others[part]
+        difference = np.asarray(images[row[here]], np.float32) - np.asarray(images[member[here]], np.float32)
+        distances[here] = np.einsum("ij,ij->i", difference, difference)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(measure, _blocks(len(row), 8 * images.shape[1])))
+        list(pool.map(measure, _blocks(len(others), 8 * images.shape[1])))
     weights = np.exp(-distances / _or_one(neighbours.farthest)[row])
     sums = np.bincount(row, weights, n)
     return _Sparse.of(row, member, (weights / sums[row]).astype(np.float32), n)
@@ -300,16 +335,9 @@ def _averaged(encodings: _Sparse, nearest: np.ndarray) -> _Sparse:
     return _Sparse.of(np.concatenate(lines), np.concatenate(indices), np.concatenate(values), n)
 
 
-def _squared_distances(arrays: Arrays, images: np.ndarray, rows: slice) -> np.ndarray:
-    """Squared Euclidean distances of some images to all, float32 `[rows, n]`."""
-    mine = arrays.put(images[rows])
-    xp = arrays.xp
-    out = np.empty((mine.shape[0], len(images)), np.float32)
-    for columns in _blocks(len(images), images.shape[1]):
-        theirs = arrays.put(images[columns])
-        squares = xp.sum(mine * mine, axis=1)[:, None] + xp.sum(theirs * theirs, axis=1)[None, :]
-        out[:, columns] = arrays.get(squares - 2 * arrays.product(mine, theirs))
-    return np.maximum(out, 0, out=out)
+def _squares(images: np.ndarray) -> np.ndarray:
+    rows = np.asarray(images, np.float32)
+    return np.einsum("ij,ij->i", rows, rows)
 
 
 def _or_one(farthest: np.ndarray) -> np.ndarray:

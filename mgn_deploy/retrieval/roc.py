@@ -93,9 +93,7 @@ class Roc:
         same_step = (count[1:] == count[:-1]) & (ties[1:] == ties[:-1])
         dropped = np.concatenate([[False], adjacent & same_step])
         farthest_of_all = self.different[-1] == self.different_pairs
-        closest_of_all = self.closer[0] == 0
-        dropped[-1] &= not farthest_of_all  # the first and the last point of all stay
-        dropped[0] &= not closest_of_all
+        dropped[-1] &= not farthest_of_all  # the first point of all stays
         rates = np.concatenate([[0], rejected[::-1][~dropped[::-1]] / self.same_pairs])
         shares = np.concatenate([[0], farther[::-1][~dropped[::-1]] / self.different_pairs])
         return float(shares[np.argmin(np.abs(rates - rate))])
@@ -126,7 +124,7 @@ def roc(tiles: Callable[[], Tiles], truth: Truth) -> Roc:
     Raises:
         UserError: no pair of one person, or none of two.
     """
-    values = np.concatenate([part for rows, distances in tiles() for part in _same(truth, rows, distances)] or [[]])
+    values = np.concatenate([np.empty(0, np.float32), *(_same(truth, *tile) for tile in tiles())])
     thresholds, counts = np.unique(values, return_counts=True)
     closer, different = np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
     total = 0
@@ -147,9 +145,10 @@ def roc(tiles: Callable[[], Tiles], truth: Truth) -> Roc:
     return Roc(thresholds, np.cumsum(counts), closer, different, len(values), total)
 
 
-def _same(truth: Truth, rows: slice, distances: np.ndarray) -> list[np.ndarray]:
+def _same(truth: Truth, rows: slice, distances: np.ndarray) -> np.ndarray:
+    """Distances of one person's pairs."""
     row, column, removed = truth.own(rows)
-    return [distances[row[~removed], truth.kept[column[~removed]]]]
+    return distances[row[~removed], truth.kept[column[~removed]]]
 
 
 def _count(truth: Truth, start: int, block: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
+from PIL import Image
 
+from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.choices import Device, Metric, QueryLabels
 from mgn_deploy.datasets.dataset import JUNK
 from mgn_deploy.datasets.labels import Labels, read_labels
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
-from mgn_deploy.gallery.shards import MANIFEST
+from mgn_deploy.gallery.crops import row_crop
+from mgn_deploy.gallery.shards import MANIFEST, Row
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.progress import Progress
@@ -39,6 +44,7 @@ class Queries:
         embeddings: unit rows `[n, dim]`, float32 or float16.
         paths, names: of the n files.
         identities, cameras: integers `[n]`; UNKNOWN (-2) where no label gives one.
+        store: whose embedded images they are; None: they are files.
     """
 
     bundle_id: str
@@ -47,6 +53,7 @@ class Queries:
     names: list[str]
     identities: np.ndarray
     cameras: np.ndarray
+    store: Store | None = None
 
     @classmethod
     def open(
@@ -57,6 +64,7 @@ class Queries:
         *,
         allow_unproven: bool = False,
         labels: QueryLabels = "none",
+        gallery: Store | None = None,
     ) -> Queries:
         """Of an embedding store, or of an image or a folder of images that a bundle embeds.
 
@@ -64,17 +72,24 @@ class Queries:
             source: a store's folder, an image file or a folder of images.
             bundle, backend, allow_unproven: what embeds images, as in `Embedder.open`; a store needs none.
             labels: who is on images: market1501, by their names, or none; a store's rows have labels of their own.
+            gallery: the store that is searched; without `bundle` images are embedded by the one that it names.
 
         Raises:
             UserError: images without a bundle, or what `Store.open`, `Embedder.open` and `of_images` refuse.
         """
         if (Path(source) / MANIFEST).is_file():
             return cls.of_store(Store.open(source))
-        if bundle is None:
+        opened: Bundle | str | os.PathLike[str]
+        if bundle is not None:
+            opened = bundle
+        elif gallery is not None:
+            opened = gallery.find_bundle()
+            _log.info(f"embedding the queries by the gallery's bundle, {opened.folder}")
+        else:
             raise UserError(
                 f"{os.fspath(source)} is no embedding store: give --bundle to search for an image or a folder of images"
             )
-        return cls.of_images(source, Embedder.open(bundle, backend, allow_unproven=allow_unproven), labels=labels)
+        return cls.of_images(source, Embedder.open(opened, backend, allow_unproven=allow_unproven), labels=labels)
 
     @classmethod
     def of_store(cls, store: Store) -> Queries:
@@ -82,10 +97,11 @@ class Queries:
         return cls(
             store.manifest.bundle_id,
             store.embeddings(),
-            [store.path(row) for row in store],
+            [_path(store, row) for row in store],
             [row.name for row in store],
             store.identities(),
             store.cameras(),
+            store,
         )
 
     @classmethod
@@ -102,14 +118,14 @@ class Queries:
                 f"--labels {labels}: of queries that are images choose {' or '.join(get_args(QueryLabels))}"
             )
         source = Path(source)
-        files = [(file.path, file.name) for file in list_images(source)] if source.is_dir() else [(source, source.name)]
-        names = [name for _, name in files]
+        names = [file.name for file in list_images(source)] if source.is_dir() else [source.name]
+        paths = [source / name for name in names] if source.is_dir() else [source]
         rule = read_labels(labels, names)
         rule.unlabelled(names)
         return cls(
             embedder.bundle.id,
-            embedder.embed([path for path, _ in files], batch_size=batch_size),
-            [path for path, _ in files],
+            embedder.embed(paths, batch_size=batch_size),
+            paths,
             names,
             *_label_arrays(rule, names),
         )
@@ -148,8 +164,8 @@ def search(
     if not len(gallery) or not len(queries.embeddings):
         raise UserError(f"{gallery.folder if not len(gallery) else 'the query side'} holds no embedded image")
     identities, cameras = gallery.identities(), gallery.cameras()
-    paths = [gallery.path(row) for row in gallery]
-    rows = gallery.embeddings()
+    paths = [_path(gallery, row) for row in gallery]
+    rows = gallery.embeddings() if aqe or rerank else np.empty((0, gallery.manifest.dim), np.float32)
     left_out = _LeftOut(queries, identities, cameras, paths, exclude_same_camera)
     asked = queries.embeddings
     if aqe:
@@ -157,7 +173,7 @@ def search(
     if rerank:
         indices, distances = rerank_top_k(asked, rows, k, excluded=left_out.mask, device=device, progress=progress)
     else:
-        indices, similarities = top_k(asked, rows, k, excluded=left_out.pairs)
+        indices, similarities = top_k(asked, gallery, k, excluded=left_out.pairs)  # block by block
     left_out.tell()
     lists = []
     for query, found in enumerate(indices):
@@ -175,13 +191,19 @@ def search(
                 identities[index],
                 cameras[index],
                 None if far is None else float(far[rank]),
+                partial(row_crop, gallery, gallery.rows[index]),
             )
             for rank, index in enumerate(found)
         ]
         lists.append(
             RankList(
                 _ranked(
-                    queries.paths[query], queries.names[query], None, queries.identities[query], queries.cameras[query]
+                    queries.paths[query],
+                    queries.names[query],
+                    None,
+                    queries.identities[query],
+                    queries.cameras[query],
+                    load=partial(row_crop, queries.store, queries.store.rows[query]) if queries.store else None,
                 ),
                 results,
                 left_out.counts(query),
@@ -312,8 +334,20 @@ def _label_arrays(rule: Labels, names: list[str]) -> tuple[np.ndarray, np.ndarra
     )
 
 
+def _path(store: Store, row: Row) -> Path:
+    """Where the image is; of a source that is no folder of this machine a name by which nothing is found here."""
+    source = store.manifest.source
+    return store.path(row) if source.startswith("file:") else Path(f"{source}/{row.name}")
+
+
 def _ranked(
-    path: Path, name: str, similarity: float | None, identity: int, camera: int, distance: float | None = None
+    path: Path,
+    name: str,
+    similarity: float | None,
+    identity: int,
+    camera: int,
+    distance: float | None = None,
+    load: Callable[[], Image.Image] | None = None,
 ) -> RankedImage:
     return RankedImage(
         path,
@@ -322,4 +356,5 @@ def _ranked(
         None if identity == UNKNOWN else int(identity),
         None if camera == UNKNOWN else int(camera),
         distance,
+        load=load,
     )

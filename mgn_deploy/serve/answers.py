@@ -43,6 +43,7 @@ class Result(BaseModel):
     probability: float | None = Field(description="That it is one person with the image; null without a calibration.")
     identity: int | None
     camera: int | None
+    time_s: float | None = Field(description="Seconds from the video's start.")
     thumbnail: str = Field(description="Path of its thumbnail on this server.")
 
 
@@ -114,6 +115,7 @@ class StoreAnswer(BaseModel):
     failures: int
     found: int | None = Field(description="Images in the folder that is being embedded, counted once a minute.")
     cameras: dict[int, int] = Field(description="Images of each camera.")
+    seconds: tuple[float, float] | None = Field(description="The first and the last time of images of videos.")
 
 
 class About(BaseModel):

@@ -10,27 +10,28 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.gallery.shards import Row, shard_numbers
+from mgn_deploy.gallery.shards import Row, StoreManifest, read_manifest
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.images.listing import list_images
-from mgn_deploy.retrieval.distance import top_k
+from mgn_deploy.retrieval.nearest import top_k
 from mgn_deploy.retrieval.search import check_same_bundle
 
 THUMBNAIL_SIDE = 320  # pixels: twice what the page shows, for dense screens
 JPEG_QUALITY = 85
 REFRESH_SECONDS = 1
+BLOCK_ROWS = 16384  # of 2048 numbers, 128 MiB
 COUNT_SECONDS = 60  # between two listings of the folder that is being embedded
 
 
+_SOURCE = Row("", None, None, None, None, None)  # whose path is the source itself
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -53,6 +54,28 @@ class Hit:
     key: str
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A store at one moment, and what is asked of it again and again.
+
+    Attributes:
+        store: as it was.
+        embeddings: `[n, dim]`.
+        cameras: int64 `[n]`.
+        times: float64 `[n]`, seconds; NaN where an image has none.
+    """
+
+    store: Store
+    embeddings: np.ndarray
+    cameras: np.ndarray
+    times: np.ndarray
+
+    @classmethod
+    def of(cls, store: Store) -> _Opened:
+        times = np.array([np.nan if row.time_s is None else row.time_s for row in store], np.float64)
+        return cls(store, store.embeddings(), store.cameras(), times)
+
+
 class Gallery:
     """A store opened for a long time. Threads may use it together.
 
@@ -67,18 +90,18 @@ class Gallery:
     def __init__(self, folder: str | os.PathLike[str], bundle_id: str) -> None:
         store = Store.open(folder)
         check_same_bundle(bundle_id, store)
-        self._opened = store, store.embeddings(), shard_numbers(store.folder)
+        self._opened = _Opened.of(store)
         self._refreshing = threading.Lock()
         self._refreshed = time.monotonic()
         self._counting = threading.Lock()
         self._found: int | None = None
         self._counted = -float(COUNT_SECONDS)
-        self._counted_shards: list[int] | None = None
+        self._counted_for: StoreManifest | None = None
 
     @property
     def store(self) -> Store:
         """As it was when it was looked at last."""
-        return self._opened[0]
+        return self._opened.store
 
     def refresh(self) -> None:
         """See what was committed to the store since; looks at the disk every `REFRESH_SECONDS` at most.
@@ -88,19 +111,20 @@ class Gallery:
         if not self._refreshing.acquire(blocking=False):
             return  # another thread does
         try:
-            if time.monotonic() - self._refreshed < REFRESH_SECONDS:
-                return
-            folder, bundle_id = self.store.folder, self.store.manifest.bundle_id
-            shards = shard_numbers(folder)
-            if shards != self._opened[2]:
-                store = Store.open(folder)
-                check_same_bundle(bundle_id, store)
-                self._opened = store, store.embeddings(), shards
+            if time.monotonic() - self._refreshed >= REFRESH_SECONDS:
+                self._refreshed = time.monotonic()
+                self._look()
         except UserError as error:
             _log.warning(f"the gallery stays as it was: {error}")
         finally:
-            self._refreshed = time.monotonic()
             self._refreshing.release()
+
+    def _look(self) -> None:
+        folder, before = self.store.folder, self.store.manifest
+        if read_manifest(folder) != before:
+            store = Store.open(folder)
+            check_same_bundle(before.bundle_id, store)
+            self._opened = _Opened.of(store)
 
     def search(
         self,
@@ -108,6 +132,8 @@ class Gallery:
         k: int,
         *,
         cameras: Sequence[int] | None = None,
+        after: float | None = None,
+        before: float | None = None,
     ) -> list[list[Hit]]:
         """The k nearest images of each query `[n, dim]`, best first.
 
@@ -115,19 +141,20 @@ class Gallery:
             query: unit rows.
             k: most images a query.
             cameras: of these alone, where given.
+            after, before: from the first time on and before the second, in seconds from a video's start, where given;
+                images that have no time are then left out.
 
         Raises:
             UserError: the store holds no image yet.
         """
-        store, embeddings, _ = self._opened
+        opened = self._opened
+        store, embeddings = opened.store, opened.embeddings
         if not len(store):
             raise UserError(f"{store.folder.name} holds no image yet: embed some first")
-        others = None if cameras is None else ~np.isin(store.cameras(), cameras)
-
-        def excluded(rows: slice) -> np.ndarray:
-            return np.tile(others, (len(query[rows]), 1))
-
-        indices, similarities = top_k(query, embeddings, k, excluded=None if others is None else excluded)
+        wanted = _wanted(opened, cameras, after, before)
+        indices, similarities = (
+            top_k(query, embeddings, k) if wanted is None else _top_k_of(query, embeddings, wanted, k)
+        )
         return [
             [
                 Hit(store.rows[i], float(s), thumbnail_key(store.rows[i].name))
@@ -139,30 +166,30 @@ class Gallery:
 
     def progress(self) -> dict[str, Any]:
         """How far the store is: `images`, `failures`, and `found`, the images in its source folder (None where the
-        source is no folder on this machine); and its `cameras`, each with its number of images."""
+        source is no folder on this machine); its `cameras`, each with its number of images; and `seconds`, the first
+        and the last time of its images (None where they have none)."""
         self.refresh()
-        store = self.store
-        cameras, counts = np.unique(store.cameras(), return_counts=True)
+        opened = self._opened
+        cameras, counts = np.unique(opened.cameras, return_counts=True)
+        times = opened.times[~np.isnan(opened.times)]
         return {
-            "images": len(store),
-            "failures": len(store.failures),
+            "images": len(opened.store),
+            "failures": len(opened.store.failures),
             "found": self._count_source(),
             "cameras": {int(camera): int(count) for camera, count in zip(cameras, counts, strict=True) if camera >= 0},
+            "seconds": (float(times.min()), float(times.max())) if len(times) else None,
         }
 
     def _count_source(self) -> int | None:
-        shards = self._opened[2]
+        store = self.store
         with self._counting:
-            if shards != self._counted_shards and time.monotonic() - self._counted >= COUNT_SECONDS:
+            if store.manifest != self._counted_for and time.monotonic() - self._counted >= COUNT_SECONDS:
                 try:
-                    self._found = len(list_images(self._source()))
+                    self._found = len(list_images(store.path(_SOURCE)))
                 except UserError:  # it has moved, or was never a folder
                     self._found = None
-                self._counted, self._counted_shards = time.monotonic(), shards
+                self._counted, self._counted_for = time.monotonic(), store.manifest
             return self._found
-
-    def _source(self) -> Path:
-        return self.store.path(Row("", None, None, None, None, None))
 
     def tag(self, key: str) -> str:
         """What changes with a thumbnail, as HTTP's ETag; raises NotShown where the store has no such image."""
@@ -176,15 +203,23 @@ class Gallery:
             NotShown: the store has no such image, its file is not below the store's source (by `..`, an absolute name
                 or a link), is gone, or cannot be read.
         """
-        name = self._name(key)
-        source = os.path.realpath(self._source())
-        path = os.path.realpath(os.path.join(source, name))
-        if os.path.isabs(name) or ".." in name.split("/") or os.path.commonpath([source, path]) != source:
+        store, row = self.store, self.store.row(self._name(key))
+        if row.frame is not None:
+            raise NotShown("the image is a frame of a video")
+        file = row if row.box is None else replace(row, name=row.name.rpartition("#")[0] or row.name)
+        try:
+            source, path = os.path.realpath(store.path(_SOURCE)), os.path.realpath(store.path(file))
+        except UserError as error:
+            raise NotShown(str(error)) from None
+        if os.path.commonpath([source, path]) != source:
             raise NotShown("the image lies outside of the gallery's source")
         try:
             image = load_rgb(path)
         except UnreadableImage as reason:
             raise NotShown(f"the image cannot be shown: {reason}") from None
+        if row.box is not None:
+            left, top, width, height = row.box
+            image = image.crop((max(0, round(left)), max(0, round(top)), round(left + width), round(top + height)))
         return encode_thumbnail(image)
 
     def _name(self, key: str) -> str:
@@ -195,6 +230,36 @@ class Gallery:
         if name not in self.store:
             raise NotShown("no such image in the gallery")
         return name
+
+
+def _wanted(
+    opened: _Opened, cameras: Sequence[int] | None, after: float | None, before: float | None
+) -> np.ndarray | None:
+    """The rows that the filters let through, int64, ascending; None without a filter."""
+    if cameras is None and after is None and before is None:
+        return None
+    wanted = np.ones(len(opened.store), bool)
+    if cameras is not None:
+        wanted &= np.isin(opened.cameras, cameras)
+    if after is not None:
+        wanted &= opened.times >= after  # which NaN is not
+    if before is not None:
+        wanted &= opened.times < before
+    return np.flatnonzero(wanted)
+
+
+def _top_k_of(query: np.ndarray, gallery: np.ndarray, wanted: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`top_k` among some rows of the gallery, copied `BLOCK_ROWS` at a time."""
+    indices = np.empty((len(query), 0), np.int64)
+    similarities = np.empty((len(query), 0), np.float32)
+    for start in range(0, len(wanted), BLOCK_ROWS):
+        rows = wanted[start : start + BLOCK_ROWS]
+        found, values = top_k(query, gallery[rows], k)
+        values = np.concatenate([similarities, values], axis=1)
+        found = np.concatenate([indices, rows[found]], axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")[:, :k]  # equal similarities by index, as `top_k` does
+        similarities, indices = np.take_along_axis(values, order, axis=1), np.take_along_axis(found, order, axis=1)
+    return indices, similarities
 
 
 def encode_thumbnail(image: Image.Image) -> bytes:

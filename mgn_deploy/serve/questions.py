@@ -53,6 +53,8 @@ def add_questions(app: FastAPI, service: Service, run: Callable[..., Any]) -> No
         request: Request,
         k: Annotated[int, Query(description="Most results.", ge=1)] = 10,
         camera: Annotated[list[int] | None, Query(description="Results of these cameras alone.")] = None,
+        after: Annotated[float | None, Query(description="From this second of the video on.")] = None,
+        before: Annotated[float | None, Query(description="Before this second of the video.")] = None,
         far: Far = DEFAULT_FAR,
     ) -> Response:
         service.require_gallery()
@@ -60,9 +62,9 @@ def add_questions(app: FastAPI, service: Service, run: Callable[..., Any]) -> No
         refuse_fields(fields)
 
         def answer_json() -> Response:
-            decision = service.calibration and service.calibration.decide(far)
+            decision = None if service.calibration is None else service.calibration.decide(far)
             answer = service.embed(uploads)
-            lists = iter(service.search(answer, k, cameras=camera))
+            lists = iter(service.search(answer, k, cameras=camera, after=after, before=before))
             crops = [
                 {**crop_fields(crop), "results": None if crop.error else _hits(next(lists), service.calibration)}
                 for crop in answer.crops
@@ -80,7 +82,7 @@ def add_questions(app: FastAPI, service: Service, run: Callable[..., Any]) -> No
 
         def answer_json() -> Response:
             answer = all_readable(service.embed(uploads))
-            found = compare(*answer.rows, service.calibration, far=far)
+            found = compare(answer.rows[0], answer.rows[1], service.calibration, far=far)
             return json_answer({"bundle_id": bundle_id, **found.to_dict()}, answer)
 
         return await run(answer_json)
@@ -97,6 +99,7 @@ def _hits(hits: list[Hit], calibration: Calibration | None) -> list[dict[str, An
             "probability": probability,
             "identity": hit.row.identity,
             "camera": hit.row.camera,
+            "time_s": hit.row.time_s,
             "thumbnail": f"/thumbs/{hit.key}",
         }
         for rank, (hit, probability) in enumerate(zip(hits, probabilities, strict=True), 1)

@@ -72,7 +72,8 @@ class HttpServer:
         Args:
             started: called once connections are accepted.
         """
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # broken requests are the client's, and answered
+        for name in ("uvicorn.error", "python_multipart"):  # broken requests are the client's, and answered
+            logging.getLogger(name).setLevel(logging.ERROR)
         with self._listener:
             try:
                 self._service.warm_up()  # here, where what the engine refuses can be raised
@@ -115,7 +116,7 @@ class _Server(uvicorn.Server):
             self.started_call()
 
     @contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return

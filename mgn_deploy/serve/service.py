@@ -148,8 +148,16 @@ class Service:
             {"queue": embedded.queue_seconds, "engine": embedded.engine_seconds},
         )
 
-    def search(self, answer: Answer, k: int = 10, *, cameras: Sequence[int] | None = None) -> list[list[Hit]]:
-        """The k nearest gallery images of each embedded crop.
+    def search(
+        self,
+        answer: Answer,
+        k: int = 10,
+        *,
+        cameras: Sequence[int] | None = None,
+        after: float | None = None,
+        before: float | None = None,
+    ) -> list[list[Hit]]:
+        """The k nearest gallery images of each embedded crop: see `Gallery.search`.
 
         Raises:
             UserError: there is no gallery, it holds no image, or k is out of the limits.
@@ -158,7 +166,9 @@ class Service:
         if not 1 <= k <= self.limits.results:
             raise UserError(f"k must be 1 to {self.limits.results}, not {k}")
         gallery.refresh()
-        return gallery.search(answer.rows, k, cameras=cameras) if len(answer.rows) else []
+        if not len(answer.rows):
+            return []
+        return gallery.search(answer.rows, k, cameras=cameras, after=after, before=before)
 
     def require_gallery(self) -> Gallery:
         """The gallery; raises UserError where there is none."""

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.images.decode import MIN_SIDE, load_rgb, read_crop
+from mgn_deploy.images.decode import MIN_SIDE, load_rgb, resize_crop
 from mgn_deploy.serve.limits import Limits
 
 # A progressive JPEG has about ten scans. Each costs a pass over all pixels and can be a few bytes long.
@@ -96,7 +96,7 @@ def decode(upload: Upload, height: int, width: int, limits: Limits) -> list[Crop
     except UnreadableImage as error:
         return [Crop(upload.name, box, None, str(error)) for box in upload.boxes or [None]]
     if upload.boxes is None:
-        return [Crop(upload.name, None, read_crop(image, height, width), None)]
+        return [Crop(upload.name, None, resize_crop(image, height, width), None)]
     return [_cut(upload.name, image, box, height, width) for box in upload.boxes]
 
 
@@ -119,7 +119,7 @@ def _cut(name: str, image: Image.Image, box: Box, height: int, width: int) -> Cr
     right, bottom = min(image.width, round(box[0] + box[2])), min(image.height, round(box[1] + box[3]))
     if right - left < MIN_SIDE or bottom - top < MIN_SIDE:
         return Crop(name, box, None, f"the box {list(box)} has no {MIN_SIDE} pixels a side inside of the image")
-    crop = read_crop(image.crop((left, top, right, bottom)), height, width)
+    crop = resize_crop(image.crop((left, top, right, bottom)), height, width)
     return Crop(name, (left, top, right - left, bottom - top), crop, None)
 
 

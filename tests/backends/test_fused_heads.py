@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from emulator.host import HostKernel, build_host
+from layer_table import layers_from_log
 from onnx import TensorProto
 
 from mgn_deploy.backends.heads.cuda import map_type
@@ -19,7 +20,6 @@ from mgn_deploy.backends.opening import open_backend
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, build_plans
 from mgn_deploy.backends.tensorrt.package import import_problem_of
-from mgn_deploy.bench.layer_table import layers_from_log
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.config import ModelConfig

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
 import subprocess
 import sys
 from pathlib import Path
 
+import layer_table
 import numpy as np
 import onnx
 import pytest
+from layer_table import layers_from_log
 from onnx import TensorProto, helper, numpy_helper
 
 from mgn_deploy.backends.registry import ENGINES
@@ -30,8 +31,6 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed",
 
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, Plan, build_plans
 from mgn_deploy.backends.tensorrt.cache import plan_folder
-from mgn_deploy.bench import layer_table
-from mgn_deploy.bench.layer_table import layers_from_log
 
 TENSORRT_RTX = ENGINES["tensorrt-rtx"].placement
 
@@ -168,27 +167,6 @@ def test_a_model_with_instance_norms_builds(crops: np.ndarray, precision: str) -
     assert layer_table.summary(layers_from_log(build(graph).layers), graph)["convolutions"] == {
         kind: convolutions_of(graph)
     }
-
-
-@pytest.mark.slow
-def test_the_bench_of_plans_tells_what_each_precision_s_plan_is(weights: Path, capsys: pytest.CaptureFixture) -> None:
-    from mgn_deploy.bench.plans import main
-
-    assert main([str(weights), "--compute-capability", "8.6", "--batch", "1,4,8", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    rows = {row["graph"]: row for row in result["plans"]}
-    assert list(rows) == ["fp32", "fp16", "bf16", "int8", "int8 as for tensorrt"]
-    assert [list(row["convolutions"]) for row in rows.values()] == [
-        ["Float"],
-        ["Half"],
-        ["BFloat16"],
-        ["Int8"],
-        ["Int8"],
-    ]
-    assert all(row["bytes"] > row["weights_bytes"] for row in rows.values())
-    assert rows["fp16"]["moved_bytes"] < rows["int8"]["moved_bytes"] < rows["int8 as for tensorrt"]["moved_bytes"]
-    assert main([str(weights), "--compute-capability", "9.0"]) == 2
-    assert "builds for compute capability" in capsys.readouterr().err
 
 
 def test_preparing_a_graph_for_the_parser_changes_no_value(graph: onnx.ModelProto, crops: np.ndarray) -> None:

@@ -1,154 +1,185 @@
-"""`bench.gpu.matrix` as far as no GPU is needed: rows by engines of the CPU, and what is said of others."""
+"""`bench.gpu`: the whole suite on the CPU, through the code that a GPU runs; and what it says without one."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mgn_deploy.backends.registry import ENGINES
-from mgn_deploy.bench.gpu import matrix as gpu_matrix
-from mgn_deploy.bench.gpu import suite as gpu_suite
-from mgn_deploy.bench.gpu.turns import FEWEST_ROUNDS, REFERENCE, Rivals, TorchRival
+from mgn_deploy.bench.gpu import __main__ as suite
+from mgn_deploy.bench.gpu.bundles import weights_bundle
+from mgn_deploy.bench.gpu.claims import CLAIMS, HEADLINE, judge
+from mgn_deploy.bench.gpu.rivals import TorchRival
+from mgn_deploy.bench.gpu.stages import STAGES, TOOLS, Setup, sanitizer
+from mgn_deploy.bench.speed import measure
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.cuda.device import gpu_problem
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.export.proof.agreement import cosines
 from mgn_deploy.images.decode import read_crop
 
-FEW = ("--no-compile", "--rounds", "1", "--batches", "1,2")
 without_gpu = pytest.mark.skipif(gpu_problem() is None, reason="this machine has a GPU")
 
 
 @pytest.fixture(scope="module")
-def pixels(crops):
-    return np.stack([read_crop(path, 96, 32) for path in sorted(crops.rglob("*.jpg"))[:12]])
+def out(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("suite")
+    assert suite.main(["--out", str(folder), "--device", "cpu", "--minutes", "0.5"]) == 0
+    return folder
 
 
-def matrix(tmp_path, weights, *arguments):
-    """Exit status and what was written, None without a file."""
-    out = tmp_path / "matrix.json"
-    status = gpu_matrix.main(["--out", str(out), "--weights", str(weights), *FEW, *map(str, arguments)])
-    return status, json.loads(out.read_text()) if out.is_file() else None
+def result_of(folder):
+    return json.loads((folder / "suite.json").read_text())
 
 
-def test_neighbours_share_a_graph_and_only_fp16_has_fused_heads():
-    cells = gpu_matrix.cells(list(gpu_matrix.PRECISIONS), list(gpu_matrix.ENGINES))
-    assert len(cells) == len(set(cells)) == 5 * 3
-    assert {cell.precision for cell in cells if cell.fused_heads} == {"fp16"}
-    graphs = [cell.graph for cell in cells]
-    assert sum(one != other for one, other in pairwise(graphs)) == len(set(graphs)) - 1
-    placements = {cell.engine: cell.placement for cell in cells if cell.precision == "int8"}
-    assert placements == {
-        "tensorrt": "tensorrt",
-        "tensorrt-rtx": "tensorrt-rtx",
-        "onnxruntime-cuda": None,
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [name for name in STAGES if name != "sanitizer"])
+def test_every_stage_runs_on_the_cpu_by_the_same_code(out, stage):
+    found = result_of(out)["stages"][stage]
+    assert found["state"] == "passed"
+    assert any("left_out" not in row for row in found["rows"])
+    assert not any("failed" in row for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_the_result_is_few_files_and_every_claim_is_said_and_none_is_measured_on_a_cpu(out):
+    assert len(list(out.iterdir())) <= 6
+    claims = result_of(out)["claims"]
+    assert len(claims) == len(CLAIMS)
+    assert {claim["measured"] for claim in claims} == {"not measured"}
+    page = (out / "suite.md").read_text()
+    assert all(claim["claim"] in page and claim["target"] in page for claim in claims)
+
+
+@pytest.mark.slow
+def test_engines_are_measured_beside_pytorch_in_turns(out):
+    rows = {row["row"]: row for row in result_of(out)["stages"]["engines"]["rows"]}
+    name = "resnet18 MGN 96x32 fp32, {}, batch 4"
+    for engine in ("openvino", "onnxruntime", "torch folded fp32"):
+        assert rows[name.format(engine)]["over_reference"] > 0
+    assert rows["resnet18 MGN 96x32 bf16, torch folded bf16, batch 1"]["pixels"]["calls"] >= 1
+
+
+@pytest.mark.slow
+def test_run_again_it_goes_on_with_what_has_not_passed(out, monkeypatch):
+    before, ran = result_of(out), []
+    for name, (share, _) in STAGES.items():
+        monkeypatch.setitem(STAGES, name, (share, lambda setup, name=name: ran.append(name) or iter([])))
+    suite.main(["--out", str(out), "--device", "cpu", "--minutes", "0.1"])
+    assert ran == ["sanitizer"]
+    after = result_of(out)["stages"]
+    assert {name: stage["rows"] for name, stage in after.items() if name != "sanitizer"} == {
+        name: stage["rows"] for name, stage in before["stages"].items() if name != "sanitizer"
     }
 
 
-@pytest.mark.slow
+def test_a_stage_that_breaks_does_not_stop_the_next_one(monkeypatch, tmp_path):
+    def broken(setup):
+        yield {"row": "first"}
+        raise RuntimeError("the GPU\nis lost")
+
+    monkeypatch.setitem(STAGES, "distances", (1.0, broken))
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--minutes", "0.2", "--stages", "distances,rerank"]
+    assert suite.main(arguments) == 1
+    stages = result_of(tmp_path)["stages"]
+    assert stages["distances"]["state"] == "failed"
+    assert stages["distances"]["rows"] == [
+        {"row": "first"},
+        {"row": "distances", "failed": "RuntimeError: the GPU is lost"},
+    ]
+    assert stages["rerank"]["state"] == "passed"
+
+
+def chosen(tmp_path):
+    return argparse.Namespace(device="cpu", weights=None, out=tmp_path)
+
+
+def test_on_a_gpu_a_stage_is_a_process_that_leaves_its_rows(tmp_path):
+    assert suite._in_process("rerank", chosen(tmp_path), tmp_path, 60) == "passed"
+    (row,) = map(json.loads, (tmp_path / "rerank.rows").read_text().splitlines())
+    assert row["queries_per_second"] > 0
+
+
+def test_a_stage_past_its_time_is_ended(tmp_path):
+    start = time.monotonic()
+    assert suite._in_process("train-step", chosen(tmp_path), tmp_path, -4.5) == "out of time"
+    assert time.monotonic() - start < 5
+
+
 @without_gpu
-def test_what_runs_is_measured_and_what_fails_or_is_missing_is_a_row_with_the_reason(weights, tmp_path):
-    (tmp_path / "none").mkdir()
-    engines = ("--engines", "onnxruntime,onnxruntime-cuda", "--precisions", "int8,fp32")
-    status, result = matrix(tmp_path, weights, *engines, "--calib", tmp_path / "none")
-    assert status == 1
-    rows = {(row["precision"], row["engine"]): row for row in result["rows"]}
-    assert len(rows) == 4
-    assert str(tmp_path / "none") in rows["int8", "onnxruntime"]["failed"]
-    for precision in ("int8", "fp32"):
-        assert rows[precision, "onnxruntime-cuda"]["left_out"] == ENGINES["onnxruntime-cuda"].load().missing()
-    row = rows["fp32", "onnxruntime"]
-    assert row["proof"]["worst_cosine"] > 0.99999
-    assert row["proof"]["image_source"] == "drawn people"
-    assert set(row["speed"]) == {"1", "2"}
-    for one in (*row["speed"].values(), *(each["rivals"][REFERENCE] for each in row["speed"].values())):
-        assert one["images/s"] > 0
-        assert one["latency ms"] > 0
-    assert result["device"]["cpu"]
-    assert result["weights"]["random"] is False
+def test_without_a_gpu_every_stage_says_so_and_nothing_could_run(tmp_path, capsys):
+    assert suite.main(["--out", str(tmp_path), "--minutes", "0.1"]) == 2
+    stages = result_of(tmp_path)["stages"]
+    assert set(stages) == set(STAGES)
+    assert all("no NVIDIA driver or GPU was found" in stage["rows"][0]["left_out"] for stage in stages.values())
 
 
-@pytest.mark.slow
-@without_gpu
-def test_without_an_engine_that_runs_the_rows_say_why_and_it_cannot_run(weights, tmp_path):
-    status, result = matrix(tmp_path, weights)
-    assert status == 2
-    assert len(result["rows"]) == 5 * 3
-    assert all(row["left_out"] for row in result["rows"])
-
-
-def test_a_budget_that_is_over_ends_the_run_with_all_rows_written(weights, tmp_path):
-    engines = ("--engines", "onnxruntime", "--precisions", "fp16,fp32")
-    status, result = matrix(tmp_path, weights, *engines, "--budget", 0)
-    assert status == 2
-    assert [row["not_begun"] for row in result["rows"]] == ["the budget of 0 s was over"] * 2
-
-
-@pytest.mark.slow
-def test_int8_is_calibrated_on_drawn_people_and_ranked_where_data_is_given(weights, tmp_path):
-    from mgn_deploy.datasets.drawn import draw_market1501
-
-    draw_market1501(tmp_path / "people", train_identities=1, test_identities=6)
-    given = ("--data", f"market1501:{tmp_path / 'people'}", "--precisions", "int8", "--engines", "onnxruntime")
-    _, result = matrix(tmp_path, weights, *given, "--max-drop", 100)
-    (row,) = result["rows"]
-    assert row["quantisation"]["images"] >= 100
-    assert 0 < row["proof"]["ranking"]["mAP"] <= 1
-    assert set(row["speed"]["1"]["rivals"]) == {REFERENCE, "torch fp16"}
-
-
-@pytest.mark.parametrize("arguments", [("--engines", "torch"), ("--precisions", "fp8")])
-def test_an_unknown_choice_is_refused_by_its_name(weights, tmp_path, capsys, arguments):
+def test_an_unknown_stage_is_refused_by_its_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        matrix(tmp_path, weights, *arguments)
-    assert f"{arguments[1]}: choose from" in capsys.readouterr().err
+        suite.main(["--out", str(tmp_path), "--stages", "abacus"])
+    assert "--stages abacus: choose from facts" in capsys.readouterr().err
 
 
-def test_a_result_is_written_after_each_row(weights, tmp_path):
-    from mgn_deploy.bench.gpu.rows import Matrix
+@pytest.mark.parametrize(
+    ("script", "key", "words"),
+    [
+        ('echo "========= ERROR SUMMARY: 0 errors"', "said", "ERROR SUMMARY: 0 errors"),
+        ('echo "========= ERROR SUMMARY: 3 errors"; exit 9', "failed", "ERROR SUMMARY: 3 errors (exit 9)"),
+        ('echo "Error: device not supported under MPS"; exit 1', "left_out", "the tool refuses: Error: device not"),
+    ],
+)
+def test_a_sanitizers_errors_fail_and_its_refusal_does_not(tmp_path, monkeypatch, script, key, words):
+    program = tmp_path / "compute-sanitizer"
+    check = 'test "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 || exit 77'
+    program.write_text(f"#!/bin/sh\n{check}\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    rows = list(sanitizer(Setup("cpu", tmp_path, time.monotonic() + 30)))
+    assert [row["row"] for row in rows] == [f"sanitizer {tool}" for tool in TOOLS]
+    assert {"memcheck", "initcheck", "racecheck", "synccheck"} == set(TOOLS)
+    assert all(row[key].startswith(words) for row in rows)
 
-    chosen = argparse.Namespace(
-        budget=0, weights=weights, data=None, calib=None, no_compile=True, rounds=1, max_drop=None
-    )
-    chosen.precisions, chosen.engines, chosen.batches = ["fp32", "bf16"], ["openvino", "onnxruntime"], [1]
-    written = []
-    Matrix(chosen, tmp_path, lambda result: written.append(len(result["rows"]))).run()
-    assert written == [1, 2, 3, 4]
 
-
-def test_turns_keep_the_fewest_rounds_where_time_is_short_and_go_on_without_a_rival_that_fails(
-    bundle_folder, embedder, pixels, tmp_path
-):
-    rivals = Rivals(tmp_path / "no weights", True, [2])
-    found = rivals.turns(embedder.backend, Bundle.open(bundle_folder), pixels, rounds=9, until=time.monotonic())
-    speed = found["2"]
-    assert speed["rounds"] == FEWEST_ROUNDS
-    assert "no weights" in speed["rivals"]["torch_compile fp32"]["failed"]
-    reference = speed["rivals"][REFERENCE]
-    assert reference["x"] > 0
-    assert reference["images/s"] > 0
+def test_a_claim_is_kept_or_not_by_the_figure_that_was_measured():
+    kernel = [
+        {"row": f"{HEADLINE} 32", "contender": "kernel_graph", "of_copy": 0.8, "cold_us": 10.0},
+        {"row": f"{HEADLINE} 1", "contender": "kernel_graph", "cold_us": 10.0},
+        {"row": f"{HEADLINE} 1", "contender": "eager", "cold_us": 45.0},
+    ]
+    sanitized = [
+        {"row": "sanitizer memcheck", "said": "0 errors"},
+        {"row": "sanitizer racecheck", "failed": "3 errors"},
+    ]
+    network = {"precision": "fp16", "batch": 64, "device": "NVIDIA H100", "of_matrix_rate": 0.6, "over_reference": 2.5}
+    rows = [{**network, "engine": "tensorrt"}, {**network, "engine": "torch folded fp16", "of_matrix_rate": 0.9}]
+    judged = judge({"kernel": kernel, "sanitizer": sanitized, "engines": rows})
+    found = {one["claim"].split(":")[0]: (one["measured"], one["holds"]) for one in judged}
+    assert found["the kernel at batch 32"] == ("0.80", False)
+    assert found["the kernel at batch 1 over PyTorch's eager heads"] == ("4.5", True)
+    assert found["compute-sanitizer finds nothing, in four tools"] == ("1", False)
+    assert found["the network at batch 64, fp16 with mirrors"] == ("0.60", True)
+    assert found["the network at batch 64, fp16, over PyTorch eager in fp32"] == ("2.5", True)
+    assert found["`embed` at batch 32"] == ("not measured", None)
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.99999), ("fp16", 0.9999), ("bf16", 0.999)])
-def test_pytorch_in_every_type_gives_the_references_embeddings(weights, bundle_folder, pixels, precision, least):
-    rival = TorchRival(weights, True, precision, compiled=False)
+def test_pytorch_in_every_type_gives_the_references_embeddings(bundle_folder, crops, precision, least):
+    pixels = np.stack([read_crop(path, 96, 32) for path in sorted(crops.rglob("*.jpg"))[:12]])
+    rival = TorchRival(Bundle.open(bundle_folder), precision, compiled=False)
     found, expected = rival(pixels), Embedder.open_reference(bundle_folder).backend(pixels)
     assert found.dtype == np.float32
     assert cosines(found, expected).min() > least
 
 
-def test_the_suite_hands_on_what_the_matrix_is_told_with_absolute_paths(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    chosen = argparse.Namespace(weights="w", data="market1501:people", calib=None, precisions="fp16,int8", engines=None)
-    folder = Path(tmp_path).resolve()
-    assert gpu_suite.matrix_options(chosen) == [
-        *("--weights", str(folder / "w")),
-        *("--data", f"market1501:{folder / 'people'}"),
-        *("--precisions", "fp16,int8"),
-    ]
+def test_where_no_exporter_is_installed_weights_alone_are_a_bundle_for_pytorch(weights, crops, tmp_path):
+    weights_bundle(weights, tmp_path / "b", "fp16")
+    result = measure(
+        [tmp_path / "b"], engines=["onnxruntime"], batches=[1], images=crops, count=4, minutes=0.05, allow_unproven=True
+    )
+    rows = {row.engine: row for row in result.rows}
+    assert rows["torch"].offline.median > 0
+    assert rows["onnxruntime"].not_measured["engine"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -28,6 +29,28 @@ def refusal(action, *arguments, **options) -> str:
     with pytest.raises(UserError) as refused:
         action(*arguments, **options)
     return str(refused.value)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_manifest_that_is_killed_while_it_is_written_is_the_old_or_the_new_one(bundle, monkeypatch, renames):
+    manifest = Bundle.open(bundle).manifest
+    done, rename = [], os.replace
+
+    def dying(source, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        write_manifest(bundle, manifest.model_copy(update={"proofs": {}}))
+    assert Bundle.open(bundle).manifest.proofs == ({} if renames == 2 else manifest.proofs)
+
+
+def test_huge_file_in_a_bundle_is_not_read(bundle):
+    os.truncate(bundle / "graph.onnx", 2**40)  # sparse
+    assert "graph.onnx is not what was exported" in refusal(Bundle.open(bundle).read, "graph.onnx")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256", "graph.onnx", "reference.safetensors"])

@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 def calibrated(bundle_folder, data, tmp_path_factory):
     """A bundle with a calibration, and what the command printed."""
     bundle = Path(shutil.copytree(bundle_folder, tmp_path_factory.mktemp("calibrated") / "bundle"))
-    done = mgn_deploy("calibrate", "--data", f"folder:{data}", "--bundle", bundle, "--bootstrap", 10, "--json")
+    done = mgn_deploy("calibrate", "--data", f"market1501:{data}", "--bundle", bundle, "--bootstrap", 10, "--json")
     assert done.exit_code == 0, done.stderr
     return bundle, done
 
@@ -55,7 +55,7 @@ def test_calibrate_writes_what_it_prints_beside_a_bundle_that_stays_whole(calibr
 def test_calibrate_prints_tables_of_thresholds_and_reliability(bundle_folder, data, tmp_path):
     bundle = shutil.copytree(bundle_folder, tmp_path / "bundle")
     done = mgn_deploy(
-        "calibrate", "--data", f"folder:{data}", "--bundle", bundle, "--bootstrap", 5, "--subset", "query",
+        "calibrate", "--data", f"market1501:{data}", "--bundle", bundle, "--bootstrap", 5, "--subset", "query",
         "--subset", "gallery", "--prior", 0.1, "--same-camera",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
@@ -68,9 +68,9 @@ def test_calibrate_prints_tables_of_thresholds_and_reliability(bundle_folder, da
 def test_calibrate_refuses_too_few_people_and_leaves_nothing(bundle_folder, data, tmp_path):
     bundle = Path(shutil.copytree(bundle_folder, tmp_path / "bundle"))
     before = sorted(path.name for path in bundle.iterdir())
-    done = mgn_deploy("calibrate", "--data", f"folder:{data}", "--bundle", bundle, "--subset", "train")
+    done = mgn_deploy("calibrate", "--data", f"market1501:{data}", "--bundle", bundle, "--subset", "train")
     refused(done, "has 2 people")
-    done = mgn_deploy("calibrate", "--data", f"folder:{data}", "--bundle", bundle, "--subset", "test")
+    done = mgn_deploy("calibrate", "--data", f"market1501:{data}", "--bundle", bundle, "--subset", "test")
     refused(done, "no subset 'test': there are train, query, gallery, multi-query")
     assert sorted(path.name for path in bundle.iterdir()) == before
 
@@ -184,3 +184,50 @@ def test_a_doubtful_enrolment_is_noted(calibrated, data, tmp_path):
     (note,) = json.loads(done.stdout)["notes"]
     assert note == "Berta looks like Anna, who is enrolled (similarity 1.00)"
     assert f"warning: {note}" in done.stderr
+
+
+def test_validate_measures_the_open_set_with_the_calibrations_thresholds(calibrated, data):
+    bundle, _ = calibrated
+    asked = ["validate", "--data", f"market1501:{data}", "--bundle", bundle, "--no-reference", "--open-set"]
+    done = mgn_deploy(*asked, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)["open_set"]
+    assert (found["people"], found["enrolled"], found["draws"]) == (12, 6, 100)
+    names = ["FPIR 0.01", "FPIR 0.1", "calibration, FAR 0.01", "calibration, FAR 0.001"]
+    assert [point["name"] for point in found["points"]] == names
+    assert found["points"][0]["fpir"][0] <= 0.01
+    assert "DIR, rank 1" in mgn_deploy(*asked).stdout
+
+
+def test_search_shows_probabilities_where_the_bundle_is_calibrated(calibrated, data, tmp_path):
+    bundle, _ = calibrated
+    assert mgn_deploy("embed", data / "bounding_box_test", "-o", tmp_path / "s", "--bundle", bundle).exit_code == 0
+    image = of_person(data, 0)[0]
+    asked = ["search", image, tmp_path / "s", "--bundle", bundle, "-k", 3, "--far", 0.01]
+    done = mgn_deploy(*asked, "--html", tmp_path / "p.html", "--json")
+    assert done.exit_code == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    made = Calibration.open(Bundle.open(bundle))
+    for one in found["results"]:
+        assert one["same"] == (one["similarity"] >= made.decide(0.01).threshold)
+        assert one["probability"] < float(made.probability(one["similarity"], 0.5))  # few pairs are of one person
+    assert "the share 0.01 reaches it" in (tmp_path / "p.html").read_text()
+    assert "above threshold" in mgn_deploy(*asked).stdout
+    done = mgn_deploy(*asked, "--aqe", 2)
+    assert "above threshold" not in done.stdout
+    assert "warning: no probabilities: a calibration is of pairs of images" in done.stderr
+
+
+def test_groups_and_a_map_of_a_store(calibrated, data, tmp_path):
+    bundle, _ = calibrated
+    command = ["embed", data / "bounding_box_test", "-o", tmp_path / "s", "--bundle", bundle, "--labels", "market1501"]
+    assert mgn_deploy(*command).exit_code == 0
+    groups, page, table = tmp_path / "g.parquet", tmp_path / "m.html", tmp_path / "m.parquet"
+    done = mgn_deploy("cluster", tmp_path / "s", "-o", groups, "--html", tmp_path / "g.html", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["agreement"]["people"] == 13  # 0000 is a person where nobody says otherwise
+    done = mgn_deploy("map", tmp_path / "s", "-o", page, "--groups", groups, "--export", table, "--limit", 20, "--json")
+    assert done.exit_code == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["shown"] == 20 < printed["images"]
+    assert all(path.stat().st_size > 1000 for path in (groups, page, table, tmp_path / "g.html"))

@@ -29,6 +29,8 @@ def resolve(arguments: list[str]) -> tuple[Any, str, list[str]]:
     """The command that these arguments are of, its name, and those that are left for it."""
     command, name = typer.main.get_command(app), "mgn-deploy"
     while hasattr(command, "commands") and arguments and not arguments[0].startswith("-"):
+        if name == "bench" and arguments[0] not in command.commands:  # `bench BUNDLE...` is `bench run BUNDLE...`
+            arguments = ["run", *arguments]
         name, *arguments = arguments
         assert name in command.commands, f"no command {name!r}"
         command = command.commands[name]

@@ -50,7 +50,9 @@ def with_plan(bundle: Bundle, tmp_path: Path, content: bytes, plan: EngineEntry)
     (tmp_path / plan.file).write_bytes(content)
     file = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
     proofs = {"tensorrt": bundle.manifest.proofs["onnxruntime"]}
-    manifest = bundle.manifest.model_copy(update={"files": {plan.file: file}, "proofs": proofs})
+    manifest = bundle.manifest.model_copy(
+        update={"files": {**bundle.manifest.files, plan.file: file}, "proofs": proofs}
+    )
     return dataclasses.replace(bundle, folder=tmp_path, manifest=manifest)
 
 
@@ -58,6 +60,7 @@ def test_the_configuration_is_valid_in_tritons_schema_and_has_no_batch_dimension
     bundle: Bundle, tmp_path: Path
 ) -> None:
     config = config_of(write_model_repository(bundle, tmp_path / "models"))
+    assert config.parameters["bundle_id"].string_value == bundle.id
     assert [(one.name, list(one.dims), one.data_type) for one in config.input] == [
         ("images", [96, 32, 3], schema.TYPE_UINT8)
     ]

@@ -178,3 +178,17 @@ def test_commands_print_what_they_did_and_a_damaged_store_exits_1(store, folder,
     assert (
         mgn_deploy("store", "merge", store, "-o", tmp_path / "m").stdout == f"{tmp_path / 'm'}: 33 rows of 1 stores\n"
     )
+
+
+def test_a_store_of_boxes_is_pruned_and_relocated(folder, tmp_path, bundle_folder):
+    first = next(folder.rglob("0001*.jpg")).relative_to(folder).as_posix()
+    (tmp_path / "b.csv").write_text(f"path,left,top,width,height\n{first},0,0,30,60\n{first},3,0,30,60\n")
+    options = ["--boxes", tmp_path / "b.csv"]
+    embed = ["-o", tmp_path / "boxes", "--bundle", bundle_folder, "--backend", "onnxruntime"]
+    assert mgn_deploy("embed", folder, *embed, *options).exit_code == 0
+    shutil.copytree(folder, tmp_path / "copy")
+    assert relocate(tmp_path / "boxes", str(tmp_path / "copy")) == (2, 2)
+    (tmp_path / "b.csv").write_text(f"path,left,top,width,height\n{first},0,0,30,60\n")
+    done = mgn_deploy("store", "prune", tmp_path / "boxes", tmp_path / "copy", *options)
+    assert "1 images removed" in done.stdout, done.output
+    assert [row.name for row in Store.open(tmp_path / "boxes")] == [f"{first}#1"]

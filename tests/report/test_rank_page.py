@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import tracemalloc
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import UserError
+from mgn_deploy.identity.ranked import Judged
 from mgn_deploy.report.rank_page import THUMBNAIL_SIDE, write_rank_page
 from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 
@@ -172,7 +174,7 @@ def test_the_box_for_wrong_queries_is_offered_only_where_there_are_some(tmp_path
     good, bad = RankList(crop(1), [crop(1, 2)]), RankList(crop(1), [crop(2)])
     assert not written(tmp_path / "page.html", good).all("input")
     page = written(tmp_path / "page.html", good, bad, bad)
-    assert page.texts("label") == ["only the 2 queries whose rank-1 is wrong"]
+    assert page.texts("label")[0] == "only the 2 queries whose rank-1 is wrong"
 
 
 HOSTILE = [
@@ -388,3 +390,49 @@ def test_on_a_phone_only_the_row_scrolls_and_the_query_stays(tmp_path, crop):
     assert shown[0] == (
         "page wider by 0, name cut by 0, row scrolled by 200, query moved by 0, rows 2, of them wrong 1"
     )
+
+
+JUDGED = Judged(0.01, 0.6, 0.02, None)
+
+
+def judged_list(crop, *similarities, **options):
+    results = [
+        replace(crop(None, 1 + number % 3, one), probability=one, same=one >= JUDGED.threshold)
+        for number, one in enumerate(similarities)
+    ]
+    return RankList(crop(None, 2), results, **options)
+
+
+def test_an_unlabelled_result_has_a_bar_of_its_probability_instead_of_a_question_mark(tmp_path, crop):
+    write_rank_page(tmp_path / "p.html", [judged_list(crop, 0.9, 0.3)], title="t", facts={}, judged=JUDGED)
+    page = Page(tmp_path / "p.html")
+    assert page.frames() == ["likely", "unknown"]
+    assert [e[1]["style"] for e in page.all("i")] == ["width: 90.0%", "width: 30.0%"]
+    assert page.texts("span", "chance") == ["", ""]  # the text follows the bar
+    assert [e[1]["class"] for e in page.all("span", "chance")] == ["chance", "chance below"]
+    assert len(page.all("svg", "mark")) == 3  # those of the legend
+    text = (tmp_path / "p.html").read_text()
+    assert "where 2% of pairs are" in text
+    assert "Threshold 0.6000: of pairs of two people the share 0.01 reaches it." in text
+
+
+def test_the_thresholds_line_stands_between_what_is_above_and_what_is_below(tmp_path, crop):
+    for similarities, lines in (((0.9, 0.7, 0.3), 1), ((0.9, 0.7), 0), ((0.3, 0.2), 0), ((0.3, 0.9), 0)):
+        write_rank_page(tmp_path / "p.html", [judged_list(crop, *similarities)], title="t", facts={}, judged=JUDGED)
+        assert len(Page(tmp_path / "p.html").all("li", "line")) == lines, similarities
+
+
+def test_a_label_counts_more_than_a_probability(tmp_path, crop):
+    results = [
+        replace(crop(2, 2, 0.9), probability=0.99, same=True),
+        replace(crop(1, 2, 0.8), probability=0.9, same=True),
+    ]
+    write_rank_page(tmp_path / "p.html", [RankList(crop(1), results)], title="t", facts={}, judged=JUDGED)
+    assert Page(tmp_path / "p.html").frames() == ["other", "same"]
+
+
+def test_cameras_can_be_chosen_where_there_are_several(tmp_path, crop):
+    page = written(tmp_path / "p.html", RankList(crop(1), [crop(1, 2), crop(1, 3), crop(1, None), crop(2, 2)]))
+    assert page.texts("label") == ["by rank", "by camera", "2", "3"]
+    assert [e[1].get("class") for e in page.all("li") if "style" in e[1]] == ["camera-2", "camera-3", None, "camera-2"]
+    assert not written(tmp_path / "p.html", RankList(crop(1), [crop(1, 2), crop(1, 2)])).all("label")

@@ -84,7 +84,7 @@ def test_the_figures_are_those_of_a_computation_by_hand(root, bundle_folder, poo
     labels = [
         [getattr(one, name) for one in part] for part in (data.query, data.gallery) for name in ("identity", "camera")
     ]
-    expected = evaluate_embeddings(np.array(queries, np.float32), embed(data.gallery), *labels)
+    expected = evaluate_embeddings(np.array(queries, np.float32), embed(data.gallery), *labels, junk=data.junk)
 
     result = validate(data, embedder, embedder, multi_query=pooling)
     assert result.measured.to_dict() == pytest.approx(expected.to_dict(), abs=1e-9)

@@ -101,6 +101,53 @@ def test_a_mapped_gallery_is_read_block_by_block(tmp_path):
     assert peak < gallery.nbytes / 2
 
 
+@pytest.mark.parametrize("k", [1, 30, 200, 900])
+def test_of_thousands_of_equal_neighbours_the_first_are_kept(k):
+    """FAISS keeps the k best in another way from 100 on, and promises nothing of those that tie."""
+    order = np.random.default_rng(0).permutation(6000)
+    levels = np.repeat(np.array([3, 2, 1], np.float32), 2000)[order, None]
+    indices, similarities = top_k(np.ones((2, 1), np.float32), levels, k)
+    assert indices.tolist() == [np.argsort(-levels[:, 0], kind="stable")[:k].tolist()] * 2
+    assert (similarities == 3).all()
+
+
+class Shards:
+    """A gallery that comes in parts, as a store's does."""
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self.parts, self.reads = parts, 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def blocks(self):
+        start = 0
+        for part in self.parts:
+            self.reads += 1
+            yield slice(start, start + len(part)), part
+            start += len(part)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 400, 1 << 20])
+def test_a_gallery_in_parts_is_read_once_and_gives_what_the_whole_gives(block_bytes):
+    gallery, query = small_integers(90, 3, 0).astype(np.float16), small_integers(11, 3, 1)
+    shards = Shards([gallery[:7], gallery[7:8], gallery[8:60], gallery[60:]])
+    found = top_k(query, shards, 9, block_bytes=block_bytes)
+    expected = top_k(query, gallery, 9)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert shards.reads == 4
+
+
+def test_a_broken_row_of_a_later_part_is_named_by_its_number_in_the_gallery():
+    broken = unit_rows(9, 4, 0)
+    broken[5, 1] = np.nan
+    with pytest.raises(UserError, match="gallery embedding 15 is not finite"):
+        top_k(unit_rows(2, 4, 1), Shards([unit_rows(10, 4, 2), broken]), 3, block_bytes=1)
+    with pytest.raises(UserError, match="holds no embedding"):
+        top_k(unit_rows(2, 4, 1), Shards([]), 3)
+
+
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_is_named(broken):
     rows = unit_rows(9, 4, 0)

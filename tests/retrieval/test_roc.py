@@ -97,6 +97,13 @@ def test_any_matrix_gives_what_plain_loops_give(queries, images, identities, cam
         assert found.fast_reid(rate) == pytest.approx(fast_reids_figure(same, different, rate), abs=1e-9)
 
 
+def test_fast_reids_first_point_stays_though_the_step_behind_it_is_the_same():
+    distances = np.array([[0.9, 0.8, 0.1, 0.9, 0.8, 0.5]], np.float32)
+    found = curve(distances, Truth([1], None, [1, 1, 1, 2, 3, 4], None))
+    assert found.fast_reid(0.3) == pytest.approx(1 / 3)
+    assert fast_reids_figure([0.9, 0.8, 0.1], [0.9, 0.8, 0.5], 0.3) == pytest.approx(1 / 3)
+
+
 def test_people_who_are_told_apart_have_no_error_and_a_threshold_between_them():
     distances = np.array([[0.1, 0.9, 0.8], [0.7, 0.2, 0.9]], np.float32)
     found = curve(distances, Truth([1, 2], None, [1, 2, 3], None))

@@ -36,6 +36,7 @@ def write_store(
     rows: list[tuple[str, int | None, int | None]],
     embeddings: np.ndarray,
     bundle_id: str = "b" * 64,
+    source: str | None = None,
 ) -> Store:
     """A store of images that need not exist: (name, identity, camera) and unit embeddings."""
     manifest = StoreManifest(
@@ -44,7 +45,7 @@ def write_store(
         preprocessing="p",
         dim=embeddings.shape[1],
         dtype="float32",
-        source=(folder.parent / "images").as_uri(),
+        source=source or (folder.parent / "images").as_uri(),
     )
     with StoreWriter(folder, manifest) as writer:
         writer.add([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
@@ -201,6 +202,14 @@ def test_the_querys_own_file_is_left_out_and_a_file_of_the_same_name_elsewhere_i
     assert names(ranked) == ["sub/a.jpg"]
 
 
+def test_a_store_whose_images_lie_elsewhere_is_searched_and_its_page_has_placeholders(tmp_path):
+    rows = [("a.jpg", None, None), ("b.jpg", None, None)]
+    store = write_store(tmp_path / "s", rows, np.stack([EAST, NORTH]), source="s3://bucket/photos")
+    (first, second) = search(Queries.of_store(store), store)
+    assert (names(first), names(second)) == (["b.jpg"], ["a.jpg"])
+    assert not first.results[0].path.exists()
+
+
 def test_a_query_whose_whole_gallery_is_left_out_has_an_empty_list(tmp_path):
     store = write_store(tmp_path / "s", [("junk", -1, 1)], np.stack([EAST]))
     assert search(queries_for([1, 0], Path("/q.jpg")), store, exclude_same_camera=True)[0].results == []
@@ -280,10 +289,25 @@ def test_the_command_embeds_an_image_with_the_bundle_and_writes_the_page(
     assert "who is it?.jpg" in (tmp_path / "page.html").read_text()
 
 
-def test_an_image_without_a_bundle_is_a_sentence(crop_store, crops):
-    done = mgn_deploy("search", next(crops.rglob("*.jpg")), crop_store.folder)
+def test_an_image_is_embedded_by_the_bundle_that_the_gallery_names(crop_store, crops, bundle_folder):
+    image = next(crops.rglob("*.jpg"))
+    found = mgn_deploy("search", image, crop_store.folder, "--json")
+    given = mgn_deploy("search", image, crop_store.folder, "--bundle", bundle_folder, "--json")
+    assert json.loads(found.stdout)[0]["results"] == json.loads(given.stdout)[0]["results"]
+    assert f"embedding the queries by the gallery's bundle, {bundle_folder}" in found.stderr
+
+
+@pytest.mark.parametrize(
+    "path, expected", [(None, "give its folder by --bundle"), ("/none", "is no longer in /none: give --bundle")]
+)
+def test_an_image_without_a_bundle_is_a_sentence_that_says_which(crop_store, crops, tmp_path, path, expected):
+    shutil.copytree(crop_store.folder, tmp_path / "s")
+    manifest = json.loads((tmp_path / "s/manifest.json").read_text())
+    (tmp_path / "s/manifest.json").write_text(json.dumps({**manifest, "bundle_path": path}))
+    done = mgn_deploy("search", next(crops.rglob("*.jpg")), tmp_path / "s")
     assert done.exit_code == 2
-    assert "give --bundle to search for an image" in done.stderr
+    assert f"was embedded by bundle {crop_store.manifest.bundle_id[:12]}" in done.stderr
+    assert expected in done.stderr
 
 
 def test_an_image_that_cannot_be_read_is_a_sentence(crop_store, bundle_folder, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import onnx
+import pyarrow.parquet as pq
 import pytest
 from conftest import mgn_deploy
 from onnx import numpy_helper
@@ -15,11 +16,13 @@ from onnx import numpy_helper
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import FileEntry, write_manifest
 from mgn_deploy.datasets import open_data
-from mgn_deploy.datasets.drawn import draw_market1501
+from mgn_deploy.datasets.drawn import draw_crop, draw_market1501
 from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.decode import read_crop
+from mgn_deploy.retrieval.evaluation import Protocol
 from mgn_deploy.retrieval.ranking import RankingMetrics
 from mgn_deploy.retrieval.validate import KEYS, Validation, validate
 
@@ -100,6 +103,104 @@ def test_an_engine_and_its_reference_differ_by_nothing(root, bundle_folder):
     assert result.differences() == pytest.approx(dict.fromkeys(KEYS, 0), abs=1e-6)
 
 
+def test_the_reference_is_compared_query_by_query(root, bundle_folder, wrong_bundle):
+    right, wrong = (Embedder.open(path, "onnxruntime", allow_unproven=True) for path in (bundle_folder, wrong_bundle))
+    data = open_data(f"market1501:{root}")
+    paired = validate(data, right, right).paired()
+    assert {one.p for one in paired.values()} == {1}
+    result = validate(data, wrong, right)
+    found = result.paired()["mAP"]
+    assert found.mean == pytest.approx(result.differences()["mAP"])
+    assert 0 < found.p <= 1
+    assert found.interval[0] <= found.mean <= found.interval[1]
+    printed = result.to_dict()
+    assert printed["paired_test"]["mAP"]["p"] == found.p
+
+
+def test_queries_that_are_nobody_or_alone_are_counted_and_named(root, bundle_folder, tmp_path, said):
+    shutil.copytree(root, tmp_path / "people")
+    query = sorted((tmp_path / "people" / "query").iterdir())[0]
+    for name in ("0000_c1s1_000001_00.jpg", "-1_c1s1_000001_00.jpg", "0999_c1s1_000001_00.jpg"):
+        shutil.copy(query, query.with_name(name))
+    embedder = Embedder.open(bundle_folder, "onnxruntime")
+    result = validate(open_data(f"market1501:{tmp_path / 'people'}"), embedder, None)
+    assert result.measured.queries_without_match == 3
+    assert result.unmatched == [f"query/{name}_c1s1_000001_00.jpg" for name in ("-1", "0000", "0999")]
+    total = result.measured.queries
+    assert result.notes == [
+        f"2 of {total} queries are nobody (junk, a distractor or without a label) and take no part in the figures: "
+        "'query/-1_c1s1_000001_00.jpg', 'query/0000_c1s1_000001_00.jpg'",
+        f"1 of {total} queries have no right answer in the gallery and take no part in the figures: "
+        "'query/0999_c1s1_000001_00.jpg'",
+    ]
+    assert set(result.notes) <= set(said)
+
+
+def test_person_0_of_a_folder_is_a_person(bundle_folder, tmp_path):
+    """Own people numbered from 0: their queries take part."""
+    for camera, folder in ((1, "query"), (2, "bounding_box_test")):
+        (tmp_path / "people" / folder).mkdir(parents=True)
+        for person in range(4):
+            draw_crop(person, camera, 0).save(tmp_path / "people" / folder / f"{person}_c{camera}.jpg")
+    embedder = Embedder.open(bundle_folder, "onnxruntime")
+    by_folder = validate(open_data(f"folder:{tmp_path / 'people'}"), embedder, None)
+    assert (by_folder.measured.queries_without_match, by_folder.notes) == (0, [])
+    as_market = validate(open_data(f"market1501:{tmp_path / 'people'}"), embedder, None)
+    assert as_market.unmatched == ["query/0_c1.jpg"]
+
+
+def test_everything_that_can_be_asked_for_is_in_the_table_in_json_and_in_parquet(root, bundle_folder, tmp_path):
+    arguments = ["validate", "--data", f"market1501:{root}", "--bundle", bundle_folder, "--backend", "onnxruntime"]
+    arguments += ["--rerank", "--roc", "--single-shot", "--ci", "--aqe", 2, "--dba", 2, "--metric", "euclidean"]
+    done = mgn_deploy(*arguments, "--per-query", tmp_path / "queries.parquet")
+    assert done.exit_code == 0, done.stderr
+    for word in (
+        "mAP, re-ranked",
+        "rank-20, single-shot",
+        "TPR at FPR 1e-05",
+        "too few pairs",
+        "EER",
+        " to ",
+        "1.0000",
+    ):
+        assert word in done.stdout, word
+
+    printed = json.loads(mgn_deploy(*arguments, "--json").stdout)
+    for side in ("measured", "reference"):
+        assert {"reranked", "roc", "single_shot", "ci95"} <= set(printed[side])
+    assert printed["protocol"]["aqe"] == 2
+
+    table = pq.read_table(tmp_path / "queries.parquet").to_pydict()
+    precision = [value for value in table["average_precision"] if value is not None]
+    assert np.mean(precision) == pytest.approx(printed["measured"]["mAP"], abs=1e-9)
+    assert np.mean([rank == 1 for rank in table["first_rank"] if rank]) == printed["measured"]["rank-1"]
+    reranked = [value for value in table["reranked_average_precision"] if value is not None]
+    assert np.mean(reranked) == pytest.approx(printed["measured"]["reranked"]["mAP"], abs=1e-9)
+    assert {"reference_average_precision", "query", "identity", "right_answers"} <= set(table)
+
+
+def test_data_of_one_camera_is_refused_before_the_embedding_and_ranked_without_cameras(bundle_folder, tmp_path):
+    for frame, folder in enumerate(("query", "bounding_box_test")):
+        (tmp_path / folder).mkdir()
+        for person in (1, 2):
+            draw_crop(person, 1, frame).save(tmp_path / folder / f"{person}_c1_{frame}.png")
+    data, embedder = open_data(f"folder:{tmp_path}"), Embedder.open(bundle_folder, "onnxruntime")
+    with pytest.raises(UserError, match="where one camera made all images, rank without cameras"):
+        validate(data, embedder, None, progress=lambda *step: pytest.fail("embedded"))
+    result = validate(data, embedder, None, protocol=Protocol(cameras=False))
+    assert result.measured.queries_without_match == 0
+
+
+def test_a_folder_a_person_is_ranked_without_cameras(bundle_folder, tmp_path):
+    for person in ("anna", "bert", "zoe"):
+        (tmp_path / person).mkdir()
+        for frame in range(3):
+            draw_crop(ord(person[0]), 1, frame).save(tmp_path / person / f"{frame}.png")
+    result = validate(open_data(f"identities:{tmp_path}"), Embedder.open(bundle_folder, "onnxruntime"), None)
+    assert (result.measured.queries, result.measured.queries_without_match) == (3, 0)
+    assert result.measured.scores.right_answers.tolist() == [2, 2, 2]
+
+
 def test_the_worst_difference_is_of_rank_1_or_map_in_either_direction():
     def metrics(rank_1: float, mean: float, minp: float) -> RankingMetrics:
         return RankingMetrics({1: rank_1, 5: 1.0, 10: 1.0}, mean, minp, 10, 0)
@@ -112,7 +213,7 @@ def test_progress_counts_queries_and_gallery_of_each_step(root, bundle_folder):
     data, seen = open_data(f"market1501:{root}"), []
     embedder = Embedder.open(bundle_folder, "onnxruntime")
     validate(data, embedder, embedder, batch_size=16, progress=lambda *step: seen.append(step))
-    total = len(data.query) + len(data.gallery)
+    total = len(data.query) + len(data.without_junk().gallery)
     for label in ("onnxruntime", "PyTorch reference"):
         steps = [done for name, done, whole in seen if name == label]
         assert steps == sorted(steps)
@@ -188,3 +289,62 @@ def test_an_unreadable_image_is_named(root, bundle_folder, tmp_path):
     broken.write_bytes(b"")
     with pytest.raises(UserError, match=f"{broken.name}' cannot be embedded: the file is empty"):
         validate(open_data(f"market1501:{tmp_path / 'people'}"), Embedder.open(bundle_folder, "onnxruntime"), None)
+
+
+# Kept embeddings
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_store(root, bundle_folder, tmp_path):
+    data = open_data(f"market1501:{root}")
+    embedder = Embedder.open(bundle_folder, "onnxruntime")
+    total = len(data.query) + len(data.without_junk().gallery)
+
+    def stop(step, done, whole):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        validate(data, embedder, None, store=tmp_path / "kept", progress=stop)
+    [folder] = (tmp_path / "kept").iterdir()
+    assert folder.name == f"onnxruntime-{embedder.bundle.id[:12]}"
+    before = len(Store.open(folder))
+    assert total // 2 <= before < total
+    done = []
+    result = validate(data, embedder, None, store=tmp_path / "kept", progress=lambda _, at, whole: done.append(whole))
+    assert done[0] == total - before
+    plain = validate(data, embedder, None)
+    assert result.measured.to_dict() == pytest.approx(plain.measured.to_dict(), abs=1e-9)
+
+
+def test_junk_is_never_embedded_and_changes_no_figure(root, bundle_folder, tmp_path, said):
+    data = open_data(f"market1501:{root}")
+    junk = [image for image in data.gallery if image.identity == -1]
+    assert junk
+    embedder = Embedder.open(bundle_folder, "onnxruntime")
+    validate(data, embedder, None, store=tmp_path / "kept")
+    [folder] = (tmp_path / "kept").iterdir()
+    names = {row.name for row in Store.open(folder)}
+    assert len(names) == len(data.query) + len(data.gallery) - len(junk)
+    assert f"{len(junk)} junk images of the gallery are never ranked, and not embedded" in said
+
+
+def test_the_reference_runs_on_a_sample_of_people(root, bundle_folder, said):
+    data = open_data(f"market1501:{root}")
+    embedder, reference = Embedder.open(bundle_folder, "onnxruntime"), Embedder.open_reference(bundle_folder)
+    result = validate(data, embedder, reference, reference_sample=20)
+    assert result.sample is not None
+    assert result.reference is None
+    assert result.measured.queries == len(data.query)
+    assert result.sample.measured.queries < len(data.query)
+    assert result.differences() == pytest.approx(dict.fromkeys(KEYS, 0), abs=1e-6)
+    assert result.passes()
+    assert "the difference is about them" in " ".join(said)
+
+
+def test_an_image_that_cannot_be_read_is_named(root, bundle_folder, tmp_path):
+    shutil.copytree(root, tmp_path / "people")
+    victim = sorted((tmp_path / "people/query").iterdir())[0]
+    victim.write_bytes(b"")
+    data = open_data(f"market1501:{tmp_path / 'people'}")
+    with pytest.raises(UserError, match=f"{victim.name}' cannot be embedded: the file is empty"):
+        validate(data, Embedder.open(bundle_folder, "onnxruntime"), None, store=tmp_path / "kept")

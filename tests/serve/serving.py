@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ EXTRA = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "httpx")
 for package in EXTRA:
     pytest.importorskip(package, reason=f"{package} is not installed: the extras `serve` and `dev` bring it")
 
+from mgn_deploy.bundle.bundle import Bundle  # noqa: E402
 from mgn_deploy.embedder import Embedder  # noqa: E402
+from mgn_deploy.gallery.store import Store  # noqa: E402
+from mgn_deploy.identity.calibrate import calibrate_embeddings  # noqa: E402
 from mgn_deploy.serve.limits import Limits  # noqa: E402
 from mgn_deploy.serve.server import HttpServer  # noqa: E402
 from mgn_deploy.serve.service import Service  # noqa: E402
@@ -22,6 +26,21 @@ from mgn_deploy.serve.service import Service  # noqa: E402
 def open_service(bundle: Path, store: Path | None = None, people: Path | None = None, **limits: float) -> Service:
     """With an engine of its own; whoever asked closes it."""
     return Service(Embedder.open(bundle, "onnxruntime"), store, people, limits=Limits(**limits))
+
+
+def with_calibration(bundle: Path, store: Path, folder: Path) -> Path:
+    """A copy of a bundle, calibrated on a store of it."""
+    copied, images = Bundle.open(shutil.copytree(bundle, folder)), Store.open(store)
+    calibrate_embeddings(
+        images.embeddings(),
+        images.identities() - images.identities().min(),
+        images.cameras(),
+        bundle_id=copied.id,
+        backend=images.manifest.backend,
+        source="the store",
+        replicates=20,
+    ).write(copied)
+    return copied.folder
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.train.checkpoint import Position, load_checkpoint, restore, save_checkpoint
 from mgn_deploy.train.started import Started
 
-STARTED = Started({"optim.lr": 0.1}, {}, 1, {"a.jpg": [1, 1, 100, 5], "b.jpg": [2, 1, 100, 6]}, "")
+STARTED = Started({"optim.lr": 0.1}, {}, 1, {"a.jpg": [1, 1, 100, 5], "b.jpg": [2, 1, 100, 6]}, [1, 2], "")
 
 Parts = tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]
 
@@ -78,7 +78,7 @@ def test_people_who_stay_keep_their_rows_where_others_come_and_go(tmp_path, opti
     own = optimizer(before.parameters())
     (before.classifiers[0](torch.ones(1, 3)).sum() * 5 + before.body(torch.ones(1, 3)).sum()).backward()
     own.step()
-    started = Started({}, {}, 1, {f"{one}.jpg": [one, 1, 1, 1] for one in (4, 7, 9)}, "")
+    started = Started({}, {}, 1, {}, [4, 7, 9], "")
     save_checkpoint(tmp_path, started, before, own, torch.amp.GradScaler("cpu", enabled=False), Position())
     theirs = optimizer(after.parameters())
     restore(load_checkpoint(tmp_path), [7, 8, 9, 12], after, theirs, torch.amp.GradScaler("cpu", enabled=False))

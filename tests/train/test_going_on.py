@@ -18,6 +18,7 @@ from small_runs import ONE_THREAD, command, draw_people, rows, run, same, stop_i
 from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.errors import UserError
+from mgn_deploy.images.check import ImageFacts
 from mgn_deploy.train.log import RunLog
 from mgn_deploy.train.run import BEST, WEIGHTS
 from mgn_deploy.train.started import image_differences
@@ -156,12 +157,13 @@ def test_a_run_goes_on_where_what_it_started_from_is_gone(people, one_epoch, tmp
 # With something else
 
 
-def test_another_recipe_is_refused_by_its_keys(people, one_epoch):
+def test_another_recipe_is_refused_by_its_keys(people, one_epoch, said):
     with pytest.raises(UserError) as refused:
         run(people, one_epoch.out, "schedule.epochs=2", "optim.lr=0.01", "model.branches=[1, 2]")
     for words in ("optim.lr was 0.002 and is 0.01", "model.branches was [1, 2, 3] and is [1, 2]", "--init"):
         assert words in str(refused.value)
     assert "schedule.epochs was" not in str(refused.value)
+    assert not any("from here on" in sentence for sentence in said)
 
 
 def test_another_number_of_processes_is_refused(people, copied):
@@ -211,6 +213,17 @@ def test_a_broken_image_that_was_deleted_is_gone_on_without(own, tmp_path, said)
     assert [(step.epoch, step.batch) for step in steps] == [(2, 2), (2, 3)]
     assert any("goes on with other training images (1 removed: " in sentence for sentence in said)
     assert run(fewer, tmp_path / "run", *settings) == [], "from there on it is the run's own data"
+
+
+def test_an_image_that_breaks_on_the_way_is_named_with_the_way_on(own, tmp_path, monkeypatch):
+    own.train[0].path.write_bytes(b"")
+    monkeypatch.setattr("mgn_deploy.train.prepare.check_image", lambda path: ImageFacts(1, 1))
+    with pytest.raises(UserError, match=r"\.jpg' cannot be used: the file is empty; .* go on with --allow-data-change"):
+        run(own, tmp_path / "run", "schedule.epochs=100")
+    monkeypatch.undo()
+    own.train[0].path.unlink()
+    fewer = open_market1501(own.root)
+    assert run(fewer, tmp_path / "run", "schedule.epochs=2", allow_data_change=True)
 
 
 def test_a_run_goes_on_with_other_people(own, tmp_path):

@@ -483,7 +483,7 @@ def test_a_whole_pickled_module_is_refused_with_the_way_round(tmp_path):
     assert_refused(
         saved(nn.Linear(2, 2), tmp_path),
         "torch.nn.modules.linear.Linear",
-        "save `model.state_dict()` where it was made",
+        "save `model.state_dict()` with torch.save where it was made",
     )
 
 
@@ -506,7 +506,7 @@ def test_a_truncated_file_is_refused(state, tmp_path, keep):
     [
         ([torch.zeros(1)], "holds a list"),
         ({}, "holds no tensors"),
-        ({"epoch": 3}, "under 'epoch' is a int"),
+        ({"epoch": 3}, "holds no tensors, but epoch"),
         ({1: torch.zeros(1)}, "under 1"),
         (torch.zeros(2), "holds a Tensor"),
     ],

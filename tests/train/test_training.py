@@ -253,6 +253,8 @@ def test_evaluating_is_embedding_and_ranking(people, weights):
         [image.camera for image in people.query],
         [image.identity for image in people.gallery],
         [image.camera for image in people.gallery],
+        junk=people.junk,
+        distractors=people.distractors,
     )
     assert metrics.to_dict() == pytest.approx(expected.to_dict(), abs=1e-6)
 

@@ -66,7 +66,7 @@ function choose(chosen) {
     const { naturalWidth: width, naturalHeight: height } = $("preview");
     $("hint").hidden = height / width > 1.3 && height / width < 5 && width * height < 2e6;
     setBox(null);
-    ask().then(() => matchMedia("(max-width: 820px)").matches && $("status").scrollIntoView());
+    ask().then(() => $("hint").hidden && matchMedia("(max-width: 820px)").matches && $("status").scrollIntoView());
   };
   $("preview").onerror = ask; // a kind that the browser does not show, and the service may read
   $("drop").hidden = true;
@@ -142,6 +142,7 @@ async function ask() {
   try {
     const query = new URLSearchParams({ k: $("k").value });
     for (const camera of document.querySelectorAll("#cameras input:checked")) query.append("camera", camera.value);
+    for (const id of ["after", "before"]) if ($(id).value) query.append(id, $(id).value);
     const searching = about.gallery && call(`search?${query}`, { method: "POST", body: form() }).then((r) => r.json());
     const identifying = about.people && call("identify", { method: "POST", body: form() }).then((r) => r.json());
     const [found, who] = await Promise.allSettled([searching, identifying]);
@@ -199,7 +200,7 @@ function card(result, same) {
   part("score").textContent = sure === null ? result.similarity.toFixed(3) : percent(sure);
   part("score").title = `similarity ${result.similarity.toFixed(4)}`;
   part("meter").firstElementChild.style.width = `${100 * clamp(sure ?? result.similarity, 0, 1)}%`;
-  for (const [label, value] of [["id", result.identity], ["cam", result.camera]]) {
+  for (const [label, value] of [["id", result.identity], ["cam", result.camera], ["s", result.time_s?.toFixed(1) ?? null]]) {
     if (value === null) continue;
     const span = document.createElement("span");
     span.textContent = `${label} ${value}`;
@@ -287,13 +288,16 @@ async function watch() {
   setTimeout(watch, POLL_MS);
 }
 
-function showStore({ name, images, failures, found, cameras }) {
+function showStore({ name, images, failures, found, cameras, seconds }) {
+  $("times").hidden = !seconds;
+  if (seconds) [$("after").placeholder, $("before").placeholder] = seconds.map((time) => time.toFixed(0));
   $("store").hidden = false;
   $("store-name").textContent = name;
   const failed = failures ? `, ${failures.toLocaleString()} could not be read` : "";
   const total = found === null || found <= images + failures ? "" : ` of ${found.toLocaleString()}`;
   $("store-count").textContent = `${images.toLocaleString()}${total} images embedded${failed}`;
   $("store-progress").hidden = !total;
+  $("store").classList.toggle("growing", Boolean(total));
   $("store-progress").max = found ?? 1;
   $("store-progress").value = images + failures;
   seen.push([performance.now(), images]);
@@ -324,7 +328,7 @@ function showCameras(cameras) {
 
 $("ask").onsubmit = (event) => event.preventDefault();
 $("file").onchange = () => choose($("file").files[0]);
-$("k").onchange = ask;
+$("k").onchange = $("after").onchange = $("before").onchange = ask;
 $("enrol").onclick = enrol;
 $("name").onkeydown = (event) => { if (event.key === "Enter") { event.preventDefault(); enrol(); } };
 $("whole").onclick = () => { setBox(null); ask(); $("stage").focus(); };

@@ -1,0 +1,87 @@
+"""Two results of `mgn-deploy bench` beside each other: SAME, FASTER, SLOWER or UNSURE, by intervals."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from mgn_deploy.bench.result import Result, Row
+from mgn_deploy.bench.timing import Spread
+from mgn_deploy.errors import GateFailed, UserError
+
+Verdict = Literal["SAME", "FASTER", "SLOWER", "UNSURE"]
+FEWEST_ROUNDS = 4  # with fewer, intervals part by chance too often (of two times three figures once in ten)
+TOLERANCE = 0.03  # medians that differ by less are the same: two runs on one quiet machine do
+
+
+class Compared(NamedTuple):
+    """One figure of one row in both runs; `speed` is new over old, above 1 faster."""
+
+    row: str
+    figure: str
+    old: float
+    new: float
+    speed: float
+    verdict: Verdict
+    remark: str
+
+
+def compare(old: Result, new: Result, tolerance: float = TOLERANCE) -> list[Compared]:
+    """Compare what both runs have: single-stream latency, offline rate and `embed`'s rate of each row.
+
+    Raises:
+        UserError: they are of different machines, or have no row in common.
+    """
+    machines = [(one.environment.hardware, one.environment.cpus) for one in (old, new)]
+    if not machines[0][0].is_same_device(machines[1][0]) or machines[0][1] != machines[1][1]:
+        described = " and ".join(f"{hardware}, {cpus} CPUs" for hardware, cpus in machines)
+        raise UserError(f"these are of different machines, whose speeds tell nothing of the code: {described}")
+    known = {row.name: row for row in old.rows if row.offline}
+    both = [(known[row.name], row) for row in new.rows if row.offline and row.name in known]
+    if not both:
+        raise UserError("no row is in both: an engine, a precision and a batch of the same model")
+    return [one for before, after in both for one in _rows(before, after, tolerance)]
+
+
+def require_no_slower(compared: list[Compared]) -> None:
+    """Raise GateFailed where a figure is SLOWER."""
+    slower = [
+        f"{one.row} ({one.figure}: {one.speed:.3f} of the old speed)" for one in compared if one.verdict == "SLOWER"
+    ]
+    if slower:
+        raise GateFailed("slower: " + "; ".join(slower))
+
+
+def _rows(old: Row, new: Row, tolerance: float) -> list[Compared]:
+    figures: list[tuple[str, Spread | None, Spread | None, bool]] = [
+        ("latency ms", *(one.pixels.rounds if one.pixels else None for one in (old, new)), False),
+        ("offline images/s", old.offline, new.offline, True),
+        ("embed images/s", old.embed, new.embed, True),
+    ]
+    remark = "" if old.bundle_id == new.bundle_id else "another bundle"
+    noisy = [name for name, row in (("old", old), ("new", new)) if row.noise.flags]
+    remark = ", ".join(filter(None, [remark, f"noise in {' and '.join(noisy)}" if noisy else ""]))
+    found = []
+    for figure, before, after, is_rate in figures:
+        if before and after:
+            speed = after.median / before.median if is_rate else before.median / after.median
+            disturbed = old.noise.disturbed or new.noise.disturbed
+            verdict = _verdict(before, after, speed, tolerance, disturbed)
+            found.append(Compared(new.name, figure, before.median, after.median, round(speed, 4), verdict, remark))
+    return found
+
+
+def _verdict(old: Spread, new: Spread, speed: float, tolerance: float, disturbed: bool) -> Verdict:
+    """Medians within the tolerance are the same. Beyond it a difference is one where the intervals do not meet, both
+    are of four rounds at least, and nobody else used the machine."""
+    if abs(speed - 1) <= tolerance:
+        return "SAME"
+    if old.low <= new.high and new.low <= old.high:
+        return "UNSURE"
+    if disturbed or min(len(old.rounds), len(new.rounds)) < FEWEST_ROUNDS:
+        return "UNSURE"
+    return "FASTER" if speed > 1 else "SLOWER"
+
+
+def to_dict(compared: list[Compared]) -> list[dict[str, Any]]:
+    """JSON-ready."""
+    return [one._asdict() for one in compared]

@@ -1,0 +1,146 @@
+"""The bench's result as a table and as one HTML page that needs nothing else (`page.html.jinja` draws the plots)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mgn_deploy.bench.result import JSON_NAME, PAGE_NAME, Result, Row
+from mgn_deploy.bench.timing import Interval
+from mgn_deploy.files import atomic_file
+
+_PLAIN = re.compile(r" \[.*?\]")
+COLUMNS = (
+    "row", "p50 ms", "p90", "p99", "p99.9", "from bytes", "images/s", "x PyTorch", "embed", "server/s", "mAP",
+    "of matrix", "MB", "J/image", "noise",
+)  # fmt: skip
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write the JSON and the page into a folder, which is made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / JSON_NAME) as file:
+        file.write(result.model_dump_json(indent=1).encode() + b"\n")
+    with atomic_file(folder / PAGE_NAME) as file:
+        file.write(page(result).encode())
+
+
+def table(result: Result, bounds: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows for people; columns that no row has a figure for are left out.
+
+    Without `bounds` as narrow as a terminal: of noise "yes", which `remarks` spells out, the model where rows differ.
+    """
+    rows = [_cells(row) for row in result.rows]
+    if not bounds:
+        models = {row.model for row in result.rows}
+        rows = [[_PLAIN.sub("", cell) for cell in cells] for cells in rows]
+        for cells in rows:
+            cells[0] = cells[0].removeprefix(f"{models.copy().pop()} ") if len(models) == 1 else cells[0]
+            cells[-1] = "yes" if cells[-1] else ""
+    kept = [index for index in range(len(COLUMNS)) if index == 0 or any(row[index] for row in rows)]
+    return [COLUMNS[index] for index in kept], [[row[index] for index in kept] for row in rows]
+
+
+def _cells(row: Row) -> list[str]:
+    if "engine" in row.not_measured:
+        return [row.name, *[""] * (len(COLUMNS) - 1)]
+    assert row.pixels is not None
+    assert row.image_bytes is not None
+    assert row.offline is not None
+    pixels = row.pixels
+    server = row.server and f"{row.server.held:.1f}"
+    return [
+        row.name,
+        *(_bounded(one) for one in (pixels.p50, pixels.p90, pixels.p99, pixels.p999, row.image_bytes.p50)),
+        f"{row.offline.median:.1f} [{row.offline.low:.1f}, {row.offline.high:.1f}]",
+        f"{row.over_reference:.2f}" if row.over_reference else "",
+        f"{row.embed.median:.1f} ({row.embed_of_offline:.2f})" if row.embed else "",
+        server or "",
+        f"{100 * row.accuracy.mAP:.2f}" if row.accuracy else "",
+        f"{row.of_matrix_rate:.0%}" if row.of_matrix_rate else "",
+        f"{row.host_bytes / 1e6:.0f}" if row.host_bytes is not None else "",
+        f"{row.joules_per_image:.2f}" if row.joules_per_image is not None else "",
+        "; ".join(row.noise.flags),
+    ]
+
+
+def _bounded(one: Interval) -> str:
+    low, high = (f"{bound:.2f}" if bound is not None else "?" for bound in (one.low, one.high))
+    return f"{one.value:.2f} [{low}, {high}]"
+
+
+def remarks(result: Result) -> list[str]:
+    """What the table does not say: the machine, its limits, and what was not measured."""
+    machine, limits = result.environment, result.limits
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits.operations_per_second.items())
+    said = [
+        f"{machine.hardware}, {machine.cpus} of {machine.cores} CPUs, governor {machine.governor}"
+        f"{', virtual' if machine.virtual else ''}; {result.seconds:.0f} s of {60 * result.minutes:.0f}",
+        f"limits by {limits.by}: copy {limits.copy_bytes_per_second / 1e9:.1f} GB/s, GFLOP/s: {rates}",
+        f"energy: {result.energy}",
+    ]
+    missing: dict[str, list[str]] = {}
+    for row in result.rows:
+        for what, why in row.not_measured.items():
+            missing.setdefault(f"{what}: {why}", []).append(row.name)
+    for row in result.rows:
+        said += [f"{row.name}: {'; '.join(row.noise.flags)}"] if row.noise.flags else []
+    return said + [f"not measured: {what} ({len(names)} rows)" for what, names in missing.items()]
+
+
+def page(result: Result) -> str:
+    """Make the HTML page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    columns, rows = table(result)
+    measured = [row for row in result.rows if row.pixels and row.offline]
+    return environment.get_template("page.html.jinja").render(
+        result=result,
+        columns=columns,
+        rows=rows,
+        remarks=remarks(result),
+        bars=_bars(measured),
+        pareto=_pareto(measured),
+    )
+
+
+def _bars(rows: list[Row]) -> list[dict[str, Any]]:
+    """Latency by row: the median as a bar, the 99th percentile as a mark; lengths are shares of the longest."""
+    most = max((row.pixels.p99.value for row in rows if row.pixels), default=1.0)
+    return [
+        {"name": row.name, "p50": one.p50.value, "p99": one.p99.value, "bar": one.p50.value / most,
+         "mark": one.p99.value / most, "noisy": bool(row.noise.flags)}
+        for row in rows
+        if (one := row.pixels)
+    ]  # fmt: skip
+
+
+def _pareto(rows: list[Row]) -> dict[str, Any]:
+    """Accuracy over latency an image: which rows no other beats in both, and where each lies between 0 and 1."""
+    points: list[dict[str, Any]] = [
+        {"name": row.name, "x": row.pixels.p50.value / row.batch, "y": 100 * row.accuracy.mAP}
+        for row in rows
+        if row.accuracy and row.pixels
+    ]
+    if not points:
+        return {}
+    xs, ys = ([point[axis] for point in points] for axis in "xy")
+    margin = max(max(ys) - min(ys), 1.0) * 0.1
+    low, high = min(ys) - margin, max(ys) + margin
+    for point in points:
+        point["best"] = not any(
+            other["x"] <= point["x"]
+            and other["y"] >= point["y"]
+            and (other["x"], other["y"]) != (point["x"], point["y"])
+            for other in points
+        )
+        point["at_x"], point["at_y"] = point["x"] / (1.1 * max(xs)), (point["y"] - low) / (high - low)
+    return {"points": sorted(points, key=lambda point: point["x"]), "most_x": 1.1 * max(xs), "low": low, "high": high}

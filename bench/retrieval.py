@@ -1,0 +1,173 @@
+"""Retrieval beside its peers: `python -m mgn_deploy.bench.retrieval`, by default at Market-1501's size.
+
+Each contender runs in a process of its own, which says how long it took and how much memory it had at most beyond the
+embeddings (Linux only). Embeddings are drawn: people's centres and noise, unit rows. torchreid's re-ranking is run from
+its file (`pip install --no-deps torchreid`; the package itself imports much that is not needed), where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgn_deploy.bench.environment import cpu
+
+IMAGES_A_PERSON = 15
+
+
+def drawn_people(images: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings float32 `[images, dim]`, unit rows, and whose they are, int64 `[images]`."""
+    rng = np.random.default_rng(seed)
+    people = rng.integers(0, max(1, images // IMAGES_A_PERSON), images)
+    rows = rng.standard_normal((people.max() + 1, dim), np.float32)[people]
+    rows += rng.standard_normal((images, dim), np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True), people
+
+
+def matrix_product(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """NumPy's own, to compare the others with."""
+    return query @ gallery.T
+
+
+def distances(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """`distance_matrix`."""
+    from mgn_deploy.retrieval.distance import distance_matrix
+
+    return distance_matrix(query, gallery)
+
+
+def nearest(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """The ten nearest by FAISS."""
+    from mgn_deploy.retrieval.nearest import top_k
+
+    return top_k(query, gallery, 10)[1]
+
+
+def figures(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """Distances and metrics together, without a matrix in memory."""
+    from mgn_deploy.retrieval.ranking import evaluate_embeddings
+
+    cameras = np.arange(len(people)) % 6
+    split = len(query)
+    found = evaluate_embeddings(query, gallery, people[:split], cameras[:split], people[split:], cameras[split:])
+    return np.array([found.mAP])
+
+
+def reranked(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """k-reciprocal re-ranking, ours."""
+    from mgn_deploy.retrieval.rerank import rerank
+
+    return rerank(query, gallery)
+
+
+def reranked_by_torchreid(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """torchreid's, which takes Euclidean distances."""
+    from mgn_deploy.retrieval.distance import distance_matrix
+
+    path = torchreid_file()
+    assert path is not None
+    spec = importlib.util.spec_from_file_location("torchreid_rerank", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pairs = (query, gallery), (query, query), (gallery, gallery)
+    return module.re_ranking(*(distance_matrix(left, right, "euclidean") for left, right in pairs))
+
+
+CONTENDERS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    function.__name__: function
+    for function in (matrix_product, distances, nearest, figures, reranked, reranked_by_torchreid)
+}
+
+
+def torchreid_file() -> Path | None:
+    """Where torchreid's re-ranking is installed, or None."""
+    spec = importlib.util.find_spec("torchreid")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for name in ("reid/utils/rerank.py", "utils/rerank.py"):
+            if (Path(folder) / name).is_file():
+                return Path(folder) / name
+    return None
+
+
+def run(name: str, queries: int, images: int, dim: int, out: Path) -> dict[str, Any]:
+    """Run one contender in this process, and keep what it found."""
+    rows, people = drawn_people(images, dim)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on (proc(5))
+    before = _memory("VmRSS")
+    start, cpu_start = time.perf_counter(), time.process_time()
+    found = CONTENDERS[name](rows[:queries], rows[queries:], people)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    peak = _memory("VmHWM") - before
+    np.save(out, found)
+    return {"contender": name, "seconds": seconds, "cpu_seconds": cpu_seconds, "gigabytes": peak / 1e9}
+
+
+def _memory(field: str) -> int:
+    """Bytes, by Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def measure(names: list[str], queries: int, images: int, dim: int) -> dict[str, Any]:
+    """Run contenders one after the other, each in a process; JSON-ready.
+
+    `load` is the machine's load average (1 minute) as each began: beyond 0.2 others were at work, too.
+    """
+    rows, kept = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            kept[name] = Path(folder) / f"{name}.npy"
+            load = os.getloadavg()[0]
+            command = [sys.executable, "-m", __spec__.name, "--run", name, "--out", str(kept[name])]
+            command += ["--queries", str(queries), "--images", str(images), "--dim", str(dim)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+            rows.append({**json.loads(done.stdout), "load": round(load, 2)})
+        difference = None
+        if {"reranked", "reranked_by_torchreid"} <= set(names):
+            ours, theirs = (np.load(kept[name], mmap_mode="r") for name in ("reranked", "reranked_by_torchreid"))
+            difference = float(np.abs(ours - theirs).max())
+    return {
+        "machine": cpu(),
+        "queries": queries,
+        "gallery": images - queries,
+        "dim": dim,
+        "rows": rows,
+        "largest_difference_of_re_rankings": difference,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(CONTENDERS)}; by default all that can run")
+    parser.add_argument("--queries", type=int, default=3368)
+    parser.add_argument("--images", type=int, default=23_100, help="queries and gallery together")
+    parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--run", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.run:
+        print(json.dumps(run(given.run, given.queries, given.images, given.dim, given.out)))
+        return
+    unknown = set(given.names) - set(CONTENDERS)
+    if unknown:
+        parser.error(f"no contender {', '.join(sorted(unknown))}: choose of {', '.join(CONTENDERS)}")
+    every = [name for name in CONTENDERS if name != "reranked_by_torchreid" or torchreid_file()]
+    print(json.dumps(measure(given.names or every, given.queries, given.images, given.dim), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""A store's rows -> the crops that were embedded, from the files that they came from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from mgn_deploy.errors import UnreadableImage
+from mgn_deploy.gallery.archives import archive_images, archive_of
+from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.sources import cut, file_bytes
+from mgn_deploy.gallery.video import read_clip, read_frames, upright
+from mgn_deploy.images.decode import load_rgb
+from mgn_deploy.images.listing import ImageFile, image_file
+
+if TYPE_CHECKING:
+    from mgn_deploy.gallery.store import Store
+
+
+def crops(store: Store, rows: Iterable[Row]) -> Iterator[tuple[Row, Image.Image | str]]:
+    """Each row with its crop, or the reason why there is none; a photo is read once for rows that follow each other.
+
+    Rows of a video are read in one pass where they are in the order of its frames.
+
+    Raises:
+        UserError: the store's images are not on this machine, or a row's name leads out of their folder.
+    """
+    for (path, is_frame), group in groupby(rows, key=lambda row: (_path(store, row), row.frame is not None)):
+        together = list(group)
+        yield from _frames(path, together) if is_frame else _photo(path, together)
+
+
+def row_crop(store: Store, row: Row) -> Image.Image:
+    """The crop of one row.
+
+    Raises:
+        UnreadableImage: it is gone or cannot be read any more.
+        UserError: as of `crops`.
+    """
+    [(_, image)] = crops(store, [row])
+    if isinstance(image, str):
+        raise UnreadableImage(image)
+    return image
+
+
+def sequence_of(row: Row) -> str:
+    """The video, or the folder of photos, whose tracks a row's track is one of."""
+    return row.file if row.frame is not None else row.file.rpartition("/")[0]
+
+
+def _path(store: Store, row: Row) -> Path:
+    """The photo, video or archive member that a row's box is in."""
+    return store.path(replace(row, name=row.file))
+
+
+def _photo(path: Path, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | str]]:
+    try:
+        image = load_rgb(file_bytes(_file(path)))
+    except UnreadableImage as problem:
+        yield from ((row, str(problem)) for row in rows)
+        return
+    for row in rows:
+        yield row, _cut(image, row)
+
+
+def _frames(path: Path, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | str]]:
+    clip = read_clip(path)
+    passes: list[list[Row]] = []
+    for row in rows:
+        if not passes or (row.frame or 0) < (passes[-1][-1].frame or 0):
+            passes.append([])
+        passes[-1].append(row)
+    for ascending in passes:
+        frames = [(number, list(group)) for number, group in groupby(ascending, key=lambda row: row.frame or 0)]
+        inside = [number for number, _ in frames if number <= clip.frames]
+        pictures = read_frames(clip, inside)
+        for number, together in frames:
+            picture = next(pictures) if number <= clip.frames else f"the video has {clip.frames} frames"
+            image = picture if isinstance(picture, str) else upright(picture)
+            yield from ((row, image if isinstance(image, str) else _cut(image, row)) for row in together)
+
+
+def _cut(image: Image.Image, row: Row) -> Image.Image | str:
+    try:
+        return cut(image, row.box)
+    except UnreadableImage as problem:
+        return str(problem)
+
+
+def _file(path: Path) -> ImageFile:
+    """A photo, or a member of the archive that its path leads into."""
+    archive = archive_of(path)
+    if archive is None:
+        return image_file(path, path.name)
+    status = archive.stat()
+    name = path.relative_to(archive).as_posix()
+    member = _members(archive, status.st_size, status.st_mtime_ns).get(name)
+    return member or ImageFile(path, name, problem="no such member of the archive")
+
+
+@lru_cache(maxsize=16)
+def _members(archive: Path, size: int, mtime_ns: int) -> dict[str, ImageFile]:
+    """An archive's images by their names in it, until it changes: finding one reads all headers."""
+    return {file.name.partition("/")[2]: file for file in archive_images(archive, archive.name, Counter())}

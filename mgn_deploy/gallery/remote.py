@@ -1,0 +1,202 @@
+"""Images in an object store or on a web server, listed and read by fsspec; nothing is kept on this machine."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.gallery.sources import MOST_FILE_BYTES, Source
+from mgn_deploy.images.formats import skipped_sentence, why_no_image
+from mgn_deploy.images.listing import ImageFile
+from mgn_deploy.images.prefetch import in_order
+from mgn_deploy.packages import import_problem
+
+# What fsspec needs besides for a URL that begins so.
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
+TRIES = 3
+FIRST_WAIT_SECONDS = 0.5  # before the second try; twice as long before each further one
+TIMEOUT_SECONDS = 120.0  # of one object on a web server
+_TIMES = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
+_log = logging.getLogger("mgn_deploy")
+
+
+def is_remote(place: str) -> bool:
+    """Whether what `embed` is given is a URL."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", place, re.IGNORECASE) is not None
+
+
+def remote_source(places: Sequence[str], root: str | None = None) -> Source:
+    """The images below URLs: folders, searched recursively; single objects; patterns (`s3://bucket/cam1/*.jpg`).
+
+    Listed objects are images by their extension alone; a single one is taken as it is. Size and time of change are
+    what the server tells: where it tells neither, only `--verify-content` sees a change. A web server's folder is what
+    its index page links to.
+
+    Args:
+        places: s3://, gs://, http://, https:// or memory:// URLs, all of one scheme.
+        root: the URL that names begin at; by default the folder, or the one that all objects are in.
+
+    Raises:
+        UserError: fsspec or what it needs for the scheme is missing, a URL holds a secret or names nothing, or the
+            server cannot be asked.
+    """
+    system = _file_system(places)
+    objects: dict[str, Mapping[str, Any]] = {}
+    skipped = Counter[str]()
+    for place in places:
+        objects.update(_listed(system, place, skipped))
+    sentence = skipped_sentence(skipped)
+    if not objects:
+        raise UserError(f"{places[0]!r} holds no image" + (f": {sentence}" if sentence else ""))
+    if sentence:
+        _log.warning(f"{places[0]}: {sentence}")
+    places = [_url(system, place) for place in places]
+    base = _url(system, root) if root else places[0] if len(places) == 1 else ""
+    if not root and (not base or any(not url.startswith(base + "/") for url in objects)):
+        base = _common(objects)
+    outside = next((url for url in objects if not url.startswith(base + "/")), None)
+    if outside:
+        raise UserError(f"{outside!r} is not below {base!r}: give --root, the URL that all images are below")
+    urls = sorted(objects, key=str.encode)
+    known = in_order(lambda url: _known(system, url, objects[url]), urls)
+    files = [
+        ImageFile(None, url[len(base) + 1 :], size, mtime, problem, partial(_read, system, url))
+        for url, (size, mtime, problem) in zip(urls, known, strict=True)
+    ]
+    return Source(base, f"{len(files)} images below {base!r}", files, skipped)
+
+
+def _file_system(places: Sequence[str]) -> Any:
+    scheme = urlsplit(places[0]).scheme.lower()
+    if any(urlsplit(place).scheme.lower() != scheme for place in places):
+        raise UserError("the URLs that are given differ in their scheme: embed each by itself, into a store of its own")
+    if scheme not in PACKAGES:
+        raise UserError(f"{scheme}:// is not read: give {', '.join(f'{name}://' for name in PACKAGES)}, or paths")
+    secret = next((url for url in places if "@" in urlsplit(url).netloc or (scheme[:4] == "http" and "?" in url)), None)
+    if secret:
+        raise UserError(
+            f"{secret.partition('?')[0].rpartition('@')[2]!r}: a URL with a password or a query would be kept in the "
+            "store; give a plain one and credentials as fsspec takes them, by its configuration or the environment"
+        )
+    problem = import_problem("fsspec", "remote")
+    if problem:
+        raise UserError(f"{scheme}:// is read by fsspec: {problem}")
+    import fsspec
+
+    try:
+        options = {}
+        if PACKAGES[scheme] == "aiohttp":
+            import aiohttp
+
+            options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)}}
+        system = fsspec.filesystem(scheme, **options)
+    except ImportError:
+        package = PACKAGES[scheme]
+        raise UserError(
+            f"fsspec reads {scheme}:// with {package}, which is not installed (pip install {package})"
+        ) from None
+    system.invalidate_cache()
+    return system
+
+
+def _listed(system: Any, place: str, skipped: Counter[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The images that a URL names, each by its own URL, with what the server tells of it."""
+    try:
+        if "*" in place or "[" in place:
+            found = system.glob(place, detail=True)
+        else:
+            info = {} if place.endswith("/") else system.info(place)
+            # A web server calls a folder's index page a file.
+            if info and info.get("type") != "directory" and info.get("mimetype") != "text/html":
+                yield _url(system, place), info
+                return
+            found = system.find(place, detail=True)
+    except Exception as error:  # each of fsspec's file systems raises its own kinds
+        what = "no such object" if isinstance(error, FileNotFoundError) else _sentence(error)
+        raise UserError(f"{place!r} cannot be listed: {what}") from None
+    for name, info in found.items():
+        url = _url(system, name)
+        if info.get("type") == "directory":
+            continue
+        if "?" in url or "/../" in url:  # a web server's index page has links that sort it, and one to its parent
+            skipped["links of the index page"] += 1
+            continue
+        reason = why_no_image(url.rpartition("/")[2], bytes)
+        if reason is None:
+            yield url, info
+        else:
+            skipped[reason] += 1
+
+
+def _known(system: Any, url: str, info: Mapping[str, Any]) -> tuple[int | None, int | None, str | None]:
+    """The size and time of change in ns of an object, as far as the server tells, and why it is none."""
+    if info.get("size") is None:  # a web server's index page tells names alone
+        try:
+            info = system.info(url)
+        except FileNotFoundError:
+            return None, None, "no such object"
+        except Exception:  # reading it is tried again, and says what is wrong
+            return None, None, None
+    size = info.get("size")
+    large = size is not None and size > MOST_FILE_BYTES
+    problem = f"larger than {MOST_FILE_BYTES >> 20} MiB, which no image of 64 megapixels is" if large else None
+    return size, next((_nanoseconds(info[key]) for key in _TIMES if info.get(key)), None), problem
+
+
+def _nanoseconds(time: Any) -> int | None:
+    """A time as one of fsspec's file systems gives it, in ns since 1970, to a microsecond."""
+    try:
+        if isinstance(time, str):
+            iso = re.match(r"\d{4}-", time)
+            time = datetime.fromisoformat(time.replace("Z", "+00:00")) if iso else parsedate_to_datetime(time)
+        seconds = time.timestamp() if isinstance(time, datetime) else float(time)
+        return round(seconds * 1e6) * 1000
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _read(system: Any, url: str) -> bytes:
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+        try:
+            return system.cat_file(url)
+        except FileNotFoundError:
+            raise UnreadableImage("no such object") from None
+        except PermissionError:
+            raise UnreadableImage("Permission denied") from None
+        except Exception as error:  # each of fsspec's file systems raises its own kinds
+            reason = _sentence(error)
+    raise UnreadableImage(f"not read in {TRIES} tries: {reason}")
+
+
+def _url(system: Any, name: str) -> str:
+    """The one way to write an object's URL, of what its file system or a user calls it."""
+    if isinstance(system.protocol, tuple) and "http" in system.protocol:
+        return name.rstrip("/")
+    protocol = system.protocol if isinstance(system.protocol, str) else system.protocol[0]
+    return f"{protocol}://{system._strip_protocol(name).strip('/')}"
+
+
+def _common(urls: Mapping[str, Any]) -> str:
+    """The deepest folder that all URLs are below; at least the bucket or the server."""
+    folders = [url.split("/")[:-1] for url in urls]
+    shared = 0
+    while all(len(folder) > shared and folder[shared] == folders[0][shared] for folder in folders):
+        shared += 1
+    if shared < 3:
+        raise UserError("the URLs that are given are of different buckets or servers: embed each by itself")
+    return "/".join(folders[0][:shared])
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,275 @@
+"""A video and a tracker's boxes in it: its frames are decoded once, in order, and each box is a row.
+
+Frame n is the n-th frame in the order of presentation, from 1, as trackers and MOTChallenge count. A frame is known by
+its timestamp, not by counting what the decoder gives: the frames after one that cannot be decoded keep their numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import sha256_file
+from mgn_deploy.gallery.boxed import pixels
+from mgn_deploy.gallery.boxes import Boxes
+from mgn_deploy.gallery.sources import Decoded, Source, crop_of, folder_uri
+from mgn_deploy.images.listing import ImageFile
+from mgn_deploy.images.prefetch import in_order
+from mgn_deploy.packages import import_problem
+
+if TYPE_CHECKING:
+    import av
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
+FRAMES_AHEAD = 8  # of 4096x2160 pixels: 200 MB
+BROKEN = "the frame cannot be decoded"
+_UNNUMBERED = "the video ends or is broken before the frame, and has no timestamps to number frames by"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a video's packets tell, without decoding them.
+
+    Attributes:
+        path: of the file.
+        stamps: each frame's timestamp, ascending: frame n has `stamps[n - 1]`; empty where the file has none to trust.
+        keys: the timestamps of the frames that decoding can begin at, ascending.
+        seconds: of a timestamp's unit.
+        frames: how many there are.
+    """
+
+    path: Path
+    stamps: tuple[int, ...] = field(repr=False)
+    keys: tuple[int, ...] = field(repr=False)
+    seconds: float
+    frames: int
+    rate: float
+
+    def time_of(self, frame: int) -> float:
+        """When a frame is shown, in seconds from the first one."""
+        if self.stamps:
+            return (self.stamps[frame - 1] - self.stamps[0]) * self.seconds
+        return (frame - 1) / self.rate if self.rate else 0.0
+
+    @cached_property
+    def numbers(self) -> dict[int, int]:
+        """Each timestamp's frame."""
+        return {stamp: number for number, stamp in enumerate(self.stamps, start=1)}
+
+
+@dataclass
+class VideoSource(Source):
+    """The boxes of one video."""
+
+    clip: Clip | None = None
+
+    def decode(self, files: Sequence[ImageFile], height: int, width: int) -> Iterator[Decoded]:
+        """The crops of some of the boxes, in their order; where that goes back in time the video is read again."""
+
+        def crops(frame: tuple[list[ImageFile], Any]) -> list[Decoded]:
+            boxes, picture = frame
+            if isinstance(picture, str):
+                return [Decoded(file, error=picture) for file in boxes]
+            image = upright(picture)
+            return [crop_of(file, image, height, width, digest) for file in boxes]
+
+        if files:
+            digest = self._digest
+            for some in in_order(crops, self._frames(files), FRAMES_AHEAD):
+                yield from some
+
+    def digests(self, files: Sequence[ImageFile]) -> Iterator[bytes | None]:
+        """The SHA-256 of the video's file, for each."""
+        if files:
+            yield from [self._digest] * len(files)
+
+    @cached_property
+    def _digest(self) -> bytes:
+        assert self.clip is not None
+        return bytes.fromhex(sha256_file(self.clip.path))
+
+    def _frames(self, files: Sequence[ImageFile]) -> Iterator[tuple[list[ImageFile], Any]]:
+        """The boxes of each frame, and the frame or why there is none."""
+        assert self.clip is not None
+        passes: list[list[list[ImageFile]]] = []
+        for number, group in groupby(files, key=lambda file: file.frame or 0):
+            if not passes or number <= (passes[-1][-1][0].frame or 0):
+                passes.append([])
+            passes[-1].append(list(group))
+        for frames in passes:
+            numbers = [boxes[0].frame or 0 for boxes in frames if not boxes[0].problem]
+            pictures = read_frames(self.clip, numbers)
+            yield from ((boxes, boxes[0].problem or next(pictures)) for boxes in frames)
+
+
+def video_source(path: str | os.PathLike[str], boxes: Boxes, root: str | os.PathLike[str] | None = None) -> Source:
+    """The boxes of a video, each a row named `clip.mp4#000123-7` by frame and track, or else `clip.mp4#000123-box2`.
+
+    Args:
+        path: a file that PyAV reads.
+        boxes: of frames, as MOTChallenge has them or a table with a column frame.
+        root: what the names are below; by default the video's folder.
+
+    Raises:
+        UserError: the file is missing or no video, PyAV is not installed, or the boxes are of photos.
+    """
+    path = Path(os.path.abspath(path))
+    base = Path(os.path.abspath(root)) if root else path.parent
+    if base not in path.parents:
+        raise UserError(f"{str(path)!r} is not below {str(base)!r}: give --root, a folder that the video is in")
+    if boxes.relative or any(box.frame is None for box in boxes.boxes):
+        raise UserError(
+            f"{boxes.title} has boxes of photos ({boxes.format}): a video's are MOTChallenge's, or a table's with a "
+            "column frame"
+        )
+    clip = read_clip(path)
+    status = path.stat()
+    name = path.relative_to(base).as_posix()
+    files = []
+    tracks: dict[int | None, set[int | None]] = defaultdict(set)
+    for box in sorted(boxes.boxes, key=lambda box: box.frame or 0):
+        by_track = box.track is not None and box.track not in tracks[box.frame]
+        tracks[box.frame].add(box.track)
+        key = str(box.track) if by_track else f"box{box.number}"
+        frame = box.frame or 0
+        file = ImageFile(
+            path,
+            f"{name}#{frame:06d}-{key}",
+            status.st_size,
+            status.st_mtime_ns,
+            box=pixels(box.edges),
+            frame=frame,
+            track=box.track,
+        )
+        inside = 1 <= frame <= clip.frames
+        problem = None if inside else f"the video has {clip.frames} frames"
+        files.append(replace(file, time_s=clip.time_of(frame) if inside else None, problem=problem))
+    files.sort(key=lambda file: (file.frame, os.fsencode(file.name)))
+    return VideoSource(
+        uri=folder_uri(base),
+        title=f"{len(files):,} boxes of {boxes.title} in {path.name!r}",
+        files=files,
+        skipped=boxes.skipped,
+        clip=clip,
+    )
+
+
+def read_clip(path: Path) -> Clip:
+    """Read a video's packets; a file that has not changed is not read a second time.
+
+    Raises:
+        UserError: the file is missing or no video, or PyAV is not installed.
+    """
+    problem = import_problem("av", "video")
+    if problem:
+        raise UserError(f"a video is read by PyAV: {problem}")
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} is no file: give a video")
+    status = path.stat()
+    return _read_clip(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _read_clip(path: Path, size: int, mtime_ns: int) -> Clip:
+    import av
+
+    try:
+        with _opened(path) as container:
+            stream = container.streams.video[0]
+            packets = [
+                (packet.pts, packet.is_keyframe)
+                for packet in container.demux(stream)
+                if packet.size and not packet.is_discard
+            ]
+            seconds, rate, codec = (
+                float(stream.time_base or 0),
+                float(stream.average_rate or 0),
+                stream.codec_context.name,
+            )
+        with _opened(path) as container:
+            first = next((frame.pts for frame in container.decode(video=0)), None)
+    except (av.error.FFmpegError, IndexError) as error:
+        why = "it has no video stream" if isinstance(error, IndexError) else str(error.strerror or error)
+        raise UserError(f"{str(path)!r} is no video that can be read: {why}") from None
+    stamps = [stamp for stamp, _ in packets if stamp is not None]
+    # VP8 has packets without a frame; elsewhere a packet is a frame, if each has a timestamp of its own.
+    trusted = codec not in ("vp8", "libvpx") and len(set(stamps)) == len(packets) and first in stamps
+    keys = sorted(stamp for stamp, is_key in packets if is_key and stamp is not None)
+    return Clip(path, tuple(sorted(stamps)) if trusted else (), tuple(keys), seconds, len(packets), rate)
+
+
+def read_frames(clip: Clip, numbers: Sequence[int]) -> Iterator[av.VideoFrame | str]:
+    """Some frames of a video, by their ascending numbers from 1; in place of one that is broken, why.
+
+    Decoding begins at the last key frame before the first of them and ends with the last. What follows a broken frame,
+    up to the next key frame, may be made of it and counts as broken.
+    """
+    begin = 1
+    if numbers and clip.stamps:
+        key = bisect_right(clip.keys, clip.stamps[numbers[0] - 1]) - 1
+        begin = clip.numbers[clip.keys[key]] if key > 0 else 1
+    waiting = iter(numbers)
+    wanted = next(waiting, None)
+    for number, picture in _numbered(clip, begin):
+        while wanted is not None and wanted < number:
+            yield BROKEN
+            wanted = next(waiting, None)
+        if wanted == number:
+            yield picture
+            wanted = next(waiting, None)
+        if wanted is None:
+            return
+    while wanted is not None:
+        yield BROKEN if clip.stamps else _UNNUMBERED
+        wanted = next(waiting, None)
+
+
+def _numbered(clip: Clip, begin: int) -> Iterator[tuple[int, Any]]:
+    """The frames that the decoder gives from `begin` on, by number; in place of one after a broken one, why."""
+    import av
+
+    with _opened(clip.path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        stream.codec_context.options = {"err_detect": "explode"}  # no frame that the decoder had to guess at
+        if begin > 1:
+            container.seek(clip.stamps[begin - 1], stream=stream, backward=True)
+        last, spoilt = begin - 1, False
+        try:
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except av.error.FFmpegError:
+                    if not clip.stamps:
+                        return
+                    continue  # its frame is missing among those that come out
+                for frame in frames:
+                    number = last + 1 if not clip.stamps else clip.numbers.get(frame.pts, 0)
+                    if number <= last:
+                        continue  # of before the key frame that was sought
+                    spoilt = (spoilt or number > last + 1 or frame.is_corrupt) and not frame.key_frame
+                    last = number
+                    yield number, f"{BROKEN}: one before it is broken" if spoilt else frame
+        except av.error.FFmpegError:
+            return  # the file ends or is broken here; nothing comes after it
+
+
+def _opened(path: Path) -> Any:
+    """The container of a local file, which may not lead FFmpeg to other files or to the network."""
+    import av
+
+    return av.open(str(path), options={"protocol_whitelist": "file"})
+
+
+def upright(frame: Any) -> Any:
+    """A frame as an RGB image, turned as players and OpenCV do where a telephone was held upright."""
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -1,0 +1,86 @@
+"""What all pages share: thumbnails inlined, text of which every character can be seen, templates that escape."""
+
+from __future__ import annotations
+
+import base64
+import io
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.gallery.crops import row_crop
+from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.store import Store
+from mgn_deploy.images.decode import load_rgb
+
+THUMBNAIL_SIDE = 192  # pixels; about twice what a page shows, for dense screens and print
+JPEG_QUALITY = 85
+
+
+def page_environment() -> Environment:
+    """Of the templates beside this file; every value is escaped, and what has no glyph in it spelled out."""
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=spelled_out,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+
+
+def read_thumbnail(path: Path, side: int = THUMBNAIL_SIDE, quality: int = JPEG_QUALITY) -> dict[str, Any]:
+    """An image's `width`, `height` and `jpeg` (base64) as a page inlines it, or the `problem` of one that is gone.
+
+    Args:
+        path: the image file.
+        side: most pixels of its longer side.
+        quality: of the JPEG.
+    """
+    try:
+        return _inlined(load_rgb(path), side, quality)
+    except UnreadableImage as reason:
+        return {"problem": str(reason)}
+
+
+def _inlined(thumbnail: Image.Image, side: int, quality: int) -> dict[str, Any]:
+    thumbnail.thumbnail((side, side))
+    thumbnail.info.clear()  # Pillow would carry a JPEG comment over
+    jpeg = io.BytesIO()
+    thumbnail.save(jpeg, "JPEG", quality=quality)
+    data = base64.b64encode(jpeg.getvalue()).decode("ascii")
+    return {"width": thumbnail.width, "height": thumbnail.height, "jpeg": data}
+
+
+def row_thumbnail(store: Store, row: Row, side: int = THUMBNAIL_SIDE, quality: int = JPEG_QUALITY) -> dict[str, Any]:
+    """`read_thumbnail` of a store's row; where its source is no folder of this machine, that is the `problem`."""
+    return crop_thumbnail(lambda: row_crop(store, row), side, quality)
+
+
+def crop_thumbnail(
+    load: Callable[[], Image.Image], side: int = THUMBNAIL_SIDE, quality: int = JPEG_QUALITY
+) -> dict[str, Any]:
+    """`read_thumbnail` of what `load` gives; the `problem` is what it raises of UnreadableImage or UserError."""
+    try:
+        return _inlined(load(), side, quality)
+    except (UnreadableImage, UserError) as reason:
+        return {"problem": str(reason)}
+
+
+def spelled_out(value: Any) -> Any:
+    """Text of which every character can be seen; Jinja2 escapes it afterwards.
+
+    What has no glyph is spelled out (a newline as \\n, a byte that is not UTF-8 as \\udcff): the page stays valid
+    UTF-8, names that differ look different, and no control character turns the text around it.
+    """
+    if not isinstance(value, str) or hasattr(value, "__html__") or value.isprintable():
+        return value
+    return "".join(c if _has_glyph(c) else c.encode("unicode_escape").decode() for c in value)
+
+
+def _has_glyph(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"

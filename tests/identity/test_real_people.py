@@ -1,0 +1,58 @@
+"""On real people: a threshold from 643 of them does on 100 others what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mgn_deploy.datasets import open_data
+from mgn_deploy.embedder import Embedder
+from mgn_deploy.identity.calibrate import calibrate_embeddings
+from mgn_deploy.identity.pairs import Pairs, genuine_and_impostor
+
+BESIDE = Path(__file__).parents[3] / "shared"  # of the repository
+PEOPLE = (BESIDE if BESIDE.is_dir() else Path("/work/shared")) / "data" / "cuhk03-market"
+DRAWS = 5
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PEOPLE.is_dir(), reason=f"{PEOPLE} is not there"),
+]
+
+
+def test_the_false_accept_rate_on_others_is_the_one_that_was_asked_for(embedder: Embedder):
+    """By a network that has seen none of them, 643 people drawn at random, then others; intervals are over the 100."""
+    data = open_data(f"folder:{PEOPLE}", ("train", "query", "gallery"))
+    images = [*data.train, *data.query, *data.gallery]
+    rows = embedder.embed([image.path for image in images], batch_size=32)
+    cameras = np.array([image.camera for image in images])
+    _, people = np.unique([image.identity for image in images], return_inverse=True)
+    assert people.max() + 1 == 743
+    held = {1e-2: 0, 1e-3: 0}
+    for draw in range(DRAWS):
+        is_other = np.isin(people, np.random.default_rng(draw).permutation(743)[:100])
+
+        def some(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            return rows[mask], np.unique(people[mask], return_inverse=True)[1], cameras[mask]
+
+        made = calibrate_embeddings(
+            *some(~is_other), bundle_id=embedder.bundle.id, backend="", source="643", replicates=2, max_pairs=300_000
+        )
+        _, impostor = genuine_and_impostor(*some(is_other))
+        for far in held:
+            accepted = impostor.similarities >= made.decide(far).threshold
+            low, high = interval(impostor, accepted)
+            print(f"FAR {far:g}: {accepted.mean():.3g} on the 100 others ({low:.3g} to {high:.3g})")
+            held[far] += low <= far <= high
+    assert min(held.values()) >= DRAWS - 1
+
+
+def interval(impostor: Pairs, accepted: np.ndarray) -> tuple[float, float]:
+    """Of the rate, when the 100 people are drawn anew."""
+    drawn = []
+    for times in np.random.default_rng(0).multinomial(100, np.full(100, 0.01), 200):
+        weights = times[impostor.first] * times[impostor.second]
+        drawn.append(weights @ accepted / weights.sum())
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(low), float(high)

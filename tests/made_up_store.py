@@ -1,0 +1,46 @@
+"""Stores of drawn crops with given embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mgn_deploy.datasets.drawn import draw_crop
+from mgn_deploy.gallery.shards import Row, StoreManifest
+from mgn_deploy.gallery.store import Store
+from mgn_deploy.gallery.writer import StoreWriter
+
+
+def made_up_store(
+    folder: Path,
+    embeddings: np.ndarray,
+    identities: list[int | None],
+    cameras: list[int | None] | None = None,
+    *,
+    names: list[str] | None = None,
+    drawn: bool = False,
+    bundle_id: str = "b" * 64,
+) -> Store:
+    """A store at `folder`/store of images below `folder`/images, which are drawn or not there at all."""
+    names = names or [f"{number}.jpg" for number in range(len(embeddings))]
+    cameras = cameras or [None] * len(embeddings)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    if drawn:
+        for name, identity, camera in zip(names, identities, cameras, strict=True):
+            draw_crop(identity or 0, camera or 1, len(name)).save(folder / "images" / name, "JPEG")
+    manifest = StoreManifest(
+        bundle_id=bundle_id,
+        backend="torch",
+        preprocessing="pillow-bicubic-1",
+        dim=embeddings.shape[1],
+        dtype="float32",
+        source=(folder / "images").as_uri(),
+    )
+    rows = [
+        Row(name, 1, 1, None, identity, camera)
+        for name, identity, camera in zip(names, identities, cameras, strict=True)
+    ]
+    with StoreWriter(folder / "store", manifest) as writer:
+        writer.add(rows, embeddings.astype(np.float32))
+    return Store.open(folder / "store")

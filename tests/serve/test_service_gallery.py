@@ -1,0 +1,155 @@
+"""The gallery behind the service: what it shows of a store, and what it never opens."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving import EXTRA
+
+from mgn_deploy.datasets.drawn import draw_crop
+from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.shards import MANIFEST, Row, StoreManifest
+from mgn_deploy.gallery.writer import StoreWriter
+from mgn_deploy.images.decode import PREPROCESSING
+from mgn_deploy.serve import gallery as gallery_module
+from mgn_deploy.serve.gallery import Gallery, NotShown, thumbnail_key
+
+assert EXTRA  # `serving` skips where the extra is not installed
+BUNDLE = "b" * 64
+
+
+def unit_rows(count: int, seed: int = 0) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(count, 8)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def add(store: Path, source: Path, rows: list[Row], embeddings: np.ndarray) -> None:
+    manifest = StoreManifest(
+        bundle_id=BUNDLE,
+        backend="onnxruntime",
+        preprocessing=PREPROCESSING,
+        dim=8,
+        dtype="float32",
+        source=source.as_uri(),
+    )
+    with StoreWriter(store, manifest) as writer:
+        writer.add(rows, embeddings)
+
+
+def row(name: str, **labels: object) -> Row:
+    return Row(name, 1, 1, None, None, labels.pop("camera", None), **labels)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder with an image and a link out of it, beside one that nobody is to see."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw_crop(1, 1, 0).save(folder / "in.png")
+    draw_crop(2, 1, 0).save(tmp_path / "secret.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def test_an_image_below_the_source_is_shown_without_its_metadata(store: Path, source: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "where it was taken"
+    draw_crop(1, 1, 0).resize((400, 1000)).save(source / "exif.jpg", exif=exif, comment=b"a comment")
+    add(store, source, [row("exif.jpg")], unit_rows(1))
+    shown = Gallery(store, BUNDLE).thumbnail(thumbnail_key("exif.jpg"))
+    image = Image.open(io.BytesIO(shown))
+    assert (image.format, image.size) == ("JPEG", (128, 320))
+    assert b"where it was taken" not in shown
+    assert b"a comment" not in shown
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "sub/../../secret.png", "{tmp}/secret.png", "link.png", "notes.txt", "gone.png"]
+)
+def test_what_lies_elsewhere_or_is_no_image_is_not_shown(store: Path, source: Path, tmp_path: Path, name: str) -> None:
+    name = name.replace("{tmp}", str(tmp_path))
+    add(store, source, [row(name)], unit_rows(1))
+    with pytest.raises(NotShown):
+        Gallery(store, BUNDLE).thumbnail(thumbnail_key(name))
+
+
+def test_a_name_of_any_bytes_is_shown(store: Path, source: Path) -> None:
+    name = os.fsdecode(b"\xff \xe4?#%2f.png")
+    draw_crop(1, 1, 0).save(source / name, "PNG")
+    add(store, source, [row(name)], unit_rows(1))
+    assert Gallery(store, BUNDLE).thumbnail(thumbnail_key(name)).startswith(b"\xff\xd8")
+
+
+def test_of_a_box_in_a_photo_the_box_is_shown(store: Path, source: Path) -> None:
+    Image.new("RGB", (300, 200), "blue").save(source / "group.png")
+    add(store, source, [row("group.png", box=(10.0, 20.0, 50.0, 100.0))], unit_rows(1))
+    shown = Image.open(io.BytesIO(Gallery(store, BUNDLE).thumbnail(thumbnail_key("group.png"))))
+    assert shown.size == (50, 100)
+
+
+def test_filters_by_camera_and_time_leave_the_nearest_of_the_others(store: Path, source: Path) -> None:
+    rows = [row(f"{n}.png", camera=n % 3, time_s=None if n % 5 == 0 else n / 2) for n in range(60)]
+    embeddings = unit_rows(60)
+    add(store, source, rows, embeddings)
+    query = unit_rows(3, seed=1)
+
+    def by_hand(one: np.ndarray, wanted: list[int]) -> list[str]:
+        return [rows[index].name for index in sorted(wanted, key=lambda index: -(embeddings[index] @ one))[:7]]
+
+    found = Gallery(store, BUNDLE).search(query, 7, cameras=[0, 2], after=3, before=20)
+    wanted = [n for n in range(60) if n % 3 != 1 and n % 5 and 3 <= n / 2 < 20]
+    assert [[hit.row.name for hit in hits] for hits in found] == [by_hand(one, wanted) for one in query]
+    everyone = Gallery(store, BUNDLE).search(query, 7)
+    assert [[hit.row.name for hit in hits] for hits in everyone] == [by_hand(one, list(range(60))) for one in query]
+
+
+def test_filters_in_blocks_are_those_in_one(store: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(store, source, [row(f"{n}.png", camera=n % 2) for n in range(50)], unit_rows(50))
+    query = unit_rows(2, seed=1)
+    whole = Gallery(store, BUNDLE).search(query, 9, cameras=[1])
+    monkeypatch.setattr(gallery_module, "BLOCK_ROWS", 4)
+    assert Gallery(store, BUNDLE).search(query, 9, cameras=[1]) == whole
+    assert Gallery(store, BUNDLE).search(query, 9, cameras=[7]) == [[], []]
+
+
+def test_an_empty_store_is_watched_until_it_has_images(
+    store: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery_module, "REFRESH_SECONDS", 0)
+    add(store, source, [Row("bad.png", 1, 1, "broken", None, None)], np.full((1, 8), np.nan, np.float32))
+    gallery = Gallery(store, BUNDLE)
+    with pytest.raises(UserError, match="no image yet"):
+        gallery.search(unit_rows(1), 1)
+    assert (gallery.progress()["images"], gallery.progress()["failures"]) == (0, 1)
+    add(store, source, [row("a.png", time_s=2.5)], unit_rows(1))
+    assert (gallery.progress()["images"], gallery.progress()["seconds"]) == (1, (2.5, 2.5))
+    assert gallery.search(unit_rows(1), 1)[0][0].row.name == "a.png"
+
+
+def test_a_store_that_breaks_meanwhile_is_said_and_the_gallery_goes_on(
+    store: Path, source: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setattr(gallery_module, "REFRESH_SECONDS", 0)
+    add(store, source, [row("a.png")], unit_rows(1))
+    gallery = Gallery(store, BUNDLE)
+    (store / MANIFEST).write_text("{}")
+    gallery.refresh()
+    assert said[-1].startswith("the gallery stays as it was: ")
+    assert len(gallery.search(unit_rows(1), 1)[0]) == 1
+
+
+def test_another_bundles_store_is_refused(store: Path, source: Path) -> None:
+    add(store, source, [row("a.png")], unit_rows(1))
+    with pytest.raises(UserError, match="cannot be compared"):
+        Gallery(store, "c" * 64)
