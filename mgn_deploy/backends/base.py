@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -93,4 +93,4 @@ def refuse_shapes(shapes: Sequence[Sequence[object]], config: ModelConfig) -> No
     found = [[str(size) for size in shape[1:]] for shape in shapes]
     expected = [[str(config.height), str(config.width), "3"], [str(config.dim)]]
     if found != expected:
-        raise CannotRun(f"this graph maps {found[:1]} to {found[1:]}, and the manifest's model {expected[0]} to {expected[1]}")
+        raise CannotRun(f"this graph maps {found[:1]} to {found[1:]}, not {expected[:1]} to {expected[1:]}")
