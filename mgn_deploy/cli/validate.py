@@ -64,7 +64,7 @@ def validate(
     ] = None,
     reference_sample: Annotated[
         int | None,
-        typer.Option("--reference-sample", min=2, help="Run the reference only on people with so many images."),
+        typer.Option("--reference-sample", metavar="N", help="Run the reference only on people with so many images."),
     ] = None,
     store: Annotated[
         Path | None,
