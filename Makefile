@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test check docs wheel kernels clean
+.PHONY: demo test check docs wheel kernels matrix clean
 
 demo: $(VENV)/installed-all-cpu
 	@echo "== mgn-deploy demo: draw people, train, export, prove, embed, validate (about 3 minutes)"
@@ -32,8 +32,19 @@ kernels: $(VENV)/installed-dev
 	@echo "== the CUDA kernels for every architecture (by NVRTC, 3 minutes): registers, and no spills"
 	$(VENV)/bin/python -m mgn_deploy.kernels.build
 
+TORCHES ?= 2.6.0 2.11.0
+
+matrix:
+	@for torch in $(TORCHES); do \
+	  echo "== the operator and the GPU engine with PyTorch $$torch in an environment of its own (5 GB each)"; \
+	  $(PYTHON) -m venv $(VENV)-torch-$$torch && \
+	  $(VENV)-torch-$$torch/bin/python -m pip install --quiet --disable-pip-version-check torch==$$torch -e '.[cpu,train]' \
+	    'pytest>=8' 'pytest-timeout>=2.3' && \
+	  $(VENV)-torch-$$torch/bin/python -m pytest --quiet tests/kernels/test_torch_op.py tests/backends/test_torch_cuda.py || exit 1; \
+	done
+
 clean:
-	rm -rf $(VENV) build dist mgn-demo *.egg-info
+	rm -rf $(VENV) $(VENV)-torch-* build dist mgn-demo *.egg-info
 
 $(VENV)/bin/python:
 	@echo "== making a virtual environment in $(VENV)"

@@ -44,7 +44,7 @@ def proof_crops(folder: Path, height: int, width: int) -> np.ndarray:
     Raises:
         UserError: no such folder, or fewer than 12 readable images.
     """
-    files = [file.path for file in list_images(folder)]
+    files = [file.path for file in list_images(folder) if file.path]
     step = max(1, -(-len(files) // MOST_IMAGES))
     crops = []
     for path in files[::step]:

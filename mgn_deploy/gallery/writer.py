@@ -106,7 +106,7 @@ class StoreWriter:
 
     def relabel(self, labels: Mapping[str, tuple[int | None, int | None]]) -> None:
         """Give rows another identity and camera, by their names; embeddings stay as they are."""
-        shards = []
+        shards: list[ShardEntry] = []
         for shard in open_shards(self.folder, self.manifest):
             rows = [
                 replace(row, identity=labels[row.name][0], camera=labels[row.name][1]) if row.name in labels else row

@@ -111,8 +111,8 @@ class _FusedSession:
             binding.bind_ortvalue_input("images", onnxruntime.OrtValue.ortvalue_from_numpy(images, "cuda", 0))
             kind = np.dtype(self._maps.dtype).type
             for name, address, size in zip(self._names, self._heads.map_addresses, self._maps.sizes, strict=True):
-                rows, channels = len(images) * self._views, self._maps.channels
-                shape = (rows, channels, *size) if self._maps.layout == "nchw" else (rows, *size, channels)
+                views, channels = len(images) * self._views, self._maps.channels
+                shape = (views, channels, *size) if self._maps.layout == "nchw" else (views, *size, channels)
                 binding.bind_output(name, "cuda", 0, kind, shape, address)
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)

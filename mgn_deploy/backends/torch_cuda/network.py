@@ -125,7 +125,7 @@ class InferenceMGN(nn.Module):
         self.branches = nn.ModuleList(
             nn.Sequential(*(Block(one) for one in (*branch.layer3, *branch.layer4))) for branch in folded.branches
         )
-        self.to(dtype=dtype, memory_format=torch.channels_last)
+        self.to(dtype).to(memory_format=torch.channels_last)
         for name, numbers in _head_numbers(folded).items():
             kept = dtype if name == "weight" else torch.float32
             self.register_buffer(f"head_{name}", None if numbers is None else numbers.to(kept))

@@ -129,13 +129,13 @@ class TorchPipeline:
             slot.device_images[:rows].copy_(slot.pinned_images[:rows], non_blocking=True)
             slot.uploaded.record(self._upload)
         with cuda.stream(self._compute):
-            self._compute.wait_event(slot.uploaded)
+            slot.uploaded.wait(self._compute)
             self._images[:rows].copy_(slot.device_images[:rows])
             run()
             slot.device_embeddings[:rows].copy_(self._embeddings[:rows])
             slot.computed.record(self._compute)
         with cuda.stream(self._download):
-            self._download.wait_event(slot.computed)
+            slot.computed.wait(self._download)
             slot.pinned_embeddings[:rows].copy_(slot.device_embeddings[:rows], non_blocking=True)
             slot.downloaded.record(self._download)
 
