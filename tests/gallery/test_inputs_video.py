@@ -241,6 +241,8 @@ def test_a_video_needs_boxes_of_frames_and_nothing_beside_it(clip, tmp_path):
     (tmp_path / "p.csv").write_text("path,left,top,width,height\na.jpg,1,1,50,90\n")
     with pytest.raises(UserError, match="has boxes of photos"):
         open_inputs([], video=clip, boxes=tmp_path / "p.csv")
+    with pytest.raises(UserError, match="is a video: give it by --video"):
+        open_inputs([clip])
     with pytest.raises(UserError, match="no image is given"):
         open_inputs([])
 
