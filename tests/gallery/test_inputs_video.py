@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -231,6 +232,12 @@ def test_what_is_no_video_is_a_sentence(clip, name, content, sentence):
         path.write_bytes(content)
     with pytest.raises(UserError, match=sentence):
         open_inputs([], video=path, boxes=clip.parent / "gt.txt")
+
+
+def test_without_pyav_the_extra_is_named(clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"a video is read by PyAV: .*pip install 'mgn-deploy\[video\]'"):
+        open_inputs([], video=clip, boxes=clip.parent / "gt.txt")
 
 
 def test_a_video_needs_boxes_of_frames_and_nothing_beside_it(clip, tmp_path):
