@@ -53,7 +53,7 @@ def require_no_slower(compared: list[Compared]) -> None:
 
 def _rows(old: Row, new: Row, tolerance: float) -> list[Compared]:
     figures: list[tuple[str, Spread | None, Spread | None, bool]] = [
-        ("latency ms", *(one.pixels.rounds if one.pixels else None for one in (old, new)), False),
+        ("latency ms", old.pixels.rounds if old.pixels else None, new.pixels.rounds if new.pixels else None, False),
         ("offline images/s", old.offline, new.offline, True),
         ("embed images/s", old.embed, new.embed, True),
     ]

@@ -12,7 +12,6 @@ import re
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,12 @@ def _trial(embed: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, batch: 
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     worker = threading.Thread(target=_answer, args=(waiting, embed, crops, batch, loadgen), daemon=True)
     worker.start()
-    system = loadgen.ConstructSUT(lambda samples: deque(map(waiting.put, samples)), lambda: None)
+
+    def issue(samples: list[Any]) -> None:
+        for sample in samples:
+            waiting.put(sample)
+
+    system = loadgen.ConstructSUT(issue, lambda: None)
     library = loadgen.ConstructQSL(len(crops), len(crops), lambda _: None, lambda _: None)
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-loadgen-") as folder:
         logs.log_output.outdir, logs.log_output.copy_summary_to_stdout, logs.enable_trace = folder, False, False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -86,3 +86,11 @@ class Backend(ABC):
 def refuse_fused_heads(name: str) -> None:
     """Raise CannotRun: of a backend that runs the whole graph."""
     raise CannotRun(f"{name} runs the whole graph: fused heads are a property of GPU engines, leave out --fused-heads")
+
+
+def refuse_shapes(shapes: Sequence[Sequence[object]], config: ModelConfig) -> None:
+    """Raise CannotRun unless the shapes of a graph's inputs and outputs, batch first, are the model's."""
+    found = [[str(size) for size in shape[1:]] for shape in shapes]
+    expected = [[str(config.height), str(config.width), "3"], [str(config.dim)]]
+    if found != expected:
+        raise CannotRun(f"this graph maps {found[:1]} to {found[1:]}, not {expected[:1]} to {expected[1:]}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mgn_deploy.backends.base import Backend, refuse_fused_heads
+from mgn_deploy.backends.base import Backend, refuse_fused_heads, refuse_shapes
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.config import ModelConfig
+from mgn_deploy.errors import CannotRun
 from mgn_deploy.machine import this_cpu
 from mgn_deploy.telemetry import without_openvino_telemetry
 
@@ -16,23 +17,28 @@ class OpenVinoBackend(Backend):
 
     name = "openvino"
 
-    def __init__(self, graph: bytes) -> None:
+    def __init__(self, graph: bytes, config: ModelConfig) -> None:
         with without_openvino_telemetry():
             import openvino
 
         self.version = openvino.__version__
         self.hardware = this_cpu()
         core = openvino.Core()
-        compiled = core.compile_model(
-            core.read_model(graph),
-            "CPU",
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                # Without it OpenVINO runs float32 graphs in bfloat16 on CPUs that have it: precision is the graph's to
-                # say.
-                "INFERENCE_PRECISION_HINT": "f32",
-            },
-        )
+        try:
+            compiled = core.compile_model(
+                core.read_model(graph),
+                "CPU",
+                {
+                    "PERFORMANCE_HINT": "LATENCY",
+                    # Without it OpenVINO runs float32 graphs in bfloat16 on CPUs that have it: precision is the graph's
+                    # to say.
+                    "INFERENCE_PRECISION_HINT": "f32",
+                },
+            )
+        except RuntimeError as error:
+            raise CannotRun(f"OpenVINO cannot run this graph: {str(error).strip().splitlines()[-1]}") from None
+        ports = (*compiled.inputs, *compiled.outputs)
+        refuse_shapes([[*port.partial_shape.to_string()[1:-1].split(",")] for port in ports], config)
         self._request = compiled.create_infer_request()
 
     @classmethod
@@ -43,7 +49,7 @@ class OpenVinoBackend(Backend):
     def open_graph(cls, graph: bytes, config: ModelConfig, *, fused_heads: bool = False) -> OpenVinoBackend:
         if fused_heads:
             refuse_fused_heads(cls.name)
-        return cls(graph)
+        return cls(graph, config)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         self._request.infer([images], share_inputs=True)

@@ -155,7 +155,7 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
     """
     try:
         version = json.loads(content)["schema_version"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{path} is not a manifest of mgn-deploy") from None
     if version != SCHEMA_VERSION:
         later = isinstance(version, int) and version > SCHEMA_VERSION

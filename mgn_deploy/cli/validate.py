@@ -64,7 +64,12 @@ def validate(
     ] = None,
     reference_sample: Annotated[
         int | None,
-        typer.Option("--reference-sample", min=2, help="Run the reference only on people with so many images."),
+        typer.Option(
+            "--reference-sample",
+            min=2,
+            rich_help_panel=_MORE,
+            help="Run the reference only on people with so many images.",
+        ),
     ] = None,
     store: Annotated[
         Path | None,

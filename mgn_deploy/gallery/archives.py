@@ -77,7 +77,7 @@ def _images(path: Path, name: str, file: BinaryIO, skipped: Counter[str]) -> Ite
                     break
                 yield from _lost(path, name, file, end, member.offset)
                 end = archive.offset
-                archive.members.clear()  # a million of them would stay in memory
+                archive.members.clear()  # type: ignore[attr-defined]  # a million of them would stay in memory
                 yield from _image(path, name, file, member, size, skipped)
     except (tarfile.TarError, ValueError, OverflowError):
         pass  # what has been read counts; `_lost` names what has not

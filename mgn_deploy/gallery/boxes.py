@@ -3,7 +3,7 @@
 - MOTChallenge, det.txt or gt.txt (https://motchallenge.net/instructions): a line `frame, id, left, top, width, height,
   conf, ...`. Frames, ids and pixels are counted from 1 there, so that 1 is taken from left and top. An id of -1 is
   nobody's. A conf of 0 marks a box that is not to be considered. Where nine values are given, as in MOT16's gt.txt
-  (https://arxiv.org/abs/1603.00831, table 6), the eighth is the class: 1, 2 and 7 are people.
+  (https://arxiv.org/abs/1603.00831), the eighth is the class: 1, 2 and 7 are people.
 - YOLO: a folder with a .txt for each photo, a line `class x y width height [score [track]]`, the centre and size of a
   box as fractions of the photo; class 0 is a person, unless a classes.txt beside them lists the names.
 - COCO (https://cocodataset.org/#format-data): JSON with images and annotations, or a list of results, whose image_id is

@@ -8,12 +8,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from mgn_deploy.datasets.labels import table_labels
 from mgn_deploy.datasets.tables import PARQUET_MAGIC, TableRow, columns_of, decode_text, parse_table, read_content
 from mgn_deploy.errors import UserError
-from mgn_deploy.gallery.sources import Source, common_folder, files_source
+from mgn_deploy.gallery.sources import Source, common_folder, files_source, name_below
 
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv", ".parquet")
 STDIN = "-"
@@ -47,9 +46,9 @@ def list_source(place: str, root: str | os.PathLike[str] | None = None) -> Sourc
     else:
         names = _lines(decode_text(content, title))
     _check(names, title)
-    base = Path(os.path.abspath(root if root else os.path.curdir if place == STDIN else Path(place).parent))
-    paths = [Path(os.path.abspath(base / name)) for name in names]
-    if not root and any(base not in path.parents for path in paths):
+    base = os.path.abspath(root if root else os.path.curdir if place == STDIN else os.path.dirname(place))
+    paths = [os.path.abspath(os.path.join(base, name)) for name in names]
+    if not root and any(name_below(path, base) is None for path in paths):
         base = common_folder(paths)
     skipped = Counter[str]()
     twice = len(paths) - len(set(paths))
@@ -87,9 +86,9 @@ def _check(names: Sequence[str], title: str) -> None:
         raise UserError(f"{title}: {nul!r} has a NUL character, which no path has")
 
 
-def _renamed(table: Sequence[TableRow], paths: Sequence[Path], base: Path) -> list[TableRow]:
+def _renamed(table: Sequence[TableRow], paths: Sequence[str], base: str) -> list[TableRow]:
     """The rows with their images' names below the source in place of what the list has."""
     return [
-        row._replace(cells={**row.cells, "path": path.relative_to(base).as_posix()})
+        row._replace(cells={**row.cells, "path": name_below(path, base) or ""})
         for row, path in zip(table, paths, strict=True)
     ]

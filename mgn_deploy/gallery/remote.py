@@ -72,7 +72,7 @@ def remote_source(places: Sequence[str], root: str | None = None) -> Source:
         ImageFile(None, url[len(base) + 1 :], size, mtime, problem, partial(_read, system, url))
         for url, (size, mtime, problem) in zip(urls, known, strict=True)
     ]
-    return Source(base, f"{len(files)} images below {base!r}", files, skipped)
+    return Source(base, f"{len(files)} images below {base!r}", files, skipped, complete=base in places)
 
 
 def _file_system(places: Sequence[str]) -> Any:

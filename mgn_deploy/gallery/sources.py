@@ -132,7 +132,9 @@ def part_of(source: Source, part: str) -> Source:
 
 
 def files_source(
-    paths: Sequence[Path], root: str | os.PathLike[str] | None = None, skipped: Counter[str] | None = None
+    paths: Sequence[str | os.PathLike[str]],
+    root: str | os.PathLike[str] | None = None,
+    skipped: Counter[str] | None = None,
 ) -> Source:
     """Single files, and the images in tar archives, whose names are below a root.
 
@@ -141,22 +143,27 @@ def files_source(
     """
     if not paths:
         raise UserError(skipped_sentence(skipped or {}) or "no image is given")
-    absolute = list(dict.fromkeys(Path(os.path.abspath(path)) for path in paths))
-    base = Path(os.path.abspath(root)) if root else common_folder(absolute)
-    outside = next((path for path in absolute if base not in path.parents), None)
-    if outside:
-        raise UserError(f"{str(outside)!r} is not below {str(base)!r}: give --root, the folder that holds all images")
+    absolute = list(dict.fromkeys(map(os.path.abspath, paths)))  # strings: there may be millions
+    base = os.path.abspath(root) if root else common_folder(absolute)
     skipped = Counter() if skipped is None else skipped
     files: list[ImageFile] = []
     for path in absolute:
-        name = path.relative_to(base).as_posix()
-        files.extend(archive_images(path, name, skipped) if is_archive(path) else [image_file(path, name)])
-    return Source(folder_uri(base), f"{len(files)} images below {str(base)!r}", files, skipped, complete=False)
+        name = name_below(path, base)
+        if name is None:
+            raise UserError(f"{path!r} is not below {base!r}: give --root, the folder that holds all images")
+        files.extend(archive_images(Path(path), name, skipped) if is_archive(path) else [image_file(Path(path), name)])
+    return Source(folder_uri(base), f"{len(files)} images below {base!r}", files, skipped, complete=False)
 
 
-def common_folder(paths: Sequence[Path]) -> Path:
+def common_folder(paths: Sequence[str]) -> str:
     """The deepest folder that all files are below, by their absolute paths."""
-    return Path(os.path.commonpath([path.parent for path in paths]))
+    return os.path.commonpath({os.path.dirname(path) for path in paths})
+
+
+def name_below(path: str, folder: str) -> str | None:
+    """A file's path below a folder, with slashes, both absolute; None where it is not below it."""
+    start = folder.rstrip(os.sep) + os.sep
+    return path[len(start) :].replace(os.sep, "/") if path.startswith(start) and len(path) > len(start) else None
 
 
 def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
@@ -184,7 +191,7 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         )
 
 
-def folder_uri(folder: Path) -> str:
+def folder_uri(folder: str | os.PathLike[str]) -> str:
     """A folder of this machine as a store's manifest keeps it."""
     return Path(os.path.abspath(folder)).as_uri()
 

@@ -2,18 +2,21 @@
 
 Frame n is the n-th frame in the order of presentation, from 1, as trackers and MOTChallenge count. A frame is known by
 its timestamp, not by counting what the decoder gives: the frames after one that cannot be decoded keep their numbers.
+(What a damaged container has lost without a trace nobody can count; a gap between timestamps is told.)
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mgn_deploy.errors import UserError
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     import av
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
+_log = logging.getLogger("mgn_deploy")
 FRAMES_AHEAD = 8  # of 4096x2160 pixels: 200 MB
 BROKEN = "the frame cannot be decoded"
 _UNNUMBERED = "the video ends or is broken before the frame, and has no timestamps to number frames by"
@@ -158,6 +162,7 @@ def video_source(path: str | os.PathLike[str], boxes: Boxes, root: str | os.Path
         title=f"{len(files):,} boxes of {boxes.title} in {path.name!r}",
         files=files,
         skipped=boxes.skipped,
+        complete=False,  # a store may hold several videos of a folder
         clip=clip,
     )
 
@@ -202,8 +207,16 @@ def _read_clip(path: Path, size: int, mtime_ns: int) -> Clip:
     stamps = [stamp for stamp, _ in packets if stamp is not None]
     # VP8 has packets without a frame; elsewhere a packet is a frame, if each has a timestamp of its own.
     trusted = codec not in ("vp8", "libvpx") and len(set(stamps)) == len(packets) and first in stamps
+    ascending = sorted(stamps)
+    steps = [after - before for before, after in pairwise(ascending)]
+    gaps = sum(step > 1.5 * median(steps) for step in steps)
+    if gaps:
+        _log.warning(
+            f"{path.name}: {gaps} gaps between the times of its frames; frames are counted as a player shows them, so "
+            "a file that lost some after its boxes were made has the boxes behind them on other frames"
+        )
     keys = sorted(stamp for stamp, is_key in packets if is_key and stamp is not None)
-    return Clip(path, tuple(sorted(stamps)) if trusted else (), tuple(keys), seconds, len(packets), rate)
+    return Clip(path, tuple(ascending) if trusted else (), tuple(keys), seconds, len(packets), rate)
 
 
 def read_frames(clip: Clip, numbers: Sequence[int]) -> Iterator[av.VideoFrame | str]:
@@ -218,7 +231,7 @@ def read_frames(clip: Clip, numbers: Sequence[int]) -> Iterator[av.VideoFrame | 
         begin = clip.numbers[clip.keys[key]] if key > 0 else 1
     waiting = iter(numbers)
     wanted = next(waiting, None)
-    for number, picture in _numbered(clip, begin):
+    for number, picture in _from(clip, begin):
         while wanted is not None and wanted < number:
             yield BROKEN
             wanted = next(waiting, None)
@@ -230,6 +243,17 @@ def read_frames(clip: Clip, numbers: Sequence[int]) -> Iterator[av.VideoFrame | 
     while wanted is not None:
         yield BROKEN if clip.stamps else _UNNUMBERED
         wanted = next(waiting, None)
+
+
+def _from(clip: Clip, begin: int) -> Iterator[tuple[int, Any]]:
+    """`_numbered`, from the first frame on where the container cannot be sought as exactly as that (MPEG-TS)."""
+    frames = _numbered(clip, begin)
+    first = next(frames, None)
+    if begin > 1 and (first is None or first[0] > begin):
+        frames, first = _numbered(clip, 1), None
+    if first is not None:
+        yield first
+    yield from frames
 
 
 def _numbered(clip: Clip, begin: int) -> Iterator[tuple[int, Any]]:

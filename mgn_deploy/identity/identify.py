@@ -91,7 +91,7 @@ def similarities_to_people(queries: np.ndarray, enrolled: Enrolled) -> np.ndarra
     The mean of cosines is on the scale of one cosine and less noisy, so that a threshold for pairs of images holds.
     """
     sums = np.add.reduceat(queries.astype(np.float32) @ enrolled.rows.T, enrolled.starts, axis=1)
-    return sums / np.array([len(person.embeddings) for person in enrolled.people], np.float32)
+    return np.clip(sums / np.array([len(person.embeddings) for person in enrolled.people], np.float32), -1, 1)
 
 
 def identify(

@@ -48,7 +48,9 @@ def image_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     found: list[Path] = []
     for source in map(Path, sources):
-        found.extend([file.path for file in list_images(source)] if source.is_dir() else [source])
+        found.extend(
+            [file.path for file in list_images(source) if file.path is not None] if source.is_dir() else [source]
+        )
     if not found:
         raise UserError("no image was given")
     return found
@@ -76,9 +78,9 @@ def embed_readable(
             try:
                 crops.append(read_crop(path, embedder.height, embedder.width))
                 read.append(path)
-            except UnreadableImage as reason:
-                failed.append((path, str(reason)))
-                _log.warning(f"cannot be read: {str(path)!r}: {reason}")
+            except UnreadableImage as error:
+                failed.append((path, str(error)))
+                _log.warning(f"cannot be read: {str(path)!r}: {error}")
         if crops:
             rows.append(embedder.embed(crops, batch_size=batch_size))
         if progress:

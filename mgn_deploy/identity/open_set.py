@@ -164,7 +164,13 @@ def measure_open_set(
         for rate in fpirs
     ] + [one.problem for _, one in decisions]
     points = [
-        OperatingPoint(name, *(_spread(values[:, index, column]) for column in range(3)), problem)
+        OperatingPoint(
+            name,
+            _spread(values[:, index, 0]),
+            _spread(values[:, index, 1]),
+            _spread(values[:, index, 2]),
+            problem,
+        )
         for index, (name, problem) in enumerate(zip(names, problems, strict=True))
     ]
     return OpenSet(len(people), enrolled, float(mated_searches), float(stranger_searches), len(drawn), points)

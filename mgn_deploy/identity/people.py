@@ -179,8 +179,12 @@ class People:
                 self.folder / f"person-{uuid.uuid4().hex[:12]}.npz",
                 Person(name, np.empty((0, self.dim), np.float32), (), _now()),
             )
-            known = set(person.images)
-            new = [index for index, image in enumerate(images) if image not in known and not known.add(image)]
+            # The first of equal images that are not enrolled yet.
+            new = [
+                index
+                for index, image in enumerate(images)
+                if image not in person.images and image not in images[:index]
+            ]
             person = replace(
                 person,
                 embeddings=np.concatenate([person.embeddings, embeddings[new]]),

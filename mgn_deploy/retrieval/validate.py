@@ -21,6 +21,7 @@ from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.sources import files_source
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.progress import Progress
+from mgn_deploy.retrieval.arrays import Arrays
 from mgn_deploy.retrieval.evaluation import Protocol, Scores, query_notes, score_embeddings, write_per_query
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
 from mgn_deploy.retrieval.ranking import NO_ANSWER, RankingMetrics
@@ -140,6 +141,11 @@ def validate(
     """
     needed_subsets(multi_query)  # refuses what is no pooling before hours of embedding
     protocol = protocol or Protocol()
+    protocol = replace(
+        protocol, device=Arrays.open(protocol.device)
+    )  # refuses what is not there, as the next line does
+    if per_query is not None and (not Path(per_query).parent.is_dir() or Path(per_query).is_dir()):
+        raise UserError(f"--per-query {os.fspath(per_query)}: give the name of a file in a folder that exists")
     if reference and reference_sample is not None and reference_sample < len(data.query) + len(data.gallery):
         options: dict[str, Any] = {"protocol": protocol, "store": store, "batch_size": batch_size, "progress": progress}
         full = validate(data, embedder, None, multi_query=multi_query, per_query=per_query, **options)
@@ -182,7 +188,7 @@ def validate(
         measured,
         expected,
         notes,
-        [names[row] for row in truth.unmatched()],
+        unmatched,
         embeddings,
         data,
     )

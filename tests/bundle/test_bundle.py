@@ -9,11 +9,12 @@ import random
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.manifest import SCHEMA_VERSION, write_manifest
+from mgn_deploy.bundle.manifest import SCHEMA_VERSION, FileEntry, hash_line, write_manifest
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.embed import embed_folder
@@ -144,3 +145,32 @@ def test_bundle_without_a_proof_for_the_backend_is_refused(bundle):
 def test_unknown_backend_names_the_known(bundle_folder):
     names = ", ".join(ENGINES)
     assert f"no backend 'abacus': choose auto, {names}" in refusal(Embedder.open, bundle_folder, "abacus")
+
+
+def identity_graph() -> bytes:
+    """A graph that gives its pixels back."""
+    pixels = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["n", 96, 32, 3])
+    out = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.UINT8, ["n", 96, 32, 3])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["images"], ["out"])], "g", [pixels], [out])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", b"\x08\x08" * 100, identity_graph()], ids=["empty", "junk", "bytes", "identity"]
+)
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_graph_that_is_none_is_a_sentence_though_its_hash_is_right(bundle, content, backend):
+    (bundle / "graph.onnx").write_bytes(content)
+    manifest = Bundle.open(bundle).manifest
+    entry = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    write_manifest(bundle, manifest.model_copy(update={"files": {**manifest.files, "graph.onnx": entry}}))
+    sentence = refusal(Embedder.open, bundle, backend)
+    assert "cannot open this graph" in sentence or "cannot run this graph" in sentence or "this graph maps" in sentence
+
+
+def test_manifest_nested_without_end_is_a_sentence(bundle):
+    content = b'{"schema_version": ' + b"[" * 100_000
+    (bundle / "manifest.json").write_bytes(content)
+    (bundle / "manifest.sha256").write_bytes(hash_line(content))
+    assert "is not a manifest of mgn-deploy" in refusal(Bundle.open, bundle)

@@ -29,7 +29,7 @@ CHECKPOINT = "market_mgn_R50-ibn.pth"
 PHOTOS = ("photos", "photo.jpg")
 # What a page's reader has before the first block.
 GIVEN = {
-    "README.md": (*PHOTOS, CHECKPOINT),
+    "README.md": (*PHOTOS, CHECKPOINT, "DIR"),
     "demo.md": ("mgn-demo",),
     "photos.md": (*PHOTOS, "weights"),
     "labelled-data.md": ("DIR", "run"),

@@ -184,15 +184,24 @@ def test_changed_bytes_of_the_same_size_and_time_are_found_by_verify_content(cli
     assert embed_folder(source_of(clip, "few.txt"), tmp_path / "s", embedder, verify_content=True).unchanged == 4
 
 
-@pytest.mark.parametrize("codec, suffix", [("mpeg4", "avi"), ("libvpx", "webm"), ("mpeg4", "mkv"), ("libx264", "ts")])
+@pytest.mark.parametrize("codec, suffix", [("mpeg4", "avi"), ("libvpx", "webm"), ("libx264", "avi"), ("libx264", "ts")])
 def test_frames_have_the_same_numbers_in_every_container(tmp_path, codec, suffix):
     path = film(tmp_path / f"clip.{suffix}", codec, b="4M")
     clip = video.read_clip(path)
     assert clip.frames == FRAMES
-    for number, frame in zip((3, 11, 24), video.read_frames(clip, [3, 11, 24]), strict=True):
-        shown = np.asarray(frame.to_image(), float)
-        errors = {other: np.abs(shown - np.asarray(picture(other), float)).mean() for other in range(1, FRAMES + 1)}
-        assert min(errors, key=errors.get) == number
+    for wanted in ([3, 24], [14, 20]):  # from the start, and from a key frame that has to be sought
+        for number, frame in zip(wanted, video.read_frames(clip, wanted), strict=True):
+            shown = np.asarray(frame.to_image(), float)
+            errors = {other: np.abs(shown - np.asarray(picture(other), float)).mean() for other in range(1, FRAMES + 1)}
+            assert min(errors, key=errors.get) == number
+
+
+def test_a_gap_between_timestamps_is_told(tmp_path, said):
+    path = film(tmp_path / "clip.mkv", sc_threshold="0")
+    assert said == []
+    spoil(path, 12)  # the frame's header in the container, too: nothing tells that it was there
+    assert video.read_clip(path).frames < FRAMES
+    assert any("1 gaps between the times of its frames" in sentence for sentence in said)
 
 
 def test_a_cut_file_fails_what_is_missing(clip, tmp_path, embedder):

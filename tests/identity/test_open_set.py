@@ -7,7 +7,7 @@ from made_up_people import calibrated, embeddings_of
 from mgn_deploy.errors import UserError
 from mgn_deploy.identity.open_set import measure_open_set
 
-ROWS, OWNERS, CAMERAS = embeddings_of(30, 6, noise=0.8, cameras=3)
+ROWS, OWNERS, CAMERAS = embeddings_of(30, 6, noise=1.3, cameras=3)
 IS_QUERY = np.arange(len(ROWS)) % 6 < 2
 QUERY = ROWS[IS_QUERY], OWNERS[IS_QUERY], CAMERAS[IS_QUERY]
 GALLERY = ROWS[~IS_QUERY], OWNERS[~IS_QUERY], CAMERAS[~IS_QUERY]
@@ -39,7 +39,7 @@ def test_rates_are_those_of_plain_loops():
     result = measured(draws=1, fpirs=(0.1,), seed=4)
     half = set(np.random.default_rng(4).permutation(30)[:15].tolist())
     (point,) = result.points
-    fpir, rate = by_loops(half, point.threshold[0])
+    fpir, rate = by_loops(half, point.threshold[0] + 1e-6)  # sums differ in their last bit
     assert point.fpir == pytest.approx((fpir,) * 3)
     assert point.dir == pytest.approx((rate,) * 3)
     assert fpir <= 0.1
@@ -55,7 +55,7 @@ def test_a_lower_rate_finds_fewer_people():
 
 
 def test_a_calibrations_threshold_for_the_list_is_tried():
-    calibration = calibrated(100, images=6, noise=0.8)
+    calibration = calibrated(100, images=6, noise=1.3)
     *_, point = measured(calibration=calibration, fars=(0.05,), draws=20).points
     assert point.name == "calibration, FAR 0.05"
     assert point.threshold[0] == point.threshold[2]
@@ -63,7 +63,7 @@ def test_a_calibrations_threshold_for_the_list_is_tried():
 
 
 def test_people_who_are_in_no_gallery_are_strangers_in_every_draw():
-    others = embeddings_of(5, 2, noise=0.8, seed=9)
+    others = embeddings_of(5, 2, noise=1.3, seed=9)
     query = tuple(
         np.concatenate([mine, theirs])
         for mine, theirs in zip(QUERY, (others[0], others[1] + 900, others[2]), strict=True)

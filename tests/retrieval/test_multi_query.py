@@ -96,7 +96,7 @@ def test_progress_counts_the_views_too(root, bundle_folder):
     data, seen = open_data(f"folder:{root}", needed_subsets("avg")), []
     embedder = Embedder.open(bundle_folder, "onnxruntime")
     validate(data, embedder, None, multi_query="avg", progress=lambda *step: seen.append(step[1:]))
-    total = len(data.query) + 2 * (len(data.query) - 1) + len(data.gallery)
+    total = len(data.query) + 2 * (len(data.query) - 1) + len(data.without_junk().gallery)
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
 

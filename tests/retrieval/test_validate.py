@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -189,6 +190,21 @@ def test_data_of_one_camera_is_refused_before_the_embedding_and_ranked_without_c
         validate(data, embedder, None, progress=lambda *step: pytest.fail("embedded"))
     result = validate(data, embedder, None, protocol=Protocol(cameras=False))
     assert result.measured.queries_without_match == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--device", "cuda"], "finds a CUDA device"),
+        (["--per-query", "no-such-folder/q.parquet"], "give the name of a file in a folder that exists"),
+    ],
+)
+def test_what_cannot_be_done_afterwards_is_refused_before_the_embedding(root, bundle_folder, options, sentence):
+    with patch("mgn_deploy.retrieval.arrays._cuda", lambda: None):
+        done = mgn_deploy("validate", "--data", f"market1501:{root}", "--bundle", bundle_folder, *options)
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert "ranking " not in done.stderr
 
 
 def test_a_folder_a_person_is_ranked_without_cameras(bundle_folder, tmp_path):

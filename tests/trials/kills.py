@@ -99,9 +99,7 @@ def trials(work: Path) -> list[Trial]:
     ]
 
 
-def one_end(
-    trial: Trial, work: Path, seconds: float, expected: dict[str, str], rng: random.Random
-) -> tuple[int, bool]:
+def one_end(trial: Trial, work: Path, seconds: float, expected: dict[str, str], rng: random.Random) -> tuple[int, bool]:
     """Run a command with kills until it ends; how many kills it took, and whether the end is the expected one."""
     out = Path(tempfile.mkdtemp(dir=work, prefix="run-"))
     trial.prepare(out)

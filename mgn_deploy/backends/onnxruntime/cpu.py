@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mgn_deploy.backends.base import Backend, refuse_fused_heads
+from mgn_deploy.backends.base import Backend, refuse_fused_heads, refuse_shapes
 from mgn_deploy.backends.onnxruntime.session import CPU, open_session
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.config import ModelConfig
@@ -31,7 +31,10 @@ class OnnxRuntimeBackend(Backend):
     def open_graph(cls, graph: bytes, config: ModelConfig, *, fused_heads: bool = False) -> OnnxRuntimeBackend:
         if fused_heads:
             refuse_fused_heads(cls.name)
-        return cls(graph)
+        backend = cls(graph)
+        session = backend._session
+        refuse_shapes([port.shape for port in (*session.get_inputs(), *session.get_outputs())], config)
+        return backend
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         embeddings: np.ndarray = self._session.run(None, {"images": images})[0]
