@@ -64,7 +64,7 @@ class Heads:
 
     def features(self) -> Tensor:
         """Compute the operator's result by PyTorch's operators: `[n, F * R]`."""
-        reduced = self.products(self.pooled()[0])
+        reduced = self.products(self.pooled(places=False)[0])
         if self.neck != "linear":
             reduced = reduced.relu()
         if self.neck == "relu_norm":
@@ -73,21 +73,23 @@ class Heads:
             reduced = reduced * self.scale.unsqueeze(1) + self.shift.unsqueeze(1)
         return reduced.transpose(0, 1).flatten(1).to(self.maps[0].dtype)
 
-    def pooled(self) -> tuple[Tensor, list[Tensor]]:
+    def pooled(self, *, places: bool = True) -> tuple[Tensor, list[Tensor]]:
         """Pool all regions: vectors `[F, n, C]`, and for "max" where in its map each maximum is, `[n, C]` each, as
-        row * W + column.
+        row * W + column. Without `places` they are not looked for, and maps that are channels last are not copied.
 
         Unlike `train.model.stripe_pool`, which networks run, it sums in float32 or wider and finds what a gradient of a
         maximum goes to.
         """
         vectors: list[Tensor] = []
-        places: list[Tensor] = []
+        found: list[Tensor] = []
         for map_, stripes in zip(self.maps, self.branches, strict=True):
             for first, last in region_rows(map_.shape[2], stripes):
                 region = map_[:, :, first:last]
-                if self.pooling == "max":
+                if self.pooling == "max" and not places:
+                    vector = region.amax((2, 3))
+                elif self.pooling == "max":
                     vector, place = functional.adaptive_max_pool2d(region, 1, return_indices=True)
-                    places.append(place.flatten(1) + first * map_.shape[3])
+                    found.append(place.flatten(1) + first * map_.shape[3])
                     vector = vector.flatten(1)
                 elif self.pooling == "avg":
                     vector = wide(region).mean((2, 3))
@@ -96,7 +98,7 @@ class Heads:
                     power = self.powers[len(vectors)]
                     vector = wide(region).clamp(min=GEM_EPSILON).pow(power).mean((2, 3)).pow(1 / power)
                 vectors.append(wide(vector))
-        return torch.stack(vectors), places
+        return torch.stack(vectors), found
 
     def products(self, pooled: Tensor) -> Tensor:
         """Reduce pooled vectors to `[F, n, R]`, before what the neck adds."""

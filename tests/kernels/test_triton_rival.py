@@ -23,7 +23,7 @@ from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
 
 torch.manual_seed(0)
 PAPER = ((1, 2, 3), ((6, 2), (12, 4), (12, 4)))
-CASES = [(PAPER, 4, 136, 48, dtype, mirror) for dtype in (torch.float32, torch.float16) for mirror in (False, True)]
+CASES = [(PAPER, 2, 72, 48, dtype, mirror) for dtype in (torch.float32, torch.float16) for mirror in (False, True)]
 CASES += [(((8,), ((15, 2),)), 18, 72, 16, torch.float32, True)]  # stripes that share rows, more images than a tile
 for (branches, sizes), n, channels, reduced, dtype, mirror in CASES:
     features = sum(map(features_of, branches))
@@ -45,6 +45,7 @@ print("right")
 """
 
 
+@pytest.mark.slow
 def test_it_computes_the_definition():
     done = subprocess.run(
         [sys.executable, "-c", RUN],
@@ -79,6 +80,7 @@ for name, constants in CONSTANTS.items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_it_compiles_without_a_gpu_and_multiplies_on_tensor_cores(arch, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
