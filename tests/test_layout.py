@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("embedder",),
     ("gallery",),
     ("retrieval",),
+    ("index",),
     ("identity",),
     ("report",),
     ("serve",),

@@ -23,6 +23,7 @@ from mgn_deploy.cli import (
     export,
     figures,
     identity,
+    index,
     search,
     serve,
     store,
@@ -129,6 +130,7 @@ for name, command, example in (
     app.command(name, epilog=f"Example:\n\n{example}")(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(identity.people, name="people")
+app.add_typer(index.app, name="index")
 app.add_typer(store.app, name="store")
 app.add_typer(figures.app, name="figures")
 

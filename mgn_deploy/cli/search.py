@@ -34,6 +34,11 @@ def search(
     ] = False,
     rerank: Annotated[bool, typer.Option("--rerank", help="Re-rank by k-reciprocal neighbours.")] = False,
     aqe: Annotated[int, typer.Option(min=0, help="Expand a query by so many neighbours first; 0: by none.")] = 0,
+    index: Annotated[
+        str | None,
+        typer.Option(help="Search by this index (see `index build`); re-ranking and mAP need exact neighbours."),
+    ] = None,
+    camera: Annotated[int | None, typer.Option(help="With --index: only gallery images by this camera.")] = None,
     device: RankDevice = "cpu",
     far: Annotated[
         float, typer.Option("--far", help="Where the bundle has a calibration: share of wrong pairs above the line.")
@@ -48,13 +53,18 @@ def search(
     Nothing is left out but the query's own file, unless --exclude-same-camera asks for it. With a bundle that is
     calibrated each result has a probability.
     """
+    from mgn_deploy.errors import UserError
     from mgn_deploy.gallery.store import Store
     from mgn_deploy.identity.ranked import judge_by_bundle
+    from mgn_deploy.index.build import open_index
     from mgn_deploy.report.rank_page import gallery_facts, write_rank_page
     from mgn_deploy.retrieval.search import Queries
     from mgn_deploy.retrieval.search import search as run
 
+    if camera is not None and index is None:
+        raise UserError("--camera is what an index filters by: give --index as well")
     images = Store.open(gallery)
+    candidates = None if index is None else open_index(index, images, camera=camera)
     queries = Queries.open(query, bundle, backend, allow_unproven=allow_unproven, labels=labels, gallery=images)
     with progress("steps") as update:
         lists = run(
@@ -64,6 +74,7 @@ def search(
             exclude_same_camera=exclude_same_camera,
             rerank=rerank,
             aqe=aqe,
+            candidates=candidates,
             device=device,
             progress=update,
         )

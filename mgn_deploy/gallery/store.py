@@ -128,7 +128,7 @@ class Store:
             UserError: a shard is damaged.
         """
         start = 0
-        shards, indices = np.array(self._locations, np.int64).reshape(-1, 2).T
+        shards, indices = self._where.T
         for number, shard in enumerate(self._shards):
             here = indices[shards == number]
             if len(here):
@@ -147,6 +147,19 @@ class Store:
         result = np.empty((len(self.rows), self.manifest.dim), self.manifest.dtype)
         for rows, block in self.blocks():
             result[rows] = block
+        return result
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The embeddings `[n, dim]` of rows given by number, int64 `[n]`: only their shards are read.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        shards, indices = self._where[rows].T
+        result = np.empty((len(rows), self.manifest.dim), self.manifest.dtype)
+        for number in np.unique(shards):
+            here = shards == number
+            result[here] = self._shards[number].mapped()[indices[here]]
         return result
 
     def find_bundle(self) -> Bundle:
@@ -234,6 +247,11 @@ class Store:
                 "track": integers(row.track for row in rows),
             }
         )
+
+    @cached_property
+    def _where(self) -> np.ndarray:
+        """`_locations` as int64 `[len(store), 2]`."""
+        return np.array(self._locations, np.int64).reshape(-1, 2)
 
     @cached_property
     def _indices(self) -> dict[str, int]:

@@ -31,6 +31,7 @@ from mgn_deploy.retrieval.expansion import expand_queries
 from mgn_deploy.retrieval.nearest import top_k
 from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 from mgn_deploy.retrieval.rerank import rerank_top_k
+from mgn_deploy.retrieval.rescore import Candidates, top_k_of_candidates
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -139,6 +140,7 @@ def search(
     exclude_same_camera: bool = False,
     rerank: bool = False,
     aqe: int = 0,
+    candidates: Candidates | None = None,
     device: Device | Arrays = "cpu",
     progress: Progress | None = None,
 ) -> list[RankList]:
@@ -154,12 +156,19 @@ def search(
             camera, where labels tell both, and junk (identity -1).
         rerank: by k-reciprocal re-ranking, for which every image of both sides is compared with every other.
         aqe: expand each query by this many of its nearest images first (alpha query expansion); 0: none.
+        candidates: of an approximate index (`open_index`), which are re-scored exactly; None: every image is compared.
         device: where re-ranking compares images.
         progress: called with what re-ranking has done and has to do.
 
     Raises:
-        UserError: the two were embedded by different bundles, one of them is empty, or k is below 1.
+        UserError: the two were embedded by different bundles, one of them is empty, k is below 1, or an index is to
+            be used for re-ranking or query expansion.
     """
+    if candidates is not None and (rerank or aqe):
+        raise UserError(
+            f"{'--rerank' if rerank else '--aqe'} with --index: it is defined on exact neighbours, and what an "
+            "approximate index misses would change its result unseen (mAP likewise): leave out one of the two"
+        )
     check_same_bundle(queries.bundle_id, gallery)
     if not len(gallery) or not len(queries.embeddings):
         raise UserError(f"{gallery.folder if not len(gallery) else 'the query side'} holds no embedded image")
@@ -172,6 +181,8 @@ def search(
         asked = expand_queries(asked, rows, aqe, excluded=left_out.pairs)
     if rerank:
         indices, distances = rerank_top_k(asked, rows, k, excluded=left_out.mask, device=device, progress=progress)
+    elif candidates is not None:
+        indices, similarities = top_k_of_candidates(asked, gallery, k, candidates, excluded=left_out.pairs)
     else:
         indices, similarities = top_k(asked, gallery, k, excluded=left_out.pairs)  # block by block
     left_out.tell()

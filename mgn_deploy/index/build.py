@@ -1,0 +1,78 @@
+"""Build an index of a store, and open one for searching."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from mgn_deploy.choices import IndexKind
+from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.store import Store
+from mgn_deploy.index.faiss_folder import FaissIndex, build_faiss
+from mgn_deploy.index.manifest import IndexManifest
+from mgn_deploy.progress import Progress
+from mgn_deploy.retrieval.rescore import Candidates
+
+_log = logging.getLogger("mgn_deploy")
+FLAT_ROWS = 50_000  # `auto` builds flat up to so many rows,
+HNSW_ROWS = 1_000_000  # and hnsw, which holds every embedding in memory, up to so many
+
+
+def build_index(
+    store: Store,
+    out: str | os.PathLike[str],
+    kind: IndexKind = "auto",
+    *,
+    recall: float = 0.95,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> IndexManifest:
+    """Build an index of a store and measure it: recall@10 against exact search for a seeded sample of rows.
+
+    Args:
+        store: what is indexed.
+        out: the folder of a FAISS index.
+        kind: auto is flat, hnsw or ivf-pq by the number of rows.
+        recall: the least recall@10, 0 to 1.
+        seed: of the sample and of what ivf-pq is trained on.
+        progress: called with the rows that are indexed.
+
+    Raises:
+        GateFailed: the recall is not reached; nothing is written.
+        UserError: an empty store, embeddings that are not finite, no such kind, or what cannot be written.
+    """
+    if not len(store):
+        raise UserError(f"{store.folder} holds no embedded image: there is nothing to index")
+    if not 0 <= recall <= 1:
+        raise UserError(f"--recall {recall:g}: give a share from 0 to 1")
+    if kind not in get_args(IndexKind):
+        raise UserError(f"--kind {kind}: choose one of {', '.join(get_args(IndexKind))}")
+    if kind == "auto":
+        kind = "flat" if len(store) <= FLAT_ROWS else "hnsw" if len(store) <= HNSW_ROWS else "ivf-pq"
+        _log.info(f"{len(store):,} rows: building {kind}")
+    return build_faiss(store, Path(out), kind, recall=recall, seed=seed, progress=progress)
+
+
+def open_index(index: str | os.PathLike[str], store: Store, *, camera: int | None = None) -> Candidates:
+    """Open an index of a store for `search(..., candidates=...)`.
+
+    Args:
+        index: the folder.
+        store: what it has to be of.
+        camera: where given, only rows of this camera are found.
+
+    Raises:
+        UserError: no index, a damaged one, one of another store or bundle or of the store before it changed; no row of
+            that camera.
+    """
+    rows = None
+    if camera is not None:
+        rows = np.flatnonzero(store.cameras() == camera)
+        if not len(rows):
+            raise UserError(f"{store.folder} holds no image by camera {camera}")
+    return partial(FaissIndex.open(Path(index), store).candidates, camera_rows=rows)
