@@ -49,9 +49,9 @@ DEFAULT_TOLERANCE = 0.5
 # Between images that are grouped.
 ClusterDistance = Literal["jaccard", "cosine"]
 
-# Of an index for approximate search; auto: by the number of rows.
-BuiltIndexKind = Literal["flat", "hnsw", "ivf-pq"]
-IndexKind = Literal["auto", "flat", "hnsw", "ivf-pq"]
+# Of an index for approximate search; auto: milvus where the target is one, else by the number of rows.
+BuiltIndexKind = Literal["flat", "hnsw", "ivf-pq", "milvus"]
+IndexKind = Literal["auto", "flat", "hnsw", "ivf-pq", "milvus"]
 
 # Of embeddings to two dimensions.
 Projection = Literal["pca", "umap"]

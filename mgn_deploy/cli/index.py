@@ -22,8 +22,10 @@ def _group() -> None:
 @app.command(epilog="Example:\n\nmgn-deploy index build store -o index --kind hnsw")
 def build(
     store: Annotated[Path, typer.Argument(help="The embedding store.")],
-    index: Annotated[str, out("The folder to write.")],
-    kind: Annotated[IndexKind, typer.Option(help="Of index; auto: flat, hnsw or ivf-pq by the store's size.")] = "auto",
+    index: Annotated[str, out("The folder to write; for Milvus file.db or http://HOST:19530.")],
+    kind: Annotated[
+        IndexKind, typer.Option(help="Of index; auto: flat, hnsw or ivf-pq by the store's size, or milvus by -o.")
+    ] = "auto",
     recall: Annotated[
         float, typer.Option(min=0, max=1, help="Least share of the exact 10 nearest that must be found.")
     ] = 0.95,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,9 +65,9 @@ def search(
     if camera is not None and index is None:
         raise UserError("--camera is what an index filters by: give --index as well")
     images = Store.open(gallery)
-    candidates = None if index is None else open_index(index, images, camera=camera)
     queries = Queries.open(query, bundle, backend, allow_unproven=allow_unproven, labels=labels, gallery=images)
-    with progress("steps") as update:
+    index_opened = nullcontext() if index is None else open_index(index, images, camera=camera)
+    with index_opened as candidates, progress("steps") as update:
         lists = run(
             queries,
             images,

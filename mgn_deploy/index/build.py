@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -13,8 +15,10 @@ import numpy as np
 from mgn_deploy.choices import IndexKind
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.store import Store
+from mgn_deploy.index import milvus
 from mgn_deploy.index.faiss_folder import FaissIndex, build_faiss
 from mgn_deploy.index.manifest import IndexManifest
+from mgn_deploy.index.milvus import is_milvus
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.rescore import Candidates
 
@@ -36,15 +40,15 @@ def build_index(
 
     Args:
         store: what is indexed.
-        out: the folder of a FAISS index.
-        kind: auto is flat, hnsw or ivf-pq by the number of rows.
+        out: the folder of a FAISS index, or `file.db` or `http://host:19530` of Milvus.
+        kind: auto is milvus where `out` is, else flat, hnsw or ivf-pq by the number of rows.
         recall: the least recall@10, 0 to 1.
         seed: of the sample and of what ivf-pq is trained on.
         progress: called with the rows that are indexed.
 
     Raises:
-        GateFailed: the recall is not reached; nothing is written.
-        UserError: an empty store, embeddings that are not finite, no such kind, or what cannot be written.
+        GateFailed: the recall is not reached; no folder is written, and a Milvus index stays unfinished.
+        UserError: an empty store, embeddings that are not finite, no such kind, or what cannot be written or reached.
     """
     if not len(store):
         raise UserError(f"{store.folder} holds no embedded image: there is nothing to index")
@@ -52,27 +56,44 @@ def build_index(
         raise UserError(f"--recall {recall:g}: give a share from 0 to 1")
     if kind not in get_args(IndexKind):
         raise UserError(f"--kind {kind}: choose one of {', '.join(get_args(IndexKind))}")
+    target = os.fspath(out)
+    if kind == "auto" and is_milvus(target):
+        kind = "milvus"
+    if (kind == "milvus") != is_milvus(target):
+        raise UserError(
+            f"--kind {kind} into {target}: Milvus takes a name that ends with .db or http://HOST:PORT, FAISS a folder"
+        )
+    if kind == "milvus":
+        with milvus.opened(target, store, create=True) as index:
+            return index.build(recall, seed, progress)
     if kind == "auto":
         kind = "flat" if len(store) <= FLAT_ROWS else "hnsw" if len(store) <= HNSW_ROWS else "ivf-pq"
         _log.info(f"{len(store):,} rows: building {kind}")
     return build_faiss(store, Path(out), kind, recall=recall, seed=seed, progress=progress)
 
 
-def open_index(index: str | os.PathLike[str], store: Store, *, camera: int | None = None) -> Candidates:
+@contextmanager
+def open_index(index: str | os.PathLike[str], store: Store, *, camera: int | None = None) -> Iterator[Candidates]:
     """Open an index of a store for `search(..., candidates=...)`.
 
     Args:
-        index: the folder.
+        index: the folder, or the Milvus database.
         store: what it has to be of.
         camera: where given, only rows of this camera are found.
 
     Raises:
-        UserError: no index, a damaged one, one of another store or bundle or of the store before it changed; no row of
-            that camera.
+        UserError: no index, a damaged one, one of another store or bundle or of the store before it changed, Milvus
+            that cannot be reached; no row of that camera.
     """
     rows = None
     if camera is not None:
         rows = np.flatnonzero(store.cameras() == camera)
         if not len(rows):
             raise UserError(f"{store.folder} holds no image by camera {camera}")
-    return partial(FaissIndex.open(Path(index), store).candidates, camera_rows=rows)
+    target = os.fspath(index)
+    if is_milvus(target):
+        with milvus.opened(target, store) as connected:
+            connected.check()
+            yield partial(connected.candidates, camera=camera)
+    else:
+        yield partial(FaissIndex.open(Path(target), store).candidates, camera_rows=rows)

@@ -44,8 +44,18 @@ def found(store: Store, **options) -> list[list[tuple[str, float]]]:
     return [[(result.name, result.similarity) for result in one.results] for one in lists]
 
 
+def found_by_index(store: Store, index: Path) -> list[list[tuple[str, float]]]:
+    with open_index(index, store) as candidates:
+        return found(store, candidates=candidates)
+
+
+def refuse(index: Path, store: Store, sentence: str, **options) -> None:
+    with pytest.raises(UserError, match=sentence), open_index(index, store, **options):
+        pass
+
+
 def test_search_by_an_index_gives_the_exact_neighbours_with_their_exact_similarities(store, index) -> None:
-    by_index, exactly = found(store, candidates=open_index(index, store)), found(store)
+    by_index, exactly = found_by_index(store, index), found(store)
     same = [
         one == other
         for mine, exact in zip(by_index, exactly, strict=True)
@@ -57,13 +67,14 @@ def test_search_by_an_index_gives_the_exact_neighbours_with_their_exact_similari
 
 
 def test_a_querys_own_file_is_left_out_and_made_up_for(store, index) -> None:
-    by_index = found(store, candidates=open_index(index, store))
+    by_index = found_by_index(store, index)
     assert all(len(one) == 5 for one in by_index)
     assert not any(f"{row}.jpg" == name for row, one in enumerate(by_index) for name, _ in one)
 
 
 def test_only_rows_of_the_camera_that_is_asked_for_are_found(store, index) -> None:
-    lists = search(Queries.of_store(store), store, 5, candidates=open_index(index, store, camera=2))
+    with open_index(index, store, camera=2) as candidates:
+        lists = search(Queries.of_store(store), store, 5, candidates=candidates)
     assert {result.camera for one in lists for result in one.results} == {2}
     assert all(len(one.results) == 5 for one in lists)
 
@@ -71,7 +82,8 @@ def test_only_rows_of_the_camera_that_is_asked_for_are_found(store, index) -> No
 def test_k_over_the_gallery_gives_what_there_is(tmp_path) -> None:
     small = made_up_store(tmp_path, unit(3), [1, 2, 3])
     build_index(small, tmp_path / "index", "hnsw")
-    lists = search(Queries.of_store(small), small, 50, candidates=open_index(tmp_path / "index", small))
+    with open_index(tmp_path / "index", small) as candidates:
+        lists = search(Queries.of_store(small), small, 50, candidates=candidates)
     assert [len(one.results) for one in lists] == [2, 2, 2]
 
 
@@ -88,7 +100,8 @@ def test_ivf_pq_reaches_the_recall_on_people_and_finds_by_camera(tmp_path) -> No
     made = build_index(people, tmp_path / "index", "ivf-pq", recall=0.9)
     assert (made.kind, made.rows) == ("ivf-pq", 10_000)
     assert made.recall_at_10 >= 0.9
-    rows_found = open_index(tmp_path / "index", people, camera=1)(people.embeddings()[:5], 10)
+    with open_index(tmp_path / "index", people, camera=1) as candidates:
+        rows_found = candidates(people.embeddings()[:5], 10)
     assert (rows_found % 2 == 1).all()
 
 
@@ -111,21 +124,18 @@ def test_the_rows_beside_the_index_are_those_of_the_store(store, index) -> None:
 
 def test_an_index_of_another_store_is_refused(tmp_path, index) -> None:
     other = made_up_store(tmp_path, unit(ROWS, seed=3), [1] * ROWS)
-    with pytest.raises(UserError, match=r"is of .*gallery.*: build it again"):
-        open_index(index, other)
+    refuse(index, other, r"is of .*gallery.*: build it again")
 
 
 def test_an_index_of_another_bundle_is_refused(tmp_path, index) -> None:
     other = made_up_store(tmp_path, unit(ROWS), [1] * ROWS, bundle_id="c" * 64)
-    with pytest.raises(UserError, match=r"bundle bbbbbbbbbbbb and .* holds those of cccccccccccc"):
-        open_index(index, other)
+    refuse(index, other, r"bundle bbbbbbbbbbbb and .* holds those of cccccccccccc")
 
 
 def test_an_index_of_a_store_that_changed_since_is_refused(tmp_path) -> None:
     build_index(made_up_store(tmp_path, unit(20), [1] * 20), tmp_path / "index")
     more = made_up_store(tmp_path, unit(2, seed=1), [1] * 2, names=["x.jpg", "y.jpg"])  # two rows more
-    with pytest.raises(UserError, match="has changed since"):
-        open_index(tmp_path / "index", more)
+    refuse(tmp_path / "index", more, "has changed since")
 
 
 @pytest.mark.parametrize(
@@ -141,8 +151,7 @@ def test_a_broken_index_is_refused(tmp_path, store, index, damage, sentence) -> 
     broken = tmp_path / "index"
     shutil.copytree(index, broken)
     damage(broken)
-    with pytest.raises(UserError, match=sentence):
-        open_index(broken, store)
+    refuse(broken, store, sentence)
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
@@ -174,13 +183,12 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path, store) -> None:
 
 @pytest.mark.parametrize("option", [{"rerank": True}, {"aqe": 3}])
 def test_what_is_defined_on_exact_neighbours_is_refused_through_an_index(store, index, option) -> None:
-    with pytest.raises(UserError, match="defined on exact neighbours"):
-        found(store, candidates=open_index(index, store), **option)
+    with open_index(index, store) as candidates, pytest.raises(UserError, match="defined on exact neighbours"):
+        found(store, candidates=candidates, **option)
 
 
 def test_a_camera_that_took_nothing_is_refused(store, index) -> None:
-    with pytest.raises(UserError, match="no image by camera 9"):
-        open_index(index, store, camera=9)
+    refuse(index, store, "no image by camera 9", camera=9)
 
 
 def test_the_command_line_builds_and_searches(tmp_path, store) -> None:
