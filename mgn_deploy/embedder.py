@@ -77,6 +77,7 @@ class Embedder:
             CannotRun: Triton's client is not installed.
         """
         backend = open_server(server)
+        wanted = None
         if bundle is not None:
             wanted = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
             if wanted.id != backend.model.bundle_id:
@@ -84,7 +85,7 @@ class Embedder:
                     f"{server} runs bundle {backend.model.bundle_id[:12]} and {wanted.folder} is {wanted.id[:12]}: "
                     "their embeddings cannot be compared; serve that bundle"
                 )
-        return cls(backend, backend.model)
+        return cls(backend, backend.model, wanted)
 
     @property
     def bundle_id(self) -> str:
@@ -94,6 +95,11 @@ class Embedder:
             UserError: it was made of a backend alone.
         """
         return self._served_id or self.bundle.id
+
+    @property
+    def bundle_path(self) -> str | None:
+        """Where the bundle lies on this machine; None where a server alone has it."""
+        return None if self._bundle is None else os.path.abspath(self._bundle.folder)
 
     @property
     def bundle(self) -> Bundle:

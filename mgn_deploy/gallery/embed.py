@@ -115,7 +115,7 @@ def embed_folder(
         preprocessing=PREPROCESSING,
         dim=embedder.dim,
         dtype=dtype,
-        bundle_path=os.path.abspath(embedder.bundle.folder),
+        bundle_path=embedder.bundle_path,
         source=source.uri,
     )
     report = GalleryReport(skipped=source.skipped)

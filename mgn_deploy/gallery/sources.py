@@ -26,6 +26,7 @@ from mgn_deploy.images.prefetch import in_order
 
 MOST_FILE_BYTES = 512 * 2**20  # 64 megapixels of 16-bit RGB, uncompressed, are less
 MOST_CROP_SIDE = 2000  # pixels: a larger image is a photo with somebody in it
+_VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
 _GLOB = frozenset("*?[")
 
 
@@ -172,6 +173,8 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         skipped.update(listing.skipped)
         yield from (file.path for file in listing if file.path)
     elif os.path.lexists(path):
+        if path.lower().endswith(_VIDEOS):
+            raise UserError(f"{path!r} is a video: give it by --video, with a tracker's or detector's boxes by --boxes")
         yield Path(path)
     elif _GLOB & set(path):
         matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)

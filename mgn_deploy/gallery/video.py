@@ -31,7 +31,6 @@ from mgn_deploy.packages import import_problem
 if TYPE_CHECKING:
     import av
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
 _log = logging.getLogger("mgn_deploy")
 FRAMES_AHEAD = 8  # of 4096x2160 pixels: 200 MB
 BROKEN = "the frame cannot be decoded"

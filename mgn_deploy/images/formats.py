@@ -19,6 +19,7 @@ HEIF_HINT = "mgn-deploy[heif] reads them"
 AVIF_HINT = "Pillow 11.3 or later reads them"
 NO_EXTENSION = "without extension"
 MACOS = "of macOS's metadata"
+TAR = ".tar (give 'FOLDER/*.tar' to read them)"
 
 HEAD_BYTES = 32
 _HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
@@ -81,7 +82,7 @@ def why_no_image(name: str, head: Callable[[], bytes]) -> str | None:
     else:
         kind = content_format(head())
         if kind is None:
-            return extension or NO_EXTENSION
+            return TAR if extension == ".tar" else extension or NO_EXTENSION
     if kind == "HEIF" and kind not in readable_formats():
         return f"{extension or NO_EXTENSION} ({HEIF_HINT})"
     if kind == "AVIF" and kind not in readable_formats():

@@ -177,6 +177,12 @@ def test_any_broken_byte_of_the_headers_is_survived(tmp_path):
         assert len({file.name for file in files}) == len(files)
 
 
+def test_a_folder_of_shards_is_told_how_to_give_them(tmp_path):
+    shard(tmp_path / "x.tar")
+    with pytest.raises(UserError, match=r"holds no image: 1 file skipped: 1 \.tar .give 'FOLDER/\*\.tar' to read them"):
+        open_source(tmp_path)
+
+
 def test_embed_takes_shards_on_the_command_line(tmp_path, bundle_folder):
     paths = [shard(tmp_path / f"shard-{number}.tar") for number in range(2)]
     done = mgn_deploy("embed", *paths, "-o", tmp_path / "s", "--bundle", bundle_folder, "--backend", "onnxruntime")

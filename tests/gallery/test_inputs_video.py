@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -233,6 +234,12 @@ def test_what_is_no_video_is_a_sentence(clip, name, content, sentence):
         open_inputs([], video=path, boxes=clip.parent / "gt.txt")
 
 
+def test_without_pyav_the_extra_is_named(clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"a video is read by PyAV: .*pip install 'mgn-deploy\[video\]'"):
+        open_inputs([], video=clip, boxes=clip.parent / "gt.txt")
+
+
 def test_a_video_needs_boxes_of_frames_and_nothing_beside_it(clip, tmp_path):
     with pytest.raises(UserError, match="give a tracker's or detector's boxes"):
         open_inputs([], video=clip)
@@ -241,6 +248,8 @@ def test_a_video_needs_boxes_of_frames_and_nothing_beside_it(clip, tmp_path):
     (tmp_path / "p.csv").write_text("path,left,top,width,height\na.jpg,1,1,50,90\n")
     with pytest.raises(UserError, match="has boxes of photos"):
         open_inputs([], video=clip, boxes=tmp_path / "p.csv")
+    with pytest.raises(UserError, match="is a video: give it by --video"):
+        open_inputs([clip])
     with pytest.raises(UserError, match="no image is given"):
         open_inputs([])
 

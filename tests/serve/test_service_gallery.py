@@ -93,8 +93,8 @@ def test_a_name_of_any_bytes_is_shown(store: Path, source: Path) -> None:
 
 def test_of_a_box_in_a_photo_the_box_is_shown(store: Path, source: Path) -> None:
     Image.new("RGB", (300, 200), "blue").save(source / "group.png")
-    add(store, source, [row("group.png", box=(10.0, 20.0, 50.0, 100.0))], unit_rows(1))
-    shown = Image.open(io.BytesIO(Gallery(store, BUNDLE).thumbnail(thumbnail_key("group.png"))))
+    add(store, source, [row("group.png#2", box=(10.0, 20.0, 50.0, 100.0))], unit_rows(1))
+    shown = Image.open(io.BytesIO(Gallery(store, BUNDLE).thumbnail(thumbnail_key("group.png#2"))))
     assert shown.size == (50, 100)
 
 
