@@ -70,8 +70,7 @@ class FaissIndex:
             n: how many.
             camera_rows: where given, only these rows are looked at.
         """
-        import faiss
-
+        faiss = _faiss()
         chosen = None if camera_rows is None else faiss.IDSelectorBatch(camera_rows)
         if isinstance(self._index, faiss.IndexHNSW):
             parameters = faiss.SearchParametersHNSW(sel=chosen, efSearch=max(self._effort, n))
@@ -160,6 +159,13 @@ def _empty(store: Store, kind: str, seed: int) -> Any:
     check_finite("gallery", training)
     index.train(training)
     return index
+
+
+def _faiss() -> Any:
+    """The module, untyped: the type stubs of its release lack the search parameters' keywords."""
+    import faiss
+
+    return faiss
 
 
 def _rows(store: Store) -> pa.Table:
