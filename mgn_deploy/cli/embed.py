@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mgn_deploy.choices import Dtype
 from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, BoxClass, BoxesFile, Json, MinScore, Video, out
-from mgn_deploy.console import print_json, progress, say
+from mgn_deploy.console import percent, print_json, print_table, progress, say
 from mgn_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from mgn_deploy.gallery.profile import Profile
 
 
 def embed(
@@ -59,6 +62,7 @@ def embed(
         int | None, typer.Option(min=0, help="Stop after more unreadable images than this.")
     ] = None,
     allow_unproven: AllowUnproven = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Tell where the time goes, and what to change.")] = False,
     json: Json = False,
 ) -> None:
     """Embed images into a store.
@@ -90,11 +94,14 @@ def embed(
                 labels=labels,
                 verify_content=verify_content,
                 max_failures=max_failures,
+                profile=profile,
                 progress=update,
             )
     except KeyboardInterrupt:
         say(f"interrupted: what was embedded is in {store}, and the same command goes on from there")
         raise
+    if report.profile is not None:
+        _tell(report.profile)
     if json:
         print_json({"store": str(store), **report.to_dict(), "backend": embedder.backend.name})
     elif not report.embedded and not report.failed:
@@ -104,3 +111,15 @@ def embed(
             f"{store}: {report.embedded} embedded in {report.seconds:.1f} s ({report.images_per_second:.1f} images/s), "
             f"{report.unchanged} already there, {len(report.failed)} failed, {report.skipped.total()} skipped"
         )
+
+
+def _tell(profile: Profile) -> None:
+    """Where a run's time went, to stderr."""
+    for title, stages in (
+        ("the main loop, which calls the engine", profile.loop()),
+        ("the threads that decode beside it, together", profile.threads()),
+    ):
+        total = sum(stages.values()) or 1.0
+        rows = [(stage, f"{value:.2f}", percent(value / total)) for stage, value in stages.items()]
+        print_table(["stage", "seconds", "%"], rows, title, stderr=True)
+    say(profile.advice)

@@ -16,6 +16,7 @@ from mgn_deploy.choices import Dtype
 from mgn_deploy.datasets.labels import LARGEST, Label, Labels, read_labels
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.gallery.profile import Profile, each, in_loop
 from mgn_deploy.gallery.relocate import at_source
 from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.sources import MOST_CROP_SIDE, Decoded, Source, open_source
@@ -43,7 +44,9 @@ class GalleryReport:
         skipped: files that are no image, by extension.
         relabelled: images that were in the store with another identity or camera, and have the new one.
         unlike_crops: images that were embedded whole and are wider than high or larger than any crop of a person.
+        batch_size: images an engine call.
         seconds: how long it took.
+        profile: where the time went, where that was asked for.
     """
 
     embedded: int = 0
@@ -53,21 +56,25 @@ class GalleryReport:
     skipped: Counter[str] = field(default_factory=Counter)
     relabelled: int = 0
     unlike_crops: int = 0
+    batch_size: int = 0
     seconds: float = 0.0
+    profile: Profile | None = None
 
     @property
     def images_per_second(self) -> float:
         return self.embedded / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; of the files that failed their number."""
-        return {
+        """JSON-ready; of the files that failed their number; `profile` where that was asked for."""
+        values = {
             **vars(self),
             "failed": len(self.failed),
             "skipped": dict(self.skipped),
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 2),
         }
+        del values["profile"]
+        return values if self.profile is None else {**values, "profile": self.profile.to_dict()}
 
 
 def embed_folder(
@@ -80,6 +87,7 @@ def embed_folder(
     labels: str | os.PathLike[str] | None = None,
     max_failures: int | None = None,
     verify_content: bool = False,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> GalleryReport:
     """Embed every image of a folder or another source that `store` does not hold yet.
@@ -98,6 +106,7 @@ def embed_folder(
             nothing.
         max_failures: stop after more bad files than this; None: never.
         verify_content: read the files that are in the store already, and embed again those whose SHA-256 is another.
+        profile: measure where the time goes; the report's `profile` has it.
         progress: called after each batch with the files done and to do.
 
     Raises:
@@ -118,7 +127,7 @@ def embed_folder(
         bundle_path=embedder.bundle_path,
         source=source.uri,
     )
-    report = GalleryReport(skipped=source.skipped)
+    report = GalleryReport(skipped=source.skipped, batch_size=batch_size, profile=Profile() if profile else None)
     start = time.monotonic()
     with StoreWriter(store, at_source(store, manifest, names)) as writer:
         report.gone = len(writer.known.keys() - set(names)) if source.complete else 0
@@ -137,7 +146,9 @@ def embed_folder(
         report.relabelled = _relabel(writer, rule)
         run = _Run(writer, embedder, batch_size, rule, report, max_failures)
         try:
-            run.embed(source.decode(fresh + again, embedder.height, embedder.width), len(fresh + again), progress)
+            images = source.decode(fresh + again, embedder.height, embedder.width, report.profile)
+            with in_loop(report.profile, "other"):
+                run.embed(images, len(fresh + again), progress)
         finally:
             report.seconds = time.monotonic() - start
             _log_losses(report, source.title)
@@ -230,8 +241,10 @@ class _Run:
     def embed(self, images: Iterator[Decoded], total: int, progress: Progress | None) -> None:
         """Embed and commit `total` images."""
         committed = time.monotonic()
+        profile = self._report.profile
         try:
-            for embeddings in self._embedder.backend.stream(self._batches(images)):
+            batches = each(profile, "other", self._batches(each(profile, "wait for images", images)))
+            for embeddings in each(profile, "infer", self._embedder.backend.stream(batches)):
                 self._report.embedded += self._add(embeddings)
                 if progress:
                     progress("embedding", self._complete(), total)
@@ -300,7 +313,7 @@ class _Run:
         nan = np.full(self._embedder.dim, np.nan, np.float32)
         known = self._writer.known
         new = [index for index, row in enumerate(self._rows[:count]) if row.error is None or row != known.get(row.name)]
-        with DeferredInterrupt() as interrupt:
+        with in_loop(self._report.profile, "write"), DeferredInterrupt() as interrupt:
             if new:
                 made = (self._embeddings[index] for index in new)
                 array = np.stack([nan if embedding is None else embedding for embedding in made])
