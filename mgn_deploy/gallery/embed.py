@@ -8,7 +8,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from mgn_deploy.gallery.profile import Profile, each, in_loop
 from mgn_deploy.gallery.relocate import at_source
 from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.sources import MOST_CROP_SIDE, Decoded, Source, open_source
+from mgn_deploy.gallery.tuning import AUTO, SIZES, Tuning, choose_batch
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.images.listing import ImageFile
@@ -45,7 +47,8 @@ class GalleryReport:
         relabelled: images that were in the store with another identity or camera, and have the new one.
         unlike_crops: images that were embedded whole and are wider than high or larger than any crop of a person.
         batch_size: images an engine call.
-        seconds: how long it took.
+        tuning: how `batch_size` was chosen, where it was auto.
+        seconds: how long it took, tuning included.
         profile: where the time went, where that was asked for.
     """
 
@@ -57,6 +60,7 @@ class GalleryReport:
     relabelled: int = 0
     unlike_crops: int = 0
     batch_size: int = 0
+    tuning: Tuning | None = None
     seconds: float = 0.0
     profile: Profile | None = None
 
@@ -65,7 +69,8 @@ class GalleryReport:
         return self.embedded / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; of the files that failed their number; `profile` where that was asked for."""
+        """JSON-ready; of the files that failed their number; `tuning` and `profile` where they were
+        asked for."""
         values = {
             **vars(self),
             "failed": len(self.failed),
@@ -73,8 +78,11 @@ class GalleryReport:
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 2),
         }
-        del values["profile"]
-        return values if self.profile is None else {**values, "profile": self.profile.to_dict()}
+        for name, part in (("tuning", self.tuning), ("profile", self.profile)):
+            del values[name]
+            if part is not None:
+                values[name] = part.to_dict()
+        return values
 
 
 def embed_folder(
@@ -82,7 +90,7 @@ def embed_folder(
     store: str | os.PathLike[str],
     embedder: Embedder,
     *,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = 8,
     dtype: Dtype = "float32",
     labels: str | os.PathLike[str] | None = None,
     max_failures: int | None = None,
@@ -100,6 +108,8 @@ def embed_folder(
         folder: searched recursively, in the order of the names' bytes; or a source, as `open_source` makes them.
         store: a new folder or the store of an earlier run over the same source with the same bundle and backend.
         embedder: decides the bundle, and is called with `batch_size` images at a time.
+        batch_size: auto: the fastest by two seconds' trial on the first images (`tuning.choose_batch`). An engine may
+            round differently at another one; the report has which it was.
         dtype: of the stored embeddings.
         labels: who is on an image: none, market1501, folder or a table, as in `datasets.labels.read_labels`; `track`: a
             box's track is its person; None: what the source says, as a list with a column identity does, or else
@@ -113,7 +123,8 @@ def embed_folder(
         UserError: no such folder, no image in it, a store of something else, a store in use, a full disk.
         GateFailed: more than `max_failures` bad files, or not one good one. What was embedded is committed.
     """
-    check_batch_size(batch_size)
+    if batch_size != AUTO:
+        check_batch_size(batch_size)
     source = folder if isinstance(folder, Source) else open_source(folder)
     names = [file.name for file in source.files]
     rule = _labels(labels, source)
@@ -127,7 +138,7 @@ def embed_folder(
         bundle_path=embedder.bundle_path,
         source=source.uri,
     )
-    report = GalleryReport(skipped=source.skipped, batch_size=batch_size, profile=Profile() if profile else None)
+    report = GalleryReport(skipped=source.skipped, profile=Profile() if profile else None)
     start = time.monotonic()
     with StoreWriter(store, at_source(store, manifest, names)) as writer:
         report.gone = len(writer.known.keys() - set(names)) if source.complete else 0
@@ -144,11 +155,15 @@ def embed_folder(
             ]
         report.unchanged = len(seen) - len(again)
         report.relabelled = _relabel(writer, rule)
-        run = _Run(writer, embedder, batch_size, rule, report, max_failures)
+        todo = fresh + again
+        if batch_size == AUTO:
+            report.tuning = choose_batch(embedder.backend, _first_crops(source, todo, embedder))
+        report.batch_size = report.tuning.batch_size if report.tuning else int(batch_size)
+        run = _Run(writer, embedder, report.batch_size, rule, report, max_failures)
         try:
-            images = source.decode(fresh + again, embedder.height, embedder.width, report.profile)
+            images = source.decode(todo, embedder.height, embedder.width, report.profile)
             with in_loop(report.profile, "other"):
-                run.embed(images, len(fresh + again), progress)
+                run.embed(images, len(todo), progress)
         finally:
             report.seconds = time.monotonic() - start
             _log_losses(report, source.title)
@@ -175,6 +190,13 @@ def _labels(kind: str | os.PathLike[str] | None, source: Source) -> Labels:
             raise UserError(f"--labels {TRACK}: track {largest} is larger than {LARGEST}, a person's largest number")
         return Labels(TRACK, rule=tracks.get)
     return read_labels(kind, [file.name for file in source.files])
+
+
+def _first_crops(source: Source, files: list[ImageFile], embedder: Embedder) -> list[np.ndarray]:
+    """Those of the first files that can be read, enough for the largest batch that is tried."""
+    images = source.decode(files[: 2 * max(SIZES)], embedder.height, embedder.width)
+    crops = (image.pixels for image in images if image.pixels is not None)
+    return list(islice(crops, max(SIZES)))
 
 
 def _log_losses(report: GalleryReport, title: str) -> None:

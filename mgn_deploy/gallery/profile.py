@@ -95,7 +95,7 @@ class Profile:
 
     def threads(self) -> dict[str, float]:
         """Seconds of all decoding threads together by stage; what they did not work they waited for the engine."""
-        busy = {stage: self._threads[stage] for stage in THREAD_STAGES}
+        busy: dict[str, float] = {stage: self._threads[stage] for stage in THREAD_STAGES}
         return {**busy, WAIT_FOR_ENGINE: max(0.0, decoding_threads() * self.seconds - sum(busy.values()))}
 
     @property
