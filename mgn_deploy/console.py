@@ -78,21 +78,24 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, *, stderr: bool = False
+) -> None:
     """A result for people, to stdout, under a line that says what it is; as wide as needed where stdout is no
-    terminal."""
+    terminal. `stderr`: what is told besides the result."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    stream = sys.stderr if stderr else sys.stdout
     if title:
-        print(title)
+        print(title, file=stream)
     table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = Console(file=stream) if stream.isatty() else Console(file=stream, width=160)
     console.print(table)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mgn_deploy.choices import Dtype
-from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, BoxClass, BoxesFile, Json, MinScore, Video, out
-from mgn_deploy.console import print_json, progress, say
+from mgn_deploy.choices import MAX_BATCH, Dtype
+from mgn_deploy.cli.options import AllowUnproven, Backend, BoxClass, BoxesFile, Json, MinScore, Video, out
+from mgn_deploy.console import percent, print_json, print_table, progress, say
 from mgn_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from mgn_deploy.gallery.profile import Profile
 
 
 def embed(
@@ -31,7 +34,10 @@ def embed(
         typer.Option(metavar="URL", help="Embed by http://HOST:PORT (mgn-deploy serve) or grpc://HOST:PORT (Triton)."),
     ] = None,
     backend: Backend = "auto",
-    batch: Batch = 8,
+    batch: Annotated[
+        str,
+        typer.Option("--batch", metavar="N|auto", help="Images a call of the engine; auto: the fastest of several."),
+    ] = "8",
     dtype: Annotated[Dtype, typer.Option(help="Of the stored embeddings.")] = "float32",
     labels: Annotated[
         str | None,
@@ -59,6 +65,7 @@ def embed(
         int | None, typer.Option(min=0, help="Stop after more unreadable images than this.")
     ] = None,
     allow_unproven: AllowUnproven = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Tell where the time goes, and what to change.")] = False,
     json: Json = False,
 ) -> None:
     """Embed images into a store.
@@ -69,6 +76,7 @@ def embed(
     from mgn_deploy.gallery.embed import embed_folder
     from mgn_deploy.gallery.inputs import open_inputs
 
+    batch_size = _batch_size(batch)
     source = open_inputs(
         images or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video, part=shard
     )
@@ -85,16 +93,19 @@ def embed(
                 source,
                 store,
                 embedder,
-                batch_size=batch,
+                batch_size=batch_size,
                 dtype=dtype,
                 labels=labels,
                 verify_content=verify_content,
                 max_failures=max_failures,
+                profile=profile,
                 progress=update,
             )
     except KeyboardInterrupt:
         say(f"interrupted: what was embedded is in {store}, and the same command goes on from there")
         raise
+    if report.profile is not None:
+        _tell(report.profile)
     if json:
         print_json({"store": str(store), **report.to_dict(), "backend": embedder.backend.name})
     elif not report.embedded and not report.failed:
@@ -104,3 +115,27 @@ def embed(
             f"{store}: {report.embedded} embedded in {report.seconds:.1f} s ({report.images_per_second:.1f} images/s), "
             f"{report.unchanged} already there, {len(report.failed)} failed, {report.skipped.total()} skipped"
         )
+
+
+def _batch_size(batch: str) -> int | Literal["auto"]:
+    if batch == "auto":
+        return "auto"
+    try:
+        size = int(batch)
+    except ValueError:
+        size = 0
+    if not 1 <= size <= MAX_BATCH:
+        raise typer.BadParameter(f"give auto or a number from 1 to {MAX_BATCH}, not {batch!r}", param_hint="'--batch'")
+    return size
+
+
+def _tell(profile: Profile) -> None:
+    """Where a run's time went, to stderr."""
+    for title, stages in (
+        ("the main loop, which calls the engine", profile.loop()),
+        ("the threads that decode beside it, together", profile.threads()),
+    ):
+        total = sum(stages.values()) or 1.0
+        rows = [(stage, f"{value:.2f}", percent(value / total)) for stage, value in stages.items()]
+        print_table(["stage", "seconds", "%"], rows, title, stderr=True)
+    say(profile.advice)

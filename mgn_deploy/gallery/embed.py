@@ -8,7 +8,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,9 +17,11 @@ from mgn_deploy.choices import Dtype
 from mgn_deploy.datasets.labels import LARGEST, Label, Labels, read_labels
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.gallery.profile import Profile, each, in_loop
 from mgn_deploy.gallery.relocate import at_source
 from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.sources import MOST_CROP_SIDE, Decoded, Source, open_source
+from mgn_deploy.gallery.tuning import AUTO, SIZES, Tuning, choose_batch
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.images.listing import ImageFile
@@ -43,7 +46,10 @@ class GalleryReport:
         skipped: files that are no image, by extension.
         relabelled: images that were in the store with another identity or camera, and have the new one.
         unlike_crops: images that were embedded whole and are wider than high or larger than any crop of a person.
-        seconds: how long it took.
+        batch_size: images an engine call.
+        tuning: how `batch_size` was chosen, where it was auto.
+        seconds: how long it took, tuning included.
+        profile: where the time went, where that was asked for.
     """
 
     embedded: int = 0
@@ -53,21 +59,30 @@ class GalleryReport:
     skipped: Counter[str] = field(default_factory=Counter)
     relabelled: int = 0
     unlike_crops: int = 0
+    batch_size: int = 0
+    tuning: Tuning | None = None
     seconds: float = 0.0
+    profile: Profile | None = None
 
     @property
     def images_per_second(self) -> float:
         return self.embedded / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; of the files that failed their number."""
-        return {
+        """JSON-ready; of the files that failed their number; `tuning` and `profile` where they were
+        asked for."""
+        values = {
             **vars(self),
             "failed": len(self.failed),
             "skipped": dict(self.skipped),
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 2),
         }
+        for name, part in (("tuning", self.tuning), ("profile", self.profile)):
+            del values[name]
+            if part is not None:
+                values[name] = part.to_dict()
+        return values
 
 
 def embed_folder(
@@ -75,11 +90,12 @@ def embed_folder(
     store: str | os.PathLike[str],
     embedder: Embedder,
     *,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = 8,
     dtype: Dtype = "float32",
     labels: str | os.PathLike[str] | None = None,
     max_failures: int | None = None,
     verify_content: bool = False,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> GalleryReport:
     """Embed every image of a folder or another source that `store` does not hold yet.
@@ -92,19 +108,23 @@ def embed_folder(
         folder: searched recursively, in the order of the names' bytes; or a source, as `open_source` makes them.
         store: a new folder or the store of an earlier run over the same source with the same bundle and backend.
         embedder: decides the bundle, and is called with `batch_size` images at a time.
+        batch_size: auto: the fastest by two seconds' trial on the first images (`tuning.choose_batch`). An engine may
+            round differently at another one; the report has which it was.
         dtype: of the stored embeddings.
         labels: who is on an image: none, market1501, folder or a table, as in `datasets.labels.read_labels`; `track`: a
             box's track is its person; None: what the source says, as a list with a column identity does, or else
             nothing.
         max_failures: stop after more bad files than this; None: never.
         verify_content: read the files that are in the store already, and embed again those whose SHA-256 is another.
+        profile: measure where the time goes; the report's `profile` has it.
         progress: called after each batch with the files done and to do.
 
     Raises:
         UserError: no such folder, no image in it, a store of something else, a store in use, a full disk.
         GateFailed: more than `max_failures` bad files, or not one good one. What was embedded is committed.
     """
-    check_batch_size(batch_size)
+    if batch_size != AUTO:
+        check_batch_size(batch_size)
     source = folder if isinstance(folder, Source) else open_source(folder)
     names = [file.name for file in source.files]
     rule = _labels(labels, source)
@@ -118,7 +138,7 @@ def embed_folder(
         bundle_path=embedder.bundle_path,
         source=source.uri,
     )
-    report = GalleryReport(skipped=source.skipped)
+    report = GalleryReport(skipped=source.skipped, profile=Profile() if profile else None)
     start = time.monotonic()
     with StoreWriter(store, at_source(store, manifest, names)) as writer:
         report.gone = len(writer.known.keys() - set(names)) if source.complete else 0
@@ -135,9 +155,15 @@ def embed_folder(
             ]
         report.unchanged = len(seen) - len(again)
         report.relabelled = _relabel(writer, rule)
-        run = _Run(writer, embedder, batch_size, rule, report, max_failures)
+        todo = fresh + again
+        if batch_size == AUTO:
+            report.tuning = choose_batch(embedder.backend, _first_crops(source, todo, embedder))
+        report.batch_size = report.tuning.batch_size if report.tuning else int(batch_size)
+        run = _Run(writer, embedder, report.batch_size, rule, report, max_failures)
         try:
-            run.embed(source.decode(fresh + again, embedder.height, embedder.width), len(fresh + again), progress)
+            images = source.decode(todo, embedder.height, embedder.width, report.profile)
+            with in_loop(report.profile, "other"):
+                run.embed(images, len(todo), progress)
         finally:
             report.seconds = time.monotonic() - start
             _log_losses(report, source.title)
@@ -164,6 +190,13 @@ def _labels(kind: str | os.PathLike[str] | None, source: Source) -> Labels:
             raise UserError(f"--labels {TRACK}: track {largest} is larger than {LARGEST}, a person's largest number")
         return Labels(TRACK, rule=tracks.get)
     return read_labels(kind, [file.name for file in source.files])
+
+
+def _first_crops(source: Source, files: list[ImageFile], embedder: Embedder) -> list[np.ndarray]:
+    """Those of the first files that can be read, enough for the largest batch that is tried."""
+    images = source.decode(files[: 2 * max(SIZES)], embedder.height, embedder.width)
+    crops = (image.pixels for image in images if image.pixels is not None)
+    return list(islice(crops, max(SIZES)))
 
 
 def _log_losses(report: GalleryReport, title: str) -> None:
@@ -230,8 +263,10 @@ class _Run:
     def embed(self, images: Iterator[Decoded], total: int, progress: Progress | None) -> None:
         """Embed and commit `total` images."""
         committed = time.monotonic()
+        profile = self._report.profile
         try:
-            for embeddings in self._embedder.backend.stream(self._batches(images)):
+            batches = each(profile, "other", self._batches(each(profile, "wait for images", images)))
+            for embeddings in each(profile, "infer", self._embedder.backend.stream(batches)):
                 self._report.embedded += self._add(embeddings)
                 if progress:
                     progress("embedding", self._complete(), total)
@@ -300,7 +335,7 @@ class _Run:
         nan = np.full(self._embedder.dim, np.nan, np.float32)
         known = self._writer.known
         new = [index for index, row in enumerate(self._rows[:count]) if row.error is None or row != known.get(row.name)]
-        with DeferredInterrupt() as interrupt:
+        with in_loop(self._report.profile, "write"), DeferredInterrupt() as interrupt:
             if new:
                 made = (self._embeddings[index] for index in new)
                 array = np.stack([nan if embedding is None else embedding for embedding in made])

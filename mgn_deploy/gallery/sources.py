@@ -18,6 +18,7 @@ from PIL import Image
 from mgn_deploy.datasets.labels import Labels
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.archives import archive_images, is_archive
+from mgn_deploy.gallery.profile import Profile, on_thread
 from mgn_deploy.gallery.shards import SHARD_ROWS
 from mgn_deploy.images.decode import MIN_SIDE, load_rgb, resize_crop
 from mgn_deploy.images.formats import skipped_sentence, why_not_listed
@@ -61,9 +62,11 @@ class Source:
     labels: Labels | None = None
     complete: bool = True
 
-    def decode(self, files: Sequence[ImageFile], height: int, width: int) -> Iterator[Decoded]:
+    def decode(
+        self, files: Sequence[ImageFile], height: int, width: int, profile: Profile | None = None
+    ) -> Iterator[Decoded]:
         """Read some of the files, in their order, on threads ahead of the caller; a photo once for its boxes."""
-        for crops in in_order(lambda photo: _crops(photo, height, width), photos_of(files)):
+        for crops in in_order(lambda photo: _crops(photo, height, width, profile), photos_of(files)):
             yield from crops
 
     def digests(self, files: Sequence[ImageFile]) -> Iterator[bytes | None]:
@@ -199,16 +202,19 @@ def folder_uri(folder: str | os.PathLike[str]) -> str:
     return Path(os.path.abspath(folder)).as_uri()
 
 
-def _crops(files: Sequence[ImageFile], height: int, width: int) -> list[Decoded]:
+def _crops(files: Sequence[ImageFile], height: int, width: int, profile: Profile | None) -> list[Decoded]:
     """The crops of one photo's files."""
     try:
-        content = file_bytes(files[0])
-        digest = hashlib.sha256(content).digest()
-        image = load_rgb(content)
+        with on_thread(profile, "read"):
+            content = file_bytes(files[0])
+            digest = hashlib.sha256(content).digest()
+        with on_thread(profile, "decode"):
+            image = load_rgb(content)
     except UnreadableImage as problem:
         error = str(problem).encode("utf-8", "backslashreplace").decode()  # as Parquet keeps it
         return [Decoded(file, error=error) for file in files]
-    return [crop_of(file, image, height, width, digest) for file in files]
+    with on_thread(profile, "resize"):
+        return [crop_of(file, image, height, width, digest) for file in files]
 
 
 def _digest(files: Sequence[ImageFile]) -> bytes | None:

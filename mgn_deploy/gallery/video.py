@@ -23,6 +23,7 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.files import sha256_file
 from mgn_deploy.gallery.boxed import pixels
 from mgn_deploy.gallery.boxes import Boxes
+from mgn_deploy.gallery.profile import Profile, each, on_thread
 from mgn_deploy.gallery.sources import Decoded, Source, crop_of, folder_uri
 from mgn_deploy.images.listing import ImageFile
 from mgn_deploy.images.prefetch import in_order
@@ -74,19 +75,23 @@ class VideoSource(Source):
 
     clip: Clip | None = None
 
-    def decode(self, files: Sequence[ImageFile], height: int, width: int) -> Iterator[Decoded]:
+    def decode(
+        self, files: Sequence[ImageFile], height: int, width: int, profile: Profile | None = None
+    ) -> Iterator[Decoded]:
         """The crops of some of the boxes, in their order; where that goes back in time the video is read again."""
 
         def crops(frame: tuple[list[ImageFile], Any]) -> list[Decoded]:
             boxes, picture = frame
             if isinstance(picture, str):
                 return [Decoded(file, error=picture) for file in boxes]
-            image = upright(picture)
-            return [crop_of(file, image, height, width, digest) for file in boxes]
+            with on_thread(profile, "decode"):
+                image = upright(picture)
+            with on_thread(profile, "resize"):
+                return [crop_of(file, image, height, width, digest) for file in boxes]
 
         if files:
             digest = self._digest
-            for some in in_order(crops, self._frames(files), FRAMES_AHEAD):
+            for some in in_order(crops, each(profile, "decode video", self._frames(files)), FRAMES_AHEAD):
                 yield from some
 
     def digests(self, files: Sequence[ImageFile]) -> Iterator[bytes | None]:

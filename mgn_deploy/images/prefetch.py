@@ -16,14 +16,14 @@ R = TypeVar("R")
 def in_order(function: Callable[[T], R], items: Iterable[T], ahead: int | None = None) -> Iterator[R]:
     """`map` on a few threads, so that decoding overlaps inference.
 
-    There are as many threads as CPUs that this process may use, and one more for what waits for files.
+    There are `decoding_threads()` threads.
 
     Args:
         function: called once an item, on a thread; Pillow and NumPy release the GIL for most of their time.
         items: taken as results are asked for.
         ahead: most calls begun before their result is asked for, which bounds the memory (64, or two a thread).
     """
-    workers = usable_cpus() + 1
+    workers = decoding_threads()
     remaining = iter(items)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         waiting = deque[Future[R]](
@@ -37,6 +37,11 @@ def in_order(function: Callable[[T], R], items: Iterable[T], ahead: int | None =
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def decoding_threads() -> int:
+    """As many threads as CPUs that this process may use, and one more for what waits for files."""
+    return usable_cpus() + 1
 
 
 def usable_cpus() -> int:

@@ -1,0 +1,105 @@
+"""The number of images a call by which an engine embeds fastest, tried in two seconds before a run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any, Final
+
+import numpy as np
+
+from mgn_deploy.backends.base import Backend, BatchLimits
+
+AUTO: Final = "auto"
+SIZES = (1, 2, 4, 8, 16, 32)
+SECONDS = 2.0  # for all of them together
+ROUNDS = 2  # the better one counts: noise only ever slows down
+TOLERANCE = 0.03  # a rate within this share of the best is as good: a smaller batch has less memory and latency
+DEFAULT = 8  # where there is no image to try with
+_log = logging.getLogger("mgn_deploy")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `choose_batch` chose, and why.
+
+    Attributes:
+        batch_size: images an engine call.
+        images_per_second: of each size that was tried.
+        seconds: that trying took.
+    """
+
+    batch_size: int
+    images_per_second: dict[int, float]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        rates = {str(size): round(rate, 2) for size, rate in self.images_per_second.items()}
+        return {"batch_size": self.batch_size, "images_per_second": rates, "seconds": round(self.seconds, 3)}
+
+
+def choose_batch(backend: Backend, crops: Sequence[np.ndarray], *, seconds: float = SECONDS) -> Tuning:
+    """Try the sizes that the engine takes and choose the smallest that is within `TOLERANCE` of the fastest.
+
+    Sizes are tried from small to large, each after a call that is not counted. One whose calls would not fit in what is
+    left of the time is left out, with those above it: an engine that takes a second an image is tried with few sizes.
+
+    Args:
+        backend: an opened engine.
+        crops: uint8 `[height, width, 3]`, repeated to fill batches; without any the answer is `DEFAULT`.
+        seconds: for all calls together; the calls of the smallest size are made in any case.
+    """
+    sizes = candidates(backend.batch_limits)
+    if not crops:
+        return Tuning(min(sizes, key=lambda size: abs(size - DEFAULT)), {}, 0.0)
+    start = time.perf_counter()
+    rates: dict[int, float] = {}
+    for _ in range(ROUNDS):
+        for size in sizes:
+            # As long as the last call of the next smaller size lets expect: one that is not counted, and one that is.
+            expected = 2 * size / rates.get(size, rates[max(rates)]) if rates else 0.0
+            if time.perf_counter() - start + expected > seconds:
+                break
+            if size not in rates:
+                _rate(backend, crops, size, 0.0)
+            rates[size] = max(rates.get(size, 0.0), _rate(backend, crops, size, seconds / len(sizes) / ROUNDS / 2))
+    tuning = Tuning(smallest_of_the_best(rates), rates, time.perf_counter() - start)
+    tried = ", ".join(f"{rate:.1f} at {size}" for size, rate in rates.items())
+    _log.info(
+        f"--batch auto chose {tuning.batch_size} (images/s: {tried}); an engine may round differently at another one: "
+        f"give --batch {tuning.batch_size} where the store has to come out the same again"
+    )
+    return tuning
+
+
+def candidates(limits: BatchLimits | None) -> tuple[int, ...]:
+    """The sizes that an engine was compiled for; at least one."""
+    if limits is None:
+        return SIZES
+    return tuple(size for size in SIZES if limits.min <= size <= limits.max) or (limits.opt,)
+
+
+def smallest_of_the_best(rates: dict[int, float]) -> int:
+    """The smallest size whose images a second are within `TOLERANCE` of the most."""
+    enough = (1 - TOLERANCE) * max(rates.values())
+    return min(size for size, rate in rates.items() if rate >= enough)
+
+
+def _rate(backend: Backend, crops: Sequence[np.ndarray], size: int, seconds: float) -> float:
+    """Images a second of a stream of full batches that takes about so long; at least one batch."""
+    images = cycle(crops)
+    start = time.perf_counter()
+
+    def batches() -> Iterator[np.ndarray]:
+        while True:
+            batch = list(islice(images, size))
+            yield np.stack(batch, out=backend.buffer(size, *batch[0].shape[:2]))
+            if time.perf_counter() - start >= seconds:
+                return
+
+    embedded = sum(len(rows) for rows in backend.stream(batches()))
+    return embedded / (time.perf_counter() - start)
