@@ -32,7 +32,10 @@ def test_branches_that_are_none_are_one_sentence(text):
     ("fields", "sentence"),
     [
         ({"height": 8}, "height: Input should be greater than or equal to 32"),
-        ({"branches": (0,)}, r"branches: give one number of stripes \(1 to 8\) a branch, e.g. 1,2,3"),
+        (
+            {"branches": (0,)},
+            r"branches: give one number of stripes \(1 to 8\) a branch, of 1 to 16 branches, e.g. 1,2,3",
+        ),
         ({"pooling": "median"}, "pooling: Input should be 'max', 'avg' or 'gem'"),
         ({"global_stride": 3}, "global_stride: Input should be 1 or 2"),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),

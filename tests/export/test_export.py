@@ -48,6 +48,7 @@ def test_a_bundle_is_graph_weights_and_manifest(bundle_folder, weights):
         "graph.onnx",
         "manifest.json",
         "manifest.sha256",
+        "proof.npz",
         "reference.safetensors",
     ]
     manifest = Bundle.open(bundle_folder).manifest
@@ -84,9 +85,10 @@ def test_without_reference_the_weights_stay_at_home_and_the_proofs_are_made(othe
         "graph.onnx",
         "manifest.json",
         "manifest.sha256",
+        "proof.npz",
     ]
     bundle = Bundle.open(folder)
-    assert set(bundle.manifest.files) == {"graph.onnx"}
+    assert set(bundle.manifest.files) == {"graph.onnx", "proof.npz"}
     assert bundle.manifest.proofs["onnxruntime"].passed
     with pytest.raises(UserError, match="--no-reference"):
         Embedder.open(bundle, "torch")
@@ -201,9 +203,10 @@ def test_proving_again_without_labelled_people_keeps_the_ranking_and_what_it_mis
         Embedder.open(tmp_path / "b", "onnxruntime")
 
 
-def test_a_bundle_without_its_weights_cannot_be_proven_again(weights, tmp_path):
+def test_a_bundle_without_its_weights_is_proven_only_on_recorded_images(weights, crops, tmp_path):
     export_bundle(weights, tmp_path / "b", ExportOptions(reference=False))
-    done = mgn_deploy("prove", "--bundle", tmp_path / "b")
+    assert mgn_deploy("prove", "--bundle", tmp_path / "b").exit_code == 0
+    done = mgn_deploy("prove", "--bundle", tmp_path / "b", "--proof-images", crops)
     assert done.exit_code == 2
     assert "was exported with --no-reference" in done.stderr
 
