@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,11 @@ from mgn_deploy.embedder import Embedder
 # Of 16 channels and not 8: OpenVINO's INT8 kernels give other sums from run to run where channels are no multiple of 16
 # (2026.4, AVX2, two threads; ARCHITECTURE.md).
 SMALL = ModelConfig(backbone="resnet18", base_width=16, reduced_width=16, height=96, width=32)
+
+
+def pytest_configure() -> None:
+    """Under nohup SIGHUP is ignored, and the tests of signals send it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
