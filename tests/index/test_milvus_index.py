@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ from mgn_deploy.index import milvus
 from mgn_deploy.index.build import build_index, open_index
 from mgn_deploy.retrieval.search import Queries, search
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    pytest.skip(
+        "milvus-lite's server ended a worker of the suite once: `pytest -n 0 tests/index` runs these alone",
+        allow_module_level=True,
+    )
 pytest.importorskip("pymilvus", reason="the extra milvus is not installed")
 pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
 
