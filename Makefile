@@ -11,6 +11,7 @@ demo: $(VENV)/installed-all-cpu
 test: $(VENV)/installed-dev
 	@echo "== the test suite"
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(VENV)/bin/python -m pytest --quiet tests/index/test_milvus_index.py
 
 check: $(VENV)/installed-dev
 	@echo "== style and types"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ from mgn_deploy.images.listing import list_images
 REFERENCE = "torch"
 Rivals = Mapping[str, Callable[[Bundle], Backend]]
 
+_log = logging.getLogger("mgn_deploy")
+
 
 @dataclass
 class Images:
@@ -38,12 +41,12 @@ class Images:
 
 
 def read_images(folder: Path, height: int, width: int, count: int, batch: int) -> Images:
-    """Read up to `count` files; those that cannot be read are passed over.
+    """Read up to `count` files; those that cannot be read are passed over, with a warning that counts them.
 
     Raises:
         UserError: no such folder, or fewer readable images than a batch.
     """
-    paths, crops = list[Path](), list[np.ndarray]()
+    paths, crops, unreadable = list[Path](), list[np.ndarray](), 0
     for file in list_images(folder):
         if len(paths) == count:
             break
@@ -52,8 +55,11 @@ def read_images(folder: Path, height: int, width: int, count: int, batch: int) -
         try:
             crops.append(read_crop(file.path, height, width))
         except UnreadableImage:
+            unreadable += 1
             continue
         paths.append(file.path)
+    if unreadable:
+        _log.warning(f"{unreadable} images of {folder} cannot be read and are not measured")
     if len(paths) < batch:
         raise UserError(
             f"{len(paths)} readable images are fewer than a batch of {batch}: give more, or a smaller --batch"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Python's resolver and sockets are closed, and the C library's resolver is named by a file that does not answer.
+# Python's resolver is closed.
 SITE = """
 import socket
 def refused(*arguments, **options):

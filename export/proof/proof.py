@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from mgn_deploy.export.proof.agreement import BATCH, cosines, run_in_batches, to
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.retrieval.ranking import RankingMetrics
+
+_log = logging.getLogger("mgn_deploy")
 
 MOST_IMAGES = 256
 FEWEST_IMAGES = 12  # an image and its ten neighbours, and one that is none
@@ -46,14 +49,16 @@ def proof_crops(folder: Path, height: int, width: int) -> np.ndarray:
     """
     files = [file.path for file in list_images(folder) if file.path]
     step = max(1, -(-len(files) // MOST_IMAGES))
-    crops = []
+    crops, unreadable = [], 0
     for path in files[::step]:
         try:
             crops.append(read_crop(path, height, width))
         except UnreadableImage:
-            continue  # a proof needs pixels, not every file; the number of images is part of the proof
+            unreadable += 1  # a proof needs pixels, not every file
     if len(crops) < FEWEST_IMAGES:
         raise UserError(f"{folder} has {len(crops)} readable images: a proof needs at least {FEWEST_IMAGES}")
+    if unreadable:
+        _log.warning(f"{unreadable} of the {unreadable + len(crops)} images of {folder} to prove on cannot be read")
     return np.stack(crops)
 
 

@@ -18,7 +18,7 @@ from mgn_deploy.datasets.labels import LARGEST, Label, Labels, read_labels
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.gallery.profile import Profile, each, in_loop
-from mgn_deploy.gallery.relocate import at_source
+from mgn_deploy.gallery.relocate import follow_source
 from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.sources import MOST_CROP_SIDE, Decoded, Source, open_source
 from mgn_deploy.gallery.tuning import AUTO, SIZES, Tuning, choose_batch
@@ -140,7 +140,8 @@ def embed_folder(
     )
     report = GalleryReport(skipped=source.skipped, profile=Profile() if profile else None)
     start = time.monotonic()
-    with StoreWriter(store, at_source(store, manifest, names)) as writer:
+    follow_source(store, source.uri, names)
+    with StoreWriter(store, manifest) as writer:
         report.gone = len(writer.known.keys() - set(names)) if source.complete else 0
         # Files never seen come first, so that a run that was killed and is run again orders them as one that was not.
         fresh = [file for file in source.files if file.name not in writer.known]

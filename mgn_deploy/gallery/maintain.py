@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ import numpy as np
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.shards import Row, Shard, ShardEntry, StoreManifest, open_shards, read_manifest
 from mgn_deploy.gallery.writer import StoreWriter, hold
-
-_log = logging.getLogger("mgn_deploy")
 
 
 @dataclass(frozen=True)

@@ -10,32 +10,30 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.archives import archive_of
-from mgn_deploy.gallery.shards import MANIFEST, StoreManifest, open_shards, read_manifest
+from mgn_deploy.gallery.shards import MANIFEST, open_shards, read_manifest
 from mgn_deploy.gallery.writer import StoreWriter
 
 _log = logging.getLogger("mgn_deploy")
 
 
-def at_source(store: str | os.PathLike[str], manifest: StoreManifest, names: Collection[str]) -> StoreManifest:
-    """The manifest to go on with: a store whose source folder is gone takes the new one, if its images are there.
+def follow_source(store: str | os.PathLike[str], source: str, names: Collection[str]) -> None:
+    """Relocate a store, if there is one, whose source folder is gone and whose images are in the new one.
 
-    The store is changed on disk, with a warning, where at least half of its images are among `names`.
+    It is changed on disk, with a warning, where at least half of its images are among `names`.
 
     Raises:
         UserError: not a store.
     """
     folder = Path(store)
     if not (folder / MANIFEST).is_file():
-        return manifest
+        return
     found = read_manifest(folder)
-    if found.source == manifest.source or _exists(found.source):
-        return manifest
+    if found.source == source or _exists(found.source):
+        return
     known = {row.name for shard in open_shards(folder, found) for row in shard.rows}
-    if 2 * len(known & set(names)) < len(known):
-        return manifest
-    relocate(store, manifest.source)
-    _log.warning(f"{folder}: its source {found.source} is gone; it goes on with {manifest.source}")
-    return manifest
+    if 2 * len(known & set(names)) >= len(known):
+        relocate(store, source)
+        _log.warning(f"{folder}: its source {found.source} is gone; it goes on with {source}")
 
 
 def relocate(store: str | os.PathLike[str], source: str) -> tuple[int, int]:

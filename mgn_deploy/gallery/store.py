@@ -110,7 +110,6 @@ class Store:
             KeyError: no image of this name was embedded.
         """
         shard, index = self._locations[self._index(name)]
-        self._shards[shard].verify()
         return np.array(self._shards[shard].mapped()[index])
 
     def row(self, name: str) -> Row:

@@ -21,7 +21,7 @@ from mgn_deploy.retrieval.search import Queries, search
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     pytest.skip(
-        "milvus-lite's server ended a worker of the suite once: `pytest -n 0 tests/index` runs these alone",
+        "milvus-lite's server needs a process of its own: `make test` runs these after the rest",
         allow_module_level=True,
     )
 pytest.importorskip("pymilvus", reason="the extra milvus is not installed")

@@ -2,8 +2,8 @@
 
     python -m tests.trials.kills --kills 300 --out kills.json
 
-Commands that write folders (`export`, `init`) and stores (`embed`, `store prune`, `store compact`, `store merge`,
-`validate --store`, `train`) are started in processes of their own on drawn people, killed by SIGKILL after a random
+Commands that write folders (`export`, `init`) and stores (`embed`, `store prune`, `store compact`,
+`validate --store`) are started in processes of their own on drawn people, killed by SIGKILL after a random
 share of the time that they take, and started again until they end. Then every file of their result is compared byte
 for byte with that of a run that nobody killed.
 """
@@ -35,13 +35,11 @@ class Trial:
         name: of the command.
         arguments: of `mgn-deploy`, {out} is where it writes.
         prepare: what puts a folder where the command finds it, called with `out`.
-        result: the folder of the result below `out`, which is compared.
     """
 
     name: str
     arguments: str
     prepare: Callable[[Path], None] = lambda out: None
-    result: str = "."
 
 
 def run(arguments: list[str], kill_after: float | None = None) -> bool:
@@ -60,14 +58,12 @@ def run(arguments: list[str], kill_after: float | None = None) -> bool:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file, but for dates and paths that name the run."""
-    ignored = {".lock", "events", "log.jsonl", "epochs.csv", "timing.json"}
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and path.name not in ignored and not path.name.startswith("events."):
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+    """SHA-256 of every file but a store's lock."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def trials(work: Path) -> list[Trial]:
@@ -77,24 +73,20 @@ def trials(work: Path) -> list[Trial]:
     draw_market1501(work / "people", train_identities=40, test_identities=12)
     images = work / "people/bounding_box_train"
     run(f"embed {images} -o {work}/store --bundle {work}/bundle".split())
-    for part in (1, 2):
-        run(f"embed {images} -o {work}/part{part} --bundle {work}/bundle --shard {part}/2".split())
     few = work / "few"
     few.mkdir()
     for path in sorted(images.iterdir())[::3]:
         (few / path.name).symlink_to(path)
 
-    def copied(name: str) -> Callable[[Path], None]:
-        return lambda out: (
-            shutil.copytree(work / name, out / "store", dirs_exist_ok=True) if not (out / "store").exists() else None
-        )
+    def copied(out: Path) -> None:
+        shutil.copytree(work / "store", out / "store")
 
     return [
         Trial("init", "init -o {out}/weights --init random --backbone resnet18 --size 96x32"),
         Trial("embed", f"embed {images} -o {{out}}/store --bundle {work}/bundle"),
         Trial("validate", f"validate --data market1501:{work}/people --bundle {work}/bundle --store {{out}}/kept"),
-        Trial("store prune", f"store prune {{out}}/store {few}", copied("store")),
-        Trial("store compact", "store compact {out}/store", copied("store")),
+        Trial("store prune", f"store prune {{out}}/store {few}", copied),
+        Trial("store compact", "store compact {out}/store", copied),
         Trial("export", f"export {work}/weights -o {{out}}/bundle --no-flip --no-reference"),
     ]
 
@@ -106,7 +98,7 @@ def one_end(trial: Trial, work: Path, seconds: float, expected: dict[str, str], 
     kills = 0
     while not run(trial.arguments.format(out=out).split(), None if kills >= 3 else rng.uniform(0.2, 1.0) * seconds):
         kills += 1
-    same = contents(out / trial.result) == expected
+    same = contents(out) == expected
     if same:
         shutil.rmtree(out)
     return kills, same
@@ -129,7 +121,7 @@ def main() -> None:
         trial.prepare(out)
         start = time.monotonic()
         run(trial.arguments.format(out=out).split())
-        undisturbed[trial.name] = (time.monotonic() - start, contents(out / trial.result))
+        undisturbed[trial.name] = (time.monotonic() - start, contents(out))
         table[trial.name] = {"kills": 0, "ends": 0, "different": 0}
     while sum(row["kills"] for row in table.values()) < options.kills:
         for trial in all_trials:
