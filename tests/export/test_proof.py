@@ -433,11 +433,12 @@ def test_too_few_images_are_refused(crops, tmp_path):
         proof_crops(tmp_path, 96, 32)
 
 
-def test_unreadable_images_count_for_nothing(crops, tmp_path):
+def test_unreadable_images_count_for_nothing_and_are_counted(crops, tmp_path, said):
     for path in sorted(crops.rglob("*.jpg"))[:FEWEST_IMAGES]:
         shutil.copy(path, tmp_path)
     (tmp_path / "broken.jpg").write_bytes(b"")
     assert proof_crops(tmp_path, 96, 32).shape == (12, 96, 32, 3)
+    assert f"1 of the 13 images of {tmp_path} to prove on cannot be read" in said
 
 
 def test_of_many_images_it_takes_some_from_everywhere(crops, tmp_path):
