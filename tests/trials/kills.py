@@ -58,11 +58,11 @@ def run(arguments: list[str], kill_after: float | None = None) -> bool:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but a store's lock."""
+    """SHA-256 of every file but a store's lock and a killed run's leftover, which a later run removes after an hour."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.name != ".lock" and not path.relative_to(folder).parts[0].startswith(".mgn-")
     }
 
 
