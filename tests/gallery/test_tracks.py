@@ -173,7 +173,7 @@ def test_image_is_the_crop_of_a_box_a_photo_and_a_member(store, photos, tmp_path
     assert np.array_equal(np.asarray(members.image(members.rows[0])), np.asarray(Image.open(photos / "000001.png")))
 
 
-def test_image_of_what_is_gone_or_not_on_this_machine_is_a_sentence(store, photos, tmp_path, embedder):
+def test_image_of_what_is_gone_is_a_sentence(store, photos, tmp_path, embedder):
     (photos / "000001.png").unlink()
     boxes = Store.open(store)
     with pytest.raises(UserError, match=r"'000001.png#1' of .* cannot be read: no such file"):
@@ -183,7 +183,7 @@ def test_image_of_what_is_gone_or_not_on_this_machine_is_a_sentence(store, photo
     embed_folder(open_source("memory://tracks"), tmp_path / "remote", embedder)
     system.rm("/tracks", recursive=True)
     remote = Store.open(tmp_path / "remote")
-    with pytest.raises(UserError, match="lies in memory://tracks, not on this machine"):
+    with pytest.raises(UserError, match=r"'a.png' of .* cannot be read: no such object"):
         remote.image(remote.rows[0])
 
 
