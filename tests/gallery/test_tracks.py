@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -155,6 +156,9 @@ def test_a_videos_tracks_are_pooled_on_the_command_line(photos, tmp_path, bundle
     tracks = Store.open(tmp_path / "t")
     assert [row.name for row in tracks] == ["clip.mp4#000002-1", "clip.mp4#000002-2"]
     assert tracks.image(tracks.rows[0]).size == (80, 160)
+    page = tmp_path / "map.html"
+    assert mgn_deploy("map", tmp_path / "v", "-o", page).exit_code == 0
+    assert len(set(re.findall(r'"jpeg":\s*"(\S+)"', page.read_text()))) == 5
 
 
 # Store.image
