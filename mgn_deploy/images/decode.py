@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
 import numpy as np
+import PIL
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mgn_deploy.errors import UnreadableImage
@@ -21,7 +22,8 @@ from mgn_deploy.images.formats import HEIF_HINT, content_format, readable_format
 from mgn_deploy.images.memory import decoding, silence_libtiff
 
 # Part of a store's identity: embeddings made by different pixel paths must not be mixed. Change it with the code below.
-PREPROCESSING = "pillow-bicubic-1"
+# Pillow-SIMD, which replaces Pillow under its name, resizes to other pixels.
+PREPROCESSING = "pillow-simd-bicubic-1" if ".post" in PIL.__version__ else "pillow-bicubic-1"
 
 # A crop of a person is small. The limit is checked on the header, before any pixel is decoded (a PNG of 400 megapixels
 # can be 50 KB on disk and 1.2 GB in memory).
