@@ -28,34 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgn_deploy.datasets.drawn import draw_market1501
-from tests.trials.small import export_small
+from tests.trials.small import RECIPE, export_small
 
 IMPORTED = (
     "mgn_deploy.__main__ mgn_deploy.cli.app mgn_deploy.train.run mgn_deploy.train.trainer mgn_deploy.export.exporter "
     "mgn_deploy.gallery.embed mgn_deploy.backends.openvino onnxruntime onnx torchvision pandas pyarrow.parquet faiss"
 )
-RECIPE = """
-[model]
-backbone = "resnet18"
-base_width = 16
-branches = [1, 2]
-reduced_width = 16
-height = 96
-width = 32
-init = "random"
-[batch]
-identities = 6
-images = 2
-[optim]
-name = "adam"
-lr = 2e-3
-[schedule]
-epochs = 4
-kind = "cosine"
-warm_up = 0.1
-[loss]
-margin = 1.2
-"""
 KILLS_A_RUN = 3
 
 
