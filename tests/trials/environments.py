@@ -31,7 +31,6 @@ from tests.trials.small import RECIPE, export_small
 PORT = 8471
 # A working line for every command; W is the folder of the copy.
 LINES = {
-    "demo": "-o W/demo --seconds 1",
     "doctor": "",
     "init": "-o W/new --init random --backbone resnet18 --size 96x32 --branches 1",
     "import": "W/public.pth -o W/new",
@@ -67,6 +66,7 @@ LINES = {
     "store export": "W/store -o W/rows.csv",
     "figures curves": "W/run -o W/curves.png",
     "figures attention": "W/weights W/photos -o W/attention.png",
+    "demo": "-o W/demo --seconds 1",
 }
 
 
