@@ -26,7 +26,6 @@ from pathlib import Path
 import typer.main
 
 from mgn_deploy.datasets.drawn import draw_crop, draw_market1501
-from tests.trials.small import RECIPE, export_small
 
 PORT = 8471
 # A working line for every command; W is the folder of the copy.
@@ -194,6 +193,7 @@ def make(folder: Path) -> None:
     from typer.testing import CliRunner
 
     from mgn_deploy.cli.app import app
+    from tests.trials.small import RECIPE, export_small
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
     from public_mgns import FastReid, randomise
