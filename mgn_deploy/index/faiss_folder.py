@@ -59,7 +59,8 @@ class FaissIndex:
             ) from None
         except OSError as error:
             raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-        index = faiss.read_index(os.fspath(folder / "index.faiss"))
+        with open(folder / "index.faiss", "rb") as file:  # faiss opens no path that is not UTF-8
+            index = faiss.read_index(faiss.PyCallbackIOReader(file.read))
         return cls(index, manifest.effort)
 
     def candidates(self, asked: np.ndarray, n: int, camera_rows: np.ndarray | None = None) -> np.ndarray:
@@ -117,8 +118,11 @@ def build_faiss(
                 f"recall@10 of {kind} over {sample.size:,} rows is {reached:.4f} at its largest effort ({effort}), "
                 f"below --recall {recall:g}: choose another --kind"
             )
-        faiss.write_index(index, os.fspath(folder / "index.faiss"))
-        pq.write_table(_rows(store), folder / "rows.parquet", compression="zstd")
+        # Files and no paths: faiss and Arrow open none that is not UTF-8.
+        with open(folder / "index.faiss", "wb") as file:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+        with open(folder / "rows.parquet", "wb") as file:
+            pq.write_table(_rows(store), file, compression="zstd")
         manifest = IndexManifest(
             bundle_id=store.manifest.bundle_id,
             store=full_path(store.folder),
