@@ -46,8 +46,6 @@ class FaissIndex:
         Raises:
             UserError: it is none, is damaged, or is not of this store as it is now.
         """
-        import faiss
-
         try:
             manifest = IndexManifest.read((folder / "manifest.json").read_bytes(), str(folder))
             manifest.check_store(store, str(folder))
@@ -60,7 +58,7 @@ class FaissIndex:
         except OSError as error:
             raise UserError(f"{folder} cannot be read: {error.strerror}") from None
         with open(folder / "index.faiss", "rb") as file:  # faiss opens no path that is not UTF-8
-            index = faiss.read_index(faiss.PyCallbackIOReader(file.read))
+            index = _faiss().read_index(_faiss().PyCallbackIOReader(file.read))
         return cls(index, manifest.effort)
 
     def candidates(self, asked: np.ndarray, n: int, camera_rows: np.ndarray | None = None) -> np.ndarray:
@@ -99,8 +97,6 @@ def build_faiss(
         GateFailed: no effort reaches the recall; nothing is written.
         UserError: too few rows for ivf-pq, embeddings that are not finite, or the folder cannot be written.
     """
-    import faiss
-
     with atomic_folder(out, FILES) as folder:
         index = _empty(store, kind, seed)
         for rows, block in store.blocks():
@@ -120,7 +116,7 @@ def build_faiss(
             )
         # Files and no paths: faiss and Arrow open none that is not UTF-8.
         with open(folder / "index.faiss", "wb") as file:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+            _faiss().write_index(index, _faiss().PyCallbackIOWriter(file.write))
         with open(folder / "rows.parquet", "wb") as file:
             pq.write_table(_rows(store), file, compression="zstd")
         manifest = IndexManifest(
@@ -166,7 +162,7 @@ def _empty(store: Store, kind: str, seed: int) -> Any:
 
 
 def _faiss() -> Any:
-    """The module, untyped: the type stubs of its release lack the search parameters' keywords."""
+    """The module, untyped: the type stubs of its release lack the search parameters' keywords and the I/O classes."""
     import faiss
 
     return faiss
