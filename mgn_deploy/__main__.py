@@ -13,6 +13,9 @@ def main() -> None:
     # difference.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _open_closed_streams()
+    # A path that is no UTF-8 is printed as its bytes; a letter that the terminal does not have is spelled out.
+    utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+    sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")  # type: ignore[union-attr]
     try:
         from mgn_deploy.cli.app import app
 

@@ -98,8 +98,12 @@ class Embedder:
 
     @property
     def bundle_path(self) -> str | None:
-        """Where the bundle lies on this machine; None where a server alone has it."""
-        return None if self._bundle is None else os.path.abspath(self._bundle.folder)
+        """Where the bundle lies on this machine; None where a server alone has it, or its path is no UTF-8, which a
+        store's manifest is."""
+        if self._bundle is None:
+            return None
+        path = os.path.abspath(self._bundle.folder)
+        return path if os.fsencode(path).decode("utf-8", "replace") == path else None
 
     @property
     def bundle(self) -> Bundle:

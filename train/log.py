@@ -66,4 +66,8 @@ def _board(folder: Path, first_epoch: int) -> Any:
     except ImportError:
         _log.warning(f"no TensorBoard files beside {CSV}: pip install 'mgn-deploy[train]' (tensorboard is missing)")
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+    try:
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+    except UnicodeEncodeError:
+        _log.warning(f"no TensorBoard files beside {CSV}: TensorBoard writes to no path that is not UTF-8")
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.train.file_kind import AGAIN, STATE_DICT, is_safetensors
@@ -29,7 +30,8 @@ def read_tensor_file(path: Path) -> Any:
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
+        utf8 = os.fsencode(path).decode("utf-8", "replace") == os.fspath(path)
+        return load_file(path) if utf8 else load(path.read_bytes())  # it opens no path that is not UTF-8
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from None
 

@@ -90,7 +90,7 @@ def calibrate(
         np.array([image.camera for image in images]),
         bundle_id=embedder.bundle.id,
         backend=embedder.backend.name,
-        source=f"{data.name}:{data.root}",
+        source=f"{data.name}:{data.root}".encode("utf-8", "backslashreplace").decode(),
         subsets=[subset for subset in SUBSETS if subset in subsets],
         images_sha256=_hash_of(data, images),
         prior=prior,

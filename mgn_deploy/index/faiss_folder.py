@@ -46,8 +46,6 @@ class FaissIndex:
         Raises:
             UserError: it is none, is damaged, or is not of this store as it is now.
         """
-        import faiss
-
         try:
             manifest = IndexManifest.read((folder / "manifest.json").read_bytes(), str(folder))
             manifest.check_store(store, str(folder))
@@ -59,7 +57,8 @@ class FaissIndex:
             ) from None
         except OSError as error:
             raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-        index = faiss.read_index(os.fspath(folder / "index.faiss"))
+        with open(folder / "index.faiss", "rb") as file:  # faiss opens no path that is not UTF-8
+            index = _faiss().read_index(_faiss().PyCallbackIOReader(file.read))
         return cls(index, manifest.effort)
 
     def candidates(self, asked: np.ndarray, n: int, camera_rows: np.ndarray | None = None) -> np.ndarray:
@@ -98,8 +97,6 @@ def build_faiss(
         GateFailed: no effort reaches the recall; nothing is written.
         UserError: too few rows for ivf-pq, embeddings that are not finite, or the folder cannot be written.
     """
-    import faiss
-
     with atomic_folder(out, FILES) as folder:
         index = _empty(store, kind, seed)
         for rows, block in store.blocks():
@@ -117,8 +114,11 @@ def build_faiss(
                 f"recall@10 of {kind} over {sample.size:,} rows is {reached:.4f} at its largest effort ({effort}), "
                 f"below --recall {recall:g}: choose another --kind"
             )
-        faiss.write_index(index, os.fspath(folder / "index.faiss"))
-        pq.write_table(_rows(store), folder / "rows.parquet", compression="zstd")
+        # Files and no paths: faiss and Arrow open none that is not UTF-8.
+        with open(folder / "index.faiss", "wb") as file:
+            _faiss().write_index(index, _faiss().PyCallbackIOWriter(file.write))
+        with open(folder / "rows.parquet", "wb") as file:
+            pq.write_table(_rows(store), file, compression="zstd")
         manifest = IndexManifest(
             bundle_id=store.manifest.bundle_id,
             store=full_path(store.folder),
@@ -162,7 +162,7 @@ def _empty(store: Store, kind: str, seed: int) -> Any:
 
 
 def _faiss() -> Any:
-    """The module, untyped: the type stubs of its release lack the search parameters' keywords."""
+    """The module, untyped: the type stubs of its release lack the search parameters' keywords and the I/O classes."""
     import faiss
 
     return faiss

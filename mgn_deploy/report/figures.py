@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import atomic_file, cache_folder
 from mgn_deploy.packages import import_problem
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def _short(name: str, length: int = 16) -> str:
 
 
 def _new_figure(width: float, height: float) -> Figure:
+    with suppress(UserError):  # this user has no cache folder: matplotlib takes a temporary one
+        os.environ.setdefault("MPLCONFIGDIR", str(cache_folder("matplotlib")))  # not folders of its own in the home
     problem = import_problem("matplotlib", "figures")
     if problem:
         raise CannotRun(f"figures are drawn by matplotlib: {problem}")

@@ -190,6 +190,16 @@ def test_reader_that_leaves_is_no_traceback(crops, images, embedder, tmp_path):
         assert process.returncode == 141
 
 
+def test_a_folder_that_is_not_utf8_is_printed_as_it_is(images, embedder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as Python has it where the locale is no C
+    store = os.fsencode(tmp_path) + b"/M\xe4rz"
+    embed_folder(images, os.fsdecode(store), embedder)
+    command = [sys.executable, "-m", "mgn_deploy", "store", "verify", store]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert store in done.stdout
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("command, code", [("doctor --json", 0), ("embed none -o s --bundle b", 2), ("--nonsense", 2)])
 def test_closed_streams_change_no_exit_code(tmp_path, closed, command, code):

@@ -282,6 +282,13 @@ def test_source_folder_that_is_not_utf8_comes_back(images, tmp_path, embedder):
     assert store.path(store.rows[0]).samefile(source / "a.jpg")
 
 
+def test_a_bundle_whose_folder_is_not_utf8_embeds(bundle_folder, images, tmp_path):
+    """A manifest is UTF-8: the store does not say where the bundle was."""
+    shutil.copytree(bundle_folder, tmp_path / "M\udce4rz")
+    embed_folder(images, tmp_path / "s", Embedder.open(Bundle.open(tmp_path / "M\udce4rz"), "onnxruntime"))
+    assert Store.open(tmp_path / "s").manifest.bundle_path is None
+
+
 def test_file_that_may_not_be_read_is_a_row(images, tmp_path, embedder):
     (images / "b.jpg").chmod(0)
     with permissions_apply():

@@ -66,6 +66,12 @@ def test_search_by_an_index_gives_the_exact_neighbours_with_their_exact_similari
     assert all(value == pytest.approx(similarities.get(name, value), abs=1e-6) for name, value in by_index[7])
 
 
+def test_an_index_may_lie_in_a_folder_whose_name_is_no_utf8(store, tmp_path) -> None:
+    build_index(store, tmp_path / "M\udce4rz", "flat")
+    nearest = [[name for name, _ in one] for one in found_by_index(store, tmp_path / "M\udce4rz")]
+    assert nearest == [[name for name, _ in one] for one in found(store)]
+
+
 def test_a_querys_own_file_is_left_out_and_made_up_for(store, index) -> None:
     by_index = found_by_index(store, index)
     assert all(len(one) == 5 for one in by_index)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +81,20 @@ def test_curves_are_drawn_also_before_the_first_evaluation(tmp_path):
     (tmp_path / "epochs.csv").write_text(header + "1,5.0,0.01,8,6,2,60,,\n2,9.0,0.01,7,5,2,60,0.5,0.4\n")
     assert mgn_deploy("figures", "curves", tmp_path, "-o", tmp_path / "c.png").exit_code == 0
     assert share(tmp_path / "c.png", "C0") > 0.001
+
+
+def test_matplotlib_leaves_nothing_in_the_home_but_in_our_cache(tmp_path):
+    """In a process of its own: matplotlib makes its folders once."""
+    (tmp_path / "epochs.csv").write_text("epoch,lr,loss,softmax,triplet,rank-1,mAP\n1,0.01,8,6,2,,\n")
+    (tmp_path / "home").mkdir()
+    names = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR")
+    variables = {name: value for name, value in os.environ.items() if name not in names}
+    script = "from mgn_deploy.report.figures import draw_curves; draw_curves('.', 'c.png')"
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**variables, "HOME": str(tmp_path / "home")}, check=True
+    )
+    assert os.listdir(tmp_path / "home") == [".cache"]
+    assert os.listdir(tmp_path / "home/.cache") == ["mgn-deploy"]
 
 
 @pytest.mark.parametrize("arguments", [("curves", "none"), ("attention", "none", "x.jpg")])

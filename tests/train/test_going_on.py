@@ -259,6 +259,16 @@ def test_rows_of_epochs_that_are_run_again_are_dropped(tmp_path):
     assert [(row["epoch"], row["loss"]) for row in rows(tmp_path)] == [("1", "1.0"), ("2", "0.25")]
 
 
+def test_a_run_in_a_folder_whose_name_is_no_utf8_is_logged_without_tensorboard(tmp_path, caplog):
+    folder = tmp_path / "M\udce4rz"
+    folder.mkdir()
+    log = RunLog(folder, 0)
+    log.write({"epoch": 1, "loss": 0.5})
+    log.close()
+    assert [row["loss"] for row in rows(folder)] == ["0.5"]
+    assert "no TensorBoard files" in caplog.text
+
+
 def test_a_log_that_was_edited_is_read_as_far_as_it_can_be(tmp_path):
     (tmp_path / "epochs.csv").write_bytes(b"epoch,loss,mine\n1,0.5,x\n,,\n\xff,1\n")
     log = RunLog(tmp_path, 3)

@@ -53,6 +53,12 @@ def test_a_saved_model_comes_back_bit_by_bit(tmp_path):
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
 
 
+def test_weights_in_a_folder_whose_name_is_no_utf8_are_read(folder, tmp_path):
+    moved = shutil.copytree(folder, tmp_path / "M\udce4rz")
+    assert weights_hash(moved) == weights_hash(folder)
+    assert load_weights(moved).state_dict().keys() == load_weights(folder).state_dict().keys()
+
+
 def test_the_memory_format_of_training_does_not_reach_the_file(tmp_path):
     model = new_model(TINY, seed=3)
     save_weights(model, tmp_path / "plain")

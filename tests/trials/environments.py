@@ -2,9 +2,9 @@
 
     python -m tests.trials.environments --out environments.json
 
-Each command runs as in a usual shell and then under each of `ENVIRONMENTS`, in processes of their own, each on a copy
-of what it reads, in a folder whose name is no ASCII. Right is the usual exit code, or 2 with one sentence; for a reader
-that leaves (`| head -1`) also 141. A traceback, or a file in the current or the home folder, is a fault.
+Each command runs under all of `ENVIRONMENTS`, several at once, in processes of their own, each on a copy of what it
+reads, in a folder whose name is not ASCII. Right is the usual exit code, or 2 with one sentence; for a reader that
+leaves (`| head -1`) also 141. A traceback, or a file in the current or the home folder, is a fault.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,39 +73,57 @@ class Environment:
     """How a command is run.
 
     Attributes:
-        shell: the line that runs it, of which "$@" is the command.
+        before: what the shell does first.
+        prefix: the program that starts it.
+        after: redirections.
         codes: exit codes that are right besides the usual one.
-        change: what becomes of the variables.
+        change: what becomes of the variables; None: removed.
         read_only: the current and the home folder are.
+        folder: how the name begins of the folder that everything is in.
     """
 
-    shell: str = '"$@"'
-    codes: tuple[int, ...] = (2,)
-    change: Callable[[dict[str, str]], object] = field(default=lambda variables: None)
+    before: str = ""
+    prefix: str = ""
+    after: str = ""
+    codes: tuple[int, ...] = ()
+    change: dict[str, str | None] = field(default_factory=dict)
     read_only: bool = False
+    folder: str = "Ä 人 "
 
-
-def without_home(variables: dict[str, str]) -> None:
-    """As a container's user without an entry in /etc/passwd."""
-    variables.pop("HOME")
-
-
-def in_c(variables: dict[str, str]) -> None:
-    """ASCII, with what Python does against it switched off."""
-    variables.update(LANG="C", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    def __add__(self, other: Environment) -> Environment:
+        """Both at once."""
+        return Environment(
+            f"{self.before} {other.before}",
+            f"{self.prefix} {other.prefix}",
+            f"{self.after} {other.after}",
+            self.codes + other.codes,
+            {**self.change, **other.change},
+            self.read_only or other.read_only,
+            other.folder,
+        )
 
 
 # Root writes where it may not, unless these two capabilities are taken from it.
 AS_A_USER = "setpriv --bounding-set=-dac_override,-dac_read_search" if os.geteuid() == 0 else ""
 ENVIRONMENTS = {
-    "64 open files": Environment('ulimit -n 64; "$@"'),
-    "no HOME": Environment(change=without_home),
-    "HOME and current folder read-only": Environment(f'{AS_A_USER} "$@"', read_only=True),
-    "LANG=C": Environment(change=in_c),
-    "stdout closed": Environment('"$@" >&-', codes=()),
-    "stderr closed": Environment('"$@" 2>&-', codes=()),
-    "| head -1": Environment('"$@" --json | head -1; exit ${PIPESTATUS[0]}', codes=(0, 141)),
+    "64 open files": Environment(before="ulimit -n 64;", codes=(2,)),
+    "no HOME": Environment(codes=(2,), change={"HOME": None}),
+    "HOME and current folder read-only": Environment(prefix=AS_A_USER, codes=(2,), read_only=True),
+    "LANG=C": Environment(codes=(2,), change={"LANG": "C", "LC_ALL": "C"}),
+    "stdout closed": Environment(after=">&-"),
+    "stderr closed": Environment(after="2>&-"),
+    "| head -1": Environment(after="--json | head -1; exit ${PIPESTATUS[0]}", codes=(141,)),
+    "a folder whose name is no UTF-8": Environment(
+        folder=os.fsdecode(b"M\xe4rz "), change={"PYTHONIOENCODING": "utf-8:strict"}
+    ),
 }
+# What is tried at once; where that is wrong, each of them by itself.
+TOGETHER = (
+    ("64 open files", "no HOME", "LANG=C", "stdout closed"),
+    ("HOME and current folder read-only", "stderr closed"),
+    ("| head -1",),
+    ("a folder whose name is no UTF-8",),
+)
 
 
 @dataclass(frozen=True)
@@ -118,9 +135,9 @@ class Done:
     stray: list[str]
 
 
-def run(words: str, environment: Environment, made: Path) -> Done:
+def run(words: str, environment: Environment, made: Path, work: Path) -> Done:
     """Run a command on a copy of `made`."""
-    with tempfile.TemporaryDirectory(prefix="Ä 人 ", dir=made.parent) as top:
+    with tempfile.TemporaryDirectory(prefix=environment.folder, dir=work) as top:
         copy, home, current = (Path(top) / name for name in ("W", "home", "current"))
         shutil.copytree(made, copy, symlinks=True)
         for folder in (home, current):
@@ -128,10 +145,13 @@ def run(words: str, environment: Environment, made: Path) -> Done:
         variables = {**os.environ, "HOME": str(home)}
         for name in ("XDG_CACHE_HOME", "PYTHONPATH"):
             variables.pop(name, None)
-        environment.change(variables)
+        for name, value in environment.change.items():
+            variables.pop(name, None)
+            variables.update({name: value} if value is not None else {})
         arguments = [word.replace("W/", f"{copy}/") for word in LINES[words].split()]
+        shell = f'{environment.before} {environment.prefix} "$@" {environment.after}'
         with subprocess.Popen(
-            ["bash", "-c", environment.shell, "-", sys.executable, "-m", "mgn_deploy", *words.split(), *arguments],
+            ["bash", "-c", shell, "-", sys.executable, "-m", "mgn_deploy", *words.split(), *arguments],
             cwd=current,
             env=variables,
             stdout=subprocess.PIPE,
@@ -163,15 +183,13 @@ def stop_once_it_answers(process: subprocess.Popen[bytes]) -> None:
         os.kill(int(child), signal.SIGTERM)
 
 
-def fault(done: Done, usual: Done, environment: Environment) -> str | None:
+def fault(done: Done, environment: Environment) -> str | None:
     """What is wrong with an end, or None."""
     if "Traceback" in done.output:
         return "a traceback"
     if done.stray:
         return f"files that nobody asked for: {', '.join(done.stray)}"
-    if done.code == usual.code or done.code in environment.codes:
-        return None
-    return f"ended with {done.code}, usually with {usual.code}"
+    return None if done.code in (0, *environment.codes) else f"ended with {done.code}"
 
 
 def commands() -> list[str]:
@@ -229,33 +247,38 @@ def make(folder: Path) -> None:
 def main() -> None:
     """Run every command in every environment, and print, and write, what went wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="one command")
-    parser.add_argument("--environment", choices=ENVIRONMENTS)
+    parser.add_argument("--only", nargs="+", choices=LINES, default=[*LINES], help="commands")
+    parser.add_argument("--made", type=Path, help="where what the commands read is kept for the next time")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if missing := set(commands()) ^ set(LINES):
-        raise SystemExit(f"LINES and the commands differ by {sorted(missing)}")
+    if wrong := set(commands()) ^ set(LINES):
+        raise SystemExit(f"LINES and the commands differ by {sorted(wrong)}")
     faults, runs = [], 0
     with tempfile.TemporaryDirectory(prefix="mgn-environments-") as top:
-        made = Path(top) / "made"
-        make(made)
-        for words in [options.only] if options.only else LINES:
-            usual = run(words, Environment(), made)
-            if usual.code not in (0, 1, 143) or usual.stray or "Traceback" in usual.output:
-                faults.append({"command": words, "environment": "usual", "fault": f"{usual.code} {usual.stray}"})
-                print(f"{words}: {usual.code} {usual.stray}\n{usual.output}", flush=True)
-            for name, environment in ENVIRONMENTS.items():
-                if options.environment in (None, name):
-                    done = run(words, environment, made)
-                    runs += 1
-                    wrong = fault(done, usual, environment)
-                    print(f"{words}, {name}: {done.code} {wrong or ''}", flush=True)
-                    if done.code == 2 and not wrong:
-                        print(f"    {done.output.splitlines()[-1:]}", flush=True)
-                    if wrong:
-                        faults.append({"command": words, "environment": name, "fault": wrong})
-                        print(done.output[-3000:], flush=True)
-    print(f"{runs} runs of {len(LINES)} commands, {len(faults)} faults")
+        made = options.made or Path(top) / "made"
+        if not made.exists():
+            make(made)
+
+        def tried(words: str, names: tuple[str, ...]) -> str | None:
+            nonlocal runs
+            runs += 1
+            environment = sum((ENVIRONMENTS[name] for name in names), Environment())
+            done = run(words, environment, made, Path(top))
+            problem = fault(done, environment)
+            shown = done.output[-3000:] if problem else done.output[-300:] if done.code == 2 else ""
+            print(f"{words}; {', '.join(names) or 'usual'}: {done.code} {problem or ''}\n{shown}".strip(), flush=True)
+            return problem
+
+        for words in options.only:
+            for names in TOGETHER:
+                if (problem := tried(words, names)) and len(names) > 1:
+                    alone = {name: tried(words, (name,)) for name in names}
+                    faults += [(words, name, found) for name, found in alone.items() if found] or [
+                        (words, " and ".join(names), problem)
+                    ]
+                elif problem:
+                    faults.append((words, names[0], problem))
+    print(f"{len(options.only)} commands in {len(ENVIRONMENTS)} environments, {runs} runs, {len(faults)} faults")
     if options.out:
         options.out.write_text(json.dumps({"runs": runs, "faults": faults}, indent=2) + "\n")
     raise SystemExit(1 if faults else 0)
