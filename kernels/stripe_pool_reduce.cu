@@ -868,8 +868,14 @@ __device__ __forceinline__ void finish_row(const Params& p, int row, float* shar
     if constexpr (!APART) __syncthreads();  // FUSED comes again with the same shared memory
 }
 
+#if __CUDA_ARCH__ >= 1000  // ptxas keeps to 128 registers and spills, unless it is told that one block is enough
+#define EPILOGUE_BOUNDS __launch_bounds__(kThreads, 1)
+#else
+#define EPILOGUE_BOUNDS __launch_bounds__(kThreads)
+#endif
+
 template <class T>
-__global__ void __launch_bounds__(kThreads) epilogue_kernel(const __grid_constant__ Params p) {
+__global__ void EPILOGUE_BOUNDS epilogue_kernel(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(shared);
     if (blockDim.x < kThreads) cluster_sync();  // all its blocks have started
     finish_row<T, true>(p, blockIdx.x / (kThreads / blockDim.x), reinterpret_cast<float*>(shared));
