@@ -6,7 +6,7 @@ neither a GPU nor a CUDA package.
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise, product
 
 from mgn_deploy.config import features_of, region_rows
@@ -242,23 +242,20 @@ def launches(problem: Problem, plan: Plan) -> list[Launch]:
     kind, pooled = TYPES[problem.dtype], problem.pooled_type
     if plan.path == "fused":
         return [fused_launch(problem, plan.fused_blocks)]
-    early = {"programmatic": plan.overlapped}
     if plan.path == "rows":
         outputs = problem.features * problem.reduced
-        reduce = Launch(f"rows_kernel<{kind}, {pooled}>", (outputs // WARPS, 1, 1), THREADS, 0, **early)
+        reduce = Launch(f"rows_kernel<{kind}, {pooled}>", (outputs // WARPS, 1, 1), THREADS, 0)
     else:
         tiles = (-(-problem.reduced // TILE), -(-problem.batch // TILE), problem.features * plan.splits)
         if plan.tensor_cores:
-            reduce = Launch(f"mma_kernel<{kind}>", tiles, MMA_THREADS, MMA_SHARED, **early)
+            reduce = Launch(f"mma_kernel<{kind}>", tiles, MMA_THREADS, MMA_SHARED)
         else:
-            reduce = Launch(f"fma_kernel<{kind}, {pooled}>", tiles, THREADS, FMA_SHARED, **early)
-    blocks = plan.row_blocks
-    finish = ((problem.rows * blocks, 1, 1), THREADS // blocks, EPILOGUE_SHARED)
-    return [
-        Launch(_pooling_kernel("pool", problem), (problem.pool_items, 1, 1), THREADS, _pool_shared(problem)),
-        reduce,
-        Launch(f"epilogue_kernel<{kind}>", *finish, cluster=blocks, **early),
-    ]
+            reduce = Launch(f"fma_kernel<{kind}, {pooled}>", tiles, THREADS, FMA_SHARED)
+    pool = Launch(_pooling_kernel("pool", problem), (problem.pool_items, 1, 1), THREADS, _pool_shared(problem))
+    blocks = (problem.rows * plan.row_blocks, 1, 1)
+    threads = THREADS // plan.row_blocks
+    finish = Launch(f"epilogue_kernel<{kind}>", blocks, threads, EPILOGUE_SHARED, cluster=plan.row_blocks)
+    return [pool, *(replace(one, programmatic=plan.overlapped) for one in (reduce, finish))]
 
 
 def fused_launch(problem: Problem, blocks: int = 1) -> Launch:

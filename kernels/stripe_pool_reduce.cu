@@ -169,7 +169,6 @@ __device__ __forceinline__ unsigned max_nan(unsigned a, unsigned b, Bfloat) {
 // 16 bytes of what no kernel writes (ld.global.nc), and of what an earlier phase wrote (ld.global).
 __device__ __forceinline__ uint4 load_input16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
 __device__ __forceinline__ uint4 load_written16(const void* from) { return *static_cast<const uint4*>(from); }
-__device__ __forceinline__ float load_input(const float* from) { return __ldg(from); }
 
 // A line of 128 bytes to L2.
 __device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
@@ -391,24 +390,34 @@ __device__ __forceinline__ void pool_nhwc(const Params& p, int item, void* memor
         static_cast<const T*>(branch.map) + static_cast<long long>(image) * branch.pixels * p.channels + channel;
     const long long step = static_cast<long long>(kPixels) * p.channels;
 
+    Octet<T> ahead[kAhead];  // loads first, so that all of them are under way together
+    int first = branch.run_begin[0] + pixel, end = channel < p.channels ? branch.run_end[0] : 0;
+    const auto load = [&] {
+        const T* from = map + static_cast<long long>(first) * p.channels;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i, from += step) {
+            if (first + i * kPixels < end) ahead[i].load_input(from);
+        }
+    };
+    load();
+#pragma unroll 1
     for (int run = 0; run < branch.runs; ++run) {
         const float power = POOLING == kGem ? p.power[branch.first_feature + run] : 0.0f;
         Sum sum[kSums];
 #pragma unroll
         for (int j = 0; j < kSums; ++j) sum[j] = P::start();
-        const int end = channel < p.channels ? branch.run_end[run] : 0;
 #pragma unroll 1
-        for (int first = branch.run_begin[run] + pixel; first < end; first += kAhead * kPixels) {
-            Octet<T> ahead[kAhead];  // loads first, so that all of them are under way together
-            const T* from = map + static_cast<long long>(first) * p.channels;
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i, from += step) {
-                if (first + i * kPixels < end) ahead[i].load_input(from);
-            }
+        while (first < end) {
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
                 if (first + i * kPixels < end) add_pixel<P>(sum, ahead[i], power);
             }
+            first += kAhead * kPixels;
+            if (first < end) load();
+        }
+        if (run + 1 < branch.runs) {  // the next run's loads go out before this one's shuffles
+            first = branch.run_begin[run + 1] + pixel, end = channel < p.channels ? branch.run_end[run + 1] : 0;
+            load();
         }
 #pragma unroll
         for (int j = 0; j < kSums; ++j) {  // the warp's four pixels
@@ -770,10 +779,8 @@ __device__ __forceinline__ void reduced_values(const Params& p, int image, int m
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
         const int column = first + c * kThreads;
-        if (column < dim) bias[c] = load_input(p.bias + column);
-        if (column < dim && p.neck == kReluNorm) {
-            scale[c] = load_input(p.scale + column), shift[c] = load_input(p.shift + column);
-        }
+        if (column < dim) bias[c] = p.bias[column];
+        if (column < dim && p.neck == kReluNorm) scale[c] = p.scale[column], shift[c] = p.shift[column];
     }
     if constexpr (APART) wait_for_launch_before();
 #pragma unroll 1
@@ -838,7 +845,7 @@ __device__ __forceinline__ void finish_row(const Params& p, int row, float* shar
     if (p.output_kind == kFeatures) return;
 #pragma unroll
     for (int apart = 16; apart; apart /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, apart);
-    if constexpr (APART) {
+    if (blocks > 1) {
         if (mine % 32 < blocks) store_in_cluster(shared + mine / 32, mine % 32, squares);
         cluster_sync();
     } else {
@@ -861,10 +868,16 @@ __device__ __forceinline__ void finish_row(const Params& p, int row, float* shar
     if constexpr (!APART) __syncthreads();  // FUSED comes again with the same shared memory
 }
 
+#if __CUDA_ARCH__ >= 1000  // ptxas keeps to 128 registers and spills, unless it is told that one block is enough
+#define EPILOGUE_BOUNDS __launch_bounds__(kThreads, 1)
+#else
+#define EPILOGUE_BOUNDS __launch_bounds__(kThreads)
+#endif
+
 template <class T>
-__global__ void __launch_bounds__(kThreads) epilogue_kernel(const __grid_constant__ Params p) {
+__global__ void EPILOGUE_BOUNDS epilogue_kernel(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(shared);
-    cluster_sync();  // all its blocks have started
+    if (blockDim.x < kThreads) cluster_sync();  // all its blocks have started
     finish_row<T, true>(p, blockIdx.x / (kThreads / blockDim.x), reinterpret_cast<float*>(shared));
 }
 

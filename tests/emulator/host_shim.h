@@ -435,10 +435,6 @@ inline uint4 load_input16(const void* from) {
     return load16(from);
 }
 inline uint4 load_written16(const void* from) { return load16(from); }
-inline float load_input(const float* from) {
-    model_read_only(from, 4);
-    return *from;
-}
 inline void prefetch_l2(const void*) {}
 
 inline void let_next_launch_start() {

@@ -17,7 +17,7 @@ PAPER = ((1, 2, 3), ((12, 4), (24, 8), (24, 8)))  # branches and sizes
 TIGHTEST = (
     *("fused_kernel<float, kNchw, kMax>", "fused_kernel<float, kNhwc, kGem>", "rows_kernel<float, float>"),
     *("fma_kernel<float, float>", "mma_kernel<Bfloat>", "epilogue_kernel<float>"),
-    *("fused_kernel<Half, kNhwc, kMax>", "pool_kernel<Half, kNhwc, kMax>", "mma_kernel<Half>"),
+    *("fused_kernel<Half, kNhwc, kMax>", "pool_kernel<Half, kNhwc, kMax>", "mma_kernel<Half>", "epilogue_kernel<Half>"),
 )
 
 
