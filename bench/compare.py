@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from mgn_deploy.bench.result import Result, Row
 from mgn_deploy.bench.timing import Spread
@@ -52,21 +52,19 @@ def require_no_slower(compared: list[Compared]) -> None:
 
 
 def _rows(old: Row, new: Row, tolerance: float) -> list[Compared]:
-    figures: list[tuple[str, Spread | None, Spread | None, bool]] = [
-        ("latency ms", old.pixels.rounds if old.pixels else None, new.pixels.rounds if new.pixels else None, False),
-        ("offline images/s", old.offline, new.offline, True),
-        ("embed images/s", old.embed, new.embed, True),
-    ]
-    remark = "" if old.bundle_id == new.bundle_id else "another bundle"
+    figures = [("offline images/s", old.offline, new.offline), ("embed images/s", old.embed, new.embed)]
+    if old.pixels and new.pixels:
+        figures.insert(0, ("latency ms", old.pixels.rounds, new.pixels.rounds))
     noisy = [name for name, row in (("old", old), ("new", new)) if row.noise.flags]
-    remark = ", ".join(filter(None, [remark, f"noise in {' and '.join(noisy)}" if noisy else ""]))
-    found = []
-    for figure, before, after, is_rate in figures:
+    remarks = ["another bundle"] if old.bundle_id != new.bundle_id else []
+    remarks += [f"noise in {' and '.join(noisy)}"] if noisy else []
+    disturbed, found = old.noise.disturbed or new.noise.disturbed, []
+    for figure, before, after in figures:
         if before and after:
-            speed = after.median / before.median if is_rate else before.median / after.median
-            disturbed = old.noise.disturbed or new.noise.disturbed
+            speed = before.median / after.median if figure == "latency ms" else after.median / before.median
             verdict = _verdict(before, after, speed, tolerance, disturbed)
-            found.append(Compared(new.name, figure, before.median, after.median, round(speed, 4), verdict, remark))
+            medians = before.median, after.median
+            found.append(Compared(new.name, figure, *medians, round(speed, 4), verdict, ", ".join(remarks)))
     return found
 
 
@@ -80,8 +78,3 @@ def _verdict(old: Spread, new: Spread, speed: float, tolerance: float, disturbed
     if disturbed or min(len(old.rounds), len(new.rounds)) < FEWEST_ROUNDS:
         return "UNSURE"
     return "FASTER" if speed > 1 else "SLOWER"
-
-
-def to_dict(compared: list[Compared]) -> list[dict[str, Any]]:
-    """JSON-ready."""
-    return [one._asdict() for one in compared]

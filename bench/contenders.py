@@ -19,11 +19,11 @@ from mgn_deploy.bench.environment import Meter, PeakMemory, joules, sentence
 from mgn_deploy.bench.result import Row
 from mgn_deploy.bench.timing import calls, warm_up
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
+from mgn_deploy.packages import import_problem
 
 REFERENCE = "torch"
 Rivals = Mapping[str, Callable[[Bundle], Backend]]
@@ -195,27 +195,22 @@ def _open(
     bundle: Bundle, engine: str, rival: Callable[[Bundle], Backend] | None, allow_unproven: bool
 ) -> tuple[Embedder | None, Row]:
     config, manifest = bundle.config, bundle.manifest
+    # A rival's is the last word of its name; the reference is float32 whatever the graph is.
+    precision = "fp32" if engine == REFERENCE else engine.split()[-1] if rival else manifest.precision
     row = Row(
-        bundle=bundle.folder.name,
-        bundle_id=bundle.id,
-        model=f"{config.backbone} MGN {config.height}x{config.width}",
-        # A rival's is the last word of its name; the reference is float32 whatever the graph is.
-        precision="fp32" if engine == REFERENCE else engine.split()[-1] if rival else manifest.precision,
-        mirror=manifest.flip,
-        engine=engine,
-        version="",
-        device="",
-        fused_heads=False,
-        batch=0,
+        bundle=bundle.folder.name, bundle_id=bundle.id, model=f"{config.backbone} MGN {config.height}x{config.width}",
+        precision=precision, mirror=manifest.flip, engine=engine, version="", device="", fused_heads=False, batch=0,
         images=0,
-    )
+    )  # fmt: skip
     gc.collect()
     try:
         with PeakMemory() as peak:
             if rival:
                 embedder = Embedder(rival(bundle), config, bundle)
             elif engine == REFERENCE:
-                _tune_pytorch()
+                import torch
+
+                torch.backends.cudnn.benchmark = True  # on a GPU cuDNN's fastest, as a careful user would have it
                 embedder = Embedder.open_reference(bundle)
             else:
                 embedder = Embedder.open(bundle, engine, allow_unproven=allow_unproven)
@@ -228,38 +223,26 @@ def _open(
     except Exception as error:  # an engine's own: the other rows are worth having
         row.not_measured["engine"] = sentence(error)
         return None, row
-    row.version, row.device, row.fused_heads = (
-        embedder.backend.version,
-        embedder.backend.device,
-        embedder.backend.fused_heads,
-    )
+    backend = embedder.backend
+    row.version, row.device, row.fused_heads = backend.version, backend.device, backend.fused_heads
     row.host_bytes, row.device_bytes = peak.host, peak.device
     row.operations_per_image = operations(bundle)
     return embedder, row
 
 
-def _tune_pytorch() -> None:
-    """A reference on a GPU has cuDNN's fastest algorithms, as a careful user would have them."""
-    import torch
-
-    torch.backends.cudnn.benchmark = True
-
-
 def operations(bundle: Bundle) -> int | None:
-    """Operations of the network's convolutions for one image and, where it is averaged, its mirror; a multiply-add is
-    two. None without the package onnx."""
-    try:
-        import onnx
-    except ImportError:
+    """Operations of the network for one image and, where it is averaged, its mirror, without computing them; a
+    multiply-add is two. None without PyTorch."""
+    if import_problem("torchvision", "train"):
         return None
-    if not bundle.manifest.files[GRAPH].size:
-        return None
-    graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(bundle.read(GRAPH))).graph
-    shapes = {value.name: [one.dim_value for one in value.type.tensor_type.shape.dim] for value in graph.value_info}
-    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    total = 0
-    for node in graph.node:
-        if node.op_type == "Conv":
-            _, *each = shapes[node.output[0]]
-            total += 2 * int(np.prod(each)) * int(np.prod(shapes[node.input[1]][1:]))
-    return total * (2 if bundle.manifest.flip else 1)
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mgn_deploy.train.model import MGN, Embedding
+
+    config = bundle.config
+    with torch.device("meta"), torch.no_grad():
+        embedding = Embedding(MGN(config).eval(), bundle.manifest.flip)
+        with FlopCounterMode(display=False) as counted:
+            embedding(torch.empty(1, config.height, config.width, 3, dtype=torch.uint8))
+    return int(counted.get_total_flops())

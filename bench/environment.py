@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -11,11 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from mgn_deploy.cuda.device import MANAGEMENT, gpu_problem
+from mgn_deploy.cuda.device import gpu_problem
+from mgn_deploy.cuda.management import nvml
 from mgn_deploy.machine import Hardware, cpu_features, cpu_name, this_cpu, usable_cpus
 
 PACKAGES = (
@@ -57,17 +56,11 @@ def environment() -> Environment:
             hardware = this_gpu().hardware()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return Environment(
-        hardware=hardware,
-        cpus=usable_cpus(),
-        cores=os.cpu_count() or 1,
-        memory_bytes=pages,
+        hardware=hardware, cpus=usable_cpus(), cores=os.cpu_count() or 1, memory_bytes=pages,
         governor=_read(_SYSTEM / "cpu0/cpufreq/scaling_governor") or "unknown",
         virtual=" hypervisor" in _read(Path("/proc/cpuinfo")),
-        system=platform.platform(),
-        python=platform.python_version(),
-        packages=versions(),
-        git_commit=_commit(),
-    )
+        system=platform.platform(), python=platform.python_version(), packages=versions(), git_commit=_commit(),
+    )  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -163,7 +156,7 @@ class Meter:
         for index, name in enumerate(("wall", "busy", "steal", "own")):
             self._sums[index] += getattr(end, name) - getattr(start, name)
         self._throttled += end.throttled - start.throttled
-        self._clocks |= {reason for reason in (nvml().slowed() if nvml() else []) if reason}
+        self._clocks |= set(gpu.slowed() if (gpu := nvml()) else [])
 
     def noise(self, variation: float | None) -> Noise:
         wall, busy, steal, own = self._sums
@@ -174,14 +167,9 @@ class Meter:
         flags += ["the CPU was throttled"] if self._throttled else []
         flags += [f"the GPU's clocks were held down: {', '.join(sorted(self._clocks))}"] if self._clocks else []
         varies = [f"the rounds vary by {variation:.1%}"] if variation is not None and variation > VARIATION else []
-        return Noise(
-            others=round(others, 3),
-            steal=round(stolen, 4),
-            variation=variation,
-            load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
-            disturbed=bool(flags),
-            flags=flags + varies,
-        )
+        load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
+        numbers = {"others": round(others, 3), "steal": round(stolen, 4), "variation": variation, "load": load}
+        return Noise(**numbers, disturbed=bool(flags), flags=flags + varies)
 
 
 class PeakMemory:
@@ -190,12 +178,13 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what there is
-        self._host, self._device = _status("VmRSS"), nvml().used() if nvml() else 0
+        self._gpu = nvml()
+        self._host, self._device = _status("VmRSS"), self._gpu.used() if self._gpu else 0
         return self
 
     def __exit__(self, *_: object) -> None:
         self.host = max(0, _status("VmHWM") - self._host)
-        self.device = max(0, nvml().used() - self._device) if nvml() else None
+        self.device = max(0, self._gpu.used() - self._device) if self._gpu else None
 
 
 def process_peak() -> int:
@@ -211,61 +200,10 @@ def _status(key: str) -> int:
 def joules() -> tuple[float, str] | None:
     """Energy counters of GPU and CPU packages in joules and whose they are; None where none can be read."""
     total, sources = 0.0, []
-    if nvml() and (energy := nvml().joules()) is not None:
+    if (gpu := nvml()) and (energy := gpu.joules()) is not None:
         total, sources = energy, ["GPU"]
     for path in sorted(_RAPL.glob("intel-rapl:[0-9]")):
         with suppress(OSError, ValueError):
             total += int((path / "energy_uj").read_text()) / 1e6
             sources.append(f"CPU {_read(path / 'name')}")
     return (total, " + ".join(sources)) if sources else None
-
-
-class _Nvml:
-    """NVIDIA's management library, of the first GPU, without a package (docs.nvidia.com/deploy/nvml-api)."""
-
-    SLOW: ClassVar = {
-        0x4: "power cap",
-        0x8: "hardware slowdown",
-        0x20: "thermal, software",
-        0x40: "thermal",
-        0x80: "power brake",
-    }
-
-    def __init__(self, library: Any) -> None:
-        self._library, self._device = library, ctypes.c_void_p()
-        if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device)):
-            raise OSError("NVML does not open the GPU")
-
-    def _value(self, name: str, *before: int) -> int | None:
-        value = ctypes.c_ulonglong()
-        status = getattr(self._library, name)(self._device, *before, ctypes.byref(value))
-        return None if status else value.value
-
-    def slowed(self) -> list[str]:
-        reasons = self._value("nvmlDeviceGetCurrentClocksThrottleReasons") or 0
-        return [words for bit, words in self.SLOW.items() if reasons & bit]
-
-    def joules(self) -> float | None:
-        millijoules = self._value("nvmlDeviceGetTotalEnergyConsumption")
-        return None if millijoules is None else millijoules / 1e3
-
-    def megahertz(self) -> int | None:
-        return self._value("nvmlDeviceGetClockInfo", 1)  # of the multiprocessors
-
-    def used(self) -> int:
-        memory = (ctypes.c_ulonglong * 3)()  # total, free, used
-        self._library.nvmlDeviceGetMemoryInfo(self._device, memory)
-        return memory[2]
-
-
-_opened: list[Any] = []
-
-
-def nvml() -> Any:
-    """The management library of the first GPU, None where there is none."""
-    if not _opened:
-        try:
-            _opened.append(_Nvml(ctypes.CDLL(MANAGEMENT)))
-        except OSError:
-            _opened.append(None)
-    return _opened[0]

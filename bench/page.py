@@ -8,7 +8,7 @@ from typing import Any
 
 from mgn_deploy.bench.result import JSON_NAME, PAGE_NAME, Result, Row
 from mgn_deploy.bench.timing import Interval
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import write_text
 
 _PLAIN = re.compile(r" \[.*?\]")
 COLUMNS = (
@@ -24,10 +24,8 @@ def write_result(result: Result, folder: Path) -> None:
         UserError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / JSON_NAME) as file:
-        file.write(result.model_dump_json(indent=1).encode() + b"\n")
-    with atomic_file(folder / PAGE_NAME) as file:
-        file.write(page(result).encode())
+    write_text(folder / JSON_NAME, result.model_dump_json(indent=1) + "\n")
+    write_text(folder / PAGE_NAME, page(result))
 
 
 def table(result: Result, bounds: bool = True) -> tuple[list[str], list[list[str]]]:

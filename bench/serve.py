@@ -17,12 +17,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import numpy as np
 
+from mgn_deploy.bench.timing import calls
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
@@ -34,12 +36,10 @@ _CPU = re.compile(rb"^process_cpu_seconds_total (\S+)", re.MULTILINE)
 
 def bare(embedder: Embedder, pixels: np.ndarray, seconds: float) -> dict[str, float]:
     """The engine's median seconds a call, and its seconds of CPU an image."""
-    calls, cpu, end = [], time.process_time(), time.monotonic() + seconds
-    while (start := time.monotonic()) < end:
-        embedder.backend(pixels)
-        calls.append(time.monotonic() - start)
-    cpu = time.process_time() - cpu
-    return {"batch_seconds": statistics.median(calls), "bare_cpu": cpu / len(calls) / len(pixels)}
+    start = time.process_time()
+    took = calls(lambda: embedder.backend(pixels), seconds)
+    cpu = time.process_time() - start
+    return {"batch_seconds": statistics.median(took), "bare_cpu": cpu / len(took) / len(pixels)}
 
 
 def call(netloc: str, contents: list[bytes], first: int, stop: threading.Event, answers: list[Answer]) -> None:
@@ -60,15 +60,13 @@ def served(address: str, contents: list[bytes], callers: int, seconds: float) ->
     """The rate and latencies of a server, its first batches left out."""
     stop, netloc = threading.Event(), urlsplit(address).netloc
     each: list[list[Answer]] = [[] for _ in range(callers)]
-    work = [(netloc, contents, 7 * number, stop, answers) for number, answers in enumerate(each)]
-    threads = [threading.Thread(target=call, args=arguments) for arguments in work]
     cpu = cpu_seconds(address)
-    for thread in threads:
-        thread.start()
-    time.sleep(seconds)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(callers) as pool:
+        work = [pool.submit(call, netloc, contents, 7 * number, stop, mine) for number, mine in enumerate(each)]
+        time.sleep(seconds)
+        stop.set()
+    for one in work:
+        one.result()
     answers = sorted(answer for mine in each for answer in mine)
     cpu = (cpu_seconds(address) - cpu) / len(answers)
     steady = answers[callers:-callers]  # from one batch's end to another's, while every caller was waiting

@@ -12,17 +12,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from mgn_deploy.bench.contenders import REFERENCE, Contender, Images, Rivals, open_contenders, read_images
+from mgn_deploy.bench.contenders import REFERENCE, Contender, Rivals, open_contenders, read_images
 from mgn_deploy.bench.environment import environment, joules, process_peak
 from mgn_deploy.bench.result import Accuracy, Latency, Result
 from mgn_deploy.bench.server import held_rate
-from mgn_deploy.bench.timing import Limits, in_turns, limits, quantile, spread
+from mgn_deploy.bench.timing import Limits, in_turns, limits, median_ratio, quantile, spread
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.datasets import Dataset, open_data
 from mgn_deploy.datasets.drawn import draw_market1501
@@ -40,10 +41,6 @@ SLICE = (0.03, 1.0)  # seconds
 ACCURACY_SHARE, SERVER_SHARE = 0.5, 0.3
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 _Path = str | os.PathLike[str]
-
-
-class _OutOfTime(Exception):
-    """Accuracy did not fit into what was left of the time."""
 
 
 def measure(
@@ -98,8 +95,10 @@ def measure(
     if progress:
         tell = lambda: progress("measuring", round(time.monotonic() - start), round(60 * minutes))  # noqa: E731
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-bench-") as scratch:
-        folder = Path(images) if images else _drawn(Path(scratch) / "drawn", count)
-        pixels = _image_reader(folder, count, max(batches))
+        folder = Path(images) if images else Path(scratch) / "drawn"
+        if images is None:
+            draw_market1501(folder, train_identities=max(2, count // 8), test_identities=2)
+        pixels = cache(lambda height, width: read_images(folder, height, width, count, max(batches)))
         contenders, left_out = open_contenders(opened, engines, batches, pixels, reference, allow_unproven, rivals)
         if not contenders:
             raise CannotRun("; ".join(dict.fromkeys(f"{row.engine}: {row.not_measured['engine']}" for row in left_out)))
@@ -115,33 +114,12 @@ def measure(
         _finish(contender, machine, [one for one in contenders if one.row.engine == REFERENCE])
     energy = joules()
     return Result(
-        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        minutes=minutes,
-        seconds=round(time.monotonic() - start, 1),
-        seed=seed,
-        images=str(images) if images else "drawn people",
-        environment=environment(),
-        limits=machine,
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), minutes=minutes,
+        seconds=round(time.monotonic() - start, 1), seed=seed, images=str(images) if images else "drawn people",
+        environment=environment(), limits=machine, peak_host_bytes=process_peak(),
         energy=energy[1] if energy else "not readable (no RAPL below /sys/class/powercap, no NVML)",
-        peak_host_bytes=process_peak(),
         rows=[contender.row for contender in contenders] + left_out,
-    )
-
-
-def _drawn(folder: Path, count: int) -> Path:
-    draw_market1501(folder, train_identities=max(2, count // 8), test_identities=2)
-    return folder
-
-
-def _image_reader(folder: Path, count: int, batch: int) -> Callable[[int, int], Images]:
-    read: dict[tuple[int, int], Images] = {}
-
-    def images(height: int, width: int) -> Images:
-        if (height, width) not in read:
-            read[height, width] = read_images(folder, height, width, count, batch)
-        return read[height, width]
-
-    return images
+    )  # fmt: skip
 
 
 def _warm_up(contenders: Sequence[Contender], end: float, scratch: Path) -> float:
@@ -182,7 +160,7 @@ def _rounds(
         if (number, "embed") in results:
             rates = results[number, "embed"]
             row.embed = spread(rates, 3)
-            row.embed_of_offline = _ratio(rates, results[number, "offline"])
+            row.embed_of_offline = median_ratio(rates, results[number, "offline"])
         else:
             row.not_measured["embed"] = "PyTorch is measured from pixels alone"
         if row.device != "CPU":
@@ -196,10 +174,6 @@ def _latency(rounds: Sequence[Sequence[float]]) -> Latency:
     medians = spread([1e3 * statistics.median(one) for one in rounds])
     p50, p90, p99, p999 = (quantile(every, share) for share in (0.5, 0.9, 0.99, 0.999))
     return Latency(calls=len(every), p50=p50, p90=p90, p99=p99, p999=p999, rounds=medians)
-
-
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return round(statistics.median(one / other for one, other in zip(ours, theirs, strict=True)), 4)
 
 
 def _gpu_times(contender: Contender, calls: int = 5) -> None:
@@ -239,7 +213,7 @@ def _rank(contenders: Sequence[Contender], data: Dataset | None, end: float) -> 
 
     def watch(*_: object) -> None:
         if time.monotonic() > end:
-            raise _OutOfTime
+            raise TimeoutError
 
     for contender in sorted(contenders, key=lambda one: -one.row.batch):
         row, key = contender.row, (contender.row.bundle_id, contender.row.engine)
@@ -251,7 +225,7 @@ def _rank(contenders: Sequence[Contender], data: Dataset | None, end: float) -> 
                 watch()
                 scores = validate(data, contender.embedder, None, batch_size=row.batch, progress=watch).measured
                 known[key] = Accuracy(data=data.name, queries=scores.queries, rank1=scores.rank[1], mAP=scores.mAP)
-            except _OutOfTime:
+            except TimeoutError:
                 known[key] = "it takes longer than what was left of --minutes"
         found = known[key]
         if isinstance(found, Accuracy):
@@ -268,7 +242,7 @@ def _finish(contender: Contender, machine: Limits, references: Sequence[Contende
         row.noise.flags.append(f"too few rounds for bounds of 95% ({len(row.offline.rounds)}): give --minutes")
     for other in references:
         if other is not contender and other.reference == contender.reference and other.row.offline:
-            row.over_reference = _ratio(row.offline.rounds, other.row.offline.rounds)
+            row.over_reference = median_ratio(row.offline.rounds, other.row.offline.rounds)
     rate = machine.operations_per_second.get(DTYPES[row.precision])
     if rate and row.operations_per_image:
         row.of_matrix_rate = round(row.offline.median * row.operations_per_image / rate, 4)

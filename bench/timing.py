@@ -19,12 +19,9 @@ from pydantic import BaseModel, ConfigDict
 
 CONFIDENCE = 0.95
 WINDOW, SETTLED = 5, 0.03  # warm-up: calls whose medians are compared, and the most that these may differ by
-SLOW_PRODUCT = (
-    1.0  # seconds: a type that takes longer (emulated, as float16 on most CPUs) is measured on small matrices
-)
+SLOW_PRODUCT = 1.0  # seconds: a type that takes longer (emulated, as float16 on most CPUs) has small matrices
 _HEAD_START = 200_000  # cycles of a GPU, some 0.1 ms: what the host may run ahead, so that no launch is waited for
 Key = TypeVar("Key")
-Runs = Mapping[Key, Callable[[], object]]
 
 
 class _Model(BaseModel):
@@ -79,13 +76,13 @@ def spread(rounds: Sequence[float], digits: int = 4) -> Spread:
     rank = max(0, int(np.searchsorted(below, (1 - CONFIDENCE) / 2, side="right")) - 1)
     confidence = 1 - 2 * float(below[rank]) if count > 1 else 0.0
     figures = [round(one, digits) for one in (statistics.median(rounds), ordered[rank], ordered[-1 - rank])]
-    return Spread(
-        median=figures[0],
-        low=figures[1],
-        high=figures[2],
-        confidence=round(confidence, 3),
-        rounds=[round(one, digits) for one in rounds],
-    )
+    bounds = dict(zip(("median", "low", "high"), figures, strict=True))
+    return Spread(**bounds, confidence=round(confidence, 3), rounds=[round(one, digits) for one in rounds])
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the rounds' ratios: each is of neighbours in time."""
+    return round(statistics.median(one / other for one, other in zip(ours, theirs, strict=True)), 4)
 
 
 def _binomial(count: int, share: float) -> np.ndarray:
@@ -232,7 +229,5 @@ def _limits_by_numpy(turns: int) -> Limits:
     target = np.empty_like(source)
     product = statistics.median(calls(lambda: a @ a, 1.0, turns))
     copy = statistics.median(calls(lambda: np.copyto(target, source), 1.0, turns))
-    rates = {"float32": 2 * 1024**3 / product}
-    return Limits(
-        by=f"numpy {np.__version__}", copy_bytes_per_second=2 * source.nbytes / copy, operations_per_second=rates
-    )
+    moved, rates = 2 * source.nbytes / copy, {"float32": 2 * 1024**3 / product}
+    return Limits(by=f"numpy {np.__version__}", copy_bytes_per_second=moved, operations_per_second=rates)

@@ -6,7 +6,6 @@ A contender is made for one case and its inputs, and then run again and again ov
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +90,14 @@ def triton(case: Case, inputs: Inputs) -> Contender:
     """
     if problem := import_problem("triton", "train"):
         raise CannotRun(problem)
-    if not inputs.weight.is_cuda and "TRITON_INTERPRET" not in os.environ:
-        raise CannotRun("Triton needs a GPU, or TRITON_INTERPRET=1 for its interpreter")
-    if not inputs.weight.is_cuda and case.dtype == "bfloat16":
-        raise CannotRun("Triton's interpreter has no bfloat16")  # triton-lang.org, "Debugging Triton"
+    if not inputs.weight.is_cuda:
+        from triton.language import max as a_function_of_triton
+        from triton.runtime.interpreter import InterpretedFunction
+
+        if not isinstance(a_function_of_triton, InterpretedFunction):
+            raise CannotRun("Triton needs a GPU, or TRITON_INTERPRET=1 before it is loaded")
+        if case.dtype == "bfloat16":
+            raise CannotRun("Triton's interpreter has no bfloat16")  # triton-lang.org, "Debugging Triton"
     if (case.layout, case.output) != ("nhwc", "mirror_embeddings"):
         raise CannotRun("the rival takes maps that are channels last, with mirrors")
     from mgn_deploy.bench.kernel.triton_rival import triton_heads

@@ -20,6 +20,7 @@ from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun
+from mgn_deploy.machine import cpu_features
 from mgn_deploy.packages import import_problem
 
 TORCHREID_BATCH, TORCHREID_WORKERS = 32, 4  # its defaults
@@ -32,7 +33,7 @@ class Given:
     images a call, seconds of a run for a tool that times itself, and a folder."""
 
     bundle: Bundle
-    int8: Bundle | None
+    int8: Sequence[Bundle]
     paths: list[Path]
     crops: np.ndarray
     calibration: np.ndarray | None
@@ -74,20 +75,23 @@ def _require(package: str, extra: str) -> None:
 
 
 def _ours(given: Given) -> Run:
-    backend = Embedder.open(given.bundle).backend
+    return _streamed(given, given.bundle)
+
+
+def _ours_int8(given: Given) -> Run:
+    if not given.int8:
+        raise CannotRun("give --int8 BUNDLE, which `export --precision int8` made of the same weights and mirror")
+    return _streamed(given, given.int8[0])
+
+
+def _streamed(given: Given, bundle: Bundle) -> Run:
+    backend = Embedder.open(bundle).backend
     return lambda: np.concatenate(list(backend.stream(given.batches())))
 
 
 def _ours_from_files(given: Given) -> Run:
     embedder = Embedder.open(given.bundle)
     return lambda: embedder.embed(given.paths, batch_size=given.batch)
-
-
-def _ours_int8(given: Given) -> Run:
-    if given.int8 is None:
-        raise CannotRun("give --int8 BUNDLE, which `export --precision int8` made of the same weights")
-    backend = Embedder.open(given.int8).backend
-    return lambda: np.concatenate(list(backend.stream(given.batches())))
 
 
 def _eager(given: Given) -> Run:
@@ -164,33 +168,36 @@ def _benchmark_app(given: Given) -> Run:
     return run
 
 
-def _nncf(control: bool) -> Callable[[Given], Run]:
-    def open_(given: Given) -> Run:
-        _require("openvino", "cpu")
-        _require("nncf", "peers")
-        import nncf
-        import openvino
+def _nncf(given: Given) -> Run:
+    nncf, model, data, count = _to_nncf(given)
+    return _in_batches(given, _openvino(nncf.quantize(model, data, subset_size=count)))
 
-        model = openvino.Core().read_model(given.graph)
-        calibration = given.to_calibrate()
-        data = nncf.Dataset(list(calibration[:, None]))
-        if control:
-            plain = _openvino(model)
-            seen = list(given.crops[: 4 * given.batch, None])
-            expected = np.concatenate([plain(one) for one in seen])
 
-            def likeness(compiled: Any, items: Any) -> tuple[float, None]:
-                rows = np.concatenate([np.array(compiled(one)[0]) for one in items])
-                return float((rows * expected).sum(1).mean()), None
+def _nncf_control(given: Given) -> Run:
+    from mgn_deploy.export.proof.agreement import cosines
 
-            quantised = nncf.quantize_with_accuracy_control(
-                model, data, nncf.Dataset(seen), likeness, max_drop=DROP, subset_size=len(calibration)
-            )
-        else:
-            quantised = nncf.quantize(model, data, subset_size=len(calibration))
-        return _in_batches(given, _openvino(quantised))
+    nncf, model, data, count = _to_nncf(given)
+    seen, plain = list(given.crops[: 4 * given.batch, None]), _openvino(model)
+    expected = np.concatenate([plain(one) for one in seen])
 
-    return open_
+    def likeness(compiled: Any, items: Any) -> tuple[float, None]:
+        found = np.concatenate([np.array(compiled(one)[0]) for one in items])
+        return float(cosines(found, expected).mean()), None
+
+    validation = nncf.Dataset(seen)
+    quantised = nncf.quantize_with_accuracy_control(model, data, validation, likeness, max_drop=DROP, subset_size=count)
+    return _in_batches(given, _openvino(quantised))
+
+
+def _to_nncf(given: Given) -> tuple[Any, Any, Any, int]:
+    """NNCF, the model, and what it calibrates on."""
+    _require("openvino", "cpu")
+    _require("nncf", "peers")
+    import nncf
+    import openvino
+
+    calibration = given.to_calibrate()
+    return nncf, openvino.Core().read_model(given.graph), nncf.Dataset(list(calibration[:, None])), len(calibration)
 
 
 def _openvino(model: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -222,19 +229,14 @@ def _quantize_static(given: Given) -> Run:
 
     source, target = given.scratch / "float.onnx", given.scratch / "static.onnx"
     source.write_bytes(given.graph)
+    vnni = any("vnni" in name for name in cpu_features())
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     # With zero points and 8 bits AVX2 kernels add two products in 16 bits: `reduce_range` is what its guide advises.
     quantize_static(
-        source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=not _has_vnni(), **kinds
+        source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=not vnni, **kinds
     )
     session = _session(str(target))
     return _in_batches(given, lambda images: session.run(None, {"images": images})[0])
-
-
-def _has_vnni() -> bool:
-    from mgn_deploy.machine import cpu_features
-
-    return any("vnni" in name for name in cpu_features())
 
 
 OURS, OURS_FROM_FILES = "mgn-deploy", "mgn-deploy from files"
@@ -247,7 +249,7 @@ PEERS: Sequence[Peer] = (
     Peer(OURS_FROM_FILES, "decoded on threads while the engine runs", _ours_from_files),
     Peer("torchreid's loop in plain PyTorch, from files", "DataLoader of 4 workers, batch 32", _torchreid_loop),
     Peer("mgn-deploy INT8", "of --int8", _ours_int8),
-    Peer("NNCF quantize", "its defaults, by OpenVINO", _nncf(False)),
-    Peer("NNCF quantize_with_accuracy_control", f"mean cosine may lose {DROP}", _nncf(True)),
+    Peer("NNCF quantize", "its defaults, by OpenVINO", _nncf),
+    Peer("NNCF quantize_with_accuracy_control", f"mean cosine may lose {DROP}", _nncf_control),
     Peer("ONNX Runtime quantize_static", "QDQ, by channel", _quantize_static),
 )

@@ -227,25 +227,25 @@ def bench() -> str:
 
 def peers() -> str:
     """Other ways to run the same network on the same crops, of `bench/peers/`."""
+    columns = ["", "images/s", "of ours", "1 - cosine to float32", "remark"]
     parts = []
     for one in results("peers"):
         content = one.content()
-        columns = ["", "images/s", "of ours", "1 - cosine to float32", "remark"]
-        rows = []
-        for row in content["rows"]:
-            rate, ratio = row.get("images_per_second"), row.get("of_ours")
-            distance = row.get("distance")
-            rows.append(
-                [
-                    row["peer"],
-                    _rate(rate["median"]) if rate else "",
-                    f"{ratio:.2f}" if ratio else "",
-                    f"{distance:.1e}" if distance is not None else "",
-                    row.get("left_out") or row.get("remark", ""),
-                ]
-            )
-        parts.append(f"{one.date}, {content['machine']}; {content['model']}:\n\n{_table(columns, rows)}")
+        for model in content["models"]:
+            table = _table(columns, [_peer_row(row) for row in model["rows"]])
+            parts.append(f"{one.date}, {content['machine']}; {model['model']}:\n\n{table}")
     return "\n\n".join(parts) or "None is committed yet: `bench/results/README.md` has the command."
+
+
+def _peer_row(row: dict[str, Any]) -> list[str]:
+    rate, ratio, distance = row.get("images_per_second"), row.get("of_ours"), row.get("distance")
+    return [
+        row["peer"],
+        _rate(rate["median"]) if rate else "",
+        f"{ratio:.2f}" if ratio else "",
+        f"{distance:.1e}" if distance is not None else "",
+        row.get("left_out") or row.get("failed") or row["remark"],
+    ]
 
 
 def _throughput(measured: Sequence[Result]) -> str:

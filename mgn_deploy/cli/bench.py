@@ -95,12 +95,12 @@ def compare(
     is SLOWER.
     """
     from mgn_deploy.bench.compare import compare as run_compare
-    from mgn_deploy.bench.compare import require_no_slower, to_dict
+    from mgn_deploy.bench.compare import require_no_slower
     from mgn_deploy.bench.result import read_result
 
     compared = run_compare(read_result(old), read_result(new))
     if json:
-        print_json(to_dict(compared))
+        print_json([one._asdict() for one in compared])
     else:
         cells = [
             [one.row, one.figure, f"{one.old:.2f}", f"{one.new:.2f}", f"{one.speed:.3f}", one.verdict, one.remark]

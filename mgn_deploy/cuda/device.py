@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+from mgn_deploy.cuda.management import nvml
 from mgn_deploy.errors import CannotRun
 from mgn_deploy.machine import Hardware, this_cpu
 
 DRIVER = "libcuda.so.1"
-MANAGEMENT = "libnvidia-ml.so.1"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,12 @@ class Gpu:
 
     def hardware(self) -> Hardware:
         """This machine with this GPU, for a proof."""
-        facts = {"gpu": self.name, "compute_capability": self.compute_capability, "driver": driver_version()}
+        management = nvml()
+        facts = {
+            "gpu": self.name,
+            "compute_capability": self.compute_capability,
+            "driver": management.driver() if management else None,
+        }
         return this_cpu().model_copy(update=facts)
 
 
@@ -56,16 +61,3 @@ def this_gpu() -> Gpu:
     device.set_current()
     major, minor = device.compute_capability
     return Gpu(device.name, f"{major}.{minor}")
-
-
-def driver_version() -> str | None:
-    """The installed NVIDIA driver, as "580.65.06", by its management library; None where that is missing (as on
-    Jetson)."""
-    try:
-        library = ctypes.CDLL(MANAGEMENT)
-    except OSError:
-        return None
-    version = ctypes.create_string_buffer(80)
-    if library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(version, len(version)):
-        return None
-    return version.value.decode()

@@ -26,9 +26,10 @@ without_gpu = pytest.mark.skipif(gpu_problem() is None, reason="this machine has
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
+def out(weights, bundle_folder, tmp_path_factory) -> Path:
+    """One run; that of these weights there is a bundle already spares it PyTorch's export."""
     folder = tmp_path_factory.mktemp("suite")
-    assert suite.main(["--out", str(folder), "--device", "cpu", "--minutes", "0.5"]) == 0
+    assert suite.main(["--out", str(folder), "--device", "cpu", "--minutes", "0.1", "--weights", str(weights)]) == 0
     return folder
 
 
@@ -59,7 +60,7 @@ def test_the_result_is_few_files_and_every_claim_is_said_and_none_is_measured_on
 def test_engines_are_measured_beside_pytorch_in_turns(out):
     rows = {row["row"]: row for row in result_of(out)["stages"]["engines"]["rows"]}
     name = "resnet18 MGN 96x32 fp32, {}, batch 4"
-    for engine in ("openvino", "onnxruntime", "torch folded fp32"):
+    for engine in ("openvino", "onnxruntime", "torch folded fp32", "torch-cuda unfused fp32"):
         assert rows[name.format(engine)]["over_reference"] > 0
     assert rows["resnet18 MGN 96x32 bf16, torch folded bf16, batch 1"]["pixels"]["calls"] >= 1
 
@@ -99,9 +100,13 @@ def chosen(tmp_path):
 
 
 def test_on_a_gpu_a_stage_is_a_process_that_leaves_its_rows(tmp_path):
-    assert suite._in_process("rerank", chosen(tmp_path), tmp_path, 60) == "passed"
-    (row,) = map(json.loads, (tmp_path / "rerank.rows").read_text().splitlines())
-    assert row["queries_per_second"] > 0
+    """One of its own also has Triton's interpreter, which a process has from its start or never."""
+    pytest.importorskip("triton")
+    assert suite._in_process("correctness", chosen(tmp_path), tmp_path, 60) == "passed"
+    rows = [json.loads(line) for line in (tmp_path / "correctness.rows").read_text().splitlines()]
+    errors = {row["row"]: row["error"] for row in rows if row.get("contender") == "triton" and "error" in row}
+    assert set(errors) == {f"{dtype} nhwc mirror_embeddings 3" for dtype in ("float32", "float16")}
+    assert max(errors.values()) < 1e-5
 
 
 def test_a_stage_past_its_time_is_ended(tmp_path):
