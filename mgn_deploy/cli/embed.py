@@ -132,9 +132,10 @@ def _run_of(
     from mgn_deploy.embedder import Embedder
     from mgn_deploy.gallery.embed import embed_folder
 
-    if bundle is None and (server is None or cluster is not None):
+    if server is None and bundle is None:
         raise UserError("what embeds the images? give --bundle, or --server")
     if cluster is not None:
+        assert bundle is not None  # a cluster is refused beside a server
         from mgn_deploy.gallery.cluster import embed_on_cluster
 
         return partial(embed_on_cluster, bundle=bundle, cluster=cluster, backend=backend, allow_unproven=allow_unproven)
