@@ -36,7 +36,7 @@ class Killer(threading.Thread):
 
     Attributes:
         workers: how many processes, which decoded or embedded, were killed.
-        nodes: how many nodes were, each replaced by a new one.
+        nodes: how many nodes were removed with all that was on them.
     """
 
     def __init__(self, nodes: Any, parts: Path, seed: int, workers: int, nodes_too: int) -> None:
@@ -70,7 +70,6 @@ class Killer(threading.Thread):
     def _remove_node(self) -> None:
         self._cluster.remove_node(next(iter(self._cluster.worker_nodes)), allow_graceful=False)
         self.nodes += 1
-        self._cluster.add_node(num_cpus=2)
 
     def _kill_worker(self) -> None:
         while not (found := self._busy()):

@@ -3,7 +3,7 @@
     python -m tests.trials.cluster --kills 20 --images /data/crops --bundle bundle --out cluster.json
 
 Two nodes run on this machine. While each run embeds, processes that decode or embed are killed by SIGKILL at random
-moments, and once a run the second node is removed with all that is on it, and another one added.
+moments, and once a run the second node is removed with all that is on it; the next run gets another one.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def main() -> None:
         expected = contents(Path(folder, "one"))
         runs: list[dict[str, Any]] = []
         while sum(run["workers"] + run["nodes"] for run in runs) < arguments.kills:
+            if not nodes.worker_nodes:
+                nodes.add_node(num_cpus=2)
             runs.append(
                 disturbed(source, Path(folder, f"many-{len(runs)}"), arguments.bundle, nodes, len(runs), expected)
             )
