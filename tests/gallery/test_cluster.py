@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cluster_kills import Killer, two_nodes
+from conftest import mgn_deploy
 from test_gallery import assert_same_store, counts, refusal
 
 from mgn_deploy.embedder import Embedder
@@ -74,6 +75,15 @@ def test_workers_and_a_node_that_die_lose_nothing_and_double_nothing(nodes, imag
         assert counts(on_cluster(images, many, bundle_folder)) == (40, 0, 1, 0)
     assert killer.workers + killer.nodes > 0
     assert_same_store(many, one)
+
+
+@pytest.mark.parametrize(
+    "options", [["--profile"], ["--batch", "auto"], ["--server", "http://localhost:1"]], ids=lambda options: options[0]
+)
+def test_what_belongs_to_one_process_is_refused_beside_a_cluster(crops, tmp_path, options):
+    refused = mgn_deploy("embed", crops, "-o", tmp_path / "store", "--bundle", "none", "--cluster", "local", *options)
+    assert refused.exit_code == 2
+    assert options[0] in refused.stderr
 
 
 def test_a_cluster_is_named_by_an_address_and_a_range():
