@@ -37,6 +37,7 @@ from mgn_deploy.packages import import_problem
 from mgn_deploy.progress import Progress
 
 LOCAL = "local"
+CLIENT = "ray://"
 TRIES = 20  # attempts at a part whose workers die
 _log = logging.getLogger("mgn_deploy")
 
@@ -55,7 +56,7 @@ class Cluster:
     workers: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.address not in ("auto", LOCAL) and not self.address.startswith("ray://"):
+        if self.address not in ("auto", LOCAL) and not self.address.startswith(CLIENT):
             raise UserError(f"--cluster {self.address}: give ray://HOST:PORT, auto or local")
         if self.workers is not None and not 1 <= self.workers[0] <= self.workers[1]:
             raise UserError(f"{self.workers[0]} to {self.workers[1]} workers: give the least, 1 or more, and the most")
@@ -115,6 +116,13 @@ def embed_on_cluster(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     report = GalleryReport(skipped=source.skipped, batch_size=batch_size)
     with _connected(cluster.address), _explained():
+        if cluster.address.startswith(CLIENT):
+            return _from_client(
+                source, os.path.abspath(store), os.path.abspath(opened.folder), replace(cluster, address="auto"),
+                backend=backend, allow_unproven=allow_unproven, batch_size=batch_size, dtype=dtype,
+                labels=os.path.abspath(labels) if labels and os.path.isfile(labels) else labels,
+                max_failures=max_failures, verify_content=verify_content,
+            )  # fmt: skip
         engine = _Engine(os.path.abspath(opened.folder), opened.id, backend, allow_unproven, batch_size)
         engine, device = _resolved(engine)
         manifest = StoreManifest(
@@ -152,6 +160,25 @@ def embed_on_cluster(
                 shutil.rmtree(folder, ignore_errors=True)
 
         fill_store(source, store, manifest, work, report, labels, max_failures, verify_content)
+    return report
+
+
+def _from_client(*arguments: Any, **options: Any) -> GalleryReport:
+    """`embed_on_cluster` as a task of the cluster: Ray's client runs no streaming actors, which Ray Data's are."""
+    import ray
+
+    def there() -> tuple[GalleryReport, list[tuple[int, str]]]:
+        said: list[tuple[int, str]] = []
+        keeper = logging.Handler()
+        keeper.emit = lambda record: said.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
+        logger = logging.getLogger("mgn_deploy")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(keeper)
+        return embed_on_cluster(*arguments, **options), said
+
+    report, said = ray.get(ray.remote(there).options(num_cpus=0).remote())
+    for level, sentence in said:
+        _log.log(level, sentence)
     return report
 
 
