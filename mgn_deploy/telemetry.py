@@ -3,7 +3,7 @@
 ONNX Runtime from 1.32 on keeps a device id and a database of events under `~/.cache`; `ORT_DISABLE_TELEMETRY=1`, set
 before its import, stops that. OpenVINO, when it is imported, writes `~/intel/openvino_ga_cid` and sends an event by the
 package openvino_telemetry; where that package cannot be imported it uses its own stub, which does nothing, and needs no
-home folder.
+home folder. A Ray cluster that is started here sends nothing by `RAY_USAGE_STATS_ENABLED=0`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _OPENVINO = "openvino_telemetry"
 def switch_off() -> None:
     """Set what has to be set before any engine is imported; a user's own setting stays."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +16,8 @@ from mgn_deploy.console import percent, print_json, print_table, progress, say
 from mgn_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    from mgn_deploy.gallery.cluster import Cluster
+    from mgn_deploy.gallery.embed import GalleryReport
     from mgn_deploy.gallery.profile import Profile
 
 
@@ -32,6 +37,16 @@ def embed(
     server: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Embed by http://HOST:PORT (mgn-deploy serve) or grpc://HOST:PORT (Triton)."),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Embed on a Ray cluster: ray://HOST:PORT, auto (this machine's) or local."
+        ),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(metavar="MIN:MAX", help="Engines on the cluster; by default from 1 to its GPUs or nodes."),
     ] = None,
     backend: Backend = "auto",
     batch: Annotated[
@@ -72,34 +87,27 @@ def embed(
 
     Run again, it goes on where it stopped, and embeds what is new or has changed.
     """
-    from mgn_deploy.embedder import Embedder
-    from mgn_deploy.gallery.embed import embed_folder
     from mgn_deploy.gallery.inputs import open_inputs
+    from mgn_deploy.gallery.shards import read_manifest
 
     batch_size = _batch_size(batch)
+    engines = _cluster(cluster, workers, batch_size, server, profile)
     source = open_inputs(
         images or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video, part=shard
     )
-    if server is not None:
-        embedder = Embedder.connect(server, bundle)
-    elif bundle is not None:
-        embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
-    else:
-        raise UserError("what embeds the images? give --bundle, or --server")
-    say(f"{server or bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
+    run = _run_of(server, bundle, engines, backend, allow_unproven)
     try:
         with progress() as update:
-            report = embed_folder(
+            report = run(
                 source,
                 store,
-                embedder,
                 batch_size=batch_size,
                 dtype=dtype,
                 labels=labels,
                 verify_content=verify_content,
                 max_failures=max_failures,
-                profile=profile,
                 progress=update,
+                **({"profile": True} if profile else {}),
             )
     except KeyboardInterrupt:
         say(f"interrupted: what was embedded is in {store}, and the same command goes on from there")
@@ -107,7 +115,7 @@ def embed(
     if report.profile is not None:
         _tell(report.profile)
     if json:
-        print_json({"store": str(store), **report.to_dict(), "backend": embedder.backend.name})
+        print_json({"store": str(store), **report.to_dict(), "backend": read_manifest(store).backend})
     elif not report.embedded and not report.failed:
         print(f"{store}: nothing to do, all {report.unchanged} images are in it")
     else:
@@ -115,6 +123,55 @@ def embed(
             f"{store}: {report.embedded} embedded in {report.seconds:.1f} s ({report.images_per_second:.1f} images/s), "
             f"{report.unchanged} already there, {len(report.failed)} failed, {report.skipped.total()} skipped"
         )
+
+
+def _run_of(
+    server: str | None, bundle: Path | None, cluster: Cluster | None, backend: str, allow_unproven: bool
+) -> Callable[..., GalleryReport]:
+    """What embeds: an engine here, a server, or a cluster."""
+    from mgn_deploy.embedder import Embedder
+    from mgn_deploy.gallery.embed import embed_folder
+
+    if server is None and bundle is None:
+        raise UserError("what embeds the images? give --bundle, or --server")
+    if cluster is not None:
+        assert bundle is not None  # a cluster is refused beside a server
+        from mgn_deploy.gallery.cluster import embed_on_cluster
+
+        return partial(embed_on_cluster, bundle=bundle, cluster=cluster, backend=backend, allow_unproven=allow_unproven)
+    if server is not None:
+        embedder = Embedder.connect(server, bundle)
+    else:
+        assert bundle is not None
+        embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
+    say(f"{server or bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
+    return partial(embed_folder, embedder=embedder)
+
+
+def _cluster(
+    address: str | None, workers: str | None, batch_size: int | str, server: str | None, profile: bool
+) -> Cluster | None:
+    from mgn_deploy.gallery.cluster import Cluster
+
+    if address is None:
+        if workers is not None:
+            raise UserError(f"--workers {workers} are a cluster's: give --cluster")
+        return None
+    for given, option in (
+        (server is not None, "--server"),
+        (profile, "--profile"),
+        (batch_size == "auto", "--batch auto"),
+    ):
+        if given:
+            raise UserError(f"--cluster {address}: {option} is of an engine in one process, leave it out")
+    if workers is None:
+        return Cluster(address)
+    match = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", workers)
+    if not match:
+        raise typer.BadParameter(
+            f"give a number or the least and most, as in 1:8, not {workers!r}", param_hint="'--workers'"
+        )
+    return Cluster(address, (int(match[1]), int(match[2] or match[1])))
 
 
 def _batch_size(batch: str) -> int | Literal["auto"]:

@@ -126,9 +126,17 @@ def embed_folder(
     if batch_size != AUTO:
         check_batch_size(batch_size)
     source = folder if isinstance(folder, Source) else open_source(folder)
-    names = [file.name for file in source.files]
-    rule = _labels(labels, source)
-    rule.unlabelled(names)
+    report = GalleryReport(skipped=source.skipped, profile=Profile() if profile else None)
+
+    def work(writer: StoreWriter, todo: list[ImageFile], rule: Labels) -> None:
+        if batch_size == AUTO:
+            report.tuning = choose_batch(embedder.backend, _first_crops(source, todo, embedder))
+        report.batch_size = report.tuning.batch_size if report.tuning else int(batch_size)
+        images = source.decode(todo, embedder.height, embedder.width, report.profile)
+        run = Run(writer, embedder, report.batch_size, rule, report, max_failures)
+        with in_loop(report.profile, "other"):
+            run.embed(images, len(todo), progress)
+
     manifest = StoreManifest(
         bundle_id=embedder.bundle_id,
         backend=embedder.backend.name,
@@ -138,7 +146,34 @@ def embed_folder(
         bundle_path=embedder.bundle_path,
         source=source.uri,
     )
-    report = GalleryReport(skipped=source.skipped, profile=Profile() if profile else None)
+    fill_store(source, store, manifest, work, report, labels, max_failures, verify_content)
+    return report
+
+
+def fill_store(
+    source: Source,
+    store: str | os.PathLike[str],
+    manifest: StoreManifest,
+    work: Callable[[StoreWriter, list[ImageFile], Labels], None],
+    report: GalleryReport,
+    labels: str | os.PathLike[str] | None,
+    max_failures: int | None,
+    verify_content: bool,
+) -> None:
+    """Have what `store` does not hold yet embedded by `work`, which adds it to the store and the report.
+
+    Args:
+        source, store, labels, max_failures, verify_content: of `embed_folder`.
+        manifest: what a new store gets and an older one must have.
+        work: called with the store, the files to embed in the order of their rows, and the rule of their labels.
+        report: of the run.
+
+    Raises:
+        UserError, GateFailed: as of `embed_folder`.
+    """
+    names = [file.name for file in source.files]
+    rule = _labels(labels, source)
+    rule.unlabelled(names)
     start = time.monotonic()
     follow_source(store, source.uri, names)
     with StoreWriter(store, manifest) as writer:
@@ -156,15 +191,8 @@ def embed_folder(
             ]
         report.unchanged = len(seen) - len(again)
         report.relabelled = _relabel(writer, rule)
-        todo = fresh + again
-        if batch_size == AUTO:
-            report.tuning = choose_batch(embedder.backend, _first_crops(source, todo, embedder))
-        report.batch_size = report.tuning.batch_size if report.tuning else int(batch_size)
-        run = _Run(writer, embedder, report.batch_size, rule, report, max_failures)
         try:
-            images = source.decode(todo, embedder.height, embedder.width, report.profile)
-            with in_loop(report.profile, "other"):
-                run.embed(images, len(todo), progress)
+            work(writer, fresh + again, rule)
         finally:
             report.seconds = time.monotonic() - start
             _log_losses(report, source.title)
@@ -176,7 +204,6 @@ def embed_folder(
         raise GateFailed(
             f"not one of the {len(report.failed)} images of {source.title} could be read; the first, {name!r}: {reason}"
         )
-    return report
 
 
 def _labels(kind: str | os.PathLike[str] | None, source: Source) -> Labels:
@@ -240,7 +267,7 @@ def _relabel(writer: StoreWriter, rule: Labels) -> int:
     return len(changed)
 
 
-class _Run:
+class Run:
     """The rows of one run and their embeddings, while a backend that may ask for batches ahead makes them."""
 
     def __init__(

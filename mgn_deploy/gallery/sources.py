@@ -55,6 +55,7 @@ class Source:
         skipped: what is there and is no image, counted by kind.
         labels: who is on them, where the source says it.
         complete: whether images that a store holds besides are gone; a choice of files does not tell.
+        threads: that decode them; None: `prefetch.decoding_threads()`.
     """
 
     uri: str
@@ -63,12 +64,14 @@ class Source:
     skipped: Counter[str] = field(default_factory=Counter)
     labels: Labels | None = None
     complete: bool = True
+    threads: int | None = None
 
     def decode(
         self, files: Sequence[ImageFile], height: int, width: int, profile: Profile | None = None
     ) -> Iterator[Decoded]:
         """Read some of the files, in their order, on threads ahead of the caller; a photo once for its boxes."""
-        for crops in in_order(lambda photo: _crops(photo, height, width, profile), photos_of(files)):
+        photos = photos_of(files)
+        for crops in in_order(lambda photo: _crops(photo, height, width, profile), photos, threads=self.threads):
             yield from crops
 
     def digests(self, files: Sequence[ImageFile]) -> Iterator[bytes | None]:

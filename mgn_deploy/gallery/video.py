@@ -91,7 +91,8 @@ class VideoSource(Source):
 
         if files:
             digest = self._digest
-            for some in in_order(crops, each(profile, "decode video", self._frames(files)), FRAMES_AHEAD):
+            frames = each(profile, "decode video", self._frames(files))
+            for some in in_order(crops, frames, FRAMES_AHEAD, self.threads):
                 yield from some
 
     def digests(self, files: Sequence[ImageFile]) -> Iterator[bytes | None]:

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file, sha256_bytes
+from mgn_deploy.files import atomic_file, sha256_bytes, sync_folder
 from mgn_deploy.gallery.shards import (
     MANIFEST,
     SHARD_ROWS,
@@ -30,6 +31,7 @@ from mgn_deploy.gallery.shards import (
 )
 
 LOCK = ".lock"
+PARTS = "parts"  # where the workers of a cluster write, until the one process that holds the lock takes their shards
 _NOT_COMPARED = {"shards", "schema_version", "bundle_path"}
 _log = logging.getLogger("mgn_deploy")
 
@@ -91,6 +93,27 @@ class StoreWriter:
         rest = len(rows) // SHARD_ROWS * SHARD_ROWS
         self._rows, self._array = rows[rest:], array[rest:]
 
+    def take(self, folder: Path, entry: ShardEntry) -> list[Row]:
+        """Add the rows of a shard that another process wrote on the same file system, but for failures that the store
+        has already; all its rows. A whole shard's files are moved, without reading the embeddings.
+
+        Raises:
+            UserError: the shard is damaged or missing, or the disk is full.
+        """
+        shard = Shard(folder, entry, self.manifest)
+        new = [index for index, row in enumerate(shard.rows) if row.error is None or row != self.known.get(row.name)]
+        if len(new) < SHARD_ROWS or self._rows:
+            if new:
+                self.add([shard.rows[index] for index in new], shard.array()[new])
+            return shard.rows
+        name = f"shard-{len(self.manifest.shards):05d}-{entry.name.rpartition('-')[2]}"
+        for path in (shard.array_path, shard.rows_path):
+            os.replace(path, self.folder / f"{name}{path.suffix}")
+        sync_folder(self.folder)
+        self.replace([*self.manifest.shards, entry.model_copy(update={"name": name})])
+        self.known.update((row.name, row) for row in shard.rows)
+        return shard.rows
+
     def replace(self, shards: Iterable[ShardEntry], **changes: str) -> None:
         """Commit a manifest with these shards, whose files are on disk, and remove the files that no shard names.
 
@@ -134,6 +157,7 @@ class StoreWriter:
 
     def _open(self) -> None:
         """Write a new store's manifest, or go on with that of an earlier run."""
+        shutil.rmtree(self.folder / PARTS, ignore_errors=True)  # of a run that was killed
         if not (self.folder / MANIFEST).exists():
             self.replace(())
             return

@@ -13,17 +13,18 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], ahead: int | None = None) -> Iterator[R]:
+def in_order(
+    function: Callable[[T], R], items: Iterable[T], ahead: int | None = None, threads: int | None = None
+) -> Iterator[R]:
     """`map` on a few threads, so that decoding overlaps inference.
-
-    There are `decoding_threads()` threads.
 
     Args:
         function: called once an item, on a thread; Pillow and NumPy release the GIL for most of their time.
         items: taken as results are asked for.
         ahead: most calls begun before their result is asked for, which bounds the memory (64, or two a thread).
+        threads: how many; None: `decoding_threads()`.
     """
-    workers = decoding_threads()
+    workers = threads or decoding_threads()
     remaining = iter(items)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         waiting = deque[Future[R]](

@@ -27,14 +27,14 @@ def profile_of(crops: Path, store: Path, embedder: Embedder) -> Profile:
 
 def test_the_loops_stages_add_up_to_its_wall_time(crops, embedder, tmp_path, monkeypatch):
     walls = []
-    run = embed._Run.embed
+    run = embed.Run.embed
 
     def timed(*arguments):
         start = time.perf_counter()
         run(*arguments)
         walls.append(time.perf_counter() - start)
 
-    monkeypatch.setattr(embed._Run, "embed", timed)
+    monkeypatch.setattr(embed.Run, "embed", timed)
     profile = profile_of(crops, tmp_path / "s", embedder)
     assert profile.seconds == pytest.approx(walls[0], rel=0.01, abs=0.005)
     told = profile.to_dict()
