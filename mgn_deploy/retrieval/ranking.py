@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from mgn_deploy.choices import Device, Metric
 from mgn_deploy.errors import UserError
 from mgn_deploy.retrieval.arrays import Arrays
-from mgn_deploy.retrieval.distance import distance_rows
+from mgn_deploy.retrieval.distance import ROWS_BYTES, distance_rows
 from mgn_deploy.retrieval.truth import Truth
 
 BLOCK_ROWS = 32  # their sorted copy stays in a core's cache
@@ -168,7 +168,7 @@ def evaluate_embeddings(
         distractors=distractors,
         shape=(len(query), len(gallery)),
     )
-    rows = distance_rows(query, gallery, metric, device=device)
+    rows = distance_rows(query, gallery, metric, tile_bytes=ROWS_BYTES, device=device)
     return RankingMetrics.of(score_rows(rows, truth), ranks)
 
 
