@@ -107,6 +107,7 @@ def measure(sizes: list[int], dim: int, largest_rerank: int, folder: Path) -> di
                 command = [sys.executable, "-m", __spec__.name, "--run", task, "--folder", f"{made}/store"]
                 done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
                 rows.append({**json.loads(done.stdout), "load": round(load, 2)})
+                print(json.dumps(rows[-1]), file=sys.stderr)  # what a run that is stopped has found
     reranked = [row for row in rows if row["task"] == "rerank"]
     return {
         "machine": cpu(),
