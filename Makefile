@@ -10,7 +10,7 @@ demo: $(VENV)/installed-all-cpu
 
 test: $(VENV)/installed-dev
 	@echo "== the test suite"
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 	$(VENV)/bin/python -m pytest --quiet tests/index/test_milvus_index.py
 
 check: $(VENV)/installed-dev

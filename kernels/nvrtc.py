@@ -23,7 +23,7 @@ from mgn_deploy.cuda.errors import cuda_sentence
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.files import atomic_file, cache_folder
 from mgn_deploy.kernels.params import Params, Pointers, params_of
-from mgn_deploy.kernels.plan import Device, Plan, Problem, fused_launch, launches, may_be_fused, plan_on
+from mgn_deploy.kernels.plan import Device, Launch, Plan, Problem, fused_launch, launches, may_be_fused, plan_on
 
 SOURCE = Path(__file__).with_name("stripe_pool_reduce.cu")
 KEPT_ARGUMENTS = 8  # of a planned kernel: a pipeline's sets of buffers, and what an allocator gives in turns
@@ -163,6 +163,7 @@ class PlannedKernel:
     """
 
     def __init__(self, problem: Problem, device_id: int = 0) -> None:
+        from cuda.bindings import driver
         from cuda.core import Device as CudaDevice
 
         self.problem = problem
@@ -177,7 +178,8 @@ class PlannedKernel:
         if problem.path == "fused" and not resident:
             raise UserError("this GPU has no cooperative launch, which the path fused needs: use the path auto")
         major, minor = device.compute_capability
-        self._device = Device(properties.multiprocessor_count, 10 * major + minor, resident)
+        (_, newest) = driver.cuDriverGetVersion()
+        self._device = Device(properties.multiprocessor_count, 10 * major + minor, resident, newest)
         self._take(plan_on(problem, self._device))
 
     def _take(self, plan: Plan) -> None:
@@ -187,7 +189,7 @@ class PlannedKernel:
         own = launches(self.problem, plan)
         # Held: the functions are theirs.
         self._kernels = _loaded(tuple(one.kernel for one in own), self._arch, self._device_id)
-        self._functions = [(one, driver.CUfunction(int(self._kernels[one.kernel].handle))) for one in own]
+        self._functions = [(_config(one), driver.CUfunction(int(self._kernels[one.kernel].handle))) for one in own]
         self._arguments = arguments_by_addresses(self.problem, plan)
 
     @property
@@ -199,8 +201,9 @@ class PlannedKernel:
         """Start it on a stream (the driver's handle). Nothing is allocated: it can be captured in a CUDA graph after a
         first launch outside of one.
 
-        Blocks that the driver's occupancy promised may be another process's (under MPS) or a tool's: where it then
-        refuses the cooperative launch, the path "auto" goes over to three launches for good.
+        What the driver promised may not be had: the blocks that occupancy counted may be another process's (under MPS)
+        or a tool's. Where it then refuses the cooperative launch, the path "auto" goes over to three launches for good,
+        and where it refuses to overlap these, to plain ones.
 
         Raises:
             ValueError: an address is missing or off its alignment.
@@ -208,32 +211,61 @@ class PlannedKernel:
         """
         from cuda.bindings import driver
 
+        results = driver.CUresult
         status = self._start(pointers, stream)
-        refused = status in (
-            driver.CUresult.CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE,
-            driver.CUresult.CUDA_ERROR_NOT_SUPPORTED,
-        )
-        if refused and self.plan.path == "fused" and self.problem.path == "auto":
+        too_large = status in (results.CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE, results.CUDA_ERROR_NOT_SUPPORTED)
+        if too_large and self.plan.path == "fused" and self.problem.path == "auto":
             _log.info(f"the driver refuses the cooperative launch of the fused heads ({status.name}): three launches")
-            self._take(plan_on(self.problem, replace(self._device, resident_blocks=0)))
-            status = self._start(pointers, stream)
+            status = self._start_as(replace(self._device, resident_blocks=0), pointers, stream)
+        if status in (results.CUDA_ERROR_NOT_SUPPORTED, results.CUDA_ERROR_INVALID_VALUE) and self.plan.overlapped:
+            _log.info(f"the driver refuses to overlap the launches of the fused heads ({status.name}): plain ones")
+            status = self._start_as(replace(self._device, resident_blocks=0, driver=0), pointers, stream)
         if status != driver.CUresult.CUDA_SUCCESS:
             raise UserError(cuda_sentence(status.name) or f"the GPU's driver refused a kernel ({status.name})")
+
+    def _start_as(self, device: Device, pointers: Pointers, stream: int) -> Any:
+        """Start it, from now on, as it is planned for another device."""
+        self._device = device
+        self._take(plan_on(self.problem, device))
+        return self._start(pointers, stream)
 
     def _start(self, pointers: Pointers, stream: int) -> Any:
         """Start the plan's kernels; the driver's status, of the first that it refuses."""
         from cuda.bindings import driver
 
         arguments, status = self._arguments(pointers), driver.CUresult.CUDA_SUCCESS
-        for one, function in self._functions:
-            where = (*one.grid, one.threads, 1, 1, one.shared, driver.CUstream(stream), ctypes.addressof(arguments))
-            if one.cooperative:
-                (status,) = driver.cuLaunchCooperativeKernel(function, *where)
-            else:
-                (status,) = driver.cuLaunchKernel(function, *where, 0)
+        for config, function in self._functions:
+            config.hStream = driver.CUstream(stream)
+            (status,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
             if status != driver.CUresult.CUDA_SUCCESS:
                 break
         return status
+
+
+def _config(one: Launch) -> Any:
+    """A launch as the driver is told it, but for its stream."""
+    from cuda.bindings import driver
+
+    attributes = []
+
+    def attribute(name: str) -> Any:
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[-1].id = getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
+        return attributes[-1].value
+
+    if one.cooperative:
+        attribute("COOPERATIVE").cooperative = 1
+    if one.programmatic:
+        attribute("PROGRAMMATIC_STREAM_SERIALIZATION").programmaticStreamSerializationAllowed = 1
+    if one.cluster > 1:
+        cluster = attribute("CLUSTER_DIMENSION").clusterDim
+        cluster.x, cluster.y, cluster.z = one.cluster, 1, 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = one.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = one.threads, 1, 1
+    config.sharedMemBytes = one.shared
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
 
 
 def arguments_by_addresses(problem: Problem, plan: Plan) -> Callable[[Pointers], ctypes.Array[Any]]:

@@ -23,6 +23,7 @@ MAX_BRANCHES, MAX_STRIPES, MAX_BATCH = 4, 8, 1024
 MAX_REGIONS, MAX_RUNS = 1 + MAX_STRIPES, 2 * MAX_STRIPES - 1
 MAX_PIXELS = 1 << 24  # of a map
 MAX_ROWS = 8  # images that the paths "fused" and "rows" take
+OVERLAP_DRIVER = 12030  # the first whose graphs capture programmatic launches, by the release notes of CUDA 12.3
 BARRIER_BYTES = 256  # at a workspace's beginning
 
 THREADS, WARPS = 256, 8
@@ -142,11 +143,13 @@ class Problem:
 @dataclass(frozen=True)
 class Device:
     """What a plan depends on: multiprocessors, compute capability (90 for 9.0), how many blocks of the problem's fused
-    kernel fit on one multiprocessor (0 where the device has no cooperative launch)."""
+    kernel fit on one multiprocessor (0 where the device has no cooperative launch), the CUDA version of the driver
+    (12030 for 12.3; 0 where launches can have no attributes)."""
 
     multiprocessors: int
     capability: int
     resident_blocks: int
+    driver: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,9 @@ class Plan:
     """How a problem is computed on a device.
 
     `path` is never "auto". In "tiles" the sum over channels has `splits` parts of `depth` channels, each by its own
-    block, on `tensor_cores` or not. `fused_blocks` is the grid of "fused". Offsets are in bytes from the start of the
-    workspace.
+    block, on `tensor_cores` or not. `fused_blocks` is the grid of "fused". Where `overlapped`, the second and third of
+    three launches start while the one before ends, and `row_blocks` blocks, a cluster, share a row of the epilogue;
+    else the launches are plain. Offsets are in bytes from the start of the workspace.
     """
 
     path: str
@@ -163,6 +167,8 @@ class Plan:
     splits: int
     depth: int
     fused_blocks: int
+    overlapped: bool
+    row_blocks: int
     pooled_offset: int
     partial_offset: int
     workspace_bytes: int
@@ -191,12 +197,16 @@ def plan_on(problem: Problem, device: Device) -> Plan:
         fused_blocks = min(useful, device.multiprocessors * device.resident_blocks)
     pooled_bytes = (2 if narrow else 4) * problem.features * problem.batch * channels
     partial_offset = BARRIER_BYTES + _round_up(pooled_bytes, 256)
+    overlapped = path != "fused" and device.capability >= 90 and device.driver >= OVERLAP_DRIVER
+    row_blocks = next((n for n in (4, 2) if overlapped and n * problem.rows <= device.multiprocessors), 1)
     return Plan(
         path=path,
         tensor_cores=path == "tiles" and narrow and device.capability >= (80 if problem.dtype == "bfloat16" else 75),
         splits=splits,
         depth=depth,
         fused_blocks=fused_blocks,
+        overlapped=overlapped,
+        row_blocks=row_blocks,
         pooled_offset=BARRIER_BYTES,
         partial_offset=partial_offset,
         workspace_bytes=partial_offset + _round_up(4 * splits * problem.batch * dim, 256),
@@ -214,13 +224,17 @@ def _round_up(number: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: its name in C++ without namespace, blocks, threads a block, bytes of dynamic shared memory."""
+    """One kernel: its name in C++ without namespace, blocks, threads a block, bytes of dynamic shared memory; whether
+    all blocks are on the device together, whether they may start before the launch before has ended, and how many are a
+    cluster."""
 
     kernel: str
     grid: tuple[int, int, int]
     threads: int
     shared: int
     cooperative: bool = False
+    programmatic: bool = False
+    cluster: int = 1
 
 
 def launches(problem: Problem, plan: Plan) -> list[Launch]:
@@ -228,19 +242,22 @@ def launches(problem: Problem, plan: Plan) -> list[Launch]:
     kind, pooled = TYPES[problem.dtype], problem.pooled_type
     if plan.path == "fused":
         return [fused_launch(problem, plan.fused_blocks)]
+    early = {"programmatic": plan.overlapped}
     if plan.path == "rows":
         outputs = problem.features * problem.reduced
-        reduce = Launch(f"rows_kernel<{kind}, {pooled}>", (outputs // WARPS, 1, 1), THREADS, 0)
+        reduce = Launch(f"rows_kernel<{kind}, {pooled}>", (outputs // WARPS, 1, 1), THREADS, 0, **early)
     else:
         tiles = (-(-problem.reduced // TILE), -(-problem.batch // TILE), problem.features * plan.splits)
         if plan.tensor_cores:
-            reduce = Launch(f"mma_kernel<{kind}>", tiles, MMA_THREADS, MMA_SHARED)
+            reduce = Launch(f"mma_kernel<{kind}>", tiles, MMA_THREADS, MMA_SHARED, **early)
         else:
-            reduce = Launch(f"fma_kernel<{kind}, {pooled}>", tiles, THREADS, FMA_SHARED)
+            reduce = Launch(f"fma_kernel<{kind}, {pooled}>", tiles, THREADS, FMA_SHARED, **early)
+    blocks = plan.row_blocks
+    finish = ((problem.rows * blocks, 1, 1), THREADS // blocks, EPILOGUE_SHARED)
     return [
         Launch(_pooling_kernel("pool", problem), (problem.pool_items, 1, 1), THREADS, _pool_shared(problem)),
         reduce,
-        Launch(f"epilogue_kernel<{kind}>", (problem.rows, 1, 1), THREADS, EPILOGUE_SHARED),
+        Launch(f"epilogue_kernel<{kind}>", *finish, cluster=blocks, **early),
     ]
 
 

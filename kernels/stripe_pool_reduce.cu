@@ -20,8 +20,9 @@
 //
 // The three steps are three launches (TILES, ROWS) or the three phases of one cooperative launch (FUSED): at a batch
 // of one or two the launches would cost more than the work, by estimate. AUTO takes FUSED up to 8 images; where another
-// path overtakes it is not measured. Nothing is summed by atomics: every sum has a fixed order, the results of a plan
-// are the same bits on every run. The only atomic counts arrivals at FUSED's barrier.
+// path overtakes it is not measured. From 9.0 the three launches overlap: a step's blocks start, and bring what no step
+// writes nearer, while the last of the step before run. Nothing is summed by atomics: every sum has a fixed order, the
+// results of a plan are the same bits on every run. The only atomic counts arrivals at FUSED's barrier.
 //
 // Sizes, and why (times on a device are estimates; SASS, registers and a CPU's simulation are what was looked at):
 //   pool, NHWC   64 channels x 32 pixels a step of a block of 256 threads. A thread takes an octet, 8 channels: the
@@ -41,10 +42,11 @@
 //                 outputs, an H100 132 SMs. A warp has 32 x 32 of a tile, 32 accumulators a thread. Float32's plain
 //                 multiply-adds are a phase of their own after the pool: by structure it cannot come to 85% of the
 //                 copy bandwidth, however fast the pool is.
-//   epilogue     a block a row of the output, 8 columns a thread: the paper's 2048 numbers stay in registers for the
-//                 norm. What counts is how often it waits for L2: an image's and its mirror's partial sums of 4 splits,
-//                 64 loads, go out together. Loads of 4 bytes side by side are whole lines as those of 16 would be, and
-//                 bias and output need no alignment.
+//   epilogue     256 threads a row of the output, 8 columns a thread: the paper's 2048 numbers stay in registers for
+//                 the norm. They are one block, or where rows are few and the device has clusters 2 or 4 on as many
+//                 SMs; each sum's order is the same. What counts is how often it waits for L2: an image's and its
+//                 mirror's partial sums of 4 splits, 64 loads, go out together. Loads of 4 bytes side by side are whole
+//                 lines as those of 16 would be, and bias and output need no alignment.
 
 namespace {
 
@@ -167,9 +169,43 @@ __device__ __forceinline__ unsigned max_nan(unsigned a, unsigned b, Bfloat) {
 // 16 bytes of what no kernel writes (ld.global.nc), and of what an earlier phase wrote (ld.global).
 __device__ __forceinline__ uint4 load_input16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
 __device__ __forceinline__ uint4 load_written16(const void* from) { return *static_cast<const uint4*>(from); }
+__device__ __forceinline__ float load_input(const float* from) { return __ldg(from); }
 
 // A line of 128 bytes to L2.
 __device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// From 9.0, between launches that may overlap: the next one's blocks may start once all of this one's have come here or
+// ended; and the one before has ended and what it wrote is seen. Both do nothing where the launches are plain.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Of a cluster, from 9.0; before, a cluster is one block. All its threads wait for each other; a store to the same spot
+// of its block `rank`, which has to have started.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+__device__ __forceinline__ void store_in_cluster(float* at, unsigned rank, float x) {
+#if __CUDA_ARCH__ >= 900
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(there) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(x) : "memory");
+#else
+    *at = x;
+#endif
+}
 
 // d += a * b for tiles of 16x16 and 16x8: thread t of a warp has rows t / 4 and t / 4 + 8 of a and d, and column
 // t / 4 of b.
@@ -486,10 +522,29 @@ __device__ __forceinline__ void pool_item(const Params& p, int item, void* share
 template <class T, int LAYOUT, int POOLING>
 __global__ void __launch_bounds__(kThreads) pool_kernel(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(shared);
+    let_next_launch_start();
     pool_item<T, LAYOUT, POOLING>(p, blockIdx.x, shared);
 }
 
+// Weights come to L2 while what they are multiplied by is still being made: `rows` of `width` channels, by thread
+// `thread` of `threads`.
+template <class T>
+__device__ __forceinline__ void prefetch_weights(const Params& p, const T* weight, int rows, int width, int thread,
+                                                 int threads) {
+    constexpr int kLine = 128 / sizeof(T);
+    const int lines = (width + kLine - 1) / kLine;
+    for (int i = thread; i < rows * lines; i += threads) {
+        prefetch_l2(weight + static_cast<long long>(i / lines) * p.channels + i % lines * kLine);
+    }
+}
+
 // ---- Reduce, few images: one warp, one output (a feature's r) of every image.
+
+template <class T>
+__device__ __forceinline__ void prefetch_row(const Params& p, int output) {
+    const T* weight = static_cast<const T*>(p.weight) + static_cast<long long>(output) * p.channels;
+    prefetch_weights(p, weight, 1, p.channels, threadIdx.x % 32, 32);
+}
 
 template <class T, class P>
 __device__ __forceinline__ void reduce_row(const Params& p, int output) {
@@ -541,6 +596,9 @@ __device__ __forceinline__ void reduce_row(const Params& p, int output) {
 template <class T, class P>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Params p) {
     const int output = blockIdx.x * kWarps + threadIdx.x / 32;  // F * R is a multiple of 16: every warp has one
+    let_next_launch_start();
+    prefetch_row<T>(p, output);
+    wait_for_launch_before();
     reduce_row<T, P>(p, output);
 }
 
@@ -560,6 +618,10 @@ __global__ void __launch_bounds__(kMmaThreads) mma_kernel(const __grid_constant_
     const T* weight = static_cast<const T*>(p.weight) + static_cast<long long>(feature) * p.reduced * p.channels;
     const int octet = threadIdx.x % 8 * 8, row = threadIdx.x / 8;  // of the tile; further rows are 16 apart
     const long long row_size = p.channels;
+    let_next_launch_start();
+    prefetch_weights(p, weight + static_cast<long long>(first_output) * p.channels + begin,
+                     min(kTile, p.reduced - first_output), end - begin, threadIdx.x, kMmaThreads);
+    wait_for_launch_before();
 
     Octet<T> next_image[kOctets], next_output[kOctets];
     const auto load = [&](int channel) {
@@ -640,6 +702,10 @@ __global__ void __launch_bounds__(kThreads) fma_kernel(const __grid_constant__ P
     const T* weight = static_cast<const T*>(p.weight) + static_cast<long long>(feature) * p.reduced * p.channels;
     const bool for_images = threadIdx.x < kThreads / 2;  // half of the threads bring the images, half the outputs
     const int octet = threadIdx.x % 2 * 8, row = threadIdx.x / 2 % kTile;
+    let_next_launch_start();
+    prefetch_weights(p, weight + static_cast<long long>(first_output) * p.channels + begin,
+                     min(kTile, p.reduced - first_output), end - begin, threadIdx.x, kThreads);
+    wait_for_launch_before();
 
     float next[8];
     const auto load = [&](int channel) {
@@ -690,27 +756,31 @@ __global__ void __launch_bounds__(kThreads) fma_kernel(const __grid_constant__ P
         }
 }
 
-// ---- Epilogue: one block, one row of the output.
+// ---- Epilogue: one block, one row of the output; APART from FUSED also a cluster of 2 or 4, which share its threads.
 
 // A thread's columns first, first + 256, ... of an image's reduced row, 0 beyond its end; where `mirror` is another
-// image, of the average of both. AHEAD splits are under way together, as a fixed array: with an exit from the loop over
+// image, of the average of both. Some splits are under way together, as a fixed array: with an exit from the loop over
 // splits the compiler would wait for each before it loads the next.
-template <int AHEAD>
+template <bool APART>
 __device__ __forceinline__ void reduced_values(const Params& p, int image, int mirror, int first,
                                                float (&value)[kColumns]) {
+    constexpr int kAhead = APART ? 4 : 1;
     const int dim = p.features * p.reduced, images = mirror == image ? 1 : 2;
     float bias[kColumns] = {}, scale[kColumns] = {}, shift[kColumns] = {}, sum[2][kColumns] = {};
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
         const int column = first + c * kThreads;
-        if (column < dim) bias[c] = p.bias[column];
-        if (column < dim && p.neck == kReluNorm) scale[c] = p.scale[column], shift[c] = p.shift[column];
+        if (column < dim) bias[c] = load_input(p.bias + column);
+        if (column < dim && p.neck == kReluNorm) {
+            scale[c] = load_input(p.scale + column), shift[c] = load_input(p.shift + column);
+        }
     }
+    if constexpr (APART) wait_for_launch_before();
 #pragma unroll 1
-    for (int split = 0; split < p.splits; split += AHEAD) {
-        float ahead[AHEAD][2][kColumns] = {};
+    for (int split = 0; split < p.splits; split += kAhead) {
+        float ahead[kAhead][2][kColumns] = {};
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
+        for (int i = 0; i < kAhead; ++i) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const long long row = static_cast<long long>(split + i) * p.batch + (k ? mirror : image);
@@ -723,7 +793,7 @@ __device__ __forceinline__ void reduced_values(const Params& p, int image, int m
             }
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
+        for (int i = 0; i < kAhead; ++i)
 #pragma unroll
             for (int k = 0; k < 2; ++k)
 #pragma unroll
@@ -741,17 +811,18 @@ __device__ __forceinline__ void reduced_values(const Params& p, int image, int m
     }
 }
 
-template <class T, int AHEAD>
+template <class T, bool APART>
 __device__ __forceinline__ void finish_row(const Params& p, int row, float* shared) {
     constexpr int kStep = kColumns * kThreads;
-    const int dim = p.features * p.reduced, mine = threadIdx.x;
+    const int dim = p.features * p.reduced, blocks = APART ? kThreads / blockDim.x : 1;
+    const int mine = APART ? blockIdx.x % blocks * blockDim.x + threadIdx.x : threadIdx.x;  // of a row's kThreads
     const int mirror = p.output_kind == kMirrorEmbeddings ? row + p.batch / 2 : row;
     T* features = static_cast<T*>(p.output) + static_cast<long long>(row) * dim;
     float* embedding = static_cast<float*>(p.output) + static_cast<long long>(row) * dim;
     float value[kColumns] = {}, squares = 0.0f;
 #pragma unroll 1
     for (int first = mine; first < dim; first += kStep) {
-        reduced_values<AHEAD>(p, row, mirror, first, value);
+        reduced_values<APART>(p, row, mirror, first, value);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) squares = fmaf(value[c], value[c], squares);  // 0 beyond the row
         if (p.output_kind == kFeatures) {
@@ -767,8 +838,13 @@ __device__ __forceinline__ void finish_row(const Params& p, int row, float* shar
     if (p.output_kind == kFeatures) return;
 #pragma unroll
     for (int apart = 16; apart; apart /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, apart);
-    if (mine % 32 == 0) shared[mine / 32] = squares;
-    __syncthreads();
+    if constexpr (APART) {
+        if (mine % 32 < blocks) store_in_cluster(shared + mine / 32, mine % 32, squares);
+        cluster_sync();
+    } else {
+        if (mine % 32 == 0) shared[mine / 32] = squares;
+        __syncthreads();
+    }
     float total = 0.0f;
     for (int warp = 0; warp < kWarps; ++warp) total += shared[warp];
     const float inverse = 1.0f / max_nan(sqrtf(total), kNormEpsilon);  // one division, not one a number
@@ -782,13 +858,14 @@ __device__ __forceinline__ void finish_row(const Params& p, int row, float* shar
     for (int c = 0; c < kColumns; ++c) {
         if (first + c * kThreads < dim) embedding[first + c * kThreads] = value[c] * inverse;
     }
-    __syncthreads();  // FUSED comes again with the same shared memory
+    if constexpr (!APART) __syncthreads();  // FUSED comes again with the same shared memory
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) epilogue_kernel(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(shared);
-    finish_row<T, 4>(p, blockIdx.x, reinterpret_cast<float*>(shared));
+    cluster_sync();  // all its blocks have started
+    finish_row<T, true>(p, blockIdx.x / (kThreads / blockDim.x), reinterpret_cast<float*>(shared));
 }
 
 // ---- All three in one launch. The grid is on the device as a whole (a cooperative launch), so that blocks may wait.
@@ -811,11 +888,7 @@ template <class T, int LAYOUT, int POOLING>
 __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constant__ Params p) {
     DYNAMIC_SHARED(shared);
     const int first_output = blockIdx.x * kWarps + threadIdx.x / 32, outputs = p.features * p.reduced;
-    if (first_output < outputs) {  // the weights that this warp needs first come to L2 while it pools
-        const T* weight = static_cast<const T*>(p.weight) + static_cast<long long>(first_output) * p.channels;
-        constexpr int kLine = 128 / sizeof(T);
-        for (int c = threadIdx.x % 32 * kLine; c < p.channels; c += 32 * kLine) prefetch_l2(weight + c);
-    }
+    if (first_output < outputs) prefetch_row<T>(p, first_output);
     // Not unrolled, here and below: three phases in one kernel have few registers to give.
 #pragma unroll 1
     for (int item = blockIdx.x; item < p.pool_items; item += gridDim.x) pool_item<T, LAYOUT, POOLING>(p, item, shared);
@@ -827,7 +900,9 @@ __global__ void __launch_bounds__(kThreads, 2) fused_kernel(const __grid_constan
     wait_for_all_blocks(p.barrier);
     const int rows = p.output_kind == kMirrorEmbeddings ? p.batch / 2 : p.batch;
 #pragma unroll 1
-    for (int row = blockIdx.x; row < rows; row += gridDim.x) finish_row<T, 1>(p, row, reinterpret_cast<float*>(shared));
+    for (int row = blockIdx.x; row < rows; row += gridDim.x) {
+        finish_row<T, false>(p, row, reinterpret_cast<float*>(shared));
+    }
 }
 
 }  // namespace

@@ -76,6 +76,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 @contextmanager
 def atomic_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
     """A folder that gets its name only once it is whole.

@@ -31,7 +31,7 @@ def bundles(setup: Setup, precisions: tuple[str, ...]) -> Iterator[tuple[str, Pa
         try:
             if not folder.exists() and cannot_export is None:
                 _export(weights, folder, precision, setup)
-            elif not folder.exists() and precision == precisions[0]:
+            elif not folder.exists() and precision in ("fp16", "fp32", "bf16"):
                 weights_bundle(weights, folder, precision)
             yield precision, folder if folder.exists() else str(cannot_export)
         except Exception as error:  # the other precisions are worth having
@@ -67,7 +67,7 @@ def weights_bundle(weights: Path, folder: Path, precision: str) -> None:
         (folder / name).write_bytes(content)
         files[name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
     manifest = Manifest(
-        model=model.config, flip=True, precision=precision,
-        preprocessing=PREPROCESSING, files=files, source_weights_sha256=weights_hash(weights), tools={},
+        model=model.config, flip=True, precision=precision, preprocessing=PREPROCESSING, files=files,
+        source_weights_sha256=weights_hash(weights), tools={},
     )  # fmt: skip
     write_manifest(folder, manifest)

@@ -5,13 +5,13 @@ A stage is the same code on a GPU and on a CPU; there the sizes are small, and w
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
 # Packages and the stages that need them, beside torch and numpy.
 NEEDS = {
-    "pydantic": "all",
-    "torchvision": "all but distances and rerank",
-    "PIL": "engines, embed",
-    "array_api_compat": "distances, rerank",
-    "platformdirs": "kernels (their cache)",
-    "cuda.core": "the kernel, engines",
-    "cuda.bindings.nvrtc": "the kernel",
-    "safetensors": "engines, embed",
-    "onnx": "engines but PyTorch's",
-    "onnxscript": "engines but PyTorch's",
-    "onnxruntime": "onnxruntime-cuda",
-    "tensorrt": "tensorrt",
-    "tensorrt_rtx": "tensorrt-rtx",
-    "pyarrow": "embed",
-    "pytest": "correctness (the tests marked gpu)",
-}
+    "pydantic": "all", "torchvision": "all but distances and rerank", "PIL": "engines, embed", "pyarrow": "embed",
+    "array_api_compat": "distances, rerank", "safetensors": "engines, embed", "platformdirs": "the kernel's cache",
+    "cuda.core": "the kernel, engines", "cuda.bindings.nvrtc": "the kernel", "triton": "the kernel's rival",
+    "onnx": "engines but PyTorch's", "onnxscript": "engines but PyTorch's", "onnxruntime": "onnxruntime-cuda",
+    "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "pytest": "correctness (the tests marked gpu)",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,35 +81,31 @@ def correctness(setup: Setup) -> Rows:
     """Compare the heads' contenders with float64, the operator's gradients with PyTorch's; run the tests marked gpu."""
     import torch
 
-    from mgn_deploy.bench.kernel.cases import DTYPES, Case, Inputs, random_inputs
+    from mgn_deploy.bench.kernel.cases import DTYPES, OUTPUTS, Case, Inputs, random_inputs
     from mgn_deploy.bench.kernel.contenders import Heads, makers
     from mgn_deploy.bench.kernel.measure import checked
     from mgn_deploy.kernels.torch_op import stripe_pool_reduce
 
+    small = {"channels": 64, "reduced": 16, "sizes": ((3, 2), (4, 3), (6, 3))}
     quick = "MGN_QUICK" in os.environ  # under a sanitizer all is fifty times slower
-    seed = 0
-    for images in (2,) if quick else (1, 3, 9):
-        for dtype in DTYPES:
-            for layout in ("nhwc", "nchw"):
-                for output in ("features", "mirror_embeddings"):
-                    case = Case(dtype, layout, output, images, 64, 16, (1, 2, 3), ((3, 2), (4, 3), (6, 3)))
-                    inputs, seed = random_inputs(case, setup.device, seed), seed + 1
-                    ways = makers(case, inputs)
-                    if quick:
-                        ways = {name: way for name, way in ways.items() if "kernel" in name or name == "torch_op"}
-                    with torch.inference_mode():
-                        yield from (row for row, _ in checked(case, inputs, ways))
-    case = Case("float32", "nchw", "features", 2, 64, 16, (1, 2, 3), ((3, 2), (4, 3), (6, 3)))
+    kinds = itertools.product((2,) if quick else (1, 3, 9) if setup.cuda else (3,), DTYPES, ("nhwc", "nchw"), OUTPUTS)
+    for seed, (images, dtype, layout, output) in enumerate(kinds):
+        case = Case(dtype, layout, output, images, **small)
+        inputs = random_inputs(case, setup.device, seed)
+        ways = makers(case, inputs)
+        if quick:
+            ways = {name: way for name, way in ways.items() if "kernel" in name or name == "torch_op"}
+        with torch.inference_mode():
+            yield from (row for row, _ in checked(case, inputs, ways))
+    case = Case("float32", "nchw", "features", 2, **small)
     drawn = random_inputs(case, setup.device, 1)
     gradients = []
     for fused in (True, False):
         maps = [map_.clone().requires_grad_() for map_ in drawn.maps]
-        inputs = Inputs(maps, drawn.weight, drawn.bias)
-        found = (
-            stripe_pool_reduce(maps, list(case.branches), drawn.weight, drawn.bias)
-            if fused
-            else Heads(case, inputs)(*maps)
-        )
+        if fused:
+            found = stripe_pool_reduce(maps, list(case.branches), drawn.weight, drawn.bias)
+        else:
+            found = Heads(case, Inputs(maps, drawn.weight, drawn.bias))(*maps)
         found.square().sum().backward()
         gradients.append(torch.cat([map_.grad.flatten() for map_ in maps if map_.grad is not None]))
     error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
@@ -204,7 +190,10 @@ def kernel(setup: Setup) -> Rows:
         try:
             with torch.inference_mode():
                 inputs = random_inputs(case, setup.device, number)
-                yield from measured(case, inputs, makers(case, inputs), clock, machine, 40 if setup.cuda else 5)
+                ways = makers(case, inputs)
+                if not setup.cuda:
+                    del ways["triton"]  # the interpreter's time says nothing; `correctness` has what it computes
+                yield from measured(case, inputs, ways, clock, machine, 40 if setup.cuda else 5)
         except torch.OutOfMemoryError as error:
             yield {"row": case.name, "left_out": sentence(error)}
         longest = max(longest, time.monotonic() - started)
@@ -215,8 +204,7 @@ def engines(setup: Setup) -> Rows:
     from mgn_deploy.bench.gpu.bundles import bundles
     from mgn_deploy.bench.gpu.rivals import rivals
 
-    names = ("fp16", "bf16") if setup.cuda else ("fp32", "bf16")
-    others = rivals(names, compiled=setup.cuda)
+    others = rivals(setup.cuda)
     for precision, bundle in bundles(setup, ("fp16", "fp32", "int8") if setup.cuda else ("fp32",)):
         if isinstance(bundle, str):
             yield {"row": f"bundle {precision}", "left_out": bundle}
@@ -318,6 +306,11 @@ def rerank(setup: Setup) -> Rows:
 
 def train_step(setup: Setup) -> Rows:
     """Measure a training step: forward, losses, backward and the optimizer, on one batch of P people with K images."""
+    for amp in ("off", "bf16", *(("fp16",) if setup.cuda else ())):
+        yield _train_step(setup, amp, *((16, 4) if setup.cuda else (2, 2)))
+
+
+def _train_step(setup: Setup, amp: str, people: int, images: int) -> dict[str, Any]:
     import torch
 
     from mgn_deploy.bench.timing import Clock
@@ -325,40 +318,34 @@ def train_step(setup: Setup) -> Rows:
     from mgn_deploy.train.model import MGN
 
     torch.backends.cudnn.benchmark = True
-    people, images = (16, 4) if setup.cuda else (2, 2)
+    torch.manual_seed(0)
     config = setup.config(num_classes=people)
-    for amp in ("off", "bf16", *(("fp16",) if setup.cuda else ())):
-        torch.manual_seed(0)
-        model = MGN(config).to(setup.device).to(memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-        scaler = torch.amp.GradScaler(setup.device, enabled=amp == "fp16")
-        crops = torch.randn(people * images, 3, config.height, config.width, device=setup.device)
-        crops = crops.contiguous(memory_format=torch.channels_last)
-        identities = torch.arange(people, device=setup.device).repeat_interleave(images)
-        losses: list[torch.Tensor] = []
+    model = MGN(config).to(setup.device).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    scaler = torch.amp.GradScaler(setup.device, enabled=amp == "fp16")
+    crops = torch.randn(people * images, 3, config.height, config.width, device=setup.device)
+    crops = crops.contiguous(memory_format=torch.channels_last)
+    identities = torch.arange(people, device=setup.device).repeat_interleave(images)
+    losses: list[torch.Tensor] = []
 
-        def step(
-            model: Any = model, optimizer: Any = optimizer, scaler: Any = scaler, crops: Any = crops, amp: str = amp,
-            losses: Any = losses, identities: Any = identities,
-        ) -> None:  # fmt: skip
-            dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-            with torch.autocast(setup.device, dtype, enabled=amp != "off"):
-                output = model(crops)
-            loss, _ = mgn_loss(output, identities)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
+    def step() -> None:
+        dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+        with torch.autocast(setup.device, dtype, enabled=amp != "off"):
+            output = model(crops)
+        loss, _ = mgn_loss(output, identities)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
 
-        row: dict[str, Any] = {"row": f"train-step amp={amp}", "batch": people * images}
-        if setup.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        seconds = Clock(setup.device).median(step, 10 if setup.cuda else 2, False)
-        wrong = {} if bool(torch.stack(losses).isfinite().all()) else {"failed": "the loss is not finite"}
-        if setup.cuda:
-            row["device_bytes"] = torch.cuda.max_memory_allocated()
-        yield {**row, "images_per_second": round(people * images / seconds, 2), **wrong}
+    if setup.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = Clock(setup.device).median(step, 10 if setup.cuda else 2, False)
+    row = {"row": f"train-step amp={amp}", "batch": people * images}
+    wrong = {} if bool(torch.stack(losses).isfinite().all()) else {"failed": "the loss is not finite"}
+    memory = {"device_bytes": torch.cuda.max_memory_allocated()} if setup.cuda else {}
+    return {**row, **memory, "images_per_second": round(people * images / seconds, 2), **wrong}
 
 
 STAGES: dict[str, tuple[float, Callable[[Setup], Rows]]] = {  # with each one's share of the time
@@ -372,11 +359,3 @@ STAGES: dict[str, tuple[float, Callable[[Setup], Rows]]] = {  # with each one's 
     "rerank": (0.4, rerank),
     "train-step": (0.8, train_step),
 }
-
-
-def free() -> None:
-    """Free what a stage took, as far as the GPU can still be used."""
-    import torch
-
-    with suppress(RuntimeError):
-        torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ A contender is made for one case and its inputs, and then run again and again ov
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mgn_deploy.bench.kernel.cases import Case, Inputs, finish, tolerance
+from mgn_deploy.bench.kernel.cases import Case, Inputs, finish
+from mgn_deploy.errors import CannotRun
 from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS
+from mgn_deploy.packages import import_problem
 from mgn_deploy.train.model import stripe_pool
 
 
@@ -34,7 +37,7 @@ class Contender:
 
 
 class Heads(nn.Module):
-    """The heads as the branches of `train.model.MGN` have them: each region pooled alone, a 1x1 convolution each."""
+    """As the branches of `train.model.MGN` have them: each region pooled alone, a 1x1 convolution each."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__()
@@ -80,37 +83,52 @@ def torch_op(case: Case, inputs: Inputs) -> Contender:
     )
 
 
-class Kernel:
+def triton(case: Case, inputs: Inputs) -> Contender:
+    """The rival in Triton's language, on a CPU by its interpreter.
+
+    Raises:
+        CannotRun: there is no Triton, or it does not take the case.
+    """
+    if problem := import_problem("triton", "train"):
+        raise CannotRun(problem)
+    if not inputs.weight.is_cuda and "TRITON_INTERPRET" not in os.environ:
+        raise CannotRun("Triton needs a GPU, or TRITON_INTERPRET=1 for its interpreter")
+    if not inputs.weight.is_cuda and case.dtype == "bfloat16":
+        raise CannotRun("Triton's interpreter has no bfloat16")  # triton-lang.org, "Debugging Triton"
+    if (case.layout, case.output) != ("nhwc", "mirror_embeddings"):
+        raise CannotRun("the rival takes maps that are channels last, with mirrors")
+    from mgn_deploy.bench.kernel.triton_rival import triton_heads
+
+    run = lambda: triton_heads(inputs.maps, case.branches, inputs.weight, inputs.bias, True)  # noqa: E731
+    return Contender(run, roundings=0)
+
+
+def kernel(case: Case, inputs: Inputs, path: str = "auto") -> Contender:
     """The kernel as an engine's tail would call it: nothing is allocated, copied or checked at a launch.
 
     Raises:
         UserError: NVRTC is not installed, or the device has not that path.
     """
+    from mgn_deploy.kernels.nvrtc import PlannedKernel
+    from mgn_deploy.kernels.torch_heads import Heads as Arguments
 
-    def __init__(self, case: Case, inputs: Inputs, path: str = "auto") -> None:
-        from mgn_deploy.kernels.nvrtc import PlannedKernel
-        from mgn_deploy.kernels.torch_heads import Heads as Arguments
+    arguments = Arguments(inputs.maps, case.branches, inputs.weight, inputs.bias).arranged()
+    device, dtype = inputs.weight.device, inputs.weight.dtype if case.output == "features" else torch.float32
+    planned = PlannedKernel(arguments.problem(case.output, path), device.index or 0)
+    workspace = torch.zeros(planned.workspace_bytes, dtype=torch.uint8, device=device)
+    result = torch.empty(case.images, case.features * case.reduced, dtype=dtype, device=device)
+    pointers = arguments.pointers(workspace, result)
 
-        self._arguments = Arguments(inputs.maps, case.branches, inputs.weight, inputs.bias).arranged()
-        self._device = inputs.weight.device
-        self._planned = PlannedKernel(self._arguments.problem(case.output, path), self._device.index or 0)
-        self._workspace = torch.zeros(self._planned.workspace_bytes, dtype=torch.uint8, device=self._device)
-        dtype = inputs.weight.dtype if case.output == "features" else torch.float32
-        self._result = torch.empty(case.images, case.features * case.reduced, dtype=dtype, device=self._device)
-        self._pointers = self._arguments.pointers(self._workspace, self._result)
+    def run(_held: object = arguments) -> Tensor:  # whose memory the pointers point to
+        planned.launch(pointers, torch.cuda.current_stream(device).cuda_stream)
+        return result
 
-    def run(self) -> Tensor:
-        self._planned.launch(self._pointers, torch.cuda.current_stream(self._device).cuda_stream)
-        return self._result
+    def poison() -> None:
+        result.fill_(torch.nan)
+        workspace[BARRIER_BYTES:].fill_(255)
 
-    def poison(self) -> None:
-        self._result.fill_(torch.nan)
-        self._workspace[BARRIER_BYTES:].fill_(255)
-
-    def contender(self) -> Contender:
-        plan = self._planned.plan
-        facts = {"path": plan.path, "splits": plan.splits, "tensor_cores": plan.tensor_cores}
-        return Contender(self.run, self.poison, facts, roundings=1)
+    facts = {name: getattr(planned.plan, name) for name in ("path", "splits", "tensor_cores")}
+    return Contender(run, poison, facts, roundings=1)
 
 
 def module(heads: Callable[..., Tensor], inputs: Inputs) -> Contender:
@@ -151,41 +169,20 @@ def makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:
         "torch_op": lambda: torch_op(case, inputs),
         "eager": lambda: module(heads, inputs),
         "lean": lambda: module(lean, inputs),
+        "triton": lambda: triton(case, inputs),
     }
     if not inputs.weight.is_cuda:
         return ways
     torch.compiler.reset()  # else the ninth shape would be refused
     compiled = torch.compile(lean, fullgraph=True, dynamic=False)  # for this very shape: code for any batch is slower
     ways |= {
-        "kernel": lambda: Kernel(case, inputs).contender(),
-        "kernel_graph": lambda: graphed(Kernel(case, inputs).contender()),
+        "kernel": lambda: kernel(case, inputs),
+        "kernel_graph": lambda: graphed(kernel(case, inputs)),
+        "triton_graph": lambda: graphed(triton(case, inputs)),
         "eager_graph": lambda: graphed(module(heads, inputs)),
         "lean_graph": lambda: graphed(module(lean, inputs)),
         "compiled_graph": lambda: graphed(module(compiled, inputs)),
     }
     for path in ("fused", "rows", "tiles") if case.rows <= MAX_ROWS else ():
-        ways[f"kernel_{path}"] = lambda path=path: Kernel(case, inputs, path).contender()  # type: ignore[misc]
+        ways[f"kernel_{path}"] = lambda path=path: kernel(case, inputs, path)  # type: ignore[misc]
     return ways
-
-
-def check(contender: Contender, expected: Tensor, case: Case) -> dict[str, Any]:
-    """Run twice into spoilt memory.
-
-    Returns:
-        `error` of the first run against float64, `bit_equal` of both, in `wrong` why the contender may not be timed.
-    """
-    results = []
-    for _ in range(2):
-        contender.poison()
-        results.append(contender.run().clone())
-    first, second = results
-    if first.shape != expected.shape:
-        return {"wrong": f"the result is {list(first.shape)}, not {list(expected.shape)}"}
-    if not bool(first.isfinite().all()):
-        return {"wrong": "not every number of the result was written, or some are not finite"}
-    error = float((first.double() - expected).norm() / expected.norm())
-    found: dict[str, Any] = {"error": error, "bit_equal": bool(torch.equal(first, second))}
-    most = tolerance(case, contender.roundings)
-    if not error <= most:
-        found["wrong"] = f"the error {error:.2g} is above {most:.2g}"
-    return found

@@ -4,60 +4,69 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from mgn_deploy.bench.environment import sentence
-from mgn_deploy.bench.kernel.cases import Case, Inputs, right_answer
-from mgn_deploy.bench.kernel.contenders import Contender, check
+from mgn_deploy.bench.kernel.cases import Case, Inputs, right_answer, tolerance
+from mgn_deploy.bench.kernel.contenders import Contender
 from mgn_deploy.bench.timing import Clock, Limits, in_turns
 from mgn_deploy.errors import CannotRun
 
-TURNS = 40
+Ways = Mapping[str, Callable[[], Contender]]
 
 
-def checked(
-    case: Case, inputs: Inputs, ways: dict[str, Callable[[], Contender]]
-) -> Iterator[tuple[dict[str, Any], Callable[[], Tensor] | None]]:
+def check(contender: Contender, expected: Tensor, case: Case) -> dict[str, Any]:
+    """Run twice into spoilt memory.
+
+    Returns:
+        `error` of the first run against float64, `bit_equal` of both, in `failed` why the contender may not be timed.
+    """
+    results = []
+    for _ in range(2):
+        contender.poison()
+        results.append(contender.run().clone())
+    first, second = results
+    if first.shape != expected.shape:
+        return {"failed": f"the result is {list(first.shape)}, not {list(expected.shape)}"}
+    if not bool(first.isfinite().all()):
+        return {"failed": "not every number of the result was written, or some are not finite"}
+    error, most = float((first.double() - expected).norm() / expected.norm()), tolerance(case, contender.roundings)
+    found = {"error": error, "bit_equal": bool((first == second).all())}
+    return found if error <= most else {**found, "failed": f"the error {error:.2g} is above {most:.2g}"}
+
+
+def checked(case: Case, inputs: Inputs, ways: Ways) -> Iterator[tuple[dict[str, Any], Callable[[], Tensor] | None]]:
     """A row a contender, with `error` and `bit_equal` or why there are none; and how to run one that is right."""
     expected = right_answer(case, inputs)
     for name, make in ways.items():
         row: dict[str, Any] = {"row": case.name, "contender": name}
+        run = None
         try:
             contender = make()
             row |= {**(contender.facts or {}), **check(contender, expected, case)}
+            if name.startswith("kernel") and not row.get("bit_equal", True):
+                row.setdefault("failed", "two runs differ")
+            run = None if "failed" in row else contender.run
         except CannotRun as reason:
-            yield {**row, "left_out": str(reason)}, None
+            row["left_out"] = str(reason)
         except Exception as error:
-            yield {**row, "failed": sentence(error)}, None
-        else:
-            if "wrong" not in row and name.startswith("kernel") and not row["bit_equal"]:
-                row["wrong"] = "two runs differ"
-            if "wrong" in row:
-                row["failed"] = row.pop("wrong")
-            yield row, None if "failed" in row else contender.run
+            row["failed"] = sentence(error)
+        yield row, run
 
 
 def measured(
-    case: Case,
-    inputs: Inputs,
-    ways: dict[str, Callable[[], Contender]],
-    clock: Clock,
-    limits: Limits,
-    turns: int = TURNS,
+    case: Case, inputs: Inputs, ways: Ways, clock: Clock, limits: Limits, turns: int = 40
 ) -> list[dict[str, Any]]:
     """Return the rows of `checked` with times in microseconds: cold (the cache emptied before), warm, and quartiles.
 
     By the cold ones also the share of the copy's bytes a second, and the time over what no version can be much faster
     than.
     """
-    rows, runs = [], dict[str, Callable[[], Tensor]]()
-    for row, run in checked(case, inputs, ways):
-        rows.append(row)
-        if run:
-            runs[row["contender"]] = run
+    pairs = list(checked(case, inputs, ways))
+    rows, runs = [row for row, _ in pairs], {row["contender"]: run for row, run in pairs if run}
     floor, bound = floor_of(case, limits)
     for kind, cold in (("cold", True), ("warm", False)):
         tasks = {name: lambda run=run, cold=cold: clock(run, cold) for name, run in runs.items()}
@@ -66,8 +75,9 @@ def measured(
         except Exception as error:  # what was checked before is worth having
             return [*rows, {"row": case.name, "failed": f"while timing: {sentence(error)}"}]
         for row in rows:
-            if row["contender"] in seconds:
-                row |= _summary(kind, seconds[row["contender"]])
+            if took := seconds.get(row["contender"]):
+                low, median, high = (round(1e6 * one, 3) for one in statistics.quantiles(took, n=4))
+                row |= {f"{kind}_us": median, f"{kind}_quartiles_us": [low, high]}
     for row in rows:
         row |= {"floor_us": round(1e6 * floor, 3), "bound": bound}
         if "cold_us" in row:
@@ -76,13 +86,8 @@ def measured(
     return rows
 
 
-def _summary(kind: str, seconds: Sequence[float]) -> dict[str, Any]:
-    low, median, high = statistics.quantiles([1e6 * one for one in seconds], n=4)
-    return {f"{kind}_us": round(median, 3), f"{kind}_quartiles_us": [round(low, 3), round(high, 3)]}
-
-
 def floor_of(case: Case, limits: Limits) -> tuple[float, str]:
     """Return the seconds that no version can be much faster than, and whether bytes or operations say so."""
     moving = case.bytes / limits.copy_bytes_per_second
     reckoning = case.operations / limits.operations_per_second.get(case.dtype, float("inf"))
-    return (moving, "bytes") if moving >= reckoning else (reckoning, "operations")
+    return max((moving, "bytes"), (reckoning, "operations"))

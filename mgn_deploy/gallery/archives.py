@@ -10,7 +10,7 @@ import logging
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +22,7 @@ from mgn_deploy.images.listing import ImageFile
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _REPLACED = "members that a later one of the same name replaces"
+ReadRange = Callable[[int, int], bytes]
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -36,9 +37,7 @@ def archive_of(path: Path) -> Path | None:
 
 
 def archive_images(path: Path, name: str, skipped: Counter[str]) -> list[ImageFile]:
-    """The images of an archive, named `shard-000.tar/key.jpg`, in its order; what is broken in it has its `problem`.
-
-    Of members of one name the last counts, as if the archive were unpacked.
+    """The images of an archive of this machine, as `images_of` lists them.
 
     Args:
         path: of the archive.
@@ -46,27 +45,48 @@ def archive_images(path: Path, name: str, skipped: Counter[str]) -> list[ImageFi
         skipped: takes the members that are no image, counted by extension.
 
     Raises:
-        UserError: the archive is compressed: its members have no offset to read them at.
+        UserError: the archive is compressed.
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(8)
-            kind = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
-            if kind:
-                raise UserError(f"{path} is compressed by {kind}, and members are read by offset: decompress it first")
-            found = list(_images(path, name, file, skipped))
+            return images_of(file, str(path), name, partial(_read, path), skipped)
     except OSError as error:
         return [ImageFile(path, name, problem=error.strerror or str(error))]
+
+
+def images_of(file: BinaryIO, title: str, name: str, read: ReadRange, skipped: Counter[str]) -> list[ImageFile]:
+    """The images of an archive, named `shard-000.tar/key.jpg`, in its order; what is broken in it has its `problem`.
+
+    Of members of one name the last counts, as if the archive were unpacked.
+
+    Args:
+        file: the archive, whose headers are read.
+        title: of the archive, for messages.
+        name: what it is called below the source.
+        read: gives the bytes of the archive from an offset on, a number of them, when an image is embedded.
+        skipped: takes the members that are no image, counted by extension.
+
+    Raises:
+        UserError: the archive is compressed: its members have no offset to read them at.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(8)
+    kind = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
+    if kind:
+        raise UserError(f"{title} is compressed by {kind}, and members are read by offset: decompress it first")
+    found = list(_images(file, size, title, name, read, skipped))
     files = {image.name: image for image in found}
     if len(files) < len(found):
-        _log.warning(f"{path}: {len(found) - len(files)} members have the name of a later one, which counts")
+        _log.warning(f"{title}: {len(found) - len(files)} members have the name of a later one, which counts")
         skipped[_REPLACED] += len(found) - len(files)
     return list(files.values())
 
 
-def _images(path: Path, name: str, file: BinaryIO, skipped: Counter[str]) -> Iterator[ImageFile]:
+def _images(
+    file: BinaryIO, size: int, title: str, name: str, read: ReadRange, skipped: Counter[str]
+) -> Iterator[ImageFile]:
     """The images among the members. A broken header is passed over, block by block, to the next whole one."""
-    size = os.fstat(file.fileno()).st_size
     end = 0  # of the members that were read
     file.seek(0)
     try:
@@ -75,21 +95,21 @@ def _images(path: Path, name: str, file: BinaryIO, skipped: Counter[str]) -> Ite
             while (member := archive.next()) is not None:
                 if member.size < 0 or member.offset < end:
                     break
-                yield from _lost(path, name, file, end, member.offset)
+                yield from _lost(name, file, end, member.offset)
                 end = archive.offset
                 archive.members.clear()  # type: ignore[attr-defined]  # a million of them would stay in memory
-                yield from _image(path, name, file, member, size, skipped)
+                yield from _image(name, file, member, size, read, skipped)
     except (tarfile.TarError, ValueError, OverflowError):
         pass  # what has been read counts; `_lost` names what has not
-    yield from _lost(path, name, file, end, size)
+    yield from _lost(name, file, end, size)
     if end == size:
-        _log.warning(f"{path} ends without the blocks that end a tar archive: it may have been cut off")
+        _log.warning(f"{title} ends without the blocks that end a tar archive: it may have been cut off")
     if not end:
-        yield ImageFile(path, name, problem="not a tar archive" if size else "the archive is empty")
+        yield ImageFile(None, name, problem="not a tar archive" if size else "the archive is empty")
 
 
 def _image(
-    path: Path, name: str, file: BinaryIO, member: tarfile.TarInfo, size: int, skipped: Counter[str]
+    name: str, file: BinaryIO, member: tarfile.TarInfo, size: int, read: ReadRange, skipped: Counter[str]
 ) -> Iterator[ImageFile]:
     if member.isdir():
         return
@@ -115,16 +135,16 @@ def _image(
         problem = "a sparse member, which is not read by offset"
     mtime = round(member.mtime * 1e9)
     yield ImageFile(
-        path if problem else None,
+        None,
         f"{name}/{inside}",
         member.size,
         mtime if 0 <= mtime < 2**63 else None,
         problem,
-        partial(_read, path, member.offset_data, member.size),
+        partial(read, member.offset_data, member.size),
     )
 
 
-def _lost(path: Path, name: str, file: BinaryIO, start: int, stop: int) -> Iterator[ImageFile]:
+def _lost(name: str, file: BinaryIO, start: int, stop: int) -> Iterator[ImageFile]:
     """A problem where what lies between two members is not all zeros."""
     if not 0 < start < stop:
         return
@@ -133,7 +153,7 @@ def _lost(path: Path, name: str, file: BinaryIO, start: int, stop: int) -> Itera
     while left > 0 and (part := file.read(min(left, 1 << 20))):
         if part.count(0) < len(part):
             problem = "the archive is broken here: what it had between two members, or at its end, is lost"
-            yield ImageFile(path, f"{name}/byte {start}", problem=problem)
+            yield ImageFile(None, f"{name}/byte {start}", problem=problem)
             return
         left -= len(part)
 

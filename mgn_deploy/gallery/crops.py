@@ -14,6 +14,7 @@ from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage
 from mgn_deploy.gallery.archives import archive_images, archive_of
+from mgn_deploy.gallery.remote import object_bytes
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.sources import cut, file_bytes
 from mgn_deploy.gallery.video import read_clip, read_frames, upright
@@ -30,11 +31,11 @@ def crops(store: Store, rows: Iterable[Row]) -> Iterator[tuple[Row, Image.Image 
     Rows of a video are read in one pass where they are in the order of its frames.
 
     Raises:
-        UserError: the store's images are not on this machine, or a row's name leads out of their folder.
+        UserError: what reads the store's source is not installed, or a row's name leads out of their folder.
     """
-    for (path, is_frame), group in groupby(rows, key=lambda row: (_path(store, row), row.frame is not None)):
+    for (_, is_frame), group in groupby(rows, key=lambda row: (row.file, row.frame is not None)):
         together = list(group)
-        yield from _frames(path, together) if is_frame else _photo(path, together)
+        yield from _frames(_path(store, together[0]), together) if is_frame else _photo(store, together)
 
 
 def row_crop(store: Store, row: Row) -> Image.Image:
@@ -60,9 +61,12 @@ def _path(store: Store, row: Row) -> Path:
     return store.path(replace(row, name=row.file))
 
 
-def _photo(path: Path, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | str]]:
+def _photo(store: Store, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | str]]:
+    source = store.manifest.source
     try:
-        image = load_rgb(file_bytes(_file(path)))
+        on_disk = source.startswith("file:")
+        content = file_bytes(_file(_path(store, rows[0]))) if on_disk else object_bytes(source, rows[0].file)
+        image = load_rgb(content)
     except UnreadableImage as problem:
         yield from ((row, str(problem)) for row in rows)
         return

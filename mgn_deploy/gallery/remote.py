@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.gallery.sources import MOST_FILE_BYTES, Source
+from mgn_deploy.gallery.archives import images_of, is_archive
+from mgn_deploy.gallery.sources import MOST_FILE_BYTES, Source, file_bytes
 from mgn_deploy.images.formats import skipped_sentence, why_no_image
 from mgn_deploy.images.listing import ImageFile
 from mgn_deploy.images.prefetch import in_order
@@ -25,6 +28,11 @@ PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", 
 TRIES = 3
 FIRST_WAIT_SECONDS = 0.5  # before the second try; twice as long before each further one
 TIMEOUT_SECONDS = 120.0  # of one object on a web server
+OPEN_ARCHIVES = 4
+BLOCKS, BLOCK_BYTES = 4, 4 * 2**20  # that are kept of each of them
+_NO_PARTS = "the server gives no parts of a file (Range), by which an archive is read: download it"
+_GONE = "no such object"
+T = TypeVar("T")
 _TIMES = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
 _log = logging.getLogger("mgn_deploy")
 
@@ -35,11 +43,12 @@ def is_remote(place: str) -> bool:
 
 
 def remote_source(places: Sequence[str], root: str | None = None) -> Source:
-    """The images below URLs: folders, searched recursively; single objects; patterns (`s3://bucket/cam1/*.jpg`).
+    """The images below URLs: folders, searched recursively; single objects; patterns (`s3://bucket/cam1/*.jpg`); tar
+    shards (`s3://bucket/{000..009}.tar`), whose headers are read here and whose members when they are embedded.
 
     Listed objects are images by their extension alone; a single one is taken as it is. Size and time of change are
     what the server tells: where it tells neither, only `--verify-content` sees a change. A web server's folder is what
-    its index page links to.
+    its index page links to. Of several URLs one that names no object is a file with its `problem`.
 
     Args:
         places: s3://, gs://, http://, https:// or memory:// URLs, all of one scheme.
@@ -53,7 +62,7 @@ def remote_source(places: Sequence[str], root: str | None = None) -> Source:
     objects: dict[str, Mapping[str, Any]] = {}
     skipped = Counter[str]()
     for place in places:
-        objects.update(_listed(system, place, skipped))
+        objects.update(_listed(system, place, skipped, len(places) > 1))
     sentence = skipped_sentence(skipped)
     if not objects:
         raise UserError(f"{places[0]!r} holds no image" + (f": {sentence}" if sentence else ""))
@@ -67,12 +76,39 @@ def remote_source(places: Sequence[str], root: str | None = None) -> Source:
     if outside:
         raise UserError(f"{outside!r} is not below {base!r}: give --root, the URL that all images are below")
     urls = sorted(objects, key=str.encode)
-    known = in_order(lambda url: _known(system, url, objects[url]), urls)
-    files = [
-        ImageFile(None, url[len(base) + 1 :], size, mtime, problem, partial(_read, system, url))
-        for url, (size, mtime, problem) in zip(urls, known, strict=True)
-    ]
+    files = []
+    for some, others in in_order(lambda url: _files(system, url, url[len(base) + 1 :], objects[url]), urls):
+        files.extend(some)
+        skipped.update(others)
     return Source(base, f"{len(files)} images below {base!r}", files, skipped, complete=base in places)
+
+
+def object_bytes(base: str, name: str) -> bytes:
+    """The content of an image of an earlier `remote_source`, by its name below the source's URL.
+
+    Raises:
+        UnreadableImage: it is gone or cannot be read.
+        UserError: the server's packages are missing, or the name leads out of the source.
+    """
+    if ".." in name.split("/"):
+        raise UserError(f"{name!r} leads out of {base}: it is not opened")
+    system = _file_system([base])
+    parts = name.split("/")
+    cut = next((number for number, part in enumerate(parts, 1) if is_archive(part) and number < len(parts)), None)
+    if cut is None:
+        return _read(system, f"{base}/{name}")
+    archive = "/".join(parts[:cut])
+    url = f"{base}/{archive}"
+    member = _members(system, url, archive, *_known(system, url, {})).get(name)
+    if member is None:
+        raise UnreadableImage("no such member of the archive")
+    return file_bytes(member)
+
+
+@lru_cache(maxsize=16)
+def _members(system: Any, url: str, name: str, *known: Any) -> dict[str, ImageFile]:
+    """An archive's images by their names, until its size or time changes: finding one reads all headers."""
+    return {file.name: file for file in _archive_files(system, url, name, known, Counter())}
 
 
 def _file_system(places: Sequence[str]) -> Any:
@@ -108,7 +144,7 @@ def _file_system(places: Sequence[str]) -> Any:
     return system
 
 
-def _listed(system: Any, place: str, skipped: Counter[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _listed(system: Any, place: str, skipped: Counter[str], several: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The images that a URL names, each by its own URL, with what the server tells of it."""
     try:
         if "*" in place or "[" in place:
@@ -121,7 +157,11 @@ def _listed(system: Any, place: str, skipped: Counter[str]) -> Iterator[tuple[st
                 return
             found = system.find(place, detail=True)
     except Exception as error:  # each of fsspec's file systems raises its own kinds
-        what = "no such object" if isinstance(error, FileNotFoundError) else _sentence(error)
+        missing = isinstance(error, FileNotFoundError)
+        if missing and several:
+            yield _url(system, place), {"problem": _GONE}
+            return
+        what = _GONE if missing else _sentence(error)
         raise UserError(f"{place!r} cannot be listed: {what}") from None
     for name, info in found.items():
         url = _url(system, name)
@@ -130,24 +170,85 @@ def _listed(system: Any, place: str, skipped: Counter[str]) -> Iterator[tuple[st
         if "?" in url or "/../" in url:  # a web server's index page has links that sort it, and one to its parent
             skipped["links of the index page"] += 1
             continue
-        reason = why_no_image(url.rpartition("/")[2], bytes)
+        archive = "*" in place and is_archive(url)  # as of a folder's archives on this machine: they are asked for
+        reason = None if archive else why_no_image(url.rpartition("/")[2], bytes)
         if reason is None:
             yield url, info
         else:
             skipped[reason] += 1
 
 
+def _files(system: Any, url: str, name: str, info: Mapping[str, Any]) -> tuple[list[ImageFile], Counter[str]]:
+    """An object as an image, or the images of an archive and what it has besides."""
+    skipped = Counter[str]()
+    known = size, mtime, problem = _known(system, url, info)
+    if problem is None and is_archive(url):
+        return _archive_files(system, url, name, known, skipped), skipped
+    return [ImageFile(None, name, size, mtime, problem, partial(_read, system, url))], skipped
+
+
+def _archive_files(system: Any, url: str, name: str, known: Any, skipped: Counter[str]) -> list[ImageFile]:
+    def listed() -> list[ImageFile]:
+        opened = _opened(system, url, known)
+        skipped.clear()  # of a try that failed
+        try:
+            with opened.lock:
+                return images_of(opened.file, url, name, partial(_read_range, system, url, known), skipped)
+        except ValueError:  # fsspec's, where the server sends the whole file when it is asked for a part
+            raise UnreadableImage(_NO_PARTS) from None
+
+    try:
+        return _tried(listed)
+    except UnreadableImage as problem:
+        return [ImageFile(None, name, problem=str(problem))]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An archive whose blocks that were read last are kept: members follow each other."""
+
+    file: Any
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@lru_cache(maxsize=OPEN_ARCHIVES)
+def _opened(system: Any, url: str, known: Any) -> _Opened:
+    # `known`, its size and time of change, opens it anew when it has changed.
+    options = {"cache_type": "blockcache", "cache_options": {"maxblocks": BLOCKS}, "block_size": BLOCK_BYTES}
+    file = system.open(url, "rb", **options)
+    if not file.seekable():
+        raise UnreadableImage(_NO_PARTS)
+    return _Opened(file)
+
+
+def _read_range(system: Any, url: str, known: Any, offset: int, size: int) -> bytes:
+    """A member of an archive."""
+
+    def content() -> bytes:
+        opened = _opened(system, url, known)
+        with opened.lock:
+            opened.file.seek(offset)
+            return opened.file.read(size)
+
+    found = _tried(content)
+    if len(found) < size:
+        raise UnreadableImage("the archive ends within it")
+    return found
+
+
 def _known(system: Any, url: str, info: Mapping[str, Any]) -> tuple[int | None, int | None, str | None]:
     """The size and time of change in ns of an object, as far as the server tells, and why it is none."""
+    if info.get("problem"):
+        return None, None, info["problem"]
     if info.get("size") is None:  # a web server's index page tells names alone
         try:
             info = system.info(url)
         except FileNotFoundError:
-            return None, None, "no such object"
+            return None, None, _GONE
         except Exception:  # reading it is tried again, and says what is wrong
             return None, None, None
     size = info.get("size")
-    large = size is not None and size > MOST_FILE_BYTES
+    large = size is not None and size > MOST_FILE_BYTES and not is_archive(url)
     problem = f"larger than {MOST_FILE_BYTES >> 20} MiB, which no image of 64 megapixels is" if large else None
     return size, next((_nanoseconds(info[key]) for key in _TIMES if info.get(key)), None), problem
 
@@ -165,13 +266,20 @@ def _nanoseconds(time: Any) -> int | None:
 
 
 def _read(system: Any, url: str) -> bytes:
+    return _tried(partial(system.cat_file, url))
+
+
+def _tried(function: Callable[[], T]) -> T:
+    """What a function that asks a server gives, within `TRIES`; raises UnreadableImage."""
     for attempt in range(TRIES):
         if attempt:
             time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
         try:
-            return system.cat_file(url)
+            return function()
+        except (UnreadableImage, UserError):
+            raise
         except FileNotFoundError:
-            raise UnreadableImage("no such object") from None
+            raise UnreadableImage(_GONE) from None
         except PermissionError:
             raise UnreadableImage("Permission denied") from None
         except Exception as error:  # each of fsspec's file systems raises its own kinds

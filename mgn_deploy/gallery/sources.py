@@ -29,6 +29,8 @@ MOST_FILE_BYTES = 512 * 2**20  # 64 megapixels of 16-bit RGB, uncompressed, are 
 MOST_CROP_SIDE = 2000  # pixels: a larger image is a photo with somebody in it
 _VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
 _GLOB = frozenset("*?[")
+_NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}", re.ASCII)
+MOST_NUMBERED = 100_000
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
 
     Args:
         places: one folder; or files, tar archives, folders and patterns; or a list, as `lists.list_source` takes it; or
-            URLs, as `remote.remote_source` takes them.
+            URLs, as `remote.remote_source` takes them. `x-{000..009}.tar` stands for ten names.
         root: what the names of several places are below; by default the folder that all are in. Of a list what its
             relative paths are below.
 
@@ -95,7 +97,7 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
     from mgn_deploy.gallery.lists import is_list, list_source
     from mgn_deploy.gallery.remote import is_remote, remote_source
 
-    paths = [os.fspath(place) for place in places]
+    paths = [path for place in places for path in _numbered(os.fspath(place))]
     remote = [path for path in paths if is_remote(path)]
     if remote:
         if len(remote) < len(paths):
@@ -168,6 +170,18 @@ def name_below(path: str, folder: str) -> str | None:
     """A file's path below a folder, with slashes, both absolute; None where it is not below it."""
     start = folder.rstrip(os.sep) + os.sep
     return path[len(start) :].replace(os.sep, "/") if path.startswith(start) and len(path) > len(start) else None
+
+
+def _numbered(place: str) -> list[str]:
+    """The names that `shard-{000..009}.tar` stands for, as WebDataset writes it; another name alone."""
+    match = _NUMBERS.search(place)
+    if not match or os.path.lexists(place):
+        return [place]
+    first, last = match.groups()
+    if int(last) - int(first) >= MOST_NUMBERED:
+        raise UserError(f"{place!r} stands for more than {MOST_NUMBERED:,} names")
+    names = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return [path for name in names for path in _numbered(place[: match.start()] + name + place[match.end() :])]
 
 
 def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:

@@ -7,6 +7,7 @@ order or in how an odd file is read. Scaling, mean and standard deviation are in
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import warnings
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 # Pillow warns of what is checked below and of harmless metadata. Set once: `catch_warnings` is not for threads.
 warnings.filterwarnings("ignore", module="PIL")
+# What Pillow logs names no file, and what it raises does: without a handler of the program's own it is not printed.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # round(value / 257): 16-bit white is 255
 

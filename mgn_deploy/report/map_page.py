@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from mgn_deploy.files import atomic_file
 from mgn_deploy.identity.embedding_map import EmbeddingMap
-from mgn_deploy.report.pages import page_environment, row_thumbnail, spelled_out
+from mgn_deploy.report.pages import page_environment, row_thumbnails, spelled_out
 
 MAX_IMAGES = 5000
 LEGEND_GROUPS = 12
@@ -100,10 +100,10 @@ def _points(
 ) -> Iterator[dict[str, Any]]:
     low, high = made.points[rows].min(axis=0), made.points[rows].max(axis=0)
     scale = float(max(*(high - low), 1e-9))
-    for row in rows.tolist():
-        about = made.store.rows[row]
+    shown = [made.store.rows[row] for row in rows]
+    thumbnails = row_thumbnails(made.store, shown, _SIDE, _QUALITY)
+    for row, about, thumbnail in zip(rows.tolist(), shown, thumbnails, strict=True):
         x, y = ((made.points[row] - (low + high) / 2) / scale).tolist()
-        thumbnail = row_thumbnail(made.store, about, _SIDE, _QUALITY)
         yield {
             "x": round(x, 5),
             "y": round(-y, 5),  # a canvas counts downwards

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.gallery.crops import row_crop
+from mgn_deploy.gallery.crops import crops, row_crop
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.decode import load_rgb
@@ -56,17 +57,27 @@ def _inlined(thumbnail: Image.Image, side: int, quality: int) -> dict[str, Any]:
     return {"width": thumbnail.width, "height": thumbnail.height, "jpeg": data}
 
 
-def row_thumbnail(store: Store, row: Row, side: int = THUMBNAIL_SIDE, quality: int = JPEG_QUALITY) -> dict[str, Any]:
-    """`read_thumbnail` of a store's row; where its source is no folder of this machine, that is the `problem`."""
-    return crop_thumbnail(lambda: row_crop(store, row), side, quality)
+def row_thumbnail(store: Store, row: Row) -> dict[str, Any]:
+    """`read_thumbnail` of a store's row."""
+    return crop_thumbnail(lambda: row_crop(store, row))
 
 
-def crop_thumbnail(
-    load: Callable[[], Image.Image], side: int = THUMBNAIL_SIDE, quality: int = JPEG_QUALITY
-) -> dict[str, Any]:
+def row_thumbnails(store: Store, rows: Iterable[Row], side: int, quality: int) -> Iterator[dict[str, Any]]:
+    """`read_thumbnail` of each row; a photo or video is read once for its rows that follow each other."""
+    for _, group in groupby(rows, key=lambda row: row.file):
+        together = list(group)
+        try:
+            images = [image for _, image in crops(store, together)]
+        except UserError as reason:
+            images = [str(reason)] * len(together)
+        for image in images:
+            yield {"problem": image} if isinstance(image, str) else _inlined(image, side, quality)
+
+
+def crop_thumbnail(load: Callable[[], Image.Image]) -> dict[str, Any]:
     """`read_thumbnail` of what `load` gives; the `problem` is what it raises of UnreadableImage or UserError."""
     try:
-        return _inlined(load(), side, quality)
+        return _inlined(load(), THUMBNAIL_SIDE, JPEG_QUALITY)
     except (UnreadableImage, UserError) as reason:
         return {"problem": str(reason)}
 

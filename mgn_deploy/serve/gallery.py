@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.gallery.crops import row_crop
 from mgn_deploy.gallery.shards import Row, StoreManifest, read_manifest
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.retrieval.nearest import top_k
 from mgn_deploy.retrieval.search import check_same_bundle
@@ -194,33 +195,26 @@ class Gallery:
     def tag(self, key: str) -> str:
         """What changes with a thumbnail, as HTTP's ETag; raises NotShown where the store has no such image."""
         row = self.store.row(self._name(key))
-        return f'"{row.size}-{row.mtime_ns}"'
+        return f'"{zlib.crc32(repr((row.size, row.mtime_ns, row.sha256, row.box)).encode()):08x}"'
 
     def thumbnail(self, key: str) -> bytes:
-        """A gallery image as a small JPEG, re-encoded without its metadata.
+        """A gallery image (a photo, a box in one or in a video's frame, a member of a tar or bucket) as a small JPEG,
+        re-encoded without its metadata.
 
         Raises:
             NotShown: the store has no such image, its file is not below the store's source (by `..`, an absolute name
                 or a link), is gone, or cannot be read.
         """
         store, row = self.store, self.store.row(self._name(key))
-        if row.frame is not None:
-            raise NotShown("the image is a frame of a video")
-        file = row if row.box is None else replace(row, name=row.name.rpartition("#")[0] or row.name)
         try:
-            source, path = os.path.realpath(store.path(_SOURCE)), os.path.realpath(store.path(file))
-        except UserError as error:
-            raise NotShown(str(error)) from None
-        if os.path.commonpath([source, path]) != source:
-            raise NotShown("the image lies outside of the gallery's source")
-        try:
-            image = load_rgb(path)
-        except UnreadableImage as reason:
+            if store.manifest.source.startswith("file:"):
+                source = os.path.realpath(store.path(_SOURCE))
+                path = os.path.realpath(store.path(replace(row, name=row.file)))
+                if os.path.commonpath([source, path]) != source:
+                    raise NotShown("the image lies outside of the gallery's source")
+            return encode_thumbnail(row_crop(store, row))
+        except (UnreadableImage, UserError) as reason:
             raise NotShown(f"the image cannot be shown: {reason}") from None
-        if row.box is not None:
-            left, top, width, height = row.box
-            image = image.crop((max(0, round(left)), max(0, round(top)), round(left + width), round(top + height)))
-        return encode_thumbnail(image)
 
     def _name(self, key: str) -> str:
         try:

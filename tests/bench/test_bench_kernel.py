@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from mgn_deploy.bench.kernel.cases import DTYPES, Case, Inputs, all_cases, finish, random_inputs, right_answer
-from mgn_deploy.bench.kernel.contenders import Contender, Heads, LeanHeads, check, makers, module, torch_op
-from mgn_deploy.bench.kernel.measure import floor_of, measured
+from mgn_deploy.bench.kernel.cases import DTYPES, OUTPUTS, Case, Inputs, all_cases, finish, random_inputs, right_answer
+from mgn_deploy.bench.kernel.contenders import Contender, Heads, LeanHeads, makers, module, torch_op
+from mgn_deploy.bench.kernel.measure import check, checked, floor_of, measured
 from mgn_deploy.bench.timing import Clock, Limits, in_turns
 from mgn_deploy.errors import CannotRun
 from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
 
 torch.set_num_threads(1)
 LIMITS = Limits(by="nobody", copy_bytes_per_second=2e12, operations_per_second=dict.fromkeys(DTYPES, 5e14))
-OUTPUTS = ("features", "mirror_embeddings")
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,7 @@ def test_every_contender_is_held_against_the_definition(dtype, layout, output):
         torch_op(case, inputs),
     ):
         found = check(contender, expected, case)
-        assert "wrong" not in found
+        assert "failed" not in found
         assert found["error"] < {"float32": 1e-6, "float16": 6e-4, "bfloat16": 5e-3}[dtype]
 
 
@@ -107,9 +106,8 @@ def test_the_floor_is_the_larger_of_moving_and_reckoning(images, bound):
 
 
 def test_every_type_layout_output_and_batch_is_a_case_once():
-    cases = all_cases()
-    assert len(cases) == len(set(cases)) == 3 * 2 * 2 * 10
-    assert {case.images for case in cases} == {1, 2, 4, 8, 16, 32, 64, 128, 256, 512}
+    cases = all_cases((1, 2, 512))
+    assert len(cases) == len(set(cases)) == 3 * 2 * 2 * 3
     assert cases[0] == Case("float16", "nhwc", "mirror_embeddings", 1)
 
 
@@ -132,7 +130,7 @@ def test_a_wrong_result_is_told(spoil, message):
     case = small()
     expected = right_answer(case, random_inputs(case, "cpu", 2))
     found = check(result_of(spoil, expected.float()), expected, case)
-    assert re.match(message, found["wrong"])
+    assert re.match(message, found["failed"])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +142,9 @@ def test_the_measure_is_1e_5_and_what_the_roundings_to_16_bits_move(dtype, round
     expected = right_answer(case, random_inputs(case, "cpu", 2))
     for factor, wrong in ((0.99, False), (1.01, True)):
         result = expected * (1 + factor * most)
-        assert ("wrong" in check(Contender(lambda result=result: result, roundings=roundings), expected, case)) == wrong
+        assert (
+            "failed" in check(Contender(lambda result=result: result, roundings=roundings), expected, case)
+        ) == wrong
 
 
 @pytest.mark.parametrize(("output", "roundings"), [("features", 1), ("mirror_embeddings", 2)])
@@ -165,7 +165,7 @@ def test_what_was_not_written_is_poison():
     expected = right_answer(case, random_inputs(case, "cpu", 2))
     result = expected.float()
     lazy = Contender(lambda: result, lambda: result.fill_(torch.nan))
-    assert check(lazy, expected, case)["wrong"].startswith("not every number of the result was written")
+    assert check(lazy, expected, case)["failed"].startswith("not every number of the result was written")
 
 
 def refuse(error):
@@ -250,6 +250,11 @@ def test_no_round_is_begun_that_would_end_after_the_time():
     assert {len(each) for each in in_turns({"a": lambda: 1}, until=0.0, fewest=1, most=9, seed=0).values()} == {1}
 
 
-def test_on_the_cpu_the_contenders_are_those_that_need_no_gpu():
-    case = small()
-    assert set(makers(case, random_inputs(case, "cpu", 1))) == {"torch_op", "eager", "lean"}
+def test_without_a_gpu_tritons_rival_says_what_it_needs(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    case = small("float16", "nhwc")
+    inputs = random_inputs(case, "cpu", 1)
+    rows = {row["contender"]: row for row, _ in checked(case, inputs, makers(case, inputs))}
+    assert set(rows) == {"torch_op", "eager", "lean", "triton"}
+    assert rows["triton"]["left_out"] == "Triton needs a GPU, or TRITON_INTERPRET=1 for its interpreter"

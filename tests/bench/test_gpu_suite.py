@@ -147,6 +147,7 @@ def test_a_sanitizers_errors_fail_and_its_refusal_does_not(tmp_path, monkeypatch
 def test_a_claim_is_kept_or_not_by_the_figure_that_was_measured():
     kernel = [
         {"row": f"{HEADLINE} 32", "contender": "kernel_graph", "of_copy": 0.8, "cold_us": 10.0},
+        {"row": f"{HEADLINE} 32", "contender": "triton_graph", "cold_us": 10.4},
         {"row": f"{HEADLINE} 1", "contender": "kernel_graph", "cold_us": 10.0},
         {"row": f"{HEADLINE} 1", "contender": "eager", "cold_us": 45.0},
     ]
@@ -160,6 +161,7 @@ def test_a_claim_is_kept_or_not_by_the_figure_that_was_measured():
     found = {one["claim"].split(":")[0]: (one["measured"], one["holds"]) for one in judged}
     assert found["the kernel at batch 32"] == ("0.80", False)
     assert found["the kernel at batch 1 over PyTorch's eager heads"] == ("4.5", True)
+    assert found["the kernel at batch 32 over its rival in Triton's language (else it goes)"] == ("1.04", False)
     assert found["compute-sanitizer finds nothing, in four tools"] == ("1", False)
     assert found["the network at batch 64, fp16 with mirrors"] == ("0.60", True)
     assert found["the network at batch 64, fp16, over PyTorch eager in fp32"] == ("2.5", True)

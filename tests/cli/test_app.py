@@ -13,6 +13,7 @@ from typing import Any, get_args
 import pytest
 import typer.main
 from conftest import mgn_deploy
+from trials.environments import LINES
 from typer.testing import CliRunner
 
 from mgn_deploy import choices
@@ -124,6 +125,10 @@ def test_the_bundle_that_it_reads_is_given_by_bundle(words):
 @pytest.mark.parametrize("words", [("prove",), ("embed",), ("validate",), ("search",)], ids=" ".join)
 def test_commands_that_read_a_bundle_have_the_option(words):
     assert "--bundle" in options_of(COMMANDS[words])
+
+
+def test_every_command_has_a_line_in_the_trial_of_environments():
+    assert {*LINES} == {" ".join(words) for words in COMMANDS}
 
 
 def test_exports_options_stand_in_panels():

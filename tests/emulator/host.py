@@ -22,7 +22,17 @@ from mgn_deploy.config import GEM_EPSILON
 from mgn_deploy.kernels import plan
 from mgn_deploy.kernels.nvrtc import SOURCE, arguments_by_addresses
 from mgn_deploy.kernels.params import Branch, Params, Pointers
-from mgn_deploy.kernels.plan import BARRIER_BYTES, Device, Launch, Plan, Problem, all_kernels, launches, plan_on
+from mgn_deploy.kernels.plan import (
+    BARRIER_BYTES,
+    OVERLAP_DRIVER,
+    Device,
+    Launch,
+    Plan,
+    Problem,
+    all_kernels,
+    launches,
+    plan_on,
+)
 
 # What the kernels' source has as constants and enumerators, by what `kernels/plan.py` has.
 CONSTANTS = {
@@ -130,15 +140,22 @@ class HostKernel:
 
     Args:
         library: of `build_host`.
-        multiprocessors, capability, cooperative: of the device, as plans see it.
+        multiprocessors, capability, cooperative, driver: of the device, as plans see it.
     """
 
-    def __init__(self, library: Path, multiprocessors: int = 2, capability: int = 90, cooperative: bool = True) -> None:
+    def __init__(
+        self,
+        library: Path,
+        multiprocessors: int = 2,
+        capability: int = 90,
+        cooperative: bool = True,
+        driver: int = OVERLAP_DRIVER,
+    ) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.shim_allocate.restype = ctypes.c_void_p
         self.library.shim_allocate.argtypes = [ctypes.c_size_t]
         self.library.shim_free.argtypes = [ctypes.c_void_p]
-        self.device = Device(multiprocessors, capability, int(cooperative))
+        self.device = Device(multiprocessors, capability, int(cooperative), driver)
         self.launched: list[Launch] = []  # of the last `launch`
 
     def plan(self, problem: Problem) -> Plan:
@@ -155,9 +172,11 @@ class HostKernel:
         self.launched = launches(problem, plan)
         for one in self.launched:
             grid = (ctypes.c_uint * 3)(*one.grid)
-            how = (grid, one.threads, ctypes.c_size_t(one.shared), int(one.cooperative), params)
+            attributes = (int(one.cooperative), int(one.programmatic), one.cluster)
+            how = (grid, one.threads, ctypes.c_size_t(one.shared), *attributes, params)
             if self.library.shim_launch(one.kernel.encode(), *how):
                 raise RuntimeError(f"{one.kernel} is not in the library")
+        self.library.shim_finish()
 
     def run(
         self,

@@ -1,13 +1,14 @@
 // Runs stripe_pool_reduce.cu on a CPU, for its tests: blocks one after another (all at once in a cooperative launch),
 // the threads of a block as fibers that are switched where CUDA's threads wait: at __syncthreads, at a shuffle, at an
-// mma.
+// mma. A launch that may overlap the one before does so as much as it may: when the last block of the one before has let
+// it start, some of its blocks run until they wait, or to their end where they do not, before that one goes on.
 //
 // What it finds: wrong indexes and borders (with ASan, on shared memory of exactly the asked size), loads of 16 bytes
 // off their alignment, barriers and shuffles that not all threads reach, arithmetic. Shared memory begins as NaN.
 // With shim_order warps take turns at random, some running far ahead of others, which a missing barrier shows by
 // other results. With MGN_MEMORY_MODEL blocks see no more of each other than fences make them (memory_model.cpp). What
-// it cannot find: races inside a warp, missing fences inside a block, how fast anything is. An mma here adds its products in float32 one after another; the hardware's order is
-// its own.
+// it cannot find: races inside a warp, missing fences inside a block, how fast anything is. An mma here adds its
+// products in float32 one after another; the hardware's order is its own.
 #ifndef MGN_HOST_SHIM_H
 #define MGN_HOST_SHIM_H
 
@@ -91,18 +92,35 @@ struct Warp {
     uint32_t slot[2][32][12];  // what each lane shows the others; two, so that one wait an exchange is enough
 };
 
+struct Launch {
+    dim3 grid, block_size;
+    size_t words;  // of 16 bytes, of shared memory
+    int together, programmatic;
+    unsigned cluster;
+    std::function<void()> body;
+};
+
 struct Block {
+    const Launch* launch;
     dim3 index;
-    int threads = 0;
+    bool started = false;
     Barrier barrier;
+    Block* cluster = nullptr;  // its first block, which has the barrier of all
+    Barrier cluster_barrier;
     std::vector<Warp> warps;
     std::unique_ptr<uint4[]> shared;
+
+    Block(const Launch& launch, size_t at) : launch(&launch), warps(launch.block_size.x / 32) {
+        const dim3 grid = launch.grid;
+        index = dim3(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
+        shared.reset(new uint4[launch.words]);
+    }
 };
 
 struct Fiber {
     Block* block = nullptr;
     dim3 thread;
-    bool started = false, done = false, spins = false;
+    bool started = false, done = false, spins = false, let_start = false;
     const unsigned* watched = nullptr;  // runs again when this is no more `seen`
     unsigned seen = 0, exchanges = 0;
     ucontext_t context;
@@ -111,6 +129,7 @@ struct Fiber {
 };
 
 constexpr size_t kStack = 128 * 1024;
+constexpr size_t kEarlyBlocks = 8;     // of a launch, beside the one before
 constexpr long kMaxIdleSweeps = 1000;  // turns of all warps in which all that ran only looked again
 
 struct Machine {
@@ -120,8 +139,12 @@ struct Machine {
     void* fake_stack = nullptr;  // ASan's, of the scheduler
     const void* scheduler_bottom = nullptr;
     size_t scheduler_size = 0;
-    std::function<void()> body;
-    dim3 grid, block_size;
+    std::vector<Launch> launches;  // what shim_finish is to run
+    // Of two launches side by side: threads of the first that have not ended, or not let the second start.
+    const Launch *first = nullptr, *second = nullptr;
+    size_t running = 0, holding = 0;
+    bool held = false;  // some of the first wait, for what the second can do without them
+    unsigned second_starts = 0, first_ended = 0, first_goes_on = 0;  // what threads wait for, counting up
     unsigned order = 0;  // 0: one after another; else a seed
     std::mt19937 random;
     std::vector<char*> stacks;  // kept from launch to launch
@@ -163,7 +186,7 @@ inline void entered() {}
 
 inline void fiber_main() {
     entered();
-    machine.body();
+    machine.current->block->launch->body();
     machine.current->done = true;
     to_scheduler(true);
 }
@@ -176,30 +199,50 @@ __attribute__((noinline)) inline void prepare(Fiber& fiber) {  // getcontext ret
     makecontext(&fiber.context, fiber_main, 0);
 }
 
+inline void wait_for(const unsigned& count) {
+    machine.current->watched = &count;
+    machine.current->seen = count;
+    to_scheduler();
+}
+
 inline void wait_at(Barrier& barrier, int members) {
-    Fiber* fiber = machine.current;
     if (++barrier.arrived == members) {
         barrier.arrived = 0;
         ++barrier.generation;
         return;
     }
-    fiber->watched = &barrier.generation;
-    fiber->seen = barrier.generation;
-    to_scheduler();
+    wait_for(barrier.generation);
+}
+
+inline void let_start(Fiber& fiber) {
+    if (fiber.block->launch != machine.first || fiber.let_start) return;
+    fiber.let_start = true;
+    if (--machine.holding == 0) ++machine.second_starts;
 }
 
 inline void run_blocks(std::vector<Block>& blocks) {
-    std::vector<Fiber> fibers;
-    const unsigned threads = machine.block_size.x;
-    fibers.resize(blocks.size() * threads);
-    while (machine.stacks.size() < fibers.size()) machine.stacks.push_back(static_cast<char*>(std::malloc(kStack)));
-    for (size_t i = 0; i < fibers.size(); ++i) {
-        Fiber& fiber = fibers[i];
-        fiber.block = &blocks[i / threads];
-        fiber.thread = dim3(i % threads, 0, 0);
-        fiber.stack = machine.stacks[i];
-        prepare(fiber);
+    size_t threads = 0, i = 0;
+    for (const Block& block : blocks) threads += block.launch->block_size.x;
+    std::vector<Fiber> fibers(threads);
+    while (machine.stacks.size() < threads) machine.stacks.push_back(static_cast<char*>(std::malloc(kStack)));
+    machine.first = blocks.front().launch, machine.second = blocks.back().launch;
+    if (machine.first == machine.second) machine.first = machine.second = nullptr;
+    machine.running = 0;
+    for (Block& block : blocks) {
+        block.cluster = &block - block.index.x % block.launch->cluster;
+        for (unsigned thread = 0; thread < block.launch->block_size.x; ++thread, ++i) {
+            Fiber& fiber = fibers[i];
+            fiber.block = &block;
+            fiber.thread = dim3(thread, 0, 0);
+            fiber.stack = machine.stacks[i];
+            machine.running += block.launch == machine.first;
+            if (machine.first && block.launch == machine.second) {
+                fiber.watched = &machine.second_starts, fiber.seen = machine.second_starts;
+            }
+            prepare(fiber);
+        }
     }
+    machine.holding = machine.running;
     size_t left = fibers.size();
     std::vector<size_t> warps(fibers.size() / 32);
     for (size_t i = 0; i < warps.size(); ++i) warps[i] = i;
@@ -213,10 +256,18 @@ inline void run_blocks(std::vector<Block>& blocks) {
             fiber.spins = false;
             machine.current = &fiber;
             model_switch(static_cast<int>(fiber.block - blocks.data()));
+            if (!fiber.block->started) {
+                fiber.block->started = true;
+                std::memset(fiber.block->shared.get(), 0xff, fiber.block->launch->words * 16);
+            }
             to_fiber(&fiber);
             ran = true;
             progress |= !fiber.spins;
             left -= fiber.done;
+            if (fiber.done && fiber.block->launch == machine.first) {
+                let_start(fiber);
+                if (--machine.running == 0) ++machine.first_ended;
+            }
         }
         return progress;
     };
@@ -232,6 +283,11 @@ inline void run_blocks(std::vector<Block>& blocks) {
                 while (turn(warp, machine.random() % 2, ran)) progress = true;
             }
         }
+        if (!progress && machine.held) {
+            machine.held = false;
+            ++machine.first_goes_on;
+            continue;
+        }
         if (!ran && !skipped) fail("deadlock: threads wait at a barrier or shuffle that others have passed by or left");
         idle = progress ? 0 : idle + 1;
         if (idle > kMaxIdleSweeps) fail("threads spin for ever");
@@ -241,24 +297,29 @@ inline void run_blocks(std::vector<Block>& blocks) {
     }
 }
 
-inline void run_grid(dim3 grid, dim3 block_size, size_t shared, bool together, std::function<void()> body) {
-    if (block_size.x % 32 || block_size.y != 1 || block_size.z != 1) fail("blocks are whole warps, in one dimension");
-    if (shared > 48 * 1024) fail("more shared memory than a block gets without asking");
-    machine.grid = grid, machine.block_size = block_size, machine.body = std::move(body);
-    const size_t count = size_t(grid.x) * grid.y * grid.z, words = (shared + 15) / 16;
-    std::vector<Block> blocks;
-    model_begin(static_cast<int>(count), together);
-    for (size_t i = 0; i < count; ++i) {
-        const size_t at = machine.order % 2 && !together ? count - 1 - i : i;
-        Block block;
-        block.index = dim3(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
-        block.warps = std::vector<Warp>(block_size.x / 32);
-        block.shared.reset(new uint4[words]);
-        std::memset(block.shared.get(), 0xff, words * 16);
-        blocks.push_back(std::move(block));
-        if (!together || i + 1 == count) {
+// A launch and those after it that may overlap it.
+inline void run_launches() {
+    std::vector<Launch>& launches = machine.launches;
+    const auto size = [](const Launch& launch) { return size_t(launch.grid.x) * launch.grid.y * launch.grid.z; };
+    model_begin(static_cast<int>(size(launches.front())), launches.front().together);
+    size_t begun = 0;  // blocks of a launch that ran beside the one before
+    for (const Launch& launch : launches) {
+        const size_t count = size(launch), group = launch.together ? count : launch.cluster;
+        const Launch* next = &launch == &launches.back() ? nullptr : &launch + 1;
+        for (size_t i = begun; i < count; i += group) {
+            std::vector<Block> blocks;
+            const auto add = [&](const Launch& of, size_t at, size_t group) {
+                const size_t first = machine.order % 2 ? size(of) - at - group : at;
+                for (size_t k = 0; k < group; ++k) blocks.emplace_back(of, first + k);
+            };
+            add(launch, i, group);
+            if (i + group == count) {
+                begun = 0;
+                // One group of the next is left for the launch after that to run beside.
+                const size_t all = !next ? 0 : size(*next) - (next == &launches.back() ? 0 : next->cluster);
+                for (; begun < std::min(all, kEarlyBlocks); begun += next->cluster) add(*next, begun, next->cluster);
+            }
             run_blocks(blocks);
-            blocks.clear();
         }
     }
     model_end();
@@ -312,7 +373,8 @@ inline uint16_t float_to_half(float x) {  // to nearest even: ldexp and nearbyin
 
 #define threadIdx (shim::machine.current->thread)
 #define blockIdx (shim::machine.current->block->index)
-#define gridDim (shim::machine.grid)
+#define gridDim (shim::machine.current->block->launch->grid)
+#define blockDim (shim::machine.current->block->launch->block_size)
 #define DYNAMIC_SHARED(name) uint4* name = shim::machine.current->block->shared.get()
 
 inline float __uint_as_float(unsigned bits) {
@@ -325,7 +387,7 @@ inline unsigned __float_as_uint(float x) {
     std::memcpy(&bits, &x, 4);
     return bits;
 }
-inline void __syncthreads() { shim::wait_at(shim::machine.current->block->barrier, shim::machine.block_size.x); }
+inline void __syncthreads() { shim::wait_at(shim::machine.current->block->barrier, blockDim.x); }
 inline void __threadfence() { model_fence(); }
 inline unsigned atomicAdd(unsigned* at, unsigned x) { return model_atomic_add(at, x); }
 inline unsigned __shfl_xor_sync(unsigned mask, unsigned x, int apart) {
@@ -373,7 +435,31 @@ inline uint4 load_input16(const void* from) {
     return load16(from);
 }
 inline uint4 load_written16(const void* from) { return load16(from); }
+inline float load_input(const float* from) {
+    model_read_only(from, 4);
+    return *from;
+}
 inline void prefetch_l2(const void*) {}
+
+inline void let_next_launch_start() {
+    shim::let_start(*shim::machine.current);
+    if (shim::machine.current->block->launch != shim::machine.first) return;
+    shim::machine.held = true;
+    shim::wait_for(shim::machine.first_goes_on);
+}
+inline void wait_for_launch_before() {
+    const bool overlaps = shim::machine.current->block->launch == shim::machine.second && shim::machine.running;
+    if (overlaps) shim::wait_for(shim::machine.first_ended);
+}
+inline void cluster_sync() {
+    const shim::Block* block = shim::machine.current->block;
+    shim::wait_at(block->cluster->cluster_barrier, block->launch->cluster * blockDim.x);
+}
+inline void store_in_cluster(float* at, unsigned rank, float x) {  // lost where that block has not started
+    shim::Block* block = shim::machine.current->block;
+    const size_t offset = reinterpret_cast<char*>(at) - reinterpret_cast<char*>(block->shared.get());
+    std::memcpy(reinterpret_cast<char*>(block->cluster[rank].shared.get()) + offset, &x, sizeof x);
+}
 
 template <class T>
 inline void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], T) {
@@ -412,12 +498,22 @@ extern "C" void shim_free(void* memory) {
     std::free(memory);
 }
 
-// `params` is what the kernel takes; 1: there is no kernel of that name.
+extern "C" void shim_finish() {
+    shim::run_launches();
+    shim::machine.launches.clear();
+}
+
+// `params` is what the kernel takes, and lives until shim_finish; 1: there is no kernel of that name.
 extern "C" int shim_launch(const char* name, const unsigned* grid, unsigned threads, size_t shared, int together,
-                           const void* params) {
+                           int programmatic, unsigned cluster, const void* params) {
     const auto found = shim::kernels.find(name);
     if (found == shim::kernels.end()) return 1;
-    shim::run_grid(dim3(grid[0], grid[1], grid[2]), dim3(threads), shared, together, [&] { found->second(params); });
+    if (threads % 32) shim::fail("blocks are whole warps");
+    if (shared > 48 * 1024) shim::fail("more shared memory than a block gets without asking");
+    if (grid[0] % cluster) shim::fail("a grid is whole clusters");
+    if (!programmatic && !shim::machine.launches.empty()) shim_finish();
+    shim::machine.launches.push_back({dim3(grid[0], grid[1], grid[2]), dim3(threads), (shared + 15) / 16, together,
+                                      programmatic, cluster, [found, params] { found->second(params); }});
     return 0;
 }
 

@@ -171,6 +171,22 @@ def test_32_bit_integers_of_unknown_range_are_refused(low, high):
     )
 
 
+def test_pillow_logs_nothing_on_a_programs_stderr(tmp_path):
+    """In a process of its own: here pytest's handler takes what is logged."""
+    content = encoded(Image.fromarray(COLOURS), "TIFF")
+    entry = bytes.fromhex("1501 0300 01000000")  # samples per pixel, one 16-bit number
+    (tmp_path / "a.tif").write_bytes(content.replace(entry + b"\3\0", entry + b"\xff\xff"))
+    script = (
+        "import sys\nfrom mgn_deploy.images.decode import load_rgb\n"
+        "try: load_rgb(sys.argv[1])\nexcept Exception as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "a.tif"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout
+    assert done.stderr == ""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the library that Pillow loaded is not found")
 def test_libtiff_prints_nothing_of_its_own(capfd):
     content = bytearray(encoded(Image.fromarray(COLOURS), "TIFF", compression="tiff_lzw"))

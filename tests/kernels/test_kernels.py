@@ -101,7 +101,7 @@ def problems(draw):
 
 
 @FEW_EXAMPLES
-@given(problem=problems(), multiprocessors=st.integers(1, 150), capability=st.sampled_from([70, 75, 80, 120]))
+@given(problem=problems(), multiprocessors=st.integers(1, 150), capability=st.sampled_from([70, 75, 90, 120]))
 def test_any_problem_gives_the_definitions_features_on_any_device(problem, multiprocessors, capability):
     what, how = problem
     kernel = HostKernel(host_library(), multiprocessors, capability)
@@ -156,27 +156,40 @@ def test_the_order_that_warps_and_blocks_run_in_changes_no_bit(kernel, pooling, 
 
 @pytest.mark.slow
 def test_every_barriers_absence_would_be_noticed(tmp_path):
-    """Each is skipped in turn: what the simulation cannot see, the tests of orders above would not prove."""
+    """Each is skipped in turn, and each wait for the launch before: what the simulation cannot see, the tests of orders
+    above would not prove."""
     source, numbers = SOURCE.read_text(), count()
-    barrier = r"__syncthreads\(\);|    wait_for_all_blocks\(p.barrier\);"
+    barrier = r"(?:__syncthreads|cluster_sync|wait_for_launch_before)\(\);|    wait_for_all_blocks\(p.barrier\);"
+    device, end, kernels = source.partition("}  // namespace\n#endif\n")  # the first are not compiled here
     broken = tmp_path / SOURCE.name
     broken.write_text(
-        'extern "C" { int without = -1; }\n'
-        + re.sub(barrier, lambda found: f"if (without != {next(numbers)}) {found[0]}", source)
+        f'extern "C" {{ int without = -1; }}\n{device}{end}'
+        + re.sub(barrier, lambda found: f"if (without != {next(numbers)}) {found[0]}", kernels)
     )
     barriers = next(numbers)
-    assert barriers == 12
-    kernel = HostKernel(build_host(tmp_path, COMPILER, source=broken))
-    without = ctypes.c_int.in_dll(kernel.library, "without")
-    assert not results_differ(kernel)
+    kinds = (
+        "pool_kernel<{0}, {1}, kMax>",
+        "fused_kernel<{0}, {1}, kMax>",
+        "rows_kernel<{0}, {0}>",
+        "epilogue_kernel<{0}>",
+    )
+    names = {kind.format(*of) for kind in kinds for of in product(("float", "Half"), LAYOUTS.values())}
+    names |= {"mma_kernel<Half>", "fma_kernel<float, float>"}
+    library = build_host(tmp_path, COMPILER, source=broken, kernels=sorted(names))
+    without = ctypes.c_int.in_dll(HostKernel(library).library, "without")
+    assert not results_differ(library)
     for number in range(barriers):
         without.value = number
         line = broken.read_text().partition(f"(without != {number})")[0].count("\n")
-        assert results_differ(kernel), f"without the barrier in line {line} of {SOURCE.name}"
+        assert results_differ(library), f"without the barrier in line {line} of {SOURCE.name}"
+    assert barriers == 18
 
 
-def results_differ(kernel) -> bool:
+def results_differ(library: Path) -> bool:
+    """On a device where each block of the fused kernel has several turns, and a row of the three launches' epilogue
+    several blocks."""
     for path, layout, dtype in product(PATHS, LAYOUTS, ("float32", "float16")):
+        kernel = HostKernel(library, multiprocessors=2 if path == "fused" else 16)
         case = random_case((2, 3), ((5, 3), (7, 5)), n=4, channels=136, dtype=dtype)
         how = {"dtype": dtype, "layout": layout, "path": path, "output": "embeddings"}
         first = kernel.run(**case, **how)

@@ -86,7 +86,9 @@ def problems(draw):
     )
 
 
-DEVICES = st.builds(Device, st.integers(1, 200), st.sampled_from([70, 75, 80, 90, 120]), st.integers(1, 4))
+DEVICES = st.builds(
+    Device, st.integers(1, 200), st.sampled_from([70, 75, 80, 90, 120]), st.integers(1, 4), st.sampled_from([0, 13000])
+)
 
 
 @MANY
@@ -113,6 +115,28 @@ def test_launches_are_what_a_device_takes_and_waiting_blocks_fit_on_it_together(
         assert one.shared <= 48 * 1024  # what a block gets without asking
         if one.cooperative:
             assert one.grid[0] <= device.multiprocessors * device.resident_blocks
+        assert one.grid[0] % one.cluster == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "capability", "driver", "overlapped", "row_blocks"),
+    [
+        *((33, 90, 12030, True, 4), (34, 90, 12030, True, 2), (66, 90, 12030, True, 2), (67, 90, 12030, True, 1)),
+        *((33, 89, 13000, False, 1), (33, 90, 12020, False, 1), (33, 120, 0, False, 1)),
+        (2, 90, 13000, False, 1),  # one launch has no other to overlap
+    ],
+)
+def test_launches_overlap_and_blocks_share_a_row_where_device_and_driver_can(
+    batch, capability, driver, overlapped, row_blocks
+):
+    problem = Problem("float16", "nhwc", batch, 64, 16, (2,), ((4, 2),))
+    plan = plan_on(problem, Device(132, capability, 2, driver))
+    assert (plan.overlapped, plan.row_blocks) == (overlapped, row_blocks)
+    own = launches(problem, plan)
+    assert [one.programmatic for one in own] == ([False, overlapped, overlapped] if len(own) == 3 else [False])
+    finish = own[-1]
+    assert finish.cluster == row_blocks
+    assert plan.path == "fused" or finish.grid[0] * finish.threads == 256 * batch  # a row has as many threads
 
 
 @MANY

@@ -26,8 +26,11 @@ def problem(batch: int, path: str = "auto") -> Problem:
 @pytest.fixture
 def machine(monkeypatch):
     """A GPU with 132 multiprocessors: `loaded` are the kernels that were compiled and loaded, `started` those that the
-    driver was told to start, `answers` what it says to cooperative ones, `resident` what occupancy says."""
-    state = SimpleNamespace(loaded=[], started=[], answers=[], resident=2, cooperative=True)
+    driver was told to start and `attributes` what it was told of each, `answers` what it says to launches that have
+    attributes, `resident` what occupancy says."""
+    state = SimpleNamespace(
+        loaded=[], started=[], attributes=[], answers=[], resident=2, cooperative=True, version=13000
+    )
     handles = {index + 1: name for index, name in enumerate(all_kernels())}
 
     class FakeDevice:
@@ -45,18 +48,16 @@ def machine(monkeypatch):
         numbers = {name: number for number, name in handles.items()}
         return {name: SimpleNamespace(handle=numbers[name], occupancy=occupancy) for name in kernels}
 
-    def start(function, *where):
+    def start(config, function, arguments, extra):
+        assert len(config.attrs) == config.numAttrs
         state.started.append(handles[int(function)])
-        return (OK,)
-
-    def start_cooperative(function, *where):
-        start(function)
-        return (state.answers.pop(0) if state.answers else OK,)
+        state.attributes.append([one.id.name.removeprefix("CU_LAUNCH_ATTRIBUTE_") for one in config.attrs])
+        return (state.answers.pop(0) if config.attrs and state.answers else OK,)
 
     monkeypatch.setattr("cuda.core.Device", FakeDevice)
     monkeypatch.setattr(nvrtc, "_loaded", loaded)
-    monkeypatch.setattr(driver, "cuLaunchKernel", start)
-    monkeypatch.setattr(driver, "cuLaunchCooperativeKernel", start_cooperative)
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", start)
+    monkeypatch.setattr(driver, "cuDriverGetVersion", lambda: (OK, state.version))
     return state
 
 
@@ -83,6 +84,34 @@ def test_a_small_batch_is_one_launch(machine):
     planned = nvrtc.PlannedKernel(problem(2))
     planned.launch(POINTERS, 0)
     assert machine.started == names(2, "fused")
+    assert machine.attributes == [["COOPERATIVE"]]
+
+
+OVERLAPPED = [[], ["PROGRAMMATIC_STREAM_SERIALIZATION"], ["PROGRAMMATIC_STREAM_SERIALIZATION", "CLUSTER_DIMENSION"]]
+
+
+def test_three_launches_overlap_and_few_rows_are_finished_by_clusters(machine):
+    nvrtc.PlannedKernel(problem(33)).launch(POINTERS, 0)
+    assert machine.attributes == OVERLAPPED
+
+
+def test_an_older_driver_gets_plain_launches(machine):
+    machine.version = 12020
+    nvrtc.PlannedKernel(problem(33)).launch(POINTERS, 0)
+    assert machine.started == names(33, "tiles")
+    assert machine.attributes == [[], [], []]
+
+
+@pytest.mark.parametrize("answer", ["NOT_SUPPORTED", "INVALID_VALUE"])
+def test_where_overlapping_is_refused_the_launches_are_plain_for_good(machine, answer, said):
+    machine.answers = [OK, getattr(driver.CUresult, f"CUDA_ERROR_{answer}")]
+    planned = nvrtc.PlannedKernel(problem(33))
+    planned.launch(POINTERS, 0)
+    assert machine.started == 2 * names(33, "tiles")
+    assert machine.attributes == [*OVERLAPPED, [], [], []]
+    assert any("refuses to overlap" in sentence and answer in sentence for sentence in said)
+    planned.launch(POINTERS, 0)
+    assert machine.attributes[6:] == [[], [], []]
 
 
 @pytest.mark.parametrize("change", [{"cooperative": False}, {"resident": 0}])

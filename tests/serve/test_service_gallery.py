@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import tarfile
 from pathlib import Path
 
+import av
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,14 +31,14 @@ def unit_rows(count: int, seed: int = 0) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def add(store: Path, source: Path, rows: list[Row], embeddings: np.ndarray) -> None:
+def add(store: Path, source: Path | str, rows: list[Row], embeddings: np.ndarray) -> None:
     manifest = StoreManifest(
         bundle_id=BUNDLE,
         backend="onnxruntime",
         preprocessing=PREPROCESSING,
         dim=8,
         dtype="float32",
-        source=source.as_uri(),
+        source=source if isinstance(source, str) else source.as_uri(),
     )
     with StoreWriter(store, manifest) as writer:
         writer.add(rows, embeddings)
@@ -96,6 +99,46 @@ def test_of_a_box_in_a_photo_the_box_is_shown(store: Path, source: Path) -> None
     add(store, source, [row("group.png#2", box=(10.0, 20.0, 50.0, 100.0))], unit_rows(1))
     shown = Image.open(io.BytesIO(Gallery(store, BUNDLE).thumbnail(thumbnail_key("group.png#2"))))
     assert shown.size == (50, 100)
+
+
+def colour(gallery: Gallery, name: str) -> tuple[int, ...]:
+    """The size of a thumbnail and which of red, green and blue is strongest in its middle."""
+    shown = Image.open(io.BytesIO(gallery.thumbnail(thumbnail_key(name))))
+    return (*shown.size, int(np.argmax(shown.getpixel((shown.width // 2, shown.height // 2)))))
+
+
+def test_of_a_box_in_a_frame_the_box_of_that_frame_is_shown(store: Path, source: Path) -> None:
+    with av.open(str(source / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10, width=160, height=96, pix_fmt="yuv420p")
+        for left, right in (("red", "green"), ("blue", "red"), ("green", "blue")):
+            frame = Image.new("RGB", (160, 96), left)
+            frame.paste(right, (80, 0, 160, 96))
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    left, right = (4.0, 4.0, 60.0, 80.0), (90.0, 10.0, 200.0, 400.0)  # that is clipped at the border
+    rows = [row("clip.mp4#000002-1", frame=2, box=left), row("clip.mp4#000003-1", frame=3, box=right)]
+    add(store, source, [*rows, row("clip.mp4#000009-1", frame=9, box=left)], unit_rows(3))
+    gallery = Gallery(store, BUNDLE)
+    assert colour(gallery, "clip.mp4#000002-1") == (60, 80, 2)
+    assert colour(gallery, "clip.mp4#000003-1") == (70, 86, 2)
+    with pytest.raises(NotShown, match="the video has 3 frames"):
+        gallery.thumbnail(thumbnail_key("clip.mp4#000009-1"))
+
+
+def test_a_member_of_an_archive_and_an_object_of_a_bucket_are_shown(store: Path, source: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 80), "green").save(tmp_path / "green.png")
+    with tarfile.open(source / "x.tar", "w") as archive:
+        archive.add(tmp_path / "green.png", "deep/a.png")
+    add(store, source, [row("x.tar/deep/a.png")], unit_rows(1))
+    assert colour(Gallery(store, BUNDLE), "x.tar/deep/a.png") == (40, 80, 1)
+    system = fsspec.filesystem("memory")
+    system.pipe("/thumbnails/a.png", (tmp_path / "green.png").read_bytes())
+    add(tmp_path / "bucket", "memory://thumbnails", [row("a.png#1", box=(0.0, 0.0, 20.0, 30.0))], unit_rows(1))
+    gallery = Gallery(tmp_path / "bucket", BUNDLE)
+    assert colour(gallery, "a.png#1") == (20, 30, 1)
+    system.rm("/thumbnails", recursive=True)
+    with pytest.raises(NotShown, match="no such object"):
+        gallery.thumbnail(thumbnail_key("a.png#1"))
 
 
 def test_filters_by_camera_and_time_leave_the_nearest_of_the_others(store: Path, source: Path) -> None:

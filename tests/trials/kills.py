@@ -2,10 +2,10 @@
 
     python -m tests.trials.kills --kills 300 --out kills.json
 
-Commands that write folders (`export`, `init`) and stores (`embed`, `store prune`, `store compact`,
-`validate --store`) are started in processes of their own on drawn people, killed by SIGKILL after a random
-share of the time that they take, and started again until they end. Then every file of their result is compared byte
-for byte with that of a run that nobody killed.
+Commands that write folders, files and stores run on a very small model and drawn people. Each is ended by SIGKILL or
+SIGTERM after a random share of the time that it takes, and started again until it ends. Then every file of its result
+is compared byte for byte with that of a run that nobody killed. Processes are forked from one that has imported the
+engines, so that what is killed is work and no import.
 """
 
 from __future__ import annotations
@@ -13,18 +13,28 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
+import os
 import random
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mgn_deploy.datasets.drawn import draw_market1501
+from tests.trials.small import RECIPE, export_small
+
+IMPORTED = (
+    "mgn_deploy.__main__ mgn_deploy.cli.app mgn_deploy.train.run mgn_deploy.train.trainer mgn_deploy.export.exporter "
+    "mgn_deploy.gallery.embed mgn_deploy.backends.openvino onnxruntime onnx torchvision pandas pyarrow.parquet faiss"
+)
+KILLS_A_RUN = 3
 
 
 @dataclass(frozen=True)
@@ -39,69 +49,138 @@ class Trial:
 
     name: str
     arguments: str
-    prepare: Callable[[Path], None] = lambda out: None
+    prepare: Callable[[Path], object] = lambda out: None
 
 
-def run(arguments: list[str], kill_after: float | None = None) -> bool:
-    """Run mgn-deploy; whether it ended before it was killed."""
-    command = [sys.executable, "-m", "mgn_deploy", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            _, errors = process.communicate(timeout=kill_after)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            return False
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {errors}")
-    return True
+def command_line(arguments: list[str], errors: str) -> None:
+    """In a forked process: `mgn-deploy` with its stdout dropped and its stderr in the file `errors`."""
+    from mgn_deploy.__main__ import main
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.argv = ["mgn-deploy", *arguments]
+    main()
+
+
+def run(arguments: str, kill: tuple[signal.Signals, float] | None = None) -> bool:
+    """Run mgn-deploy; whether it ended before the signal that it is sent after so many seconds."""
+    with tempfile.NamedTemporaryFile() as errors:
+        process = multiprocessing.get_context("forkserver").Process(
+            target=command_line, args=(arguments.split(), errors.name)
+        )
+        process.start()
+        if kill:
+            process.join(kill[1])
+            if process.exitcode is None:
+                os.kill(process.pid or 0, kill[0])
+        process.join(300)
+        allowed = (0, -kill[0], 128 + kill[0]) if kill else (0,)
+        if process.exitcode not in allowed:
+            process.kill()
+            sent = f"{kill[0].name} after {kill[1]:.2f} s" if kill else "no signal"
+            raise SystemExit(f"{arguments}: {sent}, ended with {process.exitcode}: {Path(errors.name).read_text()}")
+        return process.exitcode == 0
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but a store's lock and a killed run's leftover, which a later run removes after an hour."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != ".lock" and not path.relative_to(folder).parts[0].startswith(".mgn-")
-    }
+    """SHA-256 of every file of a result.
+
+    Not of a store's lock, of what a run keeps for going on, and of a killed run's leftovers, which a later run removes
+    after an hour; without the times and speeds that epochs.csv holds, and a calibration's date.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or path.name in (".lock", "last.pt") or re.search(r"(^|/)(\.mgn-|tensorboard/)", name):
+            continue
+        content = path.read_bytes()
+        if path.name == "epochs.csv":
+            content = b"\n".join(
+                re.sub(rb",[^,]*,(.*),[^,]*(,[^,]*,[^,]*)$", rb",\1\2", row) for row in content.split()
+            )
+        if path.name == "calibration.json":
+            content = re.sub(rb'"date": ?"[^"]*"', b"", content)
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def trials(work: Path) -> list[Trial]:
     """The commands, on a bundle and people that are made here."""
-    run(f"init -o {work}/weights --init random --backbone resnet18 --size 96x32".split())
-    run(f"export {work}/weights -o {work}/bundle --no-flip".split())
-    draw_market1501(work / "people", train_identities=40, test_identities=12)
-    images = work / "people/bounding_box_train"
-    run(f"embed {images} -o {work}/store --bundle {work}/bundle".split())
+    bundle, people, store = work / "bundle", work / "people", work / "store"
+    export_small(work / "weights", bundle)
+    draw_market1501(people, train_identities=24, test_identities=8)
+    recipe = work / "recipe.toml"
+    recipe.write_text(RECIPE)
+    images = people / "bounding_box_train"
+    run(f"embed {images} -o {store} --bundle {bundle}")
+    for part in (1, 2):
+        run(f"embed {images} -o {work}/part-{part} --bundle {bundle} --shard {part}/2")
     few = work / "few"
     few.mkdir()
     for path in sorted(images.iterdir())[::3]:
         (few / path.name).symlink_to(path)
 
     def copied(out: Path) -> None:
-        shutil.copytree(work / "store", out / "store")
+        shutil.copytree(store, out / "store")
 
     return [
-        Trial("init", "init -o {out}/weights --init random --backbone resnet18 --size 96x32"),
-        Trial("embed", f"embed {images} -o {{out}}/store --bundle {work}/bundle"),
-        Trial("validate", f"validate --data market1501:{work}/people --bundle {work}/bundle --store {{out}}/kept"),
+        Trial("init", "init -o {out}/weights --init random --backbone resnet18 --size 96x32 --branches 1"),
+        Trial("train", f"train --data market1501:{people} -o {{out}}/run --recipe {recipe}"),
+        Trial("export", f"export {work}/weights -o {{out}}/bundle --no-flip"),
+        Trial("embed", f"embed {images} -o {{out}}/store --bundle {bundle}"),
+        Trial("validate", f"validate --data market1501:{people} --bundle {bundle} --store {{out}}/kept"),
+        Trial(
+            "calibrate",
+            f"calibrate --data market1501:{people} --bundle {{out}}/bundle --subset train --bootstrap 20",
+            lambda out: shutil.copytree(bundle, out / "bundle"),
+        ),
+        Trial("cluster", f"cluster {store} -o {{out}}/groups.parquet"),
+        Trial("index build", f"index build {store} -o {{out}}/index"),
+        Trial("store merge", f"store merge {work}/part-1 {work}/part-2 -o {{out}}/store"),
         Trial("store prune", f"store prune {{out}}/store {few}", copied),
         Trial("store compact", "store compact {out}/store", copied),
-        Trial("export", f"export {work}/weights -o {{out}}/bundle --no-flip --no-reference"),
+        Trial("store export", f"store export {store} -o {{out}}/rows.csv"),
     ]
 
 
-def one_end(trial: Trial, work: Path, seconds: float, expected: dict[str, str], rng: random.Random) -> tuple[int, bool]:
-    """Run a command with kills until it ends; how many kills it took, and whether the end is the expected one."""
-    out = Path(tempfile.mkdtemp(dir=work, prefix="run-"))
-    trial.prepare(out)
-    kills = 0
-    while not run(trial.arguments.format(out=out).split(), None if kills >= 3 else rng.uniform(0.2, 1.0) * seconds):
-        kills += 1
-    same = contents(out) == expected
-    if same:
-        shutil.rmtree(out)
-    return kills, same
+class Row:
+    """What became of one command: its time, its result when nobody killed it, and what was counted."""
+
+    def __init__(self, trial: Trial, work: Path) -> None:
+        self.trial, self.out = trial, work / "out"
+        self.seconds, self.counts = 1.0, Counter[str]()
+        self.until_it_ends([])
+        self.expected = contents(self.out)
+        shutil.rmtree(self.out)
+
+    @property
+    def kills(self) -> int:
+        """Of either signal."""
+        return self.counts["SIGKILL"] + self.counts["SIGTERM"]
+
+    def until_it_ends(self, kills: list[tuple[signal.Signals, float]]) -> None:
+        """Run it once for each kill until it ends, at last without one."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir()
+        self.trial.prepare(self.out)
+        for kill in [*kills, None]:
+            start = time.monotonic()
+            ended = run(self.trial.arguments.format(out=self.out), kill)
+            if ended:
+                if not kill:
+                    self.seconds = time.monotonic() - start
+                return
+            assert kill
+            self.counts[kill[0].name] += 1
+
+    def once(self, rng: random.Random) -> None:
+        """A run with random kills, and the comparison."""
+        signals = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
+        self.until_it_ends([(rng.choice(signals), rng.uniform(0, 1) * self.seconds) for _ in range(KILLS_A_RUN)])
+        self.counts["ends"] += 1
+        if contents(self.out) != self.expected:
+            self.counts["different"] += 1
+            self.out.rename(self.out.with_name(f"different-{self.trial.name}-{self.counts['ends']}"))
 
 
 def main() -> None:
@@ -109,33 +188,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="the name of one command")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED.split())
     rng = random.Random(options.seed)
     work = Path(tempfile.mkdtemp(prefix="mgn-kills-"))
-    table: dict[str, dict[str, int]] = {}
-    all_trials = trials(work)
-    undisturbed = {}
-    for trial in all_trials:
-        out = Path(tempfile.mkdtemp(dir=work, prefix="whole-"))
-        trial.prepare(out)
-        start = time.monotonic()
-        run(trial.arguments.format(out=out).split())
-        undisturbed[trial.name] = (time.monotonic() - start, contents(out))
-        table[trial.name] = {"kills": 0, "ends": 0, "different": 0}
-    while sum(row["kills"] for row in table.values()) < options.kills:
-        for trial in all_trials:
-            kills, same = one_end(trial, work, *undisturbed[trial.name], rng)
-            row = table[trial.name]
-            row["kills"] += kills
-            row["ends"] += 1
-            row["different"] += not same
-            print(trial.name, row, flush=True)
+    rows = [Row(trial, work) for trial in trials(work) if options.only in (None, trial.name)]
+    while sum(row.kills for row in rows) < options.kills:
+        row = min(rows, key=lambda row: row.kills)
+        row.once(rng)
+        print(f"{row.trial.name}: {dict(row.counts)}", flush=True)
+    table = {row.trial.name: dict(row.counts) for row in rows}
+    print(json.dumps(table, indent=2))
     if options.out:
         options.out.write_text(json.dumps(table, indent=2) + "\n")
-    different = sum(row["different"] for row in table.values())
-    print(json.dumps(table, indent=2))
-    if different:
+    if different := sum(row.counts["different"] for row in rows):
         raise SystemExit(f"{different} runs ended differently: they are in {work}")
     shutil.rmtree(work)
 
