@@ -105,18 +105,23 @@ def torchreid_file() -> Path | None:
 def run(name: str, queries: int, images: int, dim: int, out: Path) -> dict[str, Any]:
     """Run one contender in this process, and keep what it found."""
     rows, people = drawn_people(images, dim)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on (proc(5))
-    before = _memory("VmRSS")
+    clear_peak()
+    before = memory("VmRSS")
     start, cpu_start = time.perf_counter(), time.process_time()
     found = CONTENDERS[name](rows[:queries], rows[queries:], people)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    peak = _memory("VmHWM") - before
+    peak = memory("VmHWM") - before
     np.save(out, found)
     return {"contender": name, "seconds": seconds, "cpu_seconds": cpu_seconds, "gigabytes": peak / 1e9}
 
 
-def _memory(field: str) -> int:
-    """Bytes, by Linux."""
+def clear_peak() -> None:
+    """Count this process's peak of memory from here on (proc(5))."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(field: str) -> int:
+    """Bytes of this process, by Linux: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

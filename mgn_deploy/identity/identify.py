@@ -13,16 +13,21 @@ from mgn_deploy.identity.calibration import DEFAULT_FAR, Calibration, Decision, 
 from mgn_deploy.identity.people import Enrolled
 
 CANDIDATES = 3
+CALIBRATED_FOR = "pairs of single images"  # docs/decisions/055: of pooled ones the false-accept rate is lower
 PRIOR_KNOWN = 0.5
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An enrolled person with the similarity to a query, and the probability that it is this person."""
+    """An enrolled person with the similarity to a query, and the probability that it is this person.
+
+    `pairs` of images were compared, whose mean the similarity is.
+    """
 
     name: str
     similarity: float
     probability: float | None
+    pairs: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Identification:
         return {
             **vars(self),
             "queries": list(self.queries),
+            "calibrated_for": None if self.known is None else CALIBRATED_FOR,
             "candidates": [vars(candidate) for candidate in self.candidates],
         }
 
@@ -142,7 +148,7 @@ def identify(
         else [((label,), row) for label, row in zip(labels, similarities, strict=True)]
     )
     decision = None if calibration is None else decide_for_list(calibration, far, len(enrolled.people))
-    return [_answer(group, row, enrolled.names, calibration, decision, prior, candidates) for group, row in groups]
+    return [_answer(group, row, enrolled, calibration, decision, prior, candidates) for group, row in groups]
 
 
 def posteriors(similarities: np.ndarray, calibration: Calibration, prior: float) -> tuple[np.ndarray, float]:
@@ -161,23 +167,28 @@ def posteriors(similarities: np.ndarray, calibration: Calibration, prior: float)
 def _answer(
     queries: tuple[str, ...],
     similarities: np.ndarray,
-    names: Sequence[str],
+    enrolled: Enrolled,
     calibration: Calibration | None,
     decision: Decision | None,
     prior: float,
     count: int,
 ) -> Identification:
     order = np.argsort(-similarities, kind="stable")
+
+    def candidate(one: int, probability: float | None) -> Candidate:
+        pairs = len(queries) * len(enrolled.people[one].embeddings)
+        return Candidate(enrolled.names[one], float(similarities[one]), probability, pairs)
+
     best = order[:count].tolist()
     if calibration is None or decision is None:
-        found = tuple(Candidate(names[one], float(similarities[one]), None) for one in best)
+        found = tuple(candidate(one, None) for one in best)
         return Identification(queries, None, None, None, None, None, found, "no name without a calibration")
     probabilities, nobody = posteriors(similarities, calibration, prior)
-    found = tuple(Candidate(names[one], float(similarities[one]), float(probabilities[one])) for one in best)
+    found = tuple(candidate(one, float(probabilities[one])) for one in best)
     known = bool(similarities[order[0]] >= decision.threshold)
     return Identification(
         queries,
-        names[order[0]] if known else None,
+        enrolled.names[order[0]] if known else None,
         float(probabilities[order[0]]) if known else nobody,
         known,
         decision.threshold,

@@ -25,6 +25,7 @@ from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
 
 TILE_BYTES = 256 << 20
+ROWS_BYTES = 512 << 20  # where whole rows are held besides: smaller tiles cost BLAS a tenth
 CHUNK_BYTES = 1 << 19  # of a tile that a thread turns from products into distances, while they are in its cache
 SAMPLE = (256, 2048)  # queries and gallery rows that `measured_error` compares
 
@@ -70,7 +71,7 @@ def distance_rows(
     gallery: np.ndarray,
     metric: Metric = "cosine",
     *,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int = ROWS_BYTES,
     device: Device | Arrays = "cpu",
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Compute the rows of `distance_matrix` a few queries at a time: (rows, float32 [rows, g]).
@@ -82,7 +83,7 @@ def distance_rows(
     arrays = Arrays.open(device)
     height = max(1, tile_bytes // (8 * len(gallery)))  # half for these, half for embeddings
     buffer = np.empty((min(height, len(query)), len(gallery)), np.float32)
-    for rows in _slices(len(query), height):
+    for rows in _slices(len(query), _even(len(query), height)):
         part = query[rows]
         distances = buffer[: len(part)]
         for within, columns in _tiles(part, gallery, tile_bytes // 2):
@@ -210,8 +211,7 @@ def _distances(arrays: Arrays, query: np.ndarray, gallery: np.ndarray, metric: M
     def finish(rows: slice) -> None:
         values = whole[rows, :]
         if squares is None:
-            values -= 1
-            values *= -1
+            values = np.subtract(1, values, out=values) if arrays.is_numpy else 1 - values
             values = _clamp(arrays, values, 2)
         else:
             values *= -2

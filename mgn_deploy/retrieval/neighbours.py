@@ -5,19 +5,20 @@ Half the products of a search of all in all: the tile of images I and J serves t
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval.arrays import Arrays
+from mgn_deploy.retrieval.arrays import Arrays, first_largest
 
-SIDE = 4096  # images of a tile: 64 MiB of products
-CHUNK = 256  # rows of it that a thread selects from at a time
+SIDE = 4096  # most images of a tile: 64 MiB of products
+CHUNK_VALUES = 1 << 18  # of it that a thread selects from at a time: 1 MiB, which a core's cache holds
 
 
 @dataclass(frozen=True)
@@ -51,24 +52,21 @@ def find_neighbours(
     """
     n, k = len(images), min(k, len(images))
     lowest = np.full(n, np.inf, np.float32)  # of -distance / 2
-    parts = [slice(start, min(start + side, n)) for start in range(0, n, side)]
+    step = math.ceil(n / math.ceil(n / side))
+    parts = [slice(start, min(start + step, n)) for start in range(0, n, step)]
     best = _Best(np.full((n, k), -1, np.int64), np.full((n, k), -np.inf, np.float32))
-    done, total = 0, len(parts) * (len(parts) + 1) // 2
-    with ThreadPoolExecutor(os.cpu_count() if arrays.is_numpy else 1) as pool:
-        for i, rows in enumerate(parts):
+    # Tiles of images with themselves come first: what beats the k-th best that they give is little in all the others.
+    pairs = [*zip(parts, parts, strict=True), *combinations(parts, 2)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, (rows, columns) in enumerate(pairs, 1):
             mine = arrays.put(images[rows])
-            half = arrays.xp.sum(mine * mine, axis=1) / 2
-            for columns in parts[i:]:
-                theirs = mine if columns == rows else arrays.put(images[columns])
-                their_half = half if columns == rows else arrays.xp.sum(theirs * theirs, axis=1) / 2
-                tile = arrays.product(mine, theirs)
-                tile -= half[:, None]
-                tile -= their_half[None, :]
-                turns = [(tile, rows, columns)] if columns == rows else [(tile, rows, columns), (tile.T, columns, rows)]
-                list(pool.map(lambda turn: _take(arrays, best, lowest, *turn), _chunks(turns, arrays.is_numpy)))
-                done += 1
-                if progress:
-                    progress("neighbours", done, total)
+            theirs = mine if columns == rows else arrays.put(images[columns])
+            half, their_half = (arrays.xp.sum(side * side, axis=1) / 2 for side in (mine, theirs))
+            tile = arrays.product(mine, theirs)
+            take = _take_by_threads if arrays.is_numpy else _take_whole
+            take(arrays, pool, best, lowest, tile, half, their_half, rows, columns)
+            if progress:
+                progress("neighbours", done, len(pairs))
     return Neighbours(best.indices, np.maximum(-2 * best.values, 0), np.maximum(-2 * lowest, 0))
 
 
@@ -80,31 +78,82 @@ class _Best:
     values: np.ndarray
 
 
-def _chunks(turns: list[tuple[Any, slice, slice]], small: bool) -> Iterator[tuple[Any, slice, slice]]:
-    for tile, rows, columns in turns:
-        step = CHUNK if small else tile.shape[0]
-        for start in range(0, tile.shape[0], step):
-            part = tile[start : start + step]
-            yield part, slice(rows.start + start, rows.start + start + part.shape[0]), columns
+def _take_whole(
+    arrays: Arrays,
+    pool: ThreadPoolExecutor,
+    best: _Best,
+    lowest: np.ndarray,
+    tile: Any,
+    half: Any,
+    their_half: Any,
+    rows: slice,
+    columns: slice,
+) -> None:
+    """Merge a tile of products, on a device, into what is known of its rows and columns."""
+    tile -= half[:, None]
+    tile -= their_half[None, :]
+    turns = [(tile, rows, columns)] if columns == rows else [(tile, rows, columns), (tile.T, columns, rows)]
+    for values, here, there in turns:
+        lowest[here] = np.minimum(lowest[here], arrays.get(arrays.xp.min(values, axis=1)))
+        kept, found = arrays.largest(values, min(best.indices.shape[1], values.shape[1]))
+        line = np.repeat(np.arange(len(kept)), kept.shape[1])
+        _merge(best, here, line, kept.ravel() + there.start, found.ravel())
 
 
-def _take(arrays: Arrays, best: _Best, lowest: np.ndarray, tile: Any, rows: slice, columns: slice) -> None:
-    """Merge a tile, of -distance / 2 of `rows` to `columns`, into what is known of `rows`.
+def _take_by_threads(
+    arrays: Arrays,
+    pool: ThreadPoolExecutor,
+    best: _Best,
+    lowest: np.ndarray,
+    tile: np.ndarray,
+    half: np.ndarray,
+    their_half: np.ndarray,
+    rows: slice,
+    columns: slice,
+) -> None:
+    """The same in NumPy: chunk by chunk, each passed over while it is in a core's cache."""
+    theirs = _to_beat(best, columns, rows)
 
-    Columns ascend from call to call, so that a value that only equals the k-th best so far has a higher index.
+    def take(start: int) -> tuple[np.ndarray, ...]:
+        chunk = tile[start : start + height]
+        here = slice(rows.start + start, rows.start + start + len(chunk))
+        chunk -= half[start : start + height, None]
+        chunk -= their_half
+        lowest[here] = np.minimum(lowest[here], chunk.min(axis=1))
+        line, index = _better(chunk, _to_beat(best, here, columns)[:, None], best.indices.shape[1])
+        _merge(best, here, line, columns.start + index, chunk[line, index])
+        if columns == rows:
+            return ()
+        index, line = _better(chunk, theirs, best.indices.shape[1], by_column=True)
+        return line, here.start + index, chunk[index, line], chunk.min(axis=0)
+
+    height = max(1, CHUNK_VALUES // tile.shape[1])
+    taken = list(pool.map(take, range(0, len(tile), height)))
+    if columns != rows:
+        lines, indices, values, lows = zip(*taken, strict=True)
+        lowest[columns] = np.minimum(lowest[columns], np.min(lows, axis=0))
+        _merge(best, columns, np.concatenate(lines), np.concatenate(indices), np.concatenate(values))
+
+
+def _to_beat(best: _Best, rows: slice, others: slice) -> np.ndarray:
+    """What a value of `others` has to exceed to be among the best of `rows`, float32 `[rows]`.
+
+    That is the k-th best, and just less where it has a higher index than the others and would lose a tie.
     """
-    k = best.indices.shape[1]
-    if arrays.is_numpy:
-        tile = np.ascontiguousarray(tile)
-    lowest[rows] = np.minimum(lowest[rows], arrays.get(arrays.xp.min(tile, axis=1)))
-    if arrays.is_numpy:
-        better = np.flatnonzero(tile > best.values[rows, -1:])
-        if len(better) < tile.size // 32:  # most tiles: only these are looked at
-            _merge(best, rows, better // tile.shape[1], columns.start + better % tile.shape[1], tile.ravel()[better])
-            return
-    kept, found = arrays.largest(tile, min(k, tile.shape[1]))
-    line = np.repeat(np.arange(len(kept)), kept.shape[1])
-    _merge(best, rows, line, kept.ravel() + columns.start, found.ravel())
+    last = best.values[rows, -1]
+    return np.where(best.indices[rows, -1] >= others.start, np.nextafter(last, np.float32(-np.inf)), last)
+
+
+def _better(chunk: np.ndarray, bound: np.ndarray, k: int, *, by_column: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) of the values above `bound`; where those are many, of the k largest of each row (or column)."""
+    found = np.flatnonzero(chunk > bound)
+    if len(found) <= chunk.size // 32:
+        row, column = np.divmod(found, chunk.shape[1])
+        return row, column
+    lines = np.ascontiguousarray(chunk.T) if by_column else chunk
+    index = first_largest(lines, min(k, lines.shape[1])).ravel()
+    line = np.repeat(np.arange(len(lines)), len(index) // len(lines))
+    return (index, line) if by_column else (line, index)
 
 
 def _merge(best: _Best, rows: slice, line: np.ndarray, index: np.ndarray, value: np.ndarray) -> None:

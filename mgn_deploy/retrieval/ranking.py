@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from mgn_deploy.choices import Device, Metric
 from mgn_deploy.errors import UserError
 from mgn_deploy.retrieval.arrays import Arrays
-from mgn_deploy.retrieval.distance import TILE_BYTES, distance_rows
+from mgn_deploy.retrieval.distance import ROWS_BYTES, distance_rows
 from mgn_deploy.retrieval.truth import Truth
 
 BLOCK_ROWS = 32  # their sorted copy stays in a core's cache
@@ -168,7 +168,7 @@ def evaluate_embeddings(
         distractors=distractors,
         shape=(len(query), len(gallery)),
     )
-    rows = distance_rows(query, gallery, metric, tile_bytes=TILE_BYTES, device=device)
+    rows = distance_rows(query, gallery, metric, tile_bytes=ROWS_BYTES, device=device)
     return RankingMetrics.of(score_rows(rows, truth), ranks)
 
 
@@ -218,15 +218,18 @@ def _ranks(truth: Truth, start: int, block: np.ndarray) -> tuple[np.ndarray, np.
     row, column = row[~removed], column[~removed]
     values = block[row, truth.kept[column]]
 
+    ranked = np.zeros(block.shape[1], bool)
+    ranked[truth.kept] = True
     before, equal = np.empty(len(row), np.int64), np.empty(len(row), np.int64)
     bounds = np.searchsorted(row, np.arange(len(block) + 1))
     gone = np.searchsorted(removed_row, np.arange(len(block) + 1))
     for i, (begin, end) in enumerate(pairwise(bounds)):
         if begin == end:
             continue
-        mine = block[i, truth.kept]
-        mine[removed_column[gone[i] : gone[i + 1]]] = np.inf
-        near = mine[mine <= values[begin:end].max()]
+        wanted = block[i] <= values[begin:end].max()
+        wanted &= ranked
+        wanted[truth.kept[removed_column[gone[i] : gone[i + 1]]]] = False
+        near = block[i, np.flatnonzero(wanted)]
         near.sort()
         before[begin:end] = np.searchsorted(near, values[begin:end])
         equal[begin:end] = np.searchsorted(near, values[begin:end], side="right") - before[begin:end]

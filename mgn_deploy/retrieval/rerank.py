@@ -32,7 +32,8 @@ from mgn_deploy.retrieval.neighbours import Neighbours, find_neighbours
 K1, K2, WEIGHT = 20, 6, 0.3  # the authors', for every data set of the paper
 BLOCK_VALUES = 1 << 23  # of an intermediate array, so that memory does not grow with N
 JACCARD_VALUES = 1 << 19  # of a block of Jaccard distances: 4 MiB of sums, which a core's cache holds
-QUERY_ROWS = 512
+LEAST_QUERIES, MOST_QUERIES = 256, 1024  # whose distances are computed at a time
+QUERY_VALUES = 1 << 25  # of them, where these are enough queries
 
 
 def rerank(
@@ -121,14 +122,13 @@ def rerank_rows(
         raise UserError(f"the original distance's weight is {weight}, but has to be from 0 to 1")
     images = np.concatenate([query, gallery])
     encodings = encode(images, k1=k1, k2=k2, device=device, progress=progress)
-    for start in range(0, len(query), QUERY_ROWS):
-        rows = slice(start, min(start + QUERY_ROWS, len(query)))
+    height = max(LEAST_QUERIES, min(MOST_QUERIES, QUERY_VALUES // len(images)))
+    for start in range(0, len(query), height):
+        rows = slice(start, min(start + height, len(query)))
         distances = encodings.jaccard(rows)[:, len(query) :]
         if weight:
-            original = encodings.original(images, rows)[:, len(query) :]
-            original *= weight
             distances *= 1 - weight
-            distances += original
+            encodings.add_original(images, rows, slice(len(query), len(images)), weight, distances)
         yield rows, distances
         if progress:
             progress("re-ranking", rows.stop, len(query))
@@ -176,28 +176,27 @@ class Encodings:
             list(pool.map(fill, range(start, stop, height)))
         return out
 
-    def original(self, images: np.ndarray, wanted: slice) -> np.ndarray:
-        """Original distances of these images to all, float32 `[wanted, n]`, 0 to 1; `images` are those encoded."""
-        arrays, mine = self.arrays, self.arrays.put(images[wanted])
-        out = np.empty((len(mine), len(self)), np.float32)
-        for columns in _blocks(len(self), images.shape[1]):
-            theirs = arrays.put(images[columns])
-            if arrays.is_numpy:
-                arrays.product(mine, theirs, out[:, columns])
-            else:
-                out[:, columns] = arrays.get(arrays.product(mine, theirs))
+    def add_original(
+        self, images: np.ndarray, rows: slice, columns: slice, weight: float, distances: np.ndarray
+    ) -> None:
+        """Add `weight` times the original distances (0 to 1) of `rows` to `columns`; `images` are those encoded."""
+        arrays, mine = self.arrays, self.arrays.put(images[rows])
+        scale = np.float32(weight) / _or_one(self.neighbours.farthest[rows])[:, None]
 
-        def finish(rows: slice) -> None:
-            part = out[rows]
-            part *= -2
-            part += self.squares[wanted][rows, None]
-            part += self.squares
-            np.maximum(part, 0, out=part)
-            part /= _or_one(self.neighbours.farthest[wanted][rows])[:, None]
+        def finish(part: slice) -> None:
+            here = products[part]
+            here *= -2
+            here += self.squares[rows][part, None]
+            here += self.squares[block]
+            np.maximum(here, 0, out=here)
+            here *= scale[part]
+            distances[part, block.start - columns.start : block.stop - columns.start] += here
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(finish, _blocks(len(out), 16 * len(self))))
-        return out
+            for within in _blocks(columns.stop - columns.start, images.shape[1]):
+                block = slice(columns.start + within.start, columns.start + within.stop)
+                products = arrays.get(arrays.product(mine, arrays.put(images[block])))
+                list(pool.map(finish, _blocks(len(products), 64 * (block.stop - block.start))))
 
 
 def encode(

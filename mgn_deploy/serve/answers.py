@@ -74,6 +74,7 @@ class CandidateAnswer(BaseModel):
     name: str
     similarity: float
     probability: float | None
+    pairs: int = Field(description="Of images, whose mean cosine the similarity is.")
 
 
 class IdentityAnswer(BaseModel):
@@ -84,6 +85,7 @@ class IdentityAnswer(BaseModel):
     threshold: float | None
     far: float | None
     candidates: list[CandidateAnswer] = Field(description="The most similar people, best first.")
+    calibrated_for: str | None = Field(description="What threshold and probability are of; null without a calibration.")
     note: str | None
 
 

@@ -74,6 +74,9 @@ def test_images_together_are_one_answer_that_is_surer(calibration):
     (together,) = identify(ROWS[OWNERS == 4][3:], enrolled, calibration, together=True, names=list("abcde"))
     assert (together.name, together.queries) == ("person 4", tuple("abcde"))
     assert together.candidates[0].similarity == pytest.approx(np.mean([one.candidates[0].similarity for one in alone]))
+    enrolled_images = len(enrolled.people[4].embeddings)
+    assert (alone[0].candidates[0].pairs, together.candidates[0].pairs) == (enrolled_images, 5 * enrolled_images)
+    assert together.to_dict()["calibrated_for"] == "pairs of single images"
 
 
 def test_probabilities_of_everybody_and_nobody_sum_to_one_and_fall_with_the_list(calibration):

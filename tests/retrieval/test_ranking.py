@@ -191,14 +191,14 @@ def embeddings_and_labels(queries: int, images: int):
 
 
 def test_embeddings_score_as_their_distance_matrix_does(monkeypatch):
-    monkeypatch.setattr("mgn_deploy.retrieval.ranking.TILE_BYTES", 1 << 18)
+    monkeypatch.setattr("mgn_deploy.retrieval.ranking.ROWS_BYTES", 1 << 18)
     query, gallery, labels = embeddings_and_labels(150, 400)
     expected = evaluate(distance_matrix(query, gallery), *labels)
     assert_close(evaluate_embeddings(query, gallery, *labels), expected)
 
 
 def test_scoring_embeddings_never_holds_the_whole_matrix(monkeypatch):
-    monkeypatch.setattr("mgn_deploy.retrieval.ranking.TILE_BYTES", 1 << 18)
+    monkeypatch.setattr("mgn_deploy.retrieval.ranking.ROWS_BYTES", 1 << 18)
     query, gallery, labels = embeddings_and_labels(800, 1500)
     tracemalloc.start()
     try:

@@ -112,7 +112,8 @@ def test_blocks_and_tiles_change_nothing(monkeypatch):
     whole = rerank(images[:50], images[50:])
     monkeypatch.setattr("mgn_deploy.retrieval.rerank.BLOCK_VALUES", 3000)
     monkeypatch.setattr("mgn_deploy.retrieval.rerank.JACCARD_VALUES", 700)
-    monkeypatch.setattr("mgn_deploy.retrieval.rerank.QUERY_ROWS", 7)
+    monkeypatch.setattr("mgn_deploy.retrieval.rerank.LEAST_QUERIES", 7)
+    monkeypatch.setattr("mgn_deploy.retrieval.rerank.QUERY_VALUES", 1)
     np.testing.assert_allclose(rerank(images[:50], images[50:]), whole, atol=1e-6)
 
 
@@ -172,10 +173,10 @@ def test_memory_grows_with_the_images_and_not_with_their_square():
 
 def test_progress_counts_tiles_and_queries():
     seen: list[tuple[str, int, int]] = []
-    images = people(800, 8, 8)
-    for _ in rerank_rows(images[:600], images[600:], progress=lambda *step: seen.append(step)):
+    images = people(1300, 8, 8)
+    for _ in rerank_rows(images[:1100], images[1100:], progress=lambda *step: seen.append(step)):
         pass
-    assert seen == [("neighbours", 1, 1), ("re-ranking", 512, 600), ("re-ranking", 600, 600)]
+    assert seen == [("neighbours", 1, 1), ("re-ranking", 1024, 1100), ("re-ranking", 1100, 1100)]
 
 
 @pytest.mark.parametrize(
