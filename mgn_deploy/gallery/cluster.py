@@ -221,12 +221,12 @@ def _embedded(
     _log.info(f"{engine.backend} ({device}) on {least} to {most} workers of {cluster.address}, {len(parts)} parts")
     rows = (
         ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
-        .map(decoder, num_cpus=1, memory=decoder.memory)  # without memory it would run in the engines
+        .map(decoder, num_cpus=1)
         .map(
             _Worker,
             fn_constructor_args=(engine, manifest, folder),
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
-            num_cpus=1 if device == "CPU" else 0,  # on a CPU an engine runs on all cores, as in one process
+            num_cpus=0,  # engines that hold the last CPUs of the nodes that are left would wait for decoders for ever
             num_gpus=None if device == "CPU" else 1,
         )
         .iter_rows()
@@ -282,11 +282,6 @@ class _Decoder:
     height: int
     width: int
     folder: Path
-
-    @property
-    def memory(self) -> int:
-        """Bytes that a part takes: its crops, and as much again while they are packed for an engine."""
-        return 2 * writing.SHARD_ROWS * self.height * self.width * 3
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         _attempt(self.folder, row["part"], "decode")
@@ -350,7 +345,7 @@ def _connected(address: str) -> Iterator[None]:
             if address == LOCAL:
                 # Only this machine reaches its ports: whoever does may run programs.
                 ray.init(
-                    LOCAL, num_cpus=usable_cpus() + 1, include_dashboard=False, log_to_driver=False,
+                    LOCAL, num_cpus=usable_cpus(), include_dashboard=False, log_to_driver=False,
                     logging_level=logging.ERROR, _node_ip_address="127.0.0.1", _temp_dir=folder,
                 )  # fmt: skip
             else:
@@ -381,7 +376,8 @@ def _explained() -> Iterator[None]:
             if isinstance(raised, (UserError, CannotRun)):
                 raise raised from None
             raised = getattr(raised, "cause", None) or raised.__cause__
-        raise UserError(f"the cluster ended the run; the same command goes on from there. Ray: {error}") from error
+        last = str(error).strip().splitlines()[-1]  # of the worker's trace: Ray keeps no cause of what a map raises
+        raise UserError(f"the cluster ended the run, and the same command goes on from there: {last}") from error
     finally:
         context.enable_progress_bars = bars
         logger.setLevel(level)
