@@ -129,6 +129,14 @@ def test_neighbours_are_the_head_of_a_stable_argsort_in_tiles_of_any_size(device
     np.testing.assert_allclose(found.farthest, squared.max(axis=1), atol=1e-5)
 
 
+def test_a_tie_with_an_image_of_a_later_tile_goes_to_the_lower_index():
+    """Points 9, 19, ... come first, then 10 and 11, 20 and 21, ...: 9 and 11 are as near to 10."""
+    tens = np.arange(10.0, 2010, 10, dtype=np.float32)
+    points = np.concatenate([tens - 1, np.stack([tens, tens + 1], axis=1).ravel()])[:, None]
+    found = find_neighbours(points, 2, arrays=Arrays.open("cpu"), side=200)
+    np.testing.assert_array_equal(found.indices[200::2, 1], np.arange(200))
+
+
 @pytest.mark.parametrize("k", [1, 5, 1000])
 def test_the_best_k_are_the_head_of_the_whole_ranking(k):
     images = people(120, 16, 4)
