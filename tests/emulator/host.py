@@ -78,7 +78,7 @@ def build_host(
     always = ["-std=c++17", *warnings, "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-I", str(Path(__file__).parent)]
     parts = [str(unit)]
     if memory_model:  # its hooks are called by the kernels and are not to call themselves
-        # GCC warns of "uninitialized" wrongly where its hooks stand between; the build without them has that warning, too.
+        # GCC warns of "uninitialized" wrongly where its hooks stand between; without them it looks, too.
         hooked = [
             "-fsanitize=thread",
             "--param",
