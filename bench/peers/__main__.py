@@ -52,9 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = chosen.peers.lower().split(",")
     peers = [peer for peer in PEERS if peer.name == OURS or any(word in peer.name.lower() for word in wanted)]
     machine = {"machine": cpu(), "environment": environment().model_dump(mode="json")}
-    held: list[dict[str, Run]] = []
     try:
-        models = [run(chosen, Bundle.open(folder), peers, held) for folder in chosen.bundle]
+        models = [run(chosen, Bundle.open(folder), peers) for folder in chosen.bundle]
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -68,11 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(
-    chosen: argparse.Namespace, bundle: Bundle, peers: Sequence[Peer], held: list[dict[str, Run]]
-) -> dict[str, Any]:
-    """Open every peer of a bundle, and run them in turns. What was opened goes to `held`, to live as long as the
-    process: freeing one engine while others are loaded has crashed it.
+def run(chosen: argparse.Namespace, bundle: Bundle, peers: Sequence[Peer]) -> dict[str, Any]:
+    """Open every peer of a bundle, and run them in turns.
 
     Raises:
         UserError: no images, or no reference weights.
@@ -88,7 +84,6 @@ def run(
     ]
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, Run] = {}
-    held.append(runs)
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-peers-") as scratch:
         seconds = min(10.0, 60 * minutes / (len(peers) * 6))
         given = Given(bundle, int8, images.paths, images.crops, calibration, chosen.batch, seconds, Path(scratch))

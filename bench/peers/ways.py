@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mgn_deploy.backends.openvino import openvino_core
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.embedder import Embedder
@@ -194,18 +195,15 @@ def _to_nncf(given: Given) -> tuple[Any, Any, Any, int]:
     _require("openvino", "cpu")
     _require("nncf", "peers")
     import nncf
-    import openvino
 
     calibration = given.to_calibrate()
-    return nncf, openvino.Core().read_model(given.graph), nncf.Dataset(list(calibration[:, None])), len(calibration)
+    return nncf, openvino_core().read_model(given.graph), nncf.Dataset(list(calibration[:, None])), len(calibration)
 
 
 def _openvino(model: Any) -> Callable[[np.ndarray], np.ndarray]:
     """As `backends/openvino.py` runs a graph."""
-    import openvino
-
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
+    request = openvino_core().compile_model(model, "CPU", hints).create_infer_request()
 
     def embed(images: np.ndarray) -> np.ndarray:
         request.infer([images], share_inputs=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from mgn_deploy.backends.openvino import openvino_core
 from mgn_deploy.export.graph.rewrite import group_of, trunk_nodes
 
 RUNS = 5  # after one that warms up; of each layer the least counts, as a busy machine only adds
@@ -65,9 +66,7 @@ def _owner(layer: str, owners: dict[str, str]) -> str | None:
 
 
 def _openvino(graph: bytes, images: np.ndarray) -> Iterator[dict[str, float]]:
-    import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": "YES"}
     request = core.compile_model(core.read_model(graph), "CPU", hints).create_infer_request()
     for number in range(RUNS + 1):

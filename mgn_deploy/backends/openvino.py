@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 
 from mgn_deploy.backends.base import Backend, refuse_fused_heads, refuse_shapes
@@ -12,18 +15,30 @@ from mgn_deploy.machine import this_cpu
 from mgn_deploy.telemetry import without_openvino_telemetry
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """The `openvino.Core` of this process, which is never released.
+
+    OpenVINO's CPU plugin gives the thread that loads it a signal stack and unmaps that in whichever thread releases the
+    last Core: the next signal that reaches the first thread, Ctrl-C too, would end the process with SIGSEGV.
+    """
+    with without_openvino_telemetry():
+        import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoBackend(Backend):
     """A graph compiled by OpenVINO's CPU plugin, one request at a time with all cores."""
 
     name = "openvino"
 
     def __init__(self, graph: bytes, config: ModelConfig) -> None:
-        with without_openvino_telemetry():
-            import openvino
+        core = openvino_core()
+        import openvino
 
         self.version = openvino.__version__
         self.hardware = this_cpu()
-        core = openvino.Core()
         try:
             compiled = core.compile_model(
                 core.read_model(graph),

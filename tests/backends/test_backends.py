@@ -331,3 +331,22 @@ def test_importing_the_package_imports_neither_torch_nor_an_engine():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_signal_after_openvino_was_released_in_another_thread_is_python_s(bundle_folder):
+    """OpenVINO's plugin leaves its first thread a signal stack that is unmapped: Ctrl-C would be a SIGSEGV."""
+    program = """
+import os, signal, sys, threading, time
+from mgn_deploy import Embedder
+held = [Embedder.open(sys.argv[1], backend="openvino") for _ in range(2)]
+release = threading.Thread(target=held.clear)
+release.start()
+release.join()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("as ever")
+"""
+    done = without(program=program, arguments=(bundle_folder,))
+    assert (done.returncode, done.stdout) == (0, "as ever\n"), done.stderr

@@ -15,11 +15,11 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnxruntime
-import openvino
 import pytest
 import torch
 from onnx import numpy_helper
 
+from mgn_deploy.backends.openvino import openvino_core
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.export.graph.trace import build_graph
 from mgn_deploy.train.model import Embedding
@@ -50,7 +50,7 @@ def run_onnxruntime(model: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
 
 
 def run_openvino(model: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
-    core = openvino.Core()
+    core = openvino_core()
     inlined = onnx.inliner.inline_local_functions(model)
     compiled = core.compile_model(
         core.read_model(inlined.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}

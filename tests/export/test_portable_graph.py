@@ -12,6 +12,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from mgn_deploy.backends.heads.cut import FEATURE_MAPS, MIRROR_AVERAGE
+from mgn_deploy.backends.openvino import openvino_core
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.export.graph.trace import build_graph
 from mgn_deploy.train.weights import new_model
@@ -26,8 +27,7 @@ def open_onnxruntime(path: Path) -> Run:
 
 
 def open_openvino(path: Path) -> Run:
-    openvino = pytest.importorskip("openvino")
-    core = openvino.Core()
+    core = openvino_core()
     # float32 also on CPUs with bfloat16, as the README says
     compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: compiled([images])[0]
@@ -36,7 +36,7 @@ def open_openvino(path: Path) -> Run:
 def open_openvino_converted(path: Path) -> Run:
     """As the command `ovc graph.onnx` converts it."""
     openvino = pytest.importorskip("openvino")
-    compiled = openvino.compile_model(openvino.convert_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(openvino.convert_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: compiled([images])[0]
 
 

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
+from mgn_deploy.backends.openvino import openvino_core
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.export.graph.rewrite import map_names, pixels_name, tensor_names_between, trunk_nodes
@@ -62,9 +63,7 @@ def by_onnxruntime(graph: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
 
 
 def by_openvino(graph: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
-    import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(graph.SerializeToString())
     request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
     request.infer([pixels])
