@@ -79,6 +79,8 @@ class HttpServer:
                 self._service.warm_up()  # here, where what the engine refuses can be raised
                 self._server.started_call = started
                 self._server.run(sockets=[self._listener])
+                if self._server.failed:
+                    raise self._server.failed
             finally:
                 self._service.close()
 
@@ -109,11 +111,15 @@ class _Server(uvicorn.Server):
     """Ends normally on a signal, once what was taken is answered; a second Ctrl-C does not wait for that."""
 
     started_call: Callable[[], None] | None = None
+    failed: Exception | None = None  # what `started_call` raised, as where nobody reads stdout
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started_call:
-            self.started_call()
+        try:
+            if self.started_call:
+                self.started_call()
+        except Exception as error:  # raised by `run`: within the event loop it would be logged with its trace
+            self.failed, self.should_exit = error, True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -278,6 +278,18 @@ def start_command(bundle: Path, *options: str, **environment: str) -> tuple[subp
     return process, process.stdout.readline().strip()
 
 
+def test_where_nobody_reads_the_address_it_ends_as_a_pipe_does(bundle_folder: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mgn_deploy", "serve", "--bundle", bundle_folder, "--port", "0"]
+    done = subprocess.run(
+        [*command, "--backend", "onnxruntime"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=100
+    )
+    os.close(write)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_once_what_was_taken_is_answered(bundle_folder: Path, crops: Path, number: int) -> None:
     process, address = start_command(bundle_folder, "--backend", "onnxruntime")
