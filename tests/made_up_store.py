@@ -19,6 +19,7 @@ def made_up_store(
     cameras: list[int | None] | None = None,
     *,
     names: list[str] | None = None,
+    times: list[float | None] | None = None,
     drawn: bool = False,
     bundle_id: str = "b" * 64,
 ) -> Store:
@@ -38,8 +39,10 @@ def made_up_store(
         source=(folder / "images").as_uri(),
     )
     rows = [
-        Row(name, 1, 1, None, identity, camera)
-        for name, identity, camera in zip(names, identities, cameras, strict=True)
+        Row(name, 1, 1, None, identity, camera, time_s=time_s)
+        for name, identity, camera, time_s in zip(
+            names, identities, cameras, times or [None] * len(embeddings), strict=True
+        )
     ]
     with StoreWriter(folder / "store", manifest) as writer:
         writer.add(rows, embeddings.astype(np.float32))

@@ -40,6 +40,10 @@ def search(
         typer.Option(help="Search by this index (see `index build`); re-ranking and mAP need exact neighbours."),
     ] = None,
     camera: Annotated[int | None, typer.Option(help="With --index: only gallery images by this camera.")] = None,
+    since: Annotated[
+        float | None, typer.Option(help="With --index: only rows of videos, from this second of theirs on.")
+    ] = None,
+    until: Annotated[float | None, typer.Option(help="With --index: likewise, up to this second.")] = None,
     device: RankDevice = "cpu",
     far: Annotated[
         float, typer.Option("--far", help="Where the bundle has a calibration: share of wrong pairs above the line.")
@@ -62,11 +66,14 @@ def search(
     from mgn_deploy.retrieval.search import Queries
     from mgn_deploy.retrieval.search import search as run
 
-    if camera is not None and index is None:
-        raise UserError("--camera is what an index filters by: give --index as well")
+    for option, value in (("--camera", camera), ("--since", since), ("--until", until)):
+        if value is not None and index is None:
+            raise UserError(f"{option} is what an index filters by: give --index as well")
     images = Store.open(gallery)
     queries = Queries.open(query, bundle, backend, allow_unproven=allow_unproven, labels=labels, gallery=images)
-    index_opened = nullcontext() if index is None else open_index(index, images, camera=camera)
+    index_opened = (
+        nullcontext() if index is None else open_index(index, images, camera=camera, since=since, until=until)
+    )
     with index_opened as candidates, progress("steps") as update:
         lists = run(
             queries,

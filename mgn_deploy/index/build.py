@@ -73,27 +73,52 @@ def build_index(
 
 
 @contextmanager
-def open_index(index: str | os.PathLike[str], store: Store, *, camera: int | None = None) -> Iterator[Candidates]:
+def open_index(
+    index: str | os.PathLike[str],
+    store: Store,
+    *,
+    camera: int | None = None,
+    since: float | None = None,
+    until: float | None = None,
+) -> Iterator[Candidates]:
     """Open an index of a store for `search(..., candidates=...)`.
 
     Args:
         index: the folder, or the Milvus database.
         store: what it has to be of.
         camera: where given, only rows of this camera are found.
+        since, until: where given, only rows of videos are found, from and up to these seconds of their video.
 
     Raises:
         UserError: no index, a damaged one, one of another store or bundle or of the store before it changed, Milvus
-            that cannot be reached; no row of that camera.
+            that cannot be reached; no row of that camera or time.
     """
-    rows = None
-    if camera is not None:
-        rows = np.flatnonzero(store.cameras() == camera)
-        if not len(rows):
-            raise UserError(f"{store.folder} holds no image by camera {camera}")
+    rows = _rows_of(store, camera, since, until)
     target = os.fspath(index)
     if is_milvus(target):
         with milvus.opened(target, store) as connected:
             connected.check()
-            yield partial(connected.candidates, camera=camera)
+            yield partial(connected.candidates, camera=camera, since=since, until=until)
     else:
-        yield partial(FaissIndex.open(Path(target), store).candidates, camera_rows=rows)
+        yield partial(FaissIndex.open(Path(target), store).candidates, only=rows)
+
+
+def _rows_of(store: Store, camera: int | None, since: float | None, until: float | None) -> np.ndarray | None:
+    """Numbers of the rows of a camera and time; None: of all."""
+    chosen = np.ones(len(store), bool)
+    if camera is not None:
+        chosen &= store.cameras() == camera
+        if not chosen.any():
+            raise UserError(f"{store.folder} holds no image by camera {camera}")
+    if since is not None or until is not None:
+        times = np.array([np.nan if row.time_s is None else row.time_s for row in store])
+        if np.isnan(times).all():
+            raise UserError(f"{store.folder} holds no image with a time: only rows of videos have one")
+        chosen &= (times >= (-np.inf if since is None else since)) & (times <= (np.inf if until is None else until))
+        if not chosen.any():
+            by = "" if camera is None else f" by camera {camera}"
+            raise UserError(
+                f"{store.folder} holds no image{by} of that time: its rows are of {np.nanmin(times):g} to "
+                f"{np.nanmax(times):g} seconds"
+            )
+    return None if chosen.all() else np.flatnonzero(chosen)

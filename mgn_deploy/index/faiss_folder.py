@@ -61,16 +61,16 @@ class FaissIndex:
             index = _faiss().read_index(_faiss().PyCallbackIOReader(file.read))
         return cls(index, manifest.effort)
 
-    def candidates(self, asked: np.ndarray, n: int, camera_rows: np.ndarray | None = None) -> np.ndarray:
+    def candidates(self, asked: np.ndarray, n: int, only: np.ndarray | None = None) -> np.ndarray:
         """Rows int64 `[q, n]` that may be nearest to float32 `[q, dim]`, -1 where there are fewer.
 
         Args:
             asked: the queries.
             n: how many.
-            camera_rows: where given, only these rows are looked at.
+            only: where given, only these rows are looked at.
         """
         faiss = _faiss()
-        chosen = None if camera_rows is None else faiss.IDSelectorBatch(camera_rows)
+        chosen = None if only is None else faiss.IDSelectorBatch(only)
         if isinstance(self._index, faiss.IndexHNSW):
             parameters = faiss.SearchParametersHNSW(sel=chosen, efSearch=max(self._effort, n))
         elif isinstance(self._index, faiss.IndexIVF):

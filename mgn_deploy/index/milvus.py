@@ -34,6 +34,7 @@ T = TypeVar("T")
 COLLECTION = "mgn_deploy"  # unless the URL's fragment names another one
 BATCH_ROWS = 256  # 2 MiB of 2048 numbers: far below what a gRPC message may hold
 SEARCH_ROWS = 64
+NO_TIME = -1.0  # of rows that are of no video
 MOST_NEIGHBOURS = 16_384  # https://milvus.io/docs/limitations.md
 CALL_SECONDS = 30.0
 CONNECT_SECONDS = 5.0
@@ -56,8 +57,20 @@ class MilvusIndex:
         self._state = f"{self._collection}_state"
         self._rows = {sha256_bytes(row_key(row.name).encode()): number for number, row in enumerate(store)}
 
-    def candidates(self, asked: np.ndarray, n: int, camera: int | None = None) -> np.ndarray:
-        """Rows int64 `[q, n]` that may be nearest to float32 `[q, dim]`, -1 where there are fewer; of one camera."""
+    def candidates(
+        self,
+        asked: np.ndarray,
+        n: int,
+        camera: int | None = None,
+        since: float | None = None,
+        until: float | None = None,
+    ) -> np.ndarray:
+        """Rows int64 `[q, n]` that may be nearest to float32 `[q, dim]`, -1 where there are fewer; of a camera, and
+        from and up to seconds of a video."""
+        wanted = {"camera ==": camera, "time_s >=": since, "time_s <=": until}
+        rules = [f"{rule} {value!r}" for rule, value in wanted.items() if value is not None]
+        if since is not None or until is not None:
+            rules.append(f"time_s > {NO_TIME!r}")
         rows = np.full((len(asked), n), -1, np.int64)
         for start in range(0, len(asked), SEARCH_ROWS):
             found = self._call(
@@ -66,7 +79,7 @@ class MilvusIndex:
                 data=asked[start : start + SEARCH_ROWS],
                 anns_field="embedding",
                 limit=min(n, MOST_NEIGHBOURS),
-                filter="" if camera is None else f"camera == {camera:d}",
+                filter=" and ".join(rules),
                 search_params={"metric_type": "IP"},
             )
             for query, hits in enumerate(found, start):
@@ -133,7 +146,8 @@ class MilvusIndex:
         if self._has(self._collection):
             described = self._call("describe_collection", self._collection)
             dims = [field["params"].get("dim") for field in described["fields"] if field["name"] == "embedding"]
-            if dims != [dim] or not self._has(self._state):
+            named = {field["name"] for field in described["fields"]}
+            if dims != [dim] or "time_s" not in named or not self._has(self._state):
                 raise UserError(
                     f"{self._target} has a collection {self._collection} that is no index of {dim} dimensions: name "
                     "another database, or another collection of a server as http://HOST:PORT#COLLECTION"
@@ -152,6 +166,7 @@ class MilvusIndex:
             digest=(DataType.VARCHAR, 64),
             identity=(DataType.INT64, None),
             camera=(DataType.INT64, None),
+            time_s=(DataType.DOUBLE, None),
         )
 
     def _create(self, name: str, vector: str, dim: int, **fields: tuple[Any, int | None]) -> None:
@@ -185,17 +200,20 @@ class MilvusIndex:
             check_finite("gallery", block, rows.start)
             entries = []
             for number, embedding in enumerate(np.asarray(block, np.float32), rows.start):
-                labels = (int(identities[number]), int(cameras[number]))
+                row = self._store.rows[number]
+                time_s = NO_TIME if row.time_s is None else row.time_s
+                labels = (int(identities[number]), int(cameras[number]), time_s)
                 digest = sha256_bytes(embedding.tobytes() + repr(labels).encode())
                 if there.get(keys[number]) != digest:
                     entries.append(
                         {
                             "key": keys[number],
                             "embedding": embedding,
-                            "path": row_key(self._store.rows[number].name),
+                            "path": row_key(row.name),
                             "digest": digest,
                             "identity": labels[0],
                             "camera": labels[1],
+                            "time_s": time_s,
                         }
                     )
             for start in range(0, len(entries), BATCH_ROWS):

@@ -29,7 +29,8 @@ def unit(rows: int, dim: int = DIM, seed: int = 0) -> np.ndarray:
 def store(tmp_path_factory) -> Store:
     people: list[int | None] = [row // 4 for row in range(ROWS)]
     cameras: list[int | None] = [row % 3 for row in range(ROWS)]
-    return made_up_store(tmp_path_factory.mktemp("gallery"), unit(ROWS), people, cameras)
+    times: list[float | None] = [row / 2 if row % 2 else None for row in range(ROWS)]
+    return made_up_store(tmp_path_factory.mktemp("gallery"), unit(ROWS), people, cameras, times=times)
 
 
 @pytest.fixture(scope="module", params=["flat", "hnsw"])
@@ -82,6 +83,14 @@ def test_only_rows_of_the_camera_that_is_asked_for_are_found(store, index) -> No
     with open_index(index, store, camera=2) as candidates:
         lists = search(Queries.of_store(store), store, 5, candidates=candidates)
     assert {result.camera for one in lists for result in one.results} == {2}
+    assert all(len(one.results) == 5 for one in lists)
+
+
+def test_only_rows_of_the_seconds_that_are_asked_for_are_found(store, index) -> None:
+    with open_index(index, store, camera=2, since=20, until=60) as candidates:
+        lists = search(Queries.of_store(store), store, 5, candidates=candidates)
+    asked_for = {row.name for row in store if row.camera == 2 and row.time_s is not None and 20 <= row.time_s <= 60}
+    assert {result.name for one in lists for result in one.results} == asked_for
     assert all(len(one.results) == 5 for one in lists)
 
 
@@ -195,6 +204,11 @@ def test_what_is_defined_on_exact_neighbours_is_refused_through_an_index(store, 
 
 def test_a_camera_that_took_nothing_is_refused(store, index) -> None:
     refuse(index, store, "no image by camera 9", camera=9)
+
+
+def test_a_time_at_which_nothing_was_taken_is_refused(store, index, tmp_path) -> None:
+    refuse(index, store, "no image by camera 1 of that time: its rows are of 0.5 to", camera=1, since=1000)
+    refuse(index, made_up_store(tmp_path, unit(2), [1, 2]), "no image with a time: only rows of videos", until=3)
 
 
 def test_the_command_line_builds_and_searches(tmp_path, store) -> None:

@@ -38,7 +38,9 @@ def unit(rows: int, seed: int = 0) -> np.ndarray:
 
 def gallery(folder: Path, rows: int = ROWS, **options) -> Store:
     cameras: list[int | None] = [row % 3 for row in range(rows)]
-    return made_up_store(folder, unit(rows), [row // 4 for row in range(rows)], cameras, names=NAMES[:rows], **options)
+    times: list[float | None] = [row / 2 if row % 2 else None for row in range(rows)]
+    people: list[int | None] = [row // 4 for row in range(rows)]
+    return made_up_store(folder, unit(rows), people, cameras, names=NAMES[:rows], times=times, **options)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,14 @@ def test_only_rows_of_the_camera_that_is_asked_for_are_found(store, database) ->
     with open_index(database, store, camera=2) as candidates:
         lists = search(Queries.of_store(store), store, 5, candidates=candidates)
     assert {result.camera for one in lists for result in one.results} == {2}
+
+
+def test_only_rows_of_the_seconds_that_are_asked_for_are_found(store, database) -> None:
+    with open_index(database, store, camera=2, since=20, until=60) as candidates:
+        lists = search(Queries.of_store(store), store, 5, candidates=candidates)
+    asked_for = {row.name for row in store if row.camera == 2 and row.time_s is not None and 20 <= row.time_s <= 60}
+    assert {result.name for one in lists for result in one.results} == asked_for
+    assert all(len(one.results) == 5 for one in lists)
 
 
 def test_a_build_that_was_stopped_is_refused_and_goes_on(tmp_path, store, monkeypatch, caplog) -> None:
