@@ -28,6 +28,7 @@ MAX_SEED = 2**63 - 1  # PyTorch's
 
 # Images a call of an engine: beyond, activations take more memory than GPUs have.
 MAX_BATCH = 4096
+MAX_THREADS = 1024
 
 # Of a store's embeddings.
 Dtype = Literal["float32", "float16"]

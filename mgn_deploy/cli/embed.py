@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mgn_deploy.choices import MAX_BATCH, Dtype
+from mgn_deploy.choices import MAX_BATCH, MAX_THREADS, Dtype
 from mgn_deploy.cli.options import AllowUnproven, Backend, BoxClass, BoxesFile, Json, MinScore, Video, out
 from mgn_deploy.console import percent, print_json, print_table, progress, say
 from mgn_deploy.errors import UserError
@@ -53,6 +53,10 @@ def embed(
         str,
         typer.Option("--batch", metavar="N|auto", help="Images a call of the engine; auto: the fastest of several."),
     ] = "8",
+    threads: Annotated[
+        str | None,
+        typer.Option("--threads", metavar="N|auto", help="That decode images; by default one more than CPUs."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the stored embeddings.")] = "float32",
     labels: Annotated[
         str | None,
@@ -90,8 +94,9 @@ def embed(
     from mgn_deploy.gallery.inputs import open_inputs
     from mgn_deploy.gallery.shards import read_manifest
 
-    batch_size = _batch_size(batch)
-    engines = _cluster(cluster, workers, batch_size, server, profile)
+    batch_size = _number("--batch", batch, MAX_BATCH)
+    decoding = None if threads is None else _number("--threads", threads, MAX_THREADS)
+    engines = _cluster(cluster, workers, batch_size, server, profile or decoding is not None)
     source = open_inputs(
         images or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video, part=shard
     )
@@ -108,6 +113,7 @@ def embed(
                 max_failures=max_failures,
                 progress=update,
                 **({"profile": True} if profile else {}),
+                **({"threads": decoding} if decoding is not None else {}),
             )
     except KeyboardInterrupt:
         say(f"interrupted: what was embedded is in {store}, and the same command goes on from there")
@@ -149,7 +155,7 @@ def _run_of(
 
 
 def _cluster(
-    address: str | None, workers: str | None, batch_size: int | str, server: str | None, profile: bool
+    address: str | None, workers: str | None, batch_size: int | str, server: str | None, of_one_process: bool
 ) -> Cluster | None:
     from mgn_deploy.gallery.cluster import Cluster
 
@@ -159,7 +165,7 @@ def _cluster(
         return None
     for given, option in (
         (server is not None, "--server"),
-        (profile, "--profile"),
+        (of_one_process, "--profile or --threads"),
         (batch_size == "auto", "--batch auto"),
     ):
         if given:
@@ -174,16 +180,16 @@ def _cluster(
     return Cluster(address, (int(match[1]), int(match[2] or match[1])))
 
 
-def _batch_size(batch: str) -> int | Literal["auto"]:
-    if batch == "auto":
+def _number(option: str, given: str, most: int) -> int | Literal["auto"]:
+    if given == "auto":
         return "auto"
     try:
-        size = int(batch)
+        number = int(given)
     except ValueError:
-        size = 0
-    if not 1 <= size <= MAX_BATCH:
-        raise typer.BadParameter(f"give auto or a number from 1 to {MAX_BATCH}, not {batch!r}", param_hint="'--batch'")
-    return size
+        number = 0
+    if not 1 <= number <= most:
+        raise typer.BadParameter(f"give auto or a number from 1 to {most}, not {given!r}", param_hint=f"'{option}'")
+    return number
 
 
 def _tell(profile: Profile) -> None:

@@ -7,13 +7,14 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 
-from mgn_deploy.choices import Dtype
+from mgn_deploy.choices import MAX_THREADS, Dtype
 from mgn_deploy.datasets.labels import LARGEST, Label, Labels, read_labels
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UserError
@@ -21,10 +22,11 @@ from mgn_deploy.gallery.profile import Profile, each, in_loop
 from mgn_deploy.gallery.relocate import follow_source
 from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.sources import MOST_CROP_SIDE, Decoded, Source, open_source
-from mgn_deploy.gallery.tuning import AUTO, SIZES, Tuning, choose_batch
+from mgn_deploy.gallery.tuning import AUTO, SIZES, Tuning, choose_batch, choose_threads
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.images.listing import ImageFile
+from mgn_deploy.images.prefetch import decoding_threads
 from mgn_deploy.interrupt import DeferredInterrupt, Stopped
 from mgn_deploy.progress import Progress
 
@@ -47,8 +49,9 @@ class GalleryReport:
         relabelled: images that were in the store with another identity or camera, and have the new one.
         unlike_crops: images that were embedded whole and are wider than high or larger than any crop of a person.
         batch_size: images an engine call.
-        tuning: how `batch_size` was chosen, where it was auto.
-        seconds: how long it took, tuning included.
+        threads: that decoded them.
+        tuning: how `batch_size` and `threads` were chosen, where they were auto.
+        seconds: how long it took, without the trials of `tuning`.
         profile: where the time went, where that was asked for.
     """
 
@@ -60,7 +63,8 @@ class GalleryReport:
     relabelled: int = 0
     unlike_crops: int = 0
     batch_size: int = 0
-    tuning: Tuning | None = None
+    threads: int = 0
+    tuning: dict[str, Tuning] = field(default_factory=dict)
     seconds: float = 0.0
     profile: Profile | None = None
 
@@ -78,10 +82,11 @@ class GalleryReport:
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 2),
         }
-        for name, part in (("tuning", self.tuning), ("profile", self.profile)):
-            del values[name]
-            if part is not None:
-                values[name] = part.to_dict()
+        del values["tuning"], values["profile"]
+        if self.tuning:
+            values["tuning"] = {name: tuning.to_dict() for name, tuning in self.tuning.items()}
+        if self.profile is not None:
+            values["profile"] = self.profile.to_dict()
         return values
 
 
@@ -91,6 +96,7 @@ def embed_folder(
     embedder: Embedder,
     *,
     batch_size: int | Literal["auto"] = 8,
+    threads: int | Literal["auto"] | None = None,
     dtype: Dtype = "float32",
     labels: str | os.PathLike[str] | None = None,
     max_failures: int | None = None,
@@ -110,6 +116,8 @@ def embed_folder(
         embedder: decides the bundle, and is called with `batch_size` images at a time.
         batch_size: auto: the fastest by two seconds' trial on the first images (`tuning.choose_batch`). An engine may
             round differently at another one; the report has which it was.
+        threads: that decode images; None: one more than CPUs; auto: the fastest by another two seconds' trial with the
+            engine beside them (`tuning.choose_threads`).
         dtype: of the stored embeddings.
         labels: who is on an image: none, market1501, folder or a table, as in `datasets.labels.read_labels`; `track`: a
             box's track is its person; None: what the source says, as a list with a column identity does, or else
@@ -125,14 +133,23 @@ def embed_folder(
     """
     if batch_size != AUTO:
         check_batch_size(batch_size)
+    if threads is not None and threads != AUTO and not 1 <= threads <= MAX_THREADS:
+        raise UserError(f"{threads} threads: give auto or a number from 1 to {MAX_THREADS}")
     source = folder if isinstance(folder, Source) else open_source(folder)
     report = GalleryReport(skipped=source.skipped, profile=Profile() if profile else None)
 
     def work(writer: StoreWriter, todo: list[ImageFile], rule: Labels) -> None:
+        backend, tuning = embedder.backend, report.tuning
         if batch_size == AUTO:
-            report.tuning = choose_batch(embedder.backend, _first_crops(source, todo, embedder))
-        report.batch_size = report.tuning.batch_size if report.tuning else int(batch_size)
-        images = source.decode(todo, embedder.height, embedder.width, report.profile)
+            tuning["batch_size"] = choose_batch(backend, list(_first_crops(source, todo, embedder)))
+        report.batch_size = tuning["batch_size"].chosen if batch_size == AUTO else int(batch_size)
+        if threads == AUTO:
+            first = partial(_first_crops, source, todo, embedder)
+            tuning["threads"] = choose_threads(lambda count: first(threads=count), backend, report.batch_size)
+        report.threads = tuning["threads"].chosen if threads == AUTO else int(threads or decoding_threads())
+        if report.profile is not None:
+            report.profile.decoding_threads = report.threads
+        images = replace(source, threads=report.threads).decode(todo, embedder.height, embedder.width, report.profile)
         run = Run(writer, embedder, report.batch_size, rule, report, max_failures)
         with in_loop(report.profile, "other"):
             run.embed(images, len(todo), progress)
@@ -194,7 +211,7 @@ def fill_store(
         try:
             work(writer, fresh + again, rule)
         finally:
-            report.seconds = time.monotonic() - start
+            report.seconds = time.monotonic() - start - sum(tuning.seconds for tuning in report.tuning.values())
             _log_losses(report, source.title)
     if max_failures is not None and len(report.failed) > max_failures:
         name, reason = report.failed[-1]
@@ -220,11 +237,12 @@ def _labels(kind: str | os.PathLike[str] | None, source: Source) -> Labels:
     return read_labels(kind, [file.name for file in source.files])
 
 
-def _first_crops(source: Source, files: list[ImageFile], embedder: Embedder) -> list[np.ndarray]:
+def _first_crops(
+    source: Source, files: list[ImageFile], embedder: Embedder, threads: int | None = None
+) -> Iterator[np.ndarray]:
     """Those of the first files that can be read, enough for the largest batch that is tried."""
-    images = source.decode(files[: 2 * max(SIZES)], embedder.height, embedder.width)
-    crops = (image.pixels for image in images if image.pixels is not None)
-    return list(islice(crops, max(SIZES)))
+    images = replace(source, threads=threads).decode(files[: 2 * max(SIZES)], embedder.height, embedder.width)
+    return islice((image.pixels for image in images if image.pixels is not None), max(SIZES))
 
 
 def _log_losses(report: GalleryReport, title: str) -> None:

@@ -42,6 +42,7 @@ class Profile:
     def __init__(self) -> None:
         self._loop: dict[str, float] = defaultdict(float)
         self._threads: dict[str, float] = defaultdict(float)
+        self.decoding_threads = decoding_threads()
         self._lock = threading.Lock()
         self._stage: LoopStage | None = None
         self._since = 0.0
@@ -96,7 +97,7 @@ class Profile:
     def threads(self) -> dict[str, float]:
         """Seconds of all decoding threads together by stage; what they did not work they waited for the engine."""
         busy: dict[str, float] = {stage: self._threads[stage] for stage in THREAD_STAGES}
-        return {**busy, WAIT_FOR_ENGINE: max(0.0, decoding_threads() * self.seconds - sum(busy.values()))}
+        return {**busy, WAIT_FOR_ENGINE: max(0.0, self.decoding_threads * self.seconds - sum(busy.values()))}
 
     @property
     def bottleneck(self) -> str:
@@ -120,7 +121,7 @@ class Profile:
         """JSON-ready: `loop` and `threads` with seconds and share of each stage; shares of each add up to 1."""
         return {
             "seconds": round(self.seconds, 3),
-            "decoding_threads": decoding_threads(),
+            "decoding_threads": self.decoding_threads,
             "loop": _shares(self.loop()),
             "threads": _shares(self.threads()),
             "bottleneck": self.bottleneck,

@@ -1,10 +1,10 @@
-"""The number of images a call by which an engine embeds fastest, tried in two seconds before a run."""
+"""Images a call and decoding threads by which a run is fastest, each tried in two seconds before it."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Final
@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from mgn_deploy.backends.base import Backend, BatchLimits
+from mgn_deploy.images.prefetch import batched, decoding_threads, usable_cpus
 
 AUTO: Final = "auto"
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -24,22 +25,22 @@ _log = logging.getLogger("mgn_deploy")
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `choose_batch` chose, and why.
+    """What was chosen, and why.
 
     Attributes:
-        batch_size: images an engine call.
-        images_per_second: of each size that was tried.
+        chosen: the number of images an engine call, or of threads.
+        images_per_second: of each number that was tried.
         seconds: that trying took.
     """
 
-    batch_size: int
+    chosen: int
     images_per_second: dict[int, float]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         rates = {str(size): round(rate, 2) for size, rate in self.images_per_second.items()}
-        return {"batch_size": self.batch_size, "images_per_second": rates, "seconds": round(self.seconds, 3)}
+        return {"chosen": self.chosen, "images_per_second": rates, "seconds": round(self.seconds, 3)}
 
 
 def choose_batch(backend: Backend, crops: Sequence[np.ndarray], *, seconds: float = SECONDS) -> Tuning:
@@ -70,9 +71,39 @@ def choose_batch(backend: Backend, crops: Sequence[np.ndarray], *, seconds: floa
     tuning = Tuning(smallest_of_the_best(rates), rates, time.perf_counter() - start)
     tried = ", ".join(f"{rate:.1f} at {size}" for size, rate in rates.items())
     _log.info(
-        f"--batch auto chose {tuning.batch_size} (images/s: {tried}); an engine may round differently at another one: "
-        f"give --batch {tuning.batch_size} where the store has to come out the same again"
+        f"--batch auto chose {tuning.chosen} (images/s: {tried}); an engine may round differently at another one: "
+        f"give --batch {tuning.chosen} where the store has to come out the same again"
     )
+    return tuning
+
+
+def choose_threads(
+    decode: Callable[[int], Iterator[np.ndarray]], backend: Backend, batch_size: int, *, seconds: float = SECONDS
+) -> Tuning:
+    """Try numbers of decoding threads, with the engine beside them, and choose the smallest that is within `TOLERANCE`
+    of the fastest.
+
+    Args:
+        decode: the same first images of the run, by so many threads: uint8 `[height, width, 3]`.
+        backend: an opened engine.
+        batch_size: images a call of it.
+        seconds: for all runs together; the first number is tried in any case, after a run that is not counted.
+    """
+    start = time.perf_counter()
+    rates: dict[int, float] = {}
+    if any(True for _ in decode(decoding_threads())):  # files are in the cache from here on, as for all that follow
+        for _ in range(ROUNDS):
+            for threads in sorted({1, usable_cpus(), decoding_threads(), 2 * usable_cpus(), 4 * usable_cpus()}):
+                began = time.perf_counter()
+                if rates and began - start > seconds:
+                    break
+                batches = (np.stack(batch) for batch in batched(decode(threads), batch_size))
+                embedded = sum(len(rows) for rows in backend.stream(batches))
+                rates[threads] = max(rates.get(threads, 0.0), embedded / (time.perf_counter() - began))
+    chosen = smallest_of_the_best(rates) if rates else decoding_threads()
+    tuning = Tuning(chosen, rates, time.perf_counter() - start)
+    tried = ", ".join(f"{rate:.1f} by {count}" for count, rate in rates.items())
+    _log.info(f"--threads auto chose {tuning.chosen} (images/s: {tried})")
     return tuning
 
 

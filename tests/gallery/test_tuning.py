@@ -16,7 +16,7 @@ from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.gallery.tuning import SIZES, candidates, choose_batch, smallest_of_the_best
+from mgn_deploy.gallery.tuning import SIZES, candidates, choose_batch, choose_threads, smallest_of_the_best
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def timed_calls(backend: Backend, seconds: float, an_image: float = 0.0) -> list
 def test_an_engine_whose_calls_cost_the_same_gets_the_largest_batch(own, pixels):
     timed_calls(own.backend, 0.03)
     tuning = choose_batch(own.backend, pixels)
-    assert tuning.batch_size == max(SIZES)
+    assert tuning.chosen == max(SIZES)
     assert list(tuning.images_per_second) == list(SIZES)
 
 
@@ -62,7 +62,7 @@ def test_a_slow_engine_is_not_tried_for_longer(own, pixels):
     tuning = choose_batch(own.backend, pixels, seconds=1.0)
     assert max(calls) <= 4
     assert tuning.seconds < 2
-    assert tuning.batch_size in tuning.images_per_second
+    assert tuning.chosen in tuning.images_per_second
 
 
 def test_an_engine_gets_no_size_that_it_was_not_compiled_for(own, pixels):
@@ -81,8 +81,7 @@ def test_sizes_are_within_the_engines_limits(limits, sizes):
 
 def test_the_choice_is_said_and_makes_the_store_that_its_number_makes(crops, own, tmp_path, said):
     report = embed_folder(crops, tmp_path / "auto", own, batch_size="auto")
-    assert report.tuning is not None
-    assert report.batch_size == report.tuning.batch_size
+    assert report.batch_size == report.tuning["batch_size"].chosen
     assert any(sentence.startswith(f"--batch auto chose {report.batch_size} (") for sentence in said)
     assert report.embedded == 40
     embed_folder(crops, tmp_path / "given", own, batch_size=report.batch_size)
@@ -90,12 +89,36 @@ def test_the_choice_is_said_and_makes_the_store_that_its_number_makes(crops, own
 
 
 def test_the_command_has_the_choice_in_its_json(crops, bundle_folder, tmp_path):
-    given = ("--bundle", bundle_folder, "--backend", "onnxruntime", "--batch", "auto", "--json")
+    given = ("--bundle", bundle_folder, "--backend", "onnxruntime", "--batch", "auto", "--threads", "auto", "--json")
     told = json.loads(mgn_deploy("embed", crops, "-o", tmp_path / "s", *given).stdout)
-    assert told["batch_size"] == told["tuning"]["batch_size"]
-    assert str(told["batch_size"]) in told["tuning"]["images_per_second"]
+    assert told["batch_size"] == told["tuning"]["batch_size"]["chosen"]
+    assert str(told["batch_size"]) in told["tuning"]["batch_size"]["images_per_second"]
     again = json.loads(mgn_deploy("embed", crops, "-o", tmp_path / "s", *given).stdout)
-    assert (again["unchanged"], again["tuning"]["images_per_second"]) == (40, {})
+    assert (again["unchanged"], again["tuning"]["batch_size"]["images_per_second"]) == (40, {})
+    assert told["threads"] == told["tuning"]["threads"]["chosen"]
+    assert str(told["threads"]) in told["tuning"]["threads"]["images_per_second"]
+
+
+def test_images_that_come_slowly_get_more_threads(own, pixels):
+    """As from a server that takes its time for each; the engine takes none."""
+    timed_calls(own.backend, 0.0)
+
+    def decode(threads: int) -> Iterator[np.ndarray]:
+        for number in range(16):
+            if number % threads == 0:
+                time.sleep(0.01)
+            yield pixels[0]
+
+    tuning = choose_threads(decode, own.backend, 8)
+    assert tuning.chosen == max(tuning.images_per_second)
+    assert 1 in tuning.images_per_second
+
+
+def test_the_number_of_threads_that_is_given_decodes(crops, own, tmp_path):
+    report = embed_folder(crops, tmp_path / "s", own, threads=3, profile=True)
+    assert (report.threads, report.to_dict()["profile"]["decoding_threads"]) == (3, 3)
+    with pytest.raises(UserError, match="0 threads: give auto or a number from 1 to 1024"):
+        embed_folder(crops, tmp_path / "s", own, threads=0)
 
 
 def test_any_other_word_is_refused(crops, own, tmp_path):
