@@ -94,14 +94,14 @@ def exponent(rows: list[dict[str, Any]]) -> dict[str, float] | None:
     return {"exponent": power, "cpu_seconds_at_500000": t * (500_000 / more) ** power}
 
 
-def measure(sizes: list[int], dim: int, largest_rerank: int, folder: Path) -> dict[str, Any]:
+def measure(sizes: list[int], dim: int, largest: dict[str, int], folder: Path) -> dict[str, Any]:
     """Every task at every size, one after the other; JSON-ready."""
     rows = []
     for images in sizes:
         with tempfile.TemporaryDirectory(dir=folder) as made:
             write_store(Path(made) / "store", images, dim)
             for task in TASKS:
-                if task == "rerank" and images > largest_rerank:
+                if images > largest.get(task, images):
                     continue
                 load = os.getloadavg()[0]
                 command = [sys.executable, "-m", __spec__.name, "--run", task, "--folder", f"{made}/store"]
@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("sizes", nargs="*", type=int, default=[10_000, 100_000], help="images of each gallery")
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--largest-rerank", type=int, default=100_000, help="time grows with the square")
+    parser.add_argument("--largest-index", type=int, default=100_000, help="HNSW takes hours for a million")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where stores are made")
     parser.add_argument("--plot", type=Path, help="a figure to draw of it")
     parser.add_argument("--run", choices=TASKS, help=argparse.SUPPRESS)
@@ -147,7 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.run:
         print(json.dumps(run(given.run, given.folder)))
         return
-    found = measure(given.sizes, given.dim, given.largest_rerank, given.folder)
+    largest = {"rerank": given.largest_rerank, "index": given.largest_index}
+    found = measure(given.sizes, given.dim, largest, given.folder)
     print(json.dumps(found, indent=2))
     if given.plot:
         plot(found, given.plot)
