@@ -114,7 +114,7 @@ def embed_on_cluster(
     check_batch_size(batch_size)
     source = folder if isinstance(folder, Source) else open_source(folder)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    report = GalleryReport(skipped=source.skipped, batch_size=batch_size)
+    report = GalleryReport(skipped=source.skipped, batch_size=batch_size, threads=1)
     with _connected(cluster.address), _explained():
         if cluster.address.startswith(CLIENT):
             return _from_client(

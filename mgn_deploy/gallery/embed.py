@@ -49,7 +49,7 @@ class GalleryReport:
         relabelled: images that were in the store with another identity or camera, and have the new one.
         unlike_crops: images that were embedded whole and are wider than high or larger than any crop of a person.
         batch_size: images an engine call.
-        threads: that decoded them.
+        threads: that decoded them; on a cluster those of one task.
         tuning: how `batch_size` and `threads` were chosen, where they were auto.
         seconds: how long it took, without the trials of `tuning`.
         profile: where the time went, where that was asked for.
