@@ -20,6 +20,7 @@ from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.choices import MAX_BATCH
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
+from mgn_deploy.files import is_utf8
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.prefetch import batched, in_order
 from mgn_deploy.progress import Progress
@@ -103,7 +104,7 @@ class Embedder:
         if self._bundle is None:
             return None
         path = os.path.abspath(self._bundle.folder)
-        return path if os.fsencode(path).decode("utf-8", "replace") == path else None
+        return path if is_utf8(path) else None
 
     @property
     def bundle(self) -> Bundle:

@@ -76,6 +76,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
+def is_utf8(path: str | os.PathLike[str]) -> bool:
+    """Whether a path's bytes are UTF-8, which some formats and libraries need."""
+    return os.fsencode(path).decode("utf-8", "replace") == os.fspath(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text by `atomic_file`."""
     with atomic_file(path) as file:

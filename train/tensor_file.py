@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.files import is_utf8
 from mgn_deploy.train.file_kind import AGAIN, STATE_DICT, is_safetensors
 
 
@@ -30,8 +30,7 @@ def read_tensor_file(path: Path) -> Any:
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        utf8 = os.fsencode(path).decode("utf-8", "replace") == os.fspath(path)
-        return load_file(path) if utf8 else load(path.read_bytes())  # it opens no path that is not UTF-8
+        return load_file(path) if is_utf8(path) else load(path.read_bytes())  # it opens no path that is not UTF-8
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from None
 
