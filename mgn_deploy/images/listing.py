@@ -6,7 +6,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +88,20 @@ def list_images(folder: str | os.PathLike[str]) -> Listing:
         _log.warning(f"{folder}: {skipped}")
     listing.files.sort(key=lambda file: os.fsencode(file.name))
     return listing
+
+
+def image_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The files of a list of files and folders; a folder's are those below it, sorted.
+
+    Raises:
+        UserError: a folder that holds no image or cannot be read, or nothing given.
+    """
+    found: list[Path] = []
+    for source in map(Path, sources):
+        found.extend([file.path for file in list_images(source) if file.path] if source.is_dir() else [source])
+    if not found:
+        raise UserError("no image was given")
+    return found
 
 
 def _walk(root: Path, skipped: Counter[str]) -> Iterator[ImageFile]:
