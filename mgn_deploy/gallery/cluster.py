@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -71,12 +72,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Written:
-    """A part's shard, and how many of its images are unlike crops."""
+    """A part's shard, how many of its images are unlike crops, and what the library warned of on the way."""
 
     number: int
     folder: Path
     shard: ShardEntry
     unlike_crops: int
+    warnings: list[str]
 
 
 def embed_on_cluster(
@@ -142,6 +144,7 @@ def embed_on_cluster(
             decoder = _Decoder(
                 replace(source, files=[], labels=None, threads=1), opened.config.height, opened.config.width, folder
             )
+            warnings = Counter[str]()
             try:
                 done = 0
                 for written in _in_turn(_embedded(parts, decoder, engine, writer.manifest, folder, cluster, device)):
@@ -151,6 +154,7 @@ def embed_on_cluster(
                     report.failed += failed
                     report.embedded += len(rows) - len(failed)
                     report.unlike_crops += written.unlike_crops
+                    warnings.update(written.warnings)
                     done += len(rows)
                     if progress:
                         progress("embedding", done, len(todo))
@@ -158,6 +162,8 @@ def embed_on_cluster(
                         break
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+                for sentence, count in warnings.items():
+                    _log.warning(f"{sentence} (by workers of the cluster: {count} times)")
 
         fill_store(source, store, manifest, work, report, labels, max_failures, verify_content)
     return report
@@ -168,18 +174,31 @@ def _from_client(*arguments: Any, **options: Any) -> GalleryReport:
     import ray
 
     def there() -> tuple[GalleryReport, list[tuple[int, str]]]:
-        said: list[tuple[int, str]] = []
-        keeper = logging.Handler()
-        keeper.emit = lambda record: said.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
-        logger = logging.getLogger("mgn_deploy")
-        logger.setLevel(logging.INFO)
-        logger.addHandler(keeper)
-        return embed_on_cluster(*arguments, **options), said
+        _log.setLevel(logging.INFO)
+        with _heard() as said:
+            return embed_on_cluster(*arguments, **options), said
 
     report, said = ray.get(ray.remote(there).options(num_cpus=0).remote())
     for level, sentence in said:
         _log.log(level, sentence)
     return report
+
+
+@contextmanager
+def _heard() -> Iterator[list[tuple[int, str]]]:
+    """Level and sentence of what the library logs meanwhile: on a worker nobody reads it."""
+    said: list[tuple[int, str]] = []
+    keeper = logging.Handler()
+    keeper.emit = lambda record: said.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
+    _log.addHandler(keeper)
+    try:
+        yield said
+    finally:
+        _log.removeHandler(keeper)
+
+
+def _warnings(said: list[tuple[int, str]]) -> list[str]:
+    return [sentence for level, sentence in said if level >= logging.WARNING]
 
 
 def _parts(files: Sequence[ImageFile], room: int, rule: Labels) -> Iterator[_Part]:
@@ -285,8 +304,9 @@ class _Decoder:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         _attempt(self.folder, row["part"], "decode")
-        images = list(self.source.decode(row["part"].files, self.height, self.width))
-        return {"part": row["part"], "images": images}
+        with _heard() as said:
+            images = list(self.source.decode(row["part"].files, self.height, self.width))
+        return {"part": row["part"], "images": images, "warnings": _warnings(said)}
 
 
 class _Worker:
@@ -299,15 +319,15 @@ class _Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part: _Part = row["part"]
         images: list[Decoded] = row["images"]
-        if self._embedder is None:
-            self._embedder = self._engine.open()
-        report = GalleryReport()
-        with StoreWriter(
-            _attempt(self._folder, part, "embed"), self._manifest.model_copy(update={"shards": ()})
-        ) as writer:
+        manifest, report = self._manifest.model_copy(update={"shards": ()}), GalleryReport()
+        with _heard() as said, StoreWriter(_attempt(self._folder, part, "embed"), manifest) as writer:
+            if self._embedder is None:
+                self._embedder = self._engine.open()
             run = Run(writer, self._embedder, self._engine.batch_size, part.labels.get, report, None)
             run.embed(iter(images), len(images), None)
-        return {"written": _Written(part.number, writer.folder, writer.manifest.shards[0], report.unlike_crops)}
+        warnings = row["warnings"] + _warnings(said)
+        shard = writer.manifest.shards[0]
+        return {"written": _Written(part.number, writer.folder, shard, report.unlike_crops, warnings)}
 
 
 def _attempt(folder: Path, part: _Part, step: str) -> Path:

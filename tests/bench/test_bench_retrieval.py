@@ -27,7 +27,7 @@ def test_each_contender_says_seconds_and_memory_and_re_rankings_are_compared(mon
     (package / "reid" / "utils" / "rerank.py").write_text(
         "import numpy as np\n"
         "def re_ranking(q_g, q_q, g_g):\n"
-        "    assert q_g.shape == (20, 70) and q_q.shape == (20, 20) and g_g.shape == (70, 70)\n"
+        "    assert q_g.shape in ((20, 70), (100, 300)) and q_q.shape[0] == len(q_g) and g_g.shape[0] == q_g.shape[1]\n"
         "    return np.full_like(q_g, 2)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,14 @@ from cluster_kills import Killer, two_nodes
 from conftest import mgn_deploy
 from test_gallery import assert_same_store, counts, refusal
 
+from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.bundle.manifest import write_manifest
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery import writer
 from mgn_deploy.gallery.cluster import Cluster, embed_on_cluster
 from mgn_deploy.gallery.embed import GalleryReport, embed_folder
+from mgn_deploy.machine import this_cpu
 
 pytest.importorskip("ray", reason="the extra ray is not installed")
 pytestmark = pytest.mark.slow
@@ -52,6 +56,18 @@ def test_nothing_is_reported_of_the_use_of_ray(nodes):
     from ray._common.usage import usage_lib
 
     assert not usage_lib.usage_stats_enabled()
+
+
+def test_what_workers_are_warned_of_is_told(nodes, images, bundle_folder, tmp_path, caplog):
+    """Here that the engine was proven on another machine."""
+    moved = tmp_path / "moved"
+    shutil.copytree(bundle_folder, moved)
+    manifest = Bundle.open(bundle_folder).manifest
+    elsewhere = this_cpu().model_copy(update={"cpu": "another CPU"})
+    proofs = {name: proof.model_copy(update={"hardware": elsewhere}) for name, proof in manifest.proofs.items()}
+    write_manifest(moved, manifest.model_copy(update={"proofs": proofs}))
+    on_cluster(images, tmp_path / "many", moved)
+    assert re.search(r"on another CPU .* \(by workers of the cluster: [1-4] times\)", caplog.text)
 
 
 def test_four_workers_write_the_bytes_of_one_process_and_go_on_like_it(

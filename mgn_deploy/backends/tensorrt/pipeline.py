@@ -1,33 +1,24 @@
 """Batches through a TensorRT engine: copies beside computing, one CUDA graph a batch size. All CUDA goes by
 `cuda-core`.
-
-    upload    pinned -> GPU     batch 3 |         batch 4 |
-    compute                     batch 2     | batch 3     |
-    download  GPU -> pinned      | batch 1  |  | batch 2  |
-
-Two sets of buffers take turns, so that while one batch is computed the next is on its way.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from mgn_deploy.backends.heads.cuda import CudaHeads, MapType, map_type
 from mgn_deploy.backends.heads.fused import FusedHeads
+from mgn_deploy.backends.pipeline import SLOTS, Pipeline
 from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, title
 from mgn_deploy.bundle.engine_entry import TensorRtName
-from mgn_deploy.cuda.buffers import array_of, part, split_batch
+from mgn_deploy.cuda.buffers import array_of, part
 from mgn_deploy.cuda.errors import cuda_errors, cuda_sentence
 from mgn_deploy.errors import UserError
 
-SLOTS = 2
 
-
-class CudaPipeline:
+class CudaPipeline(Pipeline["_Slot"]):
     """One thread's streams, buffers, execution contexts and CUDA graphs.
 
     A CUDA graph holds on to what its context was set to, so each batch size has a context of its own. They run one
@@ -51,84 +42,40 @@ class CudaPipeline:
         self._image = tuple(engine.get_tensor_shape("images"))[1:]
         self._upload, self._compute, self._download = (device.create_stream() for _ in range(3))
         # Not in a comprehension: cuda-core loses an error that comes while one is left with buffers in it.
-        self._slots: list[_Slot] = []
+        slots: list[_Slot] = []
         for _ in range(SLOTS):
-            self._slots.append(_Slot(device, self._compute, self._max_batch, self._image, dim))
+            slots.append(_Slot(device, self._compute, self._max_batch, self._image, dim))
+        super().__init__(slots)
         self._memory = device.allocate(max(1, engine.device_memory_size_v2), stream=self._compute)
         self._heads = None
         if heads:
             self._heads = CudaHeads(heads, engine_maps(engine, engine_name), self._max_batch, device, self._compute)
         self._contexts: dict[int, Any] = {}
         self._graphs: dict[tuple[int, int], Any] = {}
-        self._running = False
 
-    def run(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """uint8 `[n, height, width, 3]` of any n -> float32 `[n, dim]`, new arrays, in order.
+    def _submit(self, slot: _Slot, rows: int) -> None:
+        given, rows = rows, max(rows, self._min_batch)
+        slot.images[given:rows] = slot.images[given - 1]  # where the profile takes no fewer
+        bytes_in, bytes_out = rows * int(np.prod(self._image)), rows * self._dim * 4
+        with cuda_errors():
+            part(slot.device_images, bytes_in).copy_from(part(slot.pinned_images, bytes_in), stream=self._upload)
+            self._upload.record(slot.uploaded)
+            self._compute.wait(slot.uploaded)
+            self._launch(slot, rows)
+            self._compute.record(slot.computed)
+            self._download.wait(slot.computed)
+            embeddings = part(slot.device_embeddings, bytes_out)
+            embeddings.copy_to(part(slot.pinned_embeddings, bytes_out), stream=self._download)
+            self._download.record(slot.downloaded)
 
-        Raises:
-            UserError: the GPU failed.
-            RuntimeError: an earlier iterator of this thread is not used up.
-        """
-        if self._running:
-            raise RuntimeError("use up the iterator of the earlier batches first: they share this thread's buffers")
-        self._running = True
-        try:
-            yield from self._run(batches)
-        finally:
-            self._running = False
-            with cuda_errors():  # where the caller stopped early, copies may be on their way to and from the buffers
-                for stream in (self._upload, self._compute, self._download):
-                    stream.sync()
-
-    def _run(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        free, busy = deque(self._slots), deque[tuple[_Slot, int]]()
-        # Rows of the batches that are on their way: their parts, and how many parts are not back yet.
-        results: deque[tuple[list[np.ndarray], int]] = deque()
-        for batch in batches:
-            parts = split_batch(batch, self._max_batch)
-            results.append(([np.empty((0, self._dim), np.float32)] if not parts else [], len(parts)))
-            for piece in parts:
-                if not free:
-                    yield from self._collect(free, busy, results)
-                slot = free.popleft()
-                with cuda_errors():
-                    self._submit(slot, piece)
-                busy.append((slot, len(piece)))
-            if not busy:
-                yield from _finished(results)
-        while busy:
-            yield from self._collect(free, busy, results)
-        yield from _finished(results)
-
-    def _collect(
-        self,
-        free: deque[_Slot],
-        busy: deque[tuple[_Slot, int]],
-        results: deque[tuple[list[np.ndarray], int]],
-    ) -> Iterator[np.ndarray]:
-        """Wait for the oldest piece; give out the batches that are whole with it."""
-        slot, rows = busy.popleft()
+    def _wait(self, slot: _Slot) -> None:
         with cuda_errors():
             slot.downloaded.sync()
-        at = next(index for index, (_, missing) in enumerate(results) if missing)
-        parts, missing = results[at]
-        results[at] = ([*parts, slot.embeddings[:rows].copy()], missing - 1)
-        free.append(slot)
-        yield from _finished(results)
 
-    def _submit(self, slot: _Slot, images: np.ndarray) -> None:
-        rows = max(len(images), self._min_batch)
-        slot.images[: len(images)] = images
-        slot.images[len(images) : rows] = images[-1]  # where the profile takes no fewer
-        bytes_in, bytes_out = rows * int(np.prod(self._image)), rows * self._dim * 4
-        part(slot.device_images, bytes_in).copy_from(part(slot.pinned_images, bytes_in), stream=self._upload)
-        self._upload.record(slot.uploaded)
-        self._compute.wait(slot.uploaded)
-        self._launch(slot, rows)
-        self._compute.record(slot.computed)
-        self._download.wait(slot.computed)
-        part(slot.device_embeddings, bytes_out).copy_to(part(slot.pinned_embeddings, bytes_out), stream=self._download)
-        self._download.record(slot.downloaded)
+    def _drain(self) -> None:
+        with cuda_errors():
+            for stream in (self._upload, self._compute, self._download):
+                stream.sync()
 
     def _launch(self, slot: _Slot, rows: int) -> None:
         key = (self._slots.index(slot), rows)
@@ -232,9 +179,3 @@ class _Slot:
         self.images = array_of(self.pinned_images, np.uint8, (most, *image))
         self.embeddings = array_of(self.pinned_embeddings, np.float32, (most, dim))
         self.uploaded, self.computed, self.downloaded = (device.create_event() for _ in range(3))
-
-
-def _finished(results: deque[tuple[list[np.ndarray], int]]) -> Iterator[np.ndarray]:
-    while results and not results[0][1]:
-        parts, _ = results.popleft()
-        yield parts[0] if len(parts) == 1 else np.concatenate(parts)

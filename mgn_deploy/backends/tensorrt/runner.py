@@ -87,17 +87,17 @@ class TensorRtBackend(Backend):
         return embeddings
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Embed each batch, in order, with up to two batches on the GPU at once.
+        """Embed each batch, in order: while the GPU computes one, the caller's iterator makes the next."""
+        return self._pipeline().run(batches)
 
-        While the GPU computes one batch the next is copied to it, and the caller's iterator makes the one after.
-        """
-        with cuda_errors():
-            pipeline = self._pipeline()
-        yield from pipeline.run(batches)
+    def buffer(self, images: int, height: int, width: int) -> np.ndarray:
+        return self._pipeline().buffer(images)
 
     def _pipeline(self) -> CudaPipeline:
+        """This thread's."""
         if not hasattr(self._threads, "pipeline"):
-            self._threads.pipeline = CudaPipeline(self._engine, self.name, self._config.dim, self._heads)
+            with cuda_errors():
+                self._threads.pipeline = CudaPipeline(self._engine, self.name, self._config.dim, self._heads)
         return self._threads.pipeline
 
 

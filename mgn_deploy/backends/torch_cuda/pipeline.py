@@ -1,34 +1,25 @@
-"""Batches through an inference network: copies beside computing, one CUDA graph a captured batch size.
-
-    upload    pinned -> GPU     batch 3 |         batch 4 |
-    compute                     batch 2     | batch 3     |
-    download  GPU -> pinned      | batch 1  |  | batch 2  |
-
-Sets of buffers take turns: one on its way, one being filled, one in reserve. On a CPU the same code runs with
-PyTorch's stand-ins for streams and events and without graphs.
+"""Batches through an inference network: copies beside computing, one CUDA graph a captured batch size. On a CPU the
+same code runs with PyTorch's stand-ins for streams and events and without graphs.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
+from mgn_deploy.backends.pipeline import SLOTS, Pipeline
 from mgn_deploy.backends.torch_cuda.network import InferenceMGN
-from mgn_deploy.cuda.buffers import split_batch
 from mgn_deploy.cuda.errors import cuda_errors
 
 _log = logging.getLogger("mgn_deploy")
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # images of the captured graphs; other batches are padded up to the next, or split
-SLOTS = 3
 
 
-class TorchPipeline:
+class TorchPipeline(Pipeline["_Slot"]):
     """One thread's streams, buffers and CUDA graphs.
 
     A graph is captured when a batch first needs its size. All graphs share one memory pool: they run one after another
@@ -44,100 +35,42 @@ class TorchPipeline:
         self._gpu = self._device.type == "cuda"
         self._cuda = torch.get_device_module(self._device)  # torch.cpu has streams and events that do nothing
         config = network.config
-        image, self._dim, most = (config.height, config.width, 3), config.dim, SIZES[-1]
+        image, dim, most = (config.height, config.width, 3), config.dim, SIZES[-1]
         with gpu_errors(), torch.inference_mode():
             self._upload, self._compute, self._download = (self._cuda.Stream() for _ in range(3))
             # Padding is computed with whatever was there before: it has to be something.
             self._images = torch.zeros((most, *image), dtype=torch.uint8, device=self._device)
-            self._embeddings = torch.empty((most, self._dim), device=self._device)
-            self._slots = [_Slot(image, self._dim, most, self._device) for _ in range(SLOTS)]
+            self._embeddings = torch.empty((most, dim), device=self._device)
+            super().__init__([_Slot(image, dim, most, self._device) for _ in range(SLOTS)])
             self._pool = torch.cuda.graph_pool_handle() if self._gpu else None
             self._cuda.synchronize()
-        self._free, self._filled = deque(self._slots), dict[int, _Slot]()
         self._runs: dict[int, Callable[[], None]] = {}
-        self._running = False
 
-    def buffer(self, images: int) -> np.ndarray:
-        """As `Backend.buffer`: pinned memory while a set of buffers is free besides one for what comes otherwise."""
-        if len(self._free) > 1 and 0 < images <= SIZES[-1]:
-            slot = self._free.popleft()
-            array = slot.images[:images]
-            self._filled[array.ctypes.data] = slot
-            return array
-        return np.empty((images, *self._images.shape[1:]), np.uint8)
+    def _submit(self, slot: _Slot, rows: int) -> None:
+        cuda, size = self._cuda, next(size for size in SIZES if size >= rows)
+        with gpu_errors(), torch.inference_mode():
+            run = self._runs.get(size) or self._prepare(size)
+            with cuda.stream(self._upload):
+                slot.device_images[:rows].copy_(slot.pinned_images[:rows], non_blocking=True)
+                slot.uploaded.record(self._upload)
+            with cuda.stream(self._compute):
+                slot.uploaded.wait(self._compute)
+                self._images[:rows].copy_(slot.device_images[:rows])
+                run()
+                slot.device_embeddings[:rows].copy_(self._embeddings[:rows])
+                slot.computed.record(self._compute)
+            with cuda.stream(self._download):
+                slot.computed.wait(self._download)
+                slot.pinned_embeddings[:rows].copy_(slot.device_embeddings[:rows], non_blocking=True)
+                slot.downloaded.record(self._download)
 
-    def run(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """uint8 `[n, height, width, 3]` of any n -> float32 `[n, dim]`, new arrays, in order.
-
-        Raises:
-            UserError: the GPU failed.
-            RuntimeError: an earlier iterator of this thread is not used up.
-        """
-        if self._running:
-            raise RuntimeError("use up the iterator of the earlier batches first: they share this thread's buffers")
-        self._running = True
-        try:
-            yield from self._run(batches)
-        finally:
-            self._running = False
-            with gpu_errors():  # where the caller stopped early, copies may be on their way to and from the buffers
-                self._cuda.synchronize()
-            self._free, self._filled = deque(self._slots), {}
-
-    def _run(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        busy = deque[tuple[_Slot, int]]()
-        # Of the batches that are on their way: their rows, and how many parts are not back yet.
-        results: deque[tuple[list[np.ndarray], int]] = deque()
-        for batch in batches:
-            own = self._filled.pop(batch.ctypes.data, None)
-            parts = split_batch(batch, SIZES[-1])
-            results.append(([] if parts else [np.empty((0, self._dim), np.float32)], len(parts)))
-            for part in parts:
-                while own is None and not self._free and busy:
-                    yield from self._collect(busy, results)
-                slot = own or self._free.popleft()
-                with gpu_errors(), torch.inference_mode():
-                    self._submit(slot, part, copy=own is None)
-                busy.append((slot, len(part)))
-            while len(busy) > 1:  # one stays on its way while the next is made
-                yield from self._collect(busy, results)
-            yield from _finished(results)
-        while busy:
-            yield from self._collect(busy, results)
-        yield from _finished(results)
-
-    def _collect(
-        self, busy: deque[tuple[_Slot, int]], results: deque[tuple[list[np.ndarray], int]]
-    ) -> Iterator[np.ndarray]:
-        """Wait for the oldest part; give out the batches that are whole with it."""
-        slot, rows = busy.popleft()
+    def _wait(self, slot: _Slot) -> None:
         with gpu_errors():
             slot.downloaded.synchronize()
-        at = next(index for index, (_, missing) in enumerate(results) if missing)
-        parts, missing = results[at]
-        results[at] = ([*parts, slot.embeddings[:rows].copy()], missing - 1)
-        self._free.append(slot)
-        yield from _finished(results)
 
-    def _submit(self, slot: _Slot, images: np.ndarray, copy: bool) -> None:
-        rows, cuda = len(images), self._cuda
-        size = next(size for size in SIZES if size >= rows)
-        if copy:
-            slot.images[:rows] = images
-        run = self._runs.get(size) or self._prepare(size)
-        with cuda.stream(self._upload):
-            slot.device_images[:rows].copy_(slot.pinned_images[:rows], non_blocking=True)
-            slot.uploaded.record(self._upload)
-        with cuda.stream(self._compute):
-            slot.uploaded.wait(self._compute)
-            self._images[:rows].copy_(slot.device_images[:rows])
-            run()
-            slot.device_embeddings[:rows].copy_(self._embeddings[:rows])
-            slot.computed.record(self._compute)
-        with cuda.stream(self._download):
-            slot.computed.wait(self._download)
-            slot.pinned_embeddings[:rows].copy_(slot.device_embeddings[:rows], non_blocking=True)
-            slot.downloaded.record(self._download)
+    def _drain(self) -> None:
+        with gpu_errors():
+            self._cuda.synchronize()
 
     def _prepare(self, size: int) -> Callable[[], None]:
         """What computes `_embeddings[:size]` of `_images[:size]` on the current stream."""
@@ -182,12 +115,6 @@ class _Slot:
         self.images, self.embeddings = self.pinned_images.numpy(), self.pinned_embeddings.numpy()
         events = torch.get_device_module(device)
         self.uploaded, self.computed, self.downloaded = (events.Event() for _ in range(3))
-
-
-def _finished(results: deque[tuple[list[np.ndarray], int]]) -> Iterator[np.ndarray]:
-    while results and not results[0][1]:
-        parts, _ = results.popleft()
-        yield parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @contextmanager
