@@ -85,6 +85,24 @@ def test_a_row_has_latencies_rates_memory_and_accuracy_of_one_engine(result, eng
     assert row.host_bytes >= 0
 
 
+def test_a_batch_that_an_engine_breaks_at_is_a_row_and_the_others_are_measured(bundle_folder, crops, monkeypatch):
+    real = OnnxRuntimeBackend.__call__
+
+    def call(self, images):
+        if len(images) == 4:
+            raise RuntimeError("no memory\nleft")
+        return real(self, images)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "__call__", call)
+    chosen = {"engines": ["onnxruntime"], "images": crops, "count": 4, "reference": False}
+    with short(rounds=1):
+        result = measure([bundle_folder], batches=[1, 4], minutes=4, **chosen)
+    assert row_of(result, "onnxruntime", 1).offline.median > 0
+    assert row_of(result, "onnxruntime", 4).not_measured["engine"] == "RuntimeError: no memory left"
+    with pytest.raises(CannotRun, match="onnxruntime: RuntimeError: no memory left"):
+        measure([bundle_folder], batches=[4], **chosen)
+
+
 def test_embed_and_the_reference_are_ratios_of_the_same_rounds(result):
     ours, torch = row_of(result, "onnxruntime", 4), row_of(result, "torch", 4)
     ratios = sorted(a / b for a, b in zip(ours.offline.rounds, torch.offline.rounds, strict=True))
