@@ -19,7 +19,6 @@ from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS, PATHS
 from mgn_deploy.packages import import_problem
 from mgn_deploy.train.model import stripe_pool
 
-
 KERNEL_PATHS = {f"kernel_{path}": path for path in PATHS if path != "auto"}
 
 
