@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import mgn_deploy
 
@@ -26,6 +27,7 @@ from mgn_deploy.bench.speed import measure
 from mgn_deploy.bench.timing import limits
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import REFERENCE, write_manifest
+from mgn_deploy.cuda.management import Management
 from mgn_deploy.errors import CannotRun, GateFailed, UserError
 
 FOREVER = float("inf")
@@ -267,6 +269,27 @@ def test_work_of_others_and_theft_are_told_and_our_own_work_is_not(monkeypatch, 
     meter.add(Sample(0, 0, 0, 0, 0), Sample(1.0, busy, steal, own, 0))
     noise = meter.noise(0.01)
     assert (noise.flags, noise.disturbed) == (flags, bool(flags))
+
+
+@pytest.mark.parametrize("named", ["Event", "Throttle"])  # by drivers since 535, and by older ones
+def test_clocks_that_are_held_down_are_told_by_any_driver(monkeypatch, named):
+    def reasons(device, value):
+        value._obj.value = 0x4 | 0x40
+        return 0
+
+    calls = {"nvmlInit_v2": lambda: 0, "nvmlDeviceGetHandleByIndex_v2": lambda *_: 0}
+    calls[f"nvmlDeviceGetCurrentClocks{named}Reasons"] = reasons
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(**calls))
+    assert Management().slowed() == ["power cap", "thermal"]
+    assert Management().joules() is None
+
+
+def test_where_cupti_shows_no_kernel_a_gpus_time_is_not_zero(embedder, monkeypatch):
+    monkeypatch.setattr("torch.profiler.profile", lambda **_: nullcontext(SimpleNamespace(events=list)))
+    row = SimpleNamespace(batch=1, not_measured={})
+    images = SimpleNamespace(crops=np.zeros((1, embedder.height, embedder.width, 3), np.uint8))
+    speed._gpu_times(SimpleNamespace(row=row, images=images, embedder=embedder), calls=1)
+    assert "CUPTI" in row.not_measured["gpu_ms"]
 
 
 def test_rounds_that_vary_are_told_and_disturb_nothing():

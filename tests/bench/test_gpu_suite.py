@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 
 from mgn_deploy.bench.gpu import __main__ as suite
+from mgn_deploy.bench.gpu import bundles, stages
 from mgn_deploy.bench.gpu.bundles import weights_bundle
 from mgn_deploy.bench.gpu.claims import CLAIMS, HEADLINE, judge
 from mgn_deploy.bench.gpu.rivals import TorchRival
 from mgn_deploy.bench.gpu.stages import STAGES, TOOLS, Setup, sanitizer
+from mgn_deploy.bench.kernel import contenders
 from mgn_deploy.bench.speed import measure
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.cuda.device import gpu_problem
 from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import CannotRun
 from mgn_deploy.export.proof.agreement import cosines
 from mgn_deploy.images.decode import read_crop
 
@@ -147,6 +150,32 @@ def test_a_sanitizers_errors_fail_and_its_refusal_does_not(tmp_path, monkeypatch
     assert [row["row"] for row in rows] == [f"sanitizer {tool}" for tool in TOOLS]
     assert {"memcheck", "initcheck", "racecheck", "synccheck"} == set(TOOLS)
     assert all(row[key].startswith(words) for row in rows)
+
+
+def test_under_a_sanitizer_which_has_no_pool_of_memory_no_graph_is_captured(tmp_path, monkeypatch):
+    def refuse():
+        raise CannotRun("not here")
+
+    names = ("torch_op", "kernel", "kernel_fused", "kernel_graph", "eager", "compiled_graph")
+    monkeypatch.setattr(contenders, "makers", lambda *_: dict.fromkeys(names, refuse))
+    monkeypatch.setenv("MGN_QUICK", "1")
+    rows = stages.correctness(Setup("cpu", tmp_path, time.monotonic() + 30))
+    assert {row["contender"] for row in rows} == {"torch_op", "kernel", "kernel_fused"}
+
+
+def test_on_a_gpu_the_kernel_is_a_tail_and_what_is_slow_to_open_comes_last(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(setup, bundle, batches, seconds, rivals, **_):
+        asked.append((bundle.name, *rivals))
+        yield {"row": bundle.name}
+
+    monkeypatch.setattr(stages, "_measured", measured)
+    monkeypatch.setattr(bundles, "bundles", lambda _, precisions: [(name, tmp_path / name) for name in precisions])
+    list(stages.engines(Setup("cuda", tmp_path, time.monotonic() + 30)))
+    first, *_, last = asked
+    assert {"torch-cuda kernel fp16", "torch eager fp16", "torch folded bf16"} < set(first)
+    assert last == ("fp16", "torch.compile fp16")
 
 
 def test_a_claim_is_kept_or_not_by_the_figure_that_was_measured():
