@@ -67,10 +67,11 @@ def make_app(service: Service, *, key: str | None = None, any_host: bool = False
         lifespan=lifespan,
     )
     _add_error_answers(app)
-    _add_page(app)
-    add_state(app, service, run)
+    # Routes are tried in this order: what is asked most comes first.
     add_questions(app, service, run)
     add_people(app, service, run)
+    add_state(app, service, run)
+    _add_page(app)
     return Guard(app, limits=service.limits, key=key, metrics=service.metrics, any_host=any_host)
 
 

@@ -25,7 +25,9 @@ from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.identity.calibration import Calibration
 from mgn_deploy.images.decode import read_crop
+from mgn_deploy.serve import service as service_module
 from mgn_deploy.serve.server import HttpServer
+from mgn_deploy.serve.uploads import Crop, Upload, decode
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +304,29 @@ def test_callers_at_once_get_their_own_answers(client, crops: Path, embedder: Em
 
     with ThreadPoolExecutor(16) as pool:
         assert np.allclose(list(pool.map(ask, paths)), wanted, atol=1e-6)
+
+
+def test_no_more_images_are_decoded_at_once_than_there_are_cpus(
+    bundle_folder: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting, at_once, most = threading.Lock(), 0, 0
+
+    def slowly(*arguments: object) -> list[Crop]:
+        nonlocal at_once, most
+        with counting:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.02)
+        with counting:
+            at_once -= 1
+        return decode(*arguments)
+
+    monkeypatch.setattr(service_module, "decode", slowly)
+    monkeypatch.setattr(service_module, "usable_cpus", lambda: 2)
+    image = Upload("a.jpg", photo.read_bytes())
+    with open_service(bundle_folder) as service, ThreadPoolExecutor(8) as callers:
+        list(callers.map(service.embed, [[image], [image] * 3] * 8))
+    assert most == 2
 
 
 def test_a_full_queue_says_when_to_come_back(bundle_folder: Path, photo: Path) -> None:
