@@ -24,7 +24,8 @@ from PIL import Image
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.images.decode import load_rgb, resize_crop
 from mgn_deploy.images.listing import list_images
-from mgn_deploy.images.prefetch import batched, usable_cpus
+from mgn_deploy.images.prefetch import batched
+from mgn_deploy.machine import usable_cpus
 
 Decoder = Callable[[bytes], np.ndarray]
 

@@ -33,7 +33,7 @@ from mgn_deploy.gallery.sources import Decoded, Source, open_source
 from mgn_deploy.gallery.writer import PARTS, StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.images.listing import ImageFile
-from mgn_deploy.images.prefetch import usable_cpus
+from mgn_deploy.machine import usable_cpus
 from mgn_deploy.packages import import_problem
 from mgn_deploy.progress import Progress
 

@@ -85,7 +85,9 @@ class IdentityAnswer(BaseModel):
     threshold: float | None
     far: float | None
     candidates: list[CandidateAnswer] = Field(description="The most similar people, best first.")
-    calibrated_for: str | None = Field(description="What threshold and probability are of; null without a calibration.")
+    calibrated_for: int | None = Field(
+        description="Images of a person whose mean similarity the threshold was learned of; null without a calibration."
+    )
     note: str | None
 
 

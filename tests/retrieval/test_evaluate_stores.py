@@ -143,3 +143,10 @@ def test_the_command_prints_a_table_and_json(people):
     assert printed["measured"]["mAP"] == pytest.approx(by_hand(*people, distractors=[0]).mAP)
     assert printed["unmatched_queries"] == ["q0.jpg"]
     assert printed["paired_test"]["mAP"] == {"mean": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+
+
+@pytest.mark.parametrize("command", [("evaluate", "q", "g"), ("validate", "--data", "folder:d", "--bundle", "b")])
+def test_figures_are_never_computed_through_an_index_and_the_refusal_says_why(command):
+    done = mgn_deploy(*command, "--index", "index.db")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "mAP depend on every neighbour, and what an approximate index misses would look like" in done.stderr
