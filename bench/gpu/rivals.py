@@ -39,7 +39,7 @@ class TorchRival(Backend):
         model.load_state_dict(load(bundle.read(REFERENCE)))
         flip, dtype = bundle.manifest.flip, DTYPES[precision]
         network = Embedding(model, flip).to(dtype) if way == "eager" else InferenceMGN(model, flip, dtype)
-        self._run: Any = network.eval().to(self._device, memory_format=torch.channels_last)
+        self._run: Any = network.eval().to(self._device).to(memory_format=torch.channels_last)
         if way == "compiled":
             torch._dynamo.config.recompile_limit = 64  # batches x types; beyond its limit it refuses
             mode = "reduce-overhead" if self._device == "cuda" else "default"  # which is CUDA graphs
