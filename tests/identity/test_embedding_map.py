@@ -27,9 +27,9 @@ def test_pca_is_that_of_a_singular_value_decomposition(tmp_path, count):
     assert (made.points[np.abs(made.points).argmax(axis=0), [0, 1]] > 0).all()
 
 
-def test_umap_keeps_people_together_and_is_the_same_every_time(store, monkeypatch):
-    numba = pytest.importorskip("numba", reason="umap-learn is not installed (the extra `umap`)")
-    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)  # compiling takes longer than 60 images without it
+@pytest.mark.slow  # numba compiles it
+def test_umap_keeps_people_together_and_is_the_same_every_time(store):
+    pytest.importorskip("umap", reason="umap-learn is not installed (the extra `umap`)")
     made, again = map_store(store, "umap"), map_store(store, "umap")
     assert (made.points == again.points).all()
     distances = np.linalg.norm(made.points[:, None] - made.points[None], axis=2)
