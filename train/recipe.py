@@ -144,7 +144,7 @@ def load_recipe(
         content: dict[str, Any] = tomllib.loads(path.read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not valid TOML: byte {error.start} is not UTF-8, save it as that") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or of a number of 5000 digits its base
         raise UserError(f"{name}: not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
@@ -172,7 +172,7 @@ def _parse(override: str) -> tuple[str, str, Any]:
         raise UserError(f"--set {override}: give table.key=value, as in optim.lr=0.02")
     try:
         return table, name, tomllib.loads(f"value = {value}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return table, name, value.strip()  # a bare word, as in optim.name=adam
 
 

@@ -26,7 +26,8 @@ BLOCK_ROWS = 32  # their sorted copy stays in a core's cache
 RANKS = (1, 5, 10)
 NO_ANSWER = (
     "no query has a right answer in the gallery (same identity, another camera): check the identities and cameras, or "
-    "that query and gallery belong together; where one camera made all images, rank without cameras (--no-cameras)"
+    "that query and gallery belong together; where one camera made all images, rank without cameras (`validate` and "
+    "`evaluate` do so by --no-cameras)"
 )
 
 
