@@ -9,13 +9,21 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Of a process's sitecustomize.py: its resolver is closed. A telemetry's thread may swallow the error, hence the line.
+# Of a process's sitecustomize.py: its resolver knows numbers alone. The line is there because telemetry's thread may
+# swallow the error.
 NO_RESOLVER = """
-import os, socket
-def refused(*arguments, **options):
-    os.write(2, f"a host was asked for: {arguments}\\n".encode())
-    raise OSError("a host was asked for")
-socket.getaddrinfo = socket.gethostbyname = socket.gethostbyname_ex = socket.create_connection = refused
+import ipaddress, os, socket
+def closed(real):
+    def ask(host, *arguments, **options):
+        try:
+            host and ipaddress.ip_address(host[0] if isinstance(host, tuple) else host)
+        except ValueError:
+            os.write(2, f"a host was asked for: {host}\\n".encode())
+            raise OSError("a host was asked for") from None
+        return real(host, *arguments, **options)
+    return ask
+for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "create_connection"):
+    setattr(socket, name, closed(getattr(socket, name)))
 """
 
 

@@ -75,7 +75,7 @@ class Schedule(_Table):
 
     epochs: Count = 80
     kind: Literal["steps", "cosine"] = "steps"
-    steps: tuple[int, ...] = ()
+    steps: tuple[Count, ...] = ()
     gamma: float = Field(0.1, gt=0, le=1)
     warm_up: float = Field(0.0, ge=0, lt=1)  # share of the run over which the rate rises linearly
     max_seconds: Finite = 0.0  # end by then, the schedule squeezed to fit; 0: no limit

@@ -40,7 +40,7 @@ def open_identities(root: str | os.PathLike[str], subsets: Collection[Subset]) -
     files = list_images(root)
     labels = read_labels("folder", [file.name for file in files])
     notes = []
-    loose = labels.unlabelled([file.name for file in files])
+    loose = [file.name for file in files if labels(file.name) is None]
     if loose:
         notes.append(f"{len(loose):,} images beside the people's folders were left out, {loose[0]!r} the first")
     rows = [(file, labels(file.name), _camera(file.name)) for file in files]

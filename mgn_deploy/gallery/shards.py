@@ -20,11 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mgn_deploy.choices import Dtype
 from mgn_deploy.errors import UserError, first_problem
@@ -79,9 +80,18 @@ class StoreManifest(BaseModel):
     preprocessing: str
     dim: int = Field(ge=1, le=2**20)
     dtype: Dtype
-    bundle_path: str | None = None  # where the bundle was then; says nothing about the rows
+    # Where the bundle was then; says nothing about the rows.
+    bundle_path: str | None = Field(None, pattern=r"^[^\x00]*$")
     source: str  # what the rows' paths are below, as a URI: file: (which holds any name's bytes), s3:, ...
     shards: tuple[ShardEntry, ...] = ()
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, source: str) -> str:
+        urlsplit(source)  # a ValueError where it is no URI
+        if "\0" in source or "%00" in source:
+            raise ValueError("it has a NUL character")
+        return source
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,7 @@ def test_keys_are_overridden_in_order():
         ("schedule.max_seconds=inf", "schedule.max_seconds: Input should be a finite number"),
         ("schedule.epochs=2.5", "schedule.epochs: Input should be a valid integer"),
         ("optim.lr=" + "1" * 5000, "optim.lr: Input should be a valid number"),
+        ("schedule.steps=[-1]", "schedule.steps.0: Input should be greater than or equal to 1"),
         ("schedule.epochs=1e30", "schedule.epochs: Input should be a valid integer"),
         ("lr=1", "give table.key=value"),
         ("optim.lr", "give table.key=value"),
