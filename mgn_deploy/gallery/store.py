@@ -162,15 +162,17 @@ class Store:
         """The bundle that embedded the store, where it was then.
 
         Raises:
-            UserError: it is not there, or is another one now: which one is wanted.
+            UserError: it is not there, cannot be opened or is another one now: which one is wanted.
         """
-        wanted = f"{self.folder} was embedded by bundle {self.manifest.bundle_id[:12]}"
-        if self.manifest.bundle_path is None:
+        wanted, path = f"{self.folder} was embedded by bundle {self.manifest.bundle_id[:12]}", self.manifest.bundle_path
+        if path is None:
             raise UserError(f"{wanted}: give its folder by --bundle")
+        if not os.path.isdir(path):
+            raise UserError(f"{wanted}, which is no longer in {path}: give --bundle")
         try:
-            bundle = Bundle.open(self.manifest.bundle_path)
-        except UserError:
-            raise UserError(f"{wanted}, which is no longer in {self.manifest.bundle_path}: give --bundle") from None
+            bundle = Bundle.open(path)
+        except UserError as error:
+            raise UserError(f"{wanted}, and {error}; or give another copy of it by --bundle") from None
         if bundle.id != self.manifest.bundle_id:
             raise UserError(f"{wanted}, and {bundle.folder} is {bundle.id[:12]} now: give the right one by --bundle")
         return bundle

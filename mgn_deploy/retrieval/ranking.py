@@ -31,7 +31,8 @@ def metric_names(ranks: Iterable[int] = RANKS) -> list[str]:
 KEYS = metric_names()
 NO_ANSWER = (
     "no query has a right answer in the gallery (same identity, another camera): check the identities and cameras, or "
-    "that query and gallery belong together; where one camera made all images, rank without cameras (--no-cameras)"
+    "that query and gallery belong together; where one camera made all images, rank without cameras (`validate` and "
+    "`evaluate` do so by --no-cameras)"
 )
 
 

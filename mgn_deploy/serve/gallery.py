@@ -156,7 +156,7 @@ class Gallery:
         )
         return [
             [
-                Hit(store.rows[i], float(s), thumbnail_key(store.rows[i].name))
+                Hit(store.rows[i], min(float(s), 1.0), thumbnail_key(store.rows[i].name))
                 for i, s in zip(*ranked, strict=True)
                 if i >= 0
             ]

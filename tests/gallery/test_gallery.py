@@ -9,8 +9,10 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from mgn_deploy.gallery import sources, writer
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.sources import Source, open_source
 from mgn_deploy.gallery.store import Store
+from mgn_deploy.images import memory
 from mgn_deploy.images.listing import ImageFile
 
 SHARD = 8
@@ -153,6 +156,23 @@ def test_float16_store_is_near_the_embeddings(images, tmp_path, embedder):
     embed_folder(images, tmp_path / "s", embedder, dtype="float16")
     assert Store.open(tmp_path / "s").embeddings().dtype == np.float16
     assert_rows_are_their_files(tmp_path / "s", images, embedder, tolerance=5e-4)
+
+
+def test_no_more_files_are_in_memory_at_once_than_fit(images, monkeypatch):
+    monkeypatch.setattr(memory, "LIMIT_BYTES", 1)
+    read, begun, most = sources.file_bytes, [], []
+
+    def slow(file):
+        begun.append(file)
+        most.append(len(begun))
+        time.sleep(0.02)
+        begun.pop()
+        return read(file)
+
+    monkeypatch.setattr(sources, "file_bytes", slow)
+    source = replace(sources.open_source(images), threads=4)
+    assert len(list(source.decode(source.files, 96, 32))) == len(source.files) > 1
+    assert set(most) == {1}
 
 
 def test_progress_ends_at_the_number_of_files(images, tmp_path, embedder):

@@ -32,6 +32,16 @@ def crop_store(crops, embedder, tmp_path_factory) -> Store:
     return Store.open(folder)
 
 
+def test_no_similarity_is_above_1_and_no_distance_below_0_though_rows_are_no_unit_rows(tmp_path):
+    rows = np.array([[1.0003, 0, 0], [1.0003, 0, 0], [0, 1, 0]], np.float32)
+    store = write_store(tmp_path / "s", [(f"{n}.jpg", None, None) for n in range(3)], rows)
+    queries = Queries.of_store(store)
+    (best, _) = search(queries, store, 2)[0].results
+    assert best.similarity == 1
+    found = [result for ranked in search(queries, store, 2, rerank=True) for result in ranked.results]
+    assert all(result.similarity <= 1 and result.distance >= 0 for result in found)
+
+
 def queries_for(
     embedding: list[float], path: Path, identity: int = -2, camera: int = -2, bundle_id: str = "b" * 64
 ) -> Queries:
