@@ -83,10 +83,20 @@ def is_utf8(path: str | os.PathLike[str]) -> bool:
     return os.fsencode(path).decode("utf-8", "replace") == os.fspath(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text by `atomic_file`."""
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path as UTF-8 text, as Parquet and JSON keep it: bytes that are not UTF-8 as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file by `atomic_file`."""
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 by `atomic_file`."""
+    write_bytes(path, text.encode())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -23,7 +24,9 @@ BARE, EMBED, EAGER = "bare engine", "embed (files to store)", "PyTorch eager"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 _MARKED = re.compile(r"(<!-- table: ([a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-(.+)-(throughput|bench|peers|precision|plans|training)-(.+)\.(json|csv)")
+_NAME = re.compile(
+    r"(\d{4}-\d{2}-\d{2})-(.+)-(throughput|bench|peers|retrieval|growth|precision|plans|training)-(.+)\.(json|csv)"
+)
 
 
 class Result(NamedTuple):
@@ -196,9 +199,9 @@ def _type(annotation: Any) -> str:
 
 
 def throughput() -> str:
-    """The rows of the latest day."""
+    """The rows of the latest day, of each model and engine the fastest batch."""
     measured = _rates()
-    return _throughput([one for one in measured if one.date == max(other.date for other in measured)])
+    return _throughput([one for one in measured if one.date == max(other.date for other in measured)], fastest=True)
 
 
 def all_throughput() -> str:
@@ -233,7 +236,9 @@ def peers() -> str:
         content = one.content()
         for model in content["models"]:
             table = _table(columns, [_peer_row(row) for row in model["rows"]])
-            parts.append(f"{one.date}, {content['machine']}; {model['model']}:\n\n{table}")
+            rounds = max(len(row["images_per_second"]["rounds"]) for row in model["rows"] if "images_per_second" in row)
+            said = "; ".join([f"medians of {rounds} rounds", *model["noise"]["flags"]])
+            parts.append(f"{one.date}, {content['machine']}; {model['model']} ({said}):\n\n{table}")
     return "\n\n".join(parts) or "None is committed yet: `bench/results/README.md` has the command."
 
 
@@ -248,10 +253,12 @@ def _peer_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _throughput(measured: Sequence[Result]) -> str:
+def _throughput(measured: Sequence[Result], fastest: bool = False) -> str:
     columns = ["model", "engine", "mirror", "batch", "bare engine", "`embed`", "PyTorch eager", "engine / eager"]
     parts = []
     for (date, machine), some in _grouped(measured):
+        if fastest:  # later ones of a group are faster
+            some = list({(one["model"], one["backend"], one["mirror_average"]): one for one in some}.values())
         rows = [_throughput_row(one) for one in some]
         parts.append(f"{date}, {machine}; images/s:\n\n{_table(columns, rows)}")
     return "\n\n".join(parts)
@@ -302,6 +309,47 @@ def _throughput_row(content: dict[str, Any]) -> list[str]:
     cells += [_rate(eager["median"]), f"{1 / eager['of_bare_engine']:.1f}"] if eager else ["", ""]
     mirror = "yes" if content.get("mirror_average", True) else "no"
     return [content["model"], f"{name} {version.split('-')[0]}", mirror, str(content["batch"]), *cells]
+
+
+def retrieval() -> str:
+    """Distances, neighbours, metrics and re-ranking, of `bench/retrieval.py`: medians of the runs."""
+    columns = ["contender", "seconds", "CPU seconds", "GB beyond the embeddings", "runs"]
+    parts = []
+    for one in results("retrieval"):
+        content = one.content()
+        size = f"{content['queries']:,} x {content['gallery']:,} x {content['dim']:,}"
+        rows = []
+        for name in dict.fromkeys(row["contender"] for row in content["rows"]):
+            same = [row for row in content["rows"] if row["contender"] == name]
+            keys = ("seconds", "cpu_seconds", "gigabytes")
+            cells = [f"{statistics.median(row[key] for row in same):.2f}" for key in keys]
+            rows.append([f"`{name}`", *cells, str(len(same))])
+        parts.append(f"{one.date}, {content['machine']}; {size}:\n\n{_table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def growth() -> str:
+    """Search, index and re-ranking as a gallery grows, of `bench/growth.py`."""
+    columns = ["task", "images", "seconds", "CPU seconds", "GB", "remark"]
+    parts = []
+    for one in results("growth"):
+        content = one.content()
+        rows = []
+        for row in sorted(content["rows"], key=lambda row: (row["task"], row["images"])):
+            remark = ""
+            if row["task"] == "index":
+                remark = f"{row['kind']}, recall@10 {row['recall_at_10']:.3f}; {row['search_seconds']:.2f} s a search"
+            cells = [f"{row[key]:.2f}" for key in ("seconds", "cpu_seconds", "gigabytes")]
+            rows.append([row["task"], f"{row['images']:,}", *cells, remark])
+        asked = f"{content['queries']} queries, k = {content['k']}, {content['dim']} dimensions"
+        parts.append(f"{one.date}, {content['machine']}; {asked}:\n\n{_table(columns, rows)}")
+        fit = content["rerank_extrapolated"]
+        if fit:
+            parts.append(
+                f"Re-ranking's CPU seconds grow with the power {fit['exponent']:.2f} of the images between the two "
+                f"largest; extrapolated, not measured, to 500,000: {fit['cpu_seconds_at_500000']:,.0f} CPU seconds."
+            )
+    return "\n\n".join(parts)
 
 
 def precision() -> str:
@@ -406,6 +454,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "all throughput": all_throughput,
     "bench": bench,
     "peers": peers,
+    "retrieval": retrieval,
+    "growth": growth,
     "precision": precision,
     "plans": plans,
     "training": training,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mgn_deploy.retrieval.ranking import RankingMetrics
     from mgn_deploy.retrieval.statistics import Difference
 
-KEYS = ("rank-1", "rank-5", "rank-10", "mAP", "mINP")
 _RANKING, _MORE = "Ranking", "More figures"
 
 MetricOption = Annotated[Metric, typer.Option("--metric", rich_help_panel=_RANKING, help="Of the distances.")]
@@ -143,7 +142,6 @@ def validate(
         judged = {"protocol": protocol.to_dict(), **asked, "passed": result.passes(tolerance)}
         print_json({**result.to_dict(), **opened, **judged})
     else:
-        assert result.measured_scores is not None
         pooled = f", multiple-query ({multi_query})" if multi_query else ""
         _print_scores(
             f"{data}, {result.measured.queries} queries{pooled}; percent",
@@ -151,7 +149,6 @@ def validate(
             result.paired() if result.sample is None else {},
         )
         if result.sample:
-            assert result.sample.measured_scores is not None
             _print_scores(
                 f"of these, {result.sample.measured.queries} queries beside the reference; percent",
                 {result.backend: result.sample.measured_scores, "PyTorch": result.sample.reference_scores},
@@ -224,6 +221,8 @@ def evaluate(
 
 def _print_scores(title: str, columns: dict[str, Scores | None], paired: dict[str, Difference]) -> None:
     """One column a ranking, and where there are two their difference with its p-value."""
+    from mgn_deploy.retrieval.ranking import KEYS
+
     shown = {name: scores for name, scores in columns.items() if scores is not None}
     rows = []
 

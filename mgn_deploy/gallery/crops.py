@@ -18,7 +18,7 @@ from mgn_deploy.gallery.archives import archive_images, archive_of
 from mgn_deploy.gallery.remote import object_bytes
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.sources import Source, cut, file_bytes
-from mgn_deploy.gallery.video import read_clip, read_frames, upright
+from mgn_deploy.gallery.video import frames_of, read_clip, upright
 from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.images.listing import ImageFile, image_file
 
@@ -95,20 +95,9 @@ def _photo(store: Store, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | s
 
 
 def _frames(path: Path, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | str]]:
-    clip = read_clip(path)
-    passes: list[list[Row]] = []
-    for row in rows:
-        if not passes or (row.frame or 0) < (passes[-1][-1].frame or 0):
-            passes.append([])
-        passes[-1].append(row)
-    for ascending in passes:
-        frames = [(number, list(group)) for number, group in groupby(ascending, key=lambda row: row.frame or 0)]
-        inside = [number for number, _ in frames if number <= clip.frames]
-        pictures = read_frames(clip, inside)
-        for number, together in frames:
-            picture = next(pictures) if number <= clip.frames else f"the video has {clip.frames} frames"
-            image = picture if isinstance(picture, str) else upright(picture)
-            yield from ((row, image if isinstance(image, str) else _cut(image, row)) for row in together)
+    for together, picture in frames_of(read_clip(path), rows, lambda row: row.frame or 0):
+        image = picture if isinstance(picture, str) else upright(picture)
+        yield from ((row, image if isinstance(image, str) else _cut(image, row)) for row in together)
 
 
 def _cut(image: Image.Image, row: Row) -> Image.Image | str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.crops import source_of
 from mgn_deploy.gallery.embed import GalleryReport, embed_folder
-from mgn_deploy.gallery.shards import Row, Shard, ShardEntry, StoreManifest, open_shards, read_manifest
+from mgn_deploy.gallery.shards import Row, Shard, ShardEntry, StoreManifest, latest_rows, open_shards, read_manifest
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter, hold
 from mgn_deploy.progress import Progress
@@ -133,7 +133,8 @@ def prune(store: str | os.PathLike[str], keep: Collection[str]) -> int:
         if gone and len(gone) == len(writer.known):
             raise UserError(f"{writer.folder}: none of its {len(gone)} images would be left; was it another source's?")
         if gone:
-            _rewrite(writer, [row for row in _latest(writer) if row[0].name in names])
+            latest = latest_rows(open_shards(writer.folder, writer.manifest))
+            _rewrite(writer, [row for row in latest if row[0].name in names])
     return len(gone)
 
 
@@ -148,7 +149,7 @@ def compact(store: str | os.PathLike[str]) -> tuple[int, int]:
     """
     with StoreWriter(store, read_manifest(Path(store))) as writer:
         before = sum(shard.count or 0 for shard in writer.manifest.shards)
-        _rewrite(writer, _latest(writer))
+        _rewrite(writer, latest_rows(open_shards(writer.folder, writer.manifest)))
         return before, sum(shard.count or 0 for shard in writer.manifest.shards)
 
 
@@ -170,7 +171,7 @@ def merge(stores: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
         rows: dict[str, tuple[Row, Shard, int]] = {}
         for store, manifest in zip(stores, manifests, strict=True):
             writer.check_same(manifest, Path(store))
-            for row in _latest_of(open_shards(Path(store), manifest)):
+            for row in latest_rows(open_shards(Path(store), manifest)):
                 twice = rows.get(row[0].name)
                 if twice is None or twice[0].error is not None:
                     rows[row[0].name] = row
@@ -188,20 +189,6 @@ def _judge(folder: Path, entry: ShardEntry, manifest: StoreManifest) -> Shard | 
         return shard
     except UserError as error:
         return Damage(entry.name, entry.count, str(error).partition(": `mgn-deploy store repair")[0], rows)
-
-
-def _latest(writer: StoreWriter) -> list[tuple[Row, Shard, int]]:
-    return _latest_of(open_shards(writer.folder, writer.manifest))
-
-
-def _latest_of(shards: Iterable[Shard]) -> list[tuple[Row, Shard, int]]:
-    """The latest row of each name, with its shard and index in it, in the order of the rows."""
-    latest: dict[str, tuple[Row, Shard, int]] = {}
-    for shard in shards:
-        for index, row in enumerate(shard.rows):
-            latest.pop(row.name, None)
-            latest[row.name] = (row, shard, index)
-    return list(latest.values())
 
 
 def _rewrite(writer: StoreWriter, rows: Sequence[tuple[Row, Shard, int]]) -> None:

@@ -16,11 +16,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mgn_deploy.choices import Dtype
 from mgn_deploy.errors import UserError, first_problem
-from mgn_deploy.files import sha256_bytes
+from mgn_deploy.files import is_utf8, printable, sha256_bytes
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -277,6 +277,17 @@ def read_manifest(folder: Path) -> StoreManifest:
     )
 
 
+def folder_uri(folder: str | os.PathLike[str]) -> str:
+    """A folder of this machine as a store's manifest keeps it, whatever the bytes of its name are."""
+    return Path(os.path.abspath(folder)).as_uri()
+
+
+def folder_of(uri: str) -> Path | None:
+    """The folder of this machine that a manifest's source is; None: it is another kind of source."""
+    parts = urlsplit(uri)
+    return Path(os.fsdecode(unquote_to_bytes(parts.path))) if parts.scheme == "file" else None
+
+
 def open_shards(folder: Path, manifest: StoreManifest) -> list[Shard]:
     """The manifest's shards, their rows read.
 
@@ -284,6 +295,16 @@ def open_shards(folder: Path, manifest: StoreManifest) -> list[Shard]:
         UserError: a shard is missing, damaged or cannot be read.
     """
     return [Shard(folder, entry, manifest) for entry in manifest.shards]
+
+
+def latest_rows(shards: Iterable[Shard]) -> list[tuple[Row, Shard, int]]:
+    """The latest row of each name, with its shard and its index in it, in the order of the rows."""
+    latest: dict[str, tuple[Row, Shard, int]] = {}
+    for shard in shards:
+        for index, row in enumerate(shard.rows):
+            latest.pop(row.name, None)  # which would keep its place among the others
+            latest[row.name] = (row, shard, index)
+    return list(latest.values())
 
 
 def array_bytes(embeddings: np.ndarray) -> bytes:
@@ -297,8 +318,8 @@ def rows_bytes(rows: Sequence[Row]) -> bytes:
     """The Parquet file of rows."""
     buffer = io.BytesIO()
     table = {
-        "path": [os.fsencode(row.name).decode("utf-8", "backslashreplace") for row in rows],
-        "path_bytes": [None if _is_utf8(row.name) else os.fsencode(row.name) for row in rows],
+        "path": [printable(row.name) for row in rows],
+        "path_bytes": [None if is_utf8(row.name) else os.fsencode(row.name) for row in rows],
         **{name: [getattr(row, name) for row in rows] for name in ROWS.names if not name.startswith("path")},
     }
     pq.write_table(pa.table(table, schema=ROWS), buffer, compression="zstd")
@@ -328,11 +349,3 @@ def _rows(table: pa.Table) -> list[Row]:
     raw, names = columns.pop("path_bytes"), columns.pop("path")
     columns["name"] = [name if raw is None else os.fsdecode(raw) for name, raw in zip(names, raw, strict=True)]
     return [Row(*values) for values in zip(*(columns[key] for key in Row.__dataclass_fields__), strict=True)]
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -20,7 +20,7 @@ from mgn_deploy.datasets.labels import Labels
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.archives import archive_images, is_archive
 from mgn_deploy.gallery.profile import Profile, on_thread
-from mgn_deploy.gallery.shards import SHARD_ROWS
+from mgn_deploy.gallery.shards import SHARD_ROWS, folder_uri
 from mgn_deploy.images.decode import MIN_SIDE, open_rgb, resize_crop
 from mgn_deploy.images.formats import skipped_sentence, why_not_listed
 from mgn_deploy.images.listing import ImageFile, image_file, list_images
@@ -214,11 +214,6 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         raise UserError(
             f"{path!r} does not exist: give a folder of images, image files, or a pattern such as 'a/*.jpg'"
         )
-
-
-def folder_uri(folder: str | os.PathLike[str]) -> str:
-    """A folder of this machine as a store's manifest keeps it."""
-    return Path(os.path.abspath(folder)).as_uri()
 
 
 def _crops(files: Sequence[ImageFile], height: int, width: int, profile: Profile | None) -> list[Decoded]:

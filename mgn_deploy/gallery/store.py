@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
-from mgn_deploy.gallery.shards import Row, Shard, StoreManifest, open_shards, read_manifest
-from mgn_deploy.packages import import_problem
+from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.gallery.shards import Row, Shard, StoreManifest, folder_of, latest_rows, open_shards, read_manifest
+from mgn_deploy.packages import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,17 +45,15 @@ class Store:
         self.manifest = manifest
         self.rows: list[Row] = []
         self.failures: list[Row] = []
-        latest: dict[str, tuple[int, int, Row]] = {}
         self._shards: list[Shard] = open_shards(folder, manifest)
         if self._shards:
             self._shards[-1].keep()  # the one whose files a writer replaces as it adds rows
-        for number, shard in enumerate(self._shards):
-            latest.update((row.name, (number, index, row)) for index, row in enumerate(shard.rows))
+        number = {shard: number for number, shard in enumerate(self._shards)}
         self._locations: list[tuple[int, int]] = []  # of each row's embedding: shard, index in it; ascending
-        for number, index, row in sorted(latest.values(), key=lambda location: location[:2]):
+        for row, shard, index in latest_rows(self._shards):
             if row.error is None:
                 self.rows.append(row)
-                self._locations.append((number, index))
+                self._locations.append((number[shard], index))
             else:
                 self.failures.append(row)
 
@@ -186,12 +183,12 @@ class Store:
         Raises:
             UserError: its source is no folder of this machine, or its name leads out of it.
         """
-        source = urlsplit(self.manifest.source)
-        if source.scheme != "file":
+        folder = folder_of(self.manifest.source)
+        if folder is None:
             raise UserError(f"{row.name!r} of {self.folder} lies in {self.manifest.source}, not on this machine")
         if row.name.startswith("/") or ".." in row.name.split("/"):
             raise UserError(f"{row.name!r} of {self.folder} leads out of the store's source folder: it is not opened")
-        return Path(os.fsdecode(unquote_to_bytes(source.path))) / row.name
+        return folder / row.name
 
     def image(self, row: Row) -> Image.Image:
         """The crop that was embedded, from its file: a photo, a box in one or in a video's frame, or a tar's member.
@@ -223,9 +220,7 @@ class Store:
         Raises:
             CannotRun: pandas is not installed.
         """
-        problem = import_problem("pandas", "pandas")
-        if problem:
-            raise CannotRun(f"to_pandas makes a frame of pandas: {problem}")
+        require("pandas", "pandas", "to_pandas makes a frame of pandas")
         import pandas as pd
 
         rows = [*self.rows, *self.failures]

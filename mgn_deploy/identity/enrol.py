@@ -22,8 +22,9 @@ from mgn_deploy.identity.calibration import (
     how_to_calibrate,
 )
 from mgn_deploy.identity.identify import CALIBRATED_FOR, CANDIDATES, PRIOR_KNOWN, Identification, identify
-from mgn_deploy.identity.images import EmbeddedImages, embed_readable, image_paths
+from mgn_deploy.identity.images import EmbeddedImages, embed_readable
 from mgn_deploy.identity.people import People, Person, check_name
+from mgn_deploy.images.listing import image_paths
 from mgn_deploy.progress import Progress
 
 _log = logging.getLogger("mgn_deploy")

@@ -13,9 +13,8 @@ import numpy as np
 
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.files import sha256_file
 from mgn_deploy.images.decode import read_crop
-from mgn_deploy.images.listing import list_images
+from mgn_deploy.images.listing import image_paths
 from mgn_deploy.progress import Progress
 
 _CHUNK = 256  # images whose pixels are in memory at a time
@@ -37,31 +36,6 @@ class EmbeddedImages:
     embeddings: np.ndarray
     failed: list[tuple[Path, str]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-
-    def hashes(self) -> list[str]:
-        """SHA-256 of each embedded file."""
-        return [sha256_file(path) for path in self.paths]
-
-
-def image_paths(sources: Sequence[str | os.PathLike[str]], skipped: Counter[str] | None = None) -> list[Path]:
-    """The files of a list of files and folders; a folder's are those below it, sorted. `skipped` counts those that are
-    no image.
-
-    Raises:
-        UserError: a folder that holds no image or cannot be read, or nothing given.
-    """
-    found: list[Path] = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            listing = list_images(source)
-            found.extend(file.path for file in listing if file.path is not None)
-            if skipped is not None:
-                skipped.update(listing.skipped)
-        else:
-            found.append(source)
-    if not found:
-        raise UserError("no image was given")
-    return found
 
 
 def embed_readable(

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from fastapi import Query
 from pydantic import BaseModel, Field
 
+from mgn_deploy.backends.remote import NPY
 from mgn_deploy.serve.uploads import Box
 
-NPY = "application/x-npy"
 Far = Annotated[float, Query(description="False-accept rate at which the threshold is drawn.", gt=0, lt=1)]
 
 

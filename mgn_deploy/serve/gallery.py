@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import logging
 import os
 import threading
@@ -15,18 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.crops import row_crop
 from mgn_deploy.gallery.shards import Row, StoreManifest, read_manifest
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.listing import list_images
+from mgn_deploy.report.pages import JPEG_QUALITY, shrunk_jpeg
 from mgn_deploy.retrieval.nearest import top_k
 from mgn_deploy.retrieval.search import check_same_bundle
 
 THUMBNAIL_SIDE = 320  # pixels: twice what the page shows, for dense screens
-JPEG_QUALITY = 85
 REFRESH_SECONDS = 1
 BLOCK_ROWS = 16384  # of 2048 numbers, 128 MiB
 COUNT_SECONDS = 60  # between two listings of the folder that is being embedded
@@ -212,7 +210,7 @@ class Gallery:
                 path = os.path.realpath(store.path(replace(row, name=row.file)))
                 if os.path.commonpath([source, path]) != source:
                     raise NotShown("the image lies outside of the gallery's source")
-            return encode_thumbnail(row_crop(store, row))
+            return shrunk_jpeg(row_crop(store, row), THUMBNAIL_SIDE, JPEG_QUALITY)
         except (UnreadableImage, UserError) as reason:
             raise NotShown(f"the image cannot be shown: {reason}") from None
 
@@ -254,15 +252,6 @@ def _top_k_of(query: np.ndarray, gallery: np.ndarray, wanted: np.ndarray, k: int
         order = np.argsort(-values, axis=1, kind="stable")[:, :k]  # equal similarities by index, as `top_k` does
         similarities, indices = np.take_along_axis(values, order, axis=1), np.take_along_axis(found, order, axis=1)
     return indices, similarities
-
-
-def encode_thumbnail(image: Image.Image) -> bytes:
-    """A JPEG of at most `THUMBNAIL_SIDE` pixels a side, without metadata."""
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    image.info.clear()  # Pillow would carry a JPEG comment over
-    jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=JPEG_QUALITY)
-    return jpeg.getvalue()
 
 
 def thumbnail_key(name: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.identity.calibration import Calibration
+from mgn_deploy.machine import usable_cpus
 from mgn_deploy.serve.batching import BatchQueue
 from mgn_deploy.serve.gallery import Gallery, Hit
 from mgn_deploy.serve.limits import Limits
@@ -89,7 +90,7 @@ class Service:
         self.metrics.queued.set_function(lambda: self.queue.reserved)
         self.metrics.gallery.set_function(lambda: len(self.gallery.store) if self.gallery else 0)
         # Decoding lets go of the GIL. As many as there are cores: more would only hold more decoded images.
-        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="decode")
 
     def __enter__(self) -> Service:
         return self

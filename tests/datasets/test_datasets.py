@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mgn_deploy.datasets import KINDS, open_data, published
+from mgn_deploy.choices import DATA_KINDS
+from mgn_deploy.datasets import open_data, published
 from mgn_deploy.datasets.market1501 import Label, open_market1501, parse_name
 from mgn_deploy.datasets.published import PUBLISHED, Size
 from mgn_deploy.errors import UserError
@@ -262,7 +263,7 @@ def test_data_without_kind_or_folder_is_a_sentence_with_the_form(spec):
 def test_an_unknown_kind_is_a_sentence_with_the_nearest_and_all_others(wrong, right):
     with pytest.raises(UserError, match=f"no kind of dataset '{wrong}', did you mean '{right}'") as error:
         open_data(f"{wrong}:/data")
-    assert all(kind in str(error.value) for kind in KINDS)
+    assert all(kind in str(error.value) for kind in DATA_KINDS)
 
 
 def test_cuhk03_without_its_crops_is_a_sentence_with_both():

@@ -32,7 +32,7 @@ def test_every_result_is_in_a_table_and_has_its_command():
     for path in (ROOT / "bench" / "results").iterdir():
         if path.name == "README.md":
             continue
-        kind = re.search(r"-(throughput|bench|peers|precision|plans|training)-(.+)$", path.name)
+        kind = re.search(rf"-({tables.KINDS})-(.+)$", path.name)
         assert kind, f"{path.name} is named like no table"
         assert f"*-{kind[1]}-{kind[2]}`" in commands, f"bench/results/README.md has no command of {path.name}"
 
