@@ -91,8 +91,7 @@ def list_images(folder: str | os.PathLike[str]) -> Listing:
 
 
 def image_paths(sources: Sequence[str | os.PathLike[str]], skipped: Counter[str] | None = None) -> list[Path]:
-    """The files of a list of files and folders; a folder's are those below it, sorted. `skipped` counts those that are
-    no image.
+    """The files of a list of files and folders; a folder's are those below it, sorted. `skipped` takes the others.
 
     Raises:
         UserError: a folder that holds no image or cannot be read, or nothing given.
@@ -101,9 +100,8 @@ def image_paths(sources: Sequence[str | os.PathLike[str]], skipped: Counter[str]
     for source in map(Path, sources):
         if source.is_dir():
             listing = list_images(source)
-            found.extend(file.path for file in listing if file.path is not None)
-            if skipped is not None:
-                skipped.update(listing.skipped)
+            found.extend(file.path for file in listing if file.path)
+            (Counter() if skipped is None else skipped).update(listing.skipped)
         else:
             found.append(source)
     if not found:
