@@ -201,7 +201,7 @@ def test_a_folder_that_is_not_utf8_is_printed_as_it_is(images, embedder, tmp_pat
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("command, code", [("doctor --json", 0), ("embed none -o s --bundle b", 2), ("--nonsense", 2)])
+@pytest.mark.parametrize("command, code", [("--help", 0), ("embed none -o s --bundle b", 2), ("--nonsense", 2)])
 def test_closed_streams_change_no_exit_code(tmp_path, closed, command, code):
     done = subprocess.run(
         f"{sys.executable} -m mgn_deploy {command} {closed}", shell=True, capture_output=True, cwd=tmp_path, check=False
