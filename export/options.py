@@ -156,8 +156,7 @@ class ExportOptions:
         if self.engine != "tensorrt" and not served:
             raise UserError(
                 f"Triton runs graphs by ONNX Runtime, which a {self.precision} graph for {self.int8_engine} is not "
-                f"for: "
-                "--triton goes with --engine tensorrt, with fp32 or fp16, or with int8 and --engine onnxruntime"
+                "for: --triton goes with --engine tensorrt, with fp32 or fp16, or with int8 and --engine onnxruntime"
             )
 
 

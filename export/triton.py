@@ -87,8 +87,7 @@ def write_model_repository(
     if not any(name in runs_it and proof.passed for name, proof in bundle.manifest.proofs.items()):
         raise UserError(
             f"Triton would run {plan.file if plan else GRAPH} of {bundle.folder} by {runs_it[0]}, which is not proven "
-            f"with it: "
-            f"`mgn-deploy prove --bundle {bundle.folder}` where that is installed"
+            f"with it: `mgn-deploy prove --bundle {bundle.folder}` where that is installed"
         )
     folder = Path(out) / name
     file = "model.plan" if plan else "model.onnx"
@@ -121,8 +120,7 @@ def _check(plan: EngineEntry | None, max_batch: int, preferred: Sequence[int], n
     if not plan.batch[0] == 1 or plan.batch[2] < max_batch:
         raise UserError(
             f"{plan.file} takes {plan.batch[0]} to {plan.batch[2]} images a call and Triton would send 1 to "
-            f"{max_batch}: "
-            f"build it with --batch 1,{plan.batch[1]},{max_batch}"
+            f"{max_batch}: build it with --batch 1,{plan.batch[1]},{max_batch}"
         )
 
 

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from mgn_deploy.cuda.errors import cuda_sentence
 from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.files import atomic_file, cache_folder
+from mgn_deploy.files import cache_folder, write_bytes, write_text
 from mgn_deploy.kernels.params import Params, Pointers, params_of
 from mgn_deploy.kernels.plan import Device, Launch, Plan, Problem, fused_launch, launches, may_be_fused, plan_on
 
@@ -141,11 +141,9 @@ def _save(key: str, code: MachineCode) -> None:
         raise UserError(
             f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME to a folder that can be written"
         ) from None
-    with atomic_file(folder / f"{key}.cubin") as file:
-        file.write(code.cubin)
-    with atomic_file(folder / f"{key}.json") as file:
-        record = {"sha256": hashlib.sha256(code.cubin).hexdigest(), "symbols": code.symbols}
-        file.write(json.dumps(record).encode())
+    write_bytes(folder / f"{key}.cubin", code.cubin)
+    record = {"sha256": hashlib.sha256(code.cubin).hexdigest(), "symbols": code.symbols}
+    write_text(folder / f"{key}.json", json.dumps(record))
 
 
 class PlannedKernel:

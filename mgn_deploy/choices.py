@@ -57,4 +57,8 @@ IndexKind = Literal["auto", "flat", "hnsw", "ivf-pq", "milvus"]
 # Of embeddings to two dimensions.
 Projection = Literal["pca", "umap"]
 
+# Of `--data KIND:DIR`: `folder` is any in Market-1501's layout, without published sizes; `identities` one a person.
+DATA_KINDS = ("market1501", "dukemtmc", "cuhk03-labeled", "cuhk03-detected", "msmt17", "folder", "identities")
+
+API_KEY = "MGN_DEPLOY_API_KEY"  # in the environment: what callers of a service show
 VERIFY_KEY = "MGN_DEPLOY_VERIFY_KEY"  # in the environment: the public key that has to have signed every bundle

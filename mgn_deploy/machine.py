@@ -60,8 +60,11 @@ def cpu_features() -> list[str]:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may run on: fewer than the machine's under `taskset`, in most containers and batch
+    systems."""
+    if hasattr(os, "sched_getaffinity"):  # not on Windows and macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpuinfo(key: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from mgn_deploy.errors import UserError
+from mgn_deploy.errors import CannotRun
 from mgn_deploy.telemetry import without_openvino_telemetry
 
 
@@ -22,16 +22,30 @@ def import_problem(package: str, extra: str) -> str | None:
     return None
 
 
+def require(package: str, extra: str, what: str) -> None:
+    """Import a package.
+
+    Args:
+        package: its import name.
+        extra: of mgn-deploy, which installs it.
+        what: needs it, as a sentence for the message.
+
+    Raises:
+        CannotRun: it cannot be imported.
+    """
+    problem = import_problem(package, extra)
+    if problem:
+        raise CannotRun(f"{what}: {problem}")
+
+
 # What init, import, train, export and demo need besides a backend: the extra `train`.
 TRAINING_PACKAGES = ("torch", "torchvision", "safetensors", "onnx", "onnxscript", "tensorboard")
 
 
 def require_training() -> None:
-    """Raise UserError unless what `train/` and `export/` import is installed."""
+    """Raise CannotRun unless what `train/` and `export/` import is installed."""
     for package in TRAINING_PACKAGES:
-        problem = import_problem(package, "train")
-        if problem:
-            raise UserError(f"this command needs PyTorch and the exporter's packages: {problem}")
+        require(package, "train", "this command needs PyTorch and the exporter's packages")
 
 
 # What the service needs besides a backend: the extra `serve`, by import names.
@@ -39,8 +53,6 @@ SERVING_PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client
 
 
 def require_serving() -> None:
-    """Raise UserError unless what `serve/` imports is installed."""
+    """Raise CannotRun unless what `serve/` imports is installed."""
     for package in SERVING_PACKAGES:
-        problem = import_problem(package, "serve")
-        if problem:
-            raise UserError(f"the service needs a web server: {problem}")
+        require(package, "serve", "the service needs a web server")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.images.decode import read_crop
-from mgn_deploy.images.listing import list_images
+from mgn_deploy.images.listing import image_paths
 from mgn_deploy.report.figures import draw_attention
 from mgn_deploy.train.model import MGN, Embedding
 from mgn_deploy.train.weights import load_weights
@@ -45,13 +44,7 @@ def draw_attention_on(
         raise UserError(f"--limit {limit}: 1 to {MAX_ROWS} images are drawn")
     model = load_weights(weights)
     config = model.config
-    paths = [Path(source) for source in sources]
-    files = [
-        file
-        for path in paths
-        for file in ([one.path for one in list_images(path) if one.path] if path.is_dir() else [path])
-    ]
-    files = files[:limit]
+    files = image_paths(sources)[:limit]
     try:
         crops = np.stack([read_crop(file, config.height, config.width) for file in files])
     except UnreadableImage as error:

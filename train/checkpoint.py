@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import write_bytes
 from mgn_deploy.train.started import Started
 
 LAST = "last.pt"
@@ -75,8 +75,7 @@ def save_checkpoint(
     }
     content = io.BytesIO()
     torch.save(state, content)  # into memory: of a full disk it would raise something that is no OSError
-    with atomic_file(folder / LAST) as file:
-        file.write(content.getbuffer())
+    write_bytes(folder / LAST, content.getbuffer())
 
 
 def load_checkpoint(folder: Path) -> State | None:

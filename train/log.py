@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import write_text
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -48,8 +48,7 @@ class RunLog:
         writer = csv.DictWriter(text, FIELDS)
         writer.writeheader()
         writer.writerows(self._rows)
-        with atomic_file(self._path) as file:
-            file.write(text.getvalue().encode())
+        write_text(self._path, text.getvalue())
         for name, value in row.items():
             if self._board and name != "epoch":
                 self._board.add_scalar(name, value, int(row["epoch"]))

@@ -73,8 +73,7 @@ def read_calibration_images(
     if len(crops) < FEWEST:
         raise UserError(
             f"{folder} has {len(crops)} readable images that show something ({blank} are of one colour): INT8 is "
-            f"calibrated "
-            f"on at least {FEWEST}, better {COUNT}, like those that it will see (--calib DIR)"
+            f"calibrated on at least {FEWEST}, better {COUNT}, like those that it will see (--calib DIR)"
         )
     pixels = np.stack([crops[index] for index in rng.permutation(len(crops))])
     warnings = [f"{blank} calibration images of one colour are left out"] if blank else []

@@ -157,8 +157,7 @@ def _put_back(
     if result.drop > max_drop:
         raise UserError(
             f"no INT8 graph loses at most {max_drop} points: even one block in INT8 loses more; raise --max-drop, or "
-            f"calibrate "
-            "on more images like those that it will see"
+            "calibrate on more images like those that it will see"
         )
 
 

@@ -19,16 +19,17 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from mgn_deploy.backends.base import Backend
+from mgn_deploy.choices import API_KEY
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.images.prefetch import in_order
 from mgn_deploy.machine import Hardware
+from mgn_deploy.packages import require
 
 AHEAD = 3  # calls begun before their result is asked for: the server's queue is never empty
 PATIENCE_SECONDS = 300.0  # how long a server may be away or full before a run gives up
 TIMEOUT_SECONDS = 120.0  # of one call
-API_KEY = "MGN_DEPLOY_API_KEY"
 NPY = "application/x-npy"
 
 
@@ -78,6 +79,10 @@ class RemoteBackend(Backend):
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         return in_order(self, batches, ahead=AHEAD)
 
+    @property
+    def device(self) -> str:
+        return self.hardware.cpu
+
     @abstractmethod
     def _call(self, images: np.ndarray) -> np.ndarray:
         """Embed at most `model.batch` crops; threads call it at once."""
@@ -115,14 +120,8 @@ class HttpBackend(RemoteBackend):
             cpu=f"{about['device']} of {self._address.netloc}", architecture="", instruction_sets=()
         )
 
-    @property
-    def device(self) -> str:
-        return self.hardware.cpu
-
     def _call(self, images: np.ndarray) -> np.ndarray:
-        body = io.BytesIO()
-        np.lib.format.write_array(body, np.ascontiguousarray(images), version=(1, 0), allow_pickle=False)
-        content, headers = self._ask("POST", "/embed", body.getvalue(), patience=self._patience)
+        content, headers = self._ask("POST", "/embed", npy(images), patience=self._patience)
         if headers.get("mgn-bundle-id") != self.model.bundle_id:
             raise UserError(f"{self._url} has begun to serve another bundle: start again with a new store")
         return self._checked(np.load(io.BytesIO(content), allow_pickle=False), images)
@@ -167,11 +166,7 @@ class TritonBackend(RemoteBackend):
     """
 
     def __init__(self, url: str) -> None:
-        from mgn_deploy.packages import import_problem
-
-        problem = import_problem("tritonclient.grpc", "triton")
-        if problem:
-            raise CannotRun(f"embedding by Triton needs its client: {problem}")
+        require("tritonclient.grpc", "triton", "embedding by Triton needs its client")
         import tritonclient.grpc as triton
 
         self._triton, self._url, address = triton, url, urlsplit(url)
@@ -197,10 +192,6 @@ class TritonBackend(RemoteBackend):
             ) from None
         self.name = f"triton-{config.backend}"  # type: ignore[misc]
         self.hardware = Hardware(cpu=f"Triton at {address.netloc}", architecture="", instruction_sets=())
-
-    @property
-    def device(self) -> str:
-        return self.hardware.cpu
 
     def _call(self, images: np.ndarray) -> np.ndarray:
         given = self._triton.InferInput("images", list(images.shape), "UINT8")
@@ -229,6 +220,13 @@ def open_server(url: str) -> RemoteBackend:
             f"{PREPROCESSING}: use one release on both sides"
         )
     return backend
+
+
+def npy(array: np.ndarray) -> bytes:
+    """The bytes of a `.npy` file, as requests and answers of type `NPY` have them."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return file.getvalue()
 
 
 def _sentence(content: bytes) -> str:

@@ -111,8 +111,7 @@ class Bundle:
             proven = [name for name, other in self.manifest.proofs.items() if other.passed]
             raise CannotRun(
                 f"{self.folder} has no proof for {backend} (proven: {', '.join(proven) or 'none'}): export it where "
-                f"{backend} "
-                "is installed, choose a proven --backend, or pass --allow-unproven"
+                f"{backend} is installed, choose a proven --backend, or pass --allow-unproven"
             )
         if not proof.passed:
             raise CannotRun(

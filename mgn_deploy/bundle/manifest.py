@@ -13,7 +13,7 @@ from mgn_deploy.bundle.engine_entry import EngineEntry
 from mgn_deploy.choices import Precision
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError, first_problem
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import write_bytes
 from mgn_deploy.machine import Hardware
 
 SCHEMA_VERSION = 2
@@ -138,8 +138,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     line, hashes = hash_line(content), folder / MANIFEST_HASH
     before = hashes.read_bytes() if hashes.is_file() else b""
     for path, written in ((hashes, before + line), (folder / MANIFEST, content), (hashes, line)):
-        with atomic_file(path) as file:
-            file.write(written)
+        write_bytes(path, written)
 
 
 def hash_line(manifest: bytes) -> bytes:

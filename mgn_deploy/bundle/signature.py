@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from mgn_deploy.bundle.manifest import MANIFEST
 from mgn_deploy.choices import VERIFY_KEY
-from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.files import atomic_file
-from mgn_deploy.packages import import_problem
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import write_bytes
+from mgn_deploy.packages import require
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -38,9 +38,7 @@ def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> None:
     """
     private = read_private_key(key)
     folder = Path(folder)
-    signature = private.sign((folder / MANIFEST).read_bytes())
-    with atomic_file(folder / SIGNATURE) as file:
-        file.write(signature)
+    write_bytes(folder / SIGNATURE, private.sign((folder / MANIFEST).read_bytes()))
 
 
 def require_signature(folder: Path, manifest: bytes, key: str | os.PathLike[str]) -> None:
@@ -73,7 +71,7 @@ def read_private_key(path: str | os.PathLike[str]) -> Ed25519PrivateKey:
         CannotRun: cryptography is not installed.
         UserError: no such file, or no Ed25519 private key.
     """
-    _require_cryptography()
+    require("cryptography", "sign", "signatures need cryptography")
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -88,7 +86,7 @@ def read_private_key(path: str | os.PathLike[str]) -> Ed25519PrivateKey:
 
 
 def _read_public_key(path: str | os.PathLike[str]) -> Ed25519PublicKey:
-    _require_cryptography()
+    require("cryptography", "sign", "signatures need cryptography")
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -107,9 +105,3 @@ def _content(path: str | os.PathLike[str]) -> bytes:
             return file.read(2**16)
     except OSError as error:
         raise UserError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
-
-
-def _require_cryptography() -> None:
-    problem = import_problem("cryptography", "sign")
-    if problem:
-        raise CannotRun(f"signatures need cryptography: {problem}")

@@ -56,7 +56,7 @@ def demo(
 
 
 def _print(made: Demo) -> None:
-    from mgn_deploy.retrieval.validate import KEYS
+    from mgn_deploy.retrieval.ranking import KEYS
 
     assert made.validation.reference is not None
     measured = made.validation.measured.to_dict()

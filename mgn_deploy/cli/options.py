@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 
 from mgn_deploy.backends.registry import ENGINES, EXPORT_ENGINES
-from mgn_deploy.choices import MAX_BATCH, MAX_SEED, Device
+from mgn_deploy.choices import DATA_KINDS, MAX_BATCH, MAX_SEED, Device
 
 _BACKEND_NAMES = ("auto", *ENGINES)
 if TYPE_CHECKING:  # a type checker does not know what the table holds
@@ -23,10 +23,6 @@ else:
     EngineName = Literal[EXPORT_ENGINES]
 
 _BACKENDS = ", ".join(ENGINES)
-DATA_KINDS = (
-    "market1501, dukemtmc, cuhk03-labeled, cuhk03-detected, msmt17, folder for any in Market-1501's layout, or "
-    "identities for a folder a person"
-)
 
 
 def out(help: str) -> Any:
@@ -56,7 +52,7 @@ BoxesFile = Annotated[
     ),
 ]
 Bundle = Annotated[Path, typer.Option("--bundle", help="The bundle: a folder that `export` wrote.")]
-Data = Annotated[str, typer.Option("--data", help=f"Labelled people as KIND:DIR; KIND is {DATA_KINDS}.")]
+Data = Annotated[str, typer.Option("--data", help=f"Labelled people as KIND:DIR; KIND is {', '.join(DATA_KINDS)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 MinScore = Annotated[float, typer.Option("--min-score", help="Of boxes that have a score.", rich_help_panel="Boxes")]
 ProofData = Annotated[

@@ -27,7 +27,6 @@ def _refuse_index(index: str | None) -> None:
         )
 
 
-KEYS = ("rank-1", "rank-5", "rank-10", "mAP", "mINP")
 _RANKING, _MORE = "Ranking", "More figures"
 
 MetricOption = Annotated[Metric, typer.Option("--metric", rich_help_panel=_RANKING, help="Of the distances.")]
@@ -159,7 +158,6 @@ def validate(
         judged = {"protocol": protocol.to_dict(), **asked, "passed": result.passes(tolerance)}
         print_json({**result.to_dict(), **opened, **judged})
     else:
-        assert result.measured_scores is not None
         pooled = f", multiple-query ({multi_query})" if multi_query else ""
         _print_scores(
             f"{data}, {result.measured.queries} queries{pooled}; percent",
@@ -167,7 +165,6 @@ def validate(
             result.paired() if result.sample is None else {},
         )
         if result.sample:
-            assert result.sample.measured_scores is not None
             _print_scores(
                 f"of these, {result.sample.measured.queries} queries beside the reference; percent",
                 {result.backend: result.sample.measured_scores, "PyTorch": result.sample.reference_scores},
@@ -242,6 +239,8 @@ def evaluate(
 
 def _print_scores(title: str, columns: dict[str, Scores | None], paired: dict[str, Difference]) -> None:
     """One column a ranking, and where there are two their difference with its p-value."""
+    from mgn_deploy.retrieval.ranking import KEYS
+
     shown = {name: scores for name, scores in columns.items() if scores is not None}
     rows = []
 

@@ -46,8 +46,7 @@ def cuda_sentence(message: str) -> str | None:
     if _sticky(message):
         return (
             f"the GPU stopped with {found[0]} and this process cannot use it any more: run the same command again, and "
-            f"if "
-            "it happens again check the GPU with nvidia-smi and dmesg"
+            "if it happens again check the GPU with nvidia-smi and dmesg"
         )
     return f"the GPU's driver refused a call ({found[0]}): run the same command again"
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection
 from dataclasses import replace
 
+from mgn_deploy.choices import DATA_KINDS
 from mgn_deploy.datasets.cuhk03 import open_cuhk03
 from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK, Dataset, LabelledImage, Subset
 from mgn_deploy.datasets.identities import open_identities
@@ -16,12 +17,9 @@ from mgn_deploy.datasets.msmt17 import open_msmt17
 from mgn_deploy.datasets.published import count_notes
 from mgn_deploy.errors import UserError
 
-__all__ = ["KINDS", "Dataset", "LabelledImage", "Subset", "open_data"]
+__all__ = ["Dataset", "LabelledImage", "Subset", "open_data"]
 
 _log = logging.getLogger("mgn_deploy")
-
-# `folder` is any in Market-1501 layout, without published sizes; `identities` is a folder a person.
-KINDS = ("market1501", "dukemtmc", "cuhk03-labeled", "cuhk03-detected", "msmt17", "folder", "identities")
 
 # What names nobody, and in which kinds. -1 is nobody's number in a folder either, but 0 may well be somebody's.
 _JUNK = {"market1501": frozenset({JUNK}), "folder": frozenset({JUNK})}
@@ -35,7 +33,7 @@ def open_data(spec: str, subsets: Collection[Subset] = ("query", "gallery")) -> 
     junk and distractors in `train`, which are left out: they would become a class.
 
     Args:
-        spec: one of `KINDS`, a colon, and the folder.
+        spec: one of `DATA_KINDS`, a colon, and the folder.
         subsets: of train, query, gallery and multi-query; the others are left empty and need not exist.
 
     Raises:
@@ -72,9 +70,9 @@ def _check_kind(spec: str, kind: str, folder: str) -> None:
         raise UserError(
             f"--data {spec}: give cuhk03-labeled:DIR for the hand-drawn boxes or cuhk03-detected:DIR for the detector's"
         )
-    kinds = ", ".join(KINDS)
-    if ":" not in spec or (kind in KINDS and not folder):
+    kinds = ", ".join(DATA_KINDS)
+    if ":" not in spec or (kind in DATA_KINDS and not folder):
         raise UserError(f"--data {spec}: give KIND:DIR, KIND being one of {kinds}")
-    if kind not in KINDS:
-        (near,) = difflib.get_close_matches(kind.lower(), KINDS, n=1, cutoff=0)
+    if kind not in DATA_KINDS:
+        (near,) = difflib.get_close_matches(kind.lower(), DATA_KINDS, n=1, cutoff=0)
         raise UserError(f"--data {spec}: no kind of dataset {kind!r}, did you mean {near!r}? There are {kinds}")

@@ -27,7 +27,7 @@ from mgn_deploy.datasets.market1501 import is_market1501, open_market1501
 from mgn_deploy.datasets.roots import find_root, list_folder
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -99,9 +99,7 @@ class _Split:
 
     @classmethod
     def read(cls, path: Path) -> _Split:
-        problem = import_problem("scipy", "train")
-        if problem:
-            raise UserError(f"{path.name} is read with SciPy: {problem}")
+        require("scipy", "train", f"{path.name} is read with SciPy")
         import scipy.io
 
         keys: dict[Subset, str] = {"train": "train_idx", "query": "query_idx", "gallery": "gallery_idx"}
@@ -136,9 +134,7 @@ def _extract(root: Path, folder: Path, crops: Crops) -> None:
     source = next((root / name for name in RAW if os.path.isfile(root / name)), None)
     if source is None:
         raise UserError(f"{root} has neither {folder.name} nor {RAW[0]} to extract it from: put one there")
-    problem = import_problem("h5py", "train")
-    if problem:
-        raise UserError(f"{source.name} is read with h5py: {problem}")
+    require("h5py", "train", f"{source.name} is read with h5py")
     _log.info(f"extracting the {crops} crops of {source} to {folder}, which is done once")
     count = 0
     with atomic_folder(folder, ()) as new:

@@ -33,7 +33,7 @@ from mgn_deploy.gallery.sources import Decoded, Source, open_source
 from mgn_deploy.gallery.writer import PARTS, StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.images.listing import ImageFile
-from mgn_deploy.images.prefetch import usable_cpus
+from mgn_deploy.machine import usable_cpus
 from mgn_deploy.packages import import_problem
 from mgn_deploy.progress import Progress
 
@@ -108,13 +108,15 @@ def embed_on_cluster(
         backend, allow_unproven: as of `Embedder.open`, on the workers.
 
     Raises:
-        UserError: as of `embed_folder`; no such cluster; a node that finds another bundle or store under its path; a
-            part whose worker died `TRIES` times.
+        UserError: as of `embed_folder`; no such cluster; objects in this process's memory; a node that finds another
+            bundle or store under its path; a part whose worker died `TRIES` times.
         CannotRun: Ray is not installed, or a worker cannot open the engine.
         GateFailed: as of `embed_folder`.
     """
     check_batch_size(batch_size)
     source = folder if isinstance(folder, Source) else open_source(folder)
+    if source.uri.startswith("memory:"):
+        raise UserError(f"{source.uri} is memory of this process, which no node of a cluster reads: embed it here")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     report = GalleryReport(skipped=source.skipped, batch_size=batch_size, threads=1)
     with _connected(cluster.address), _explained():

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from mgn_deploy.datasets.labels import Label, Labels
 from mgn_deploy.errors import UnreadableImage
 from mgn_deploy.gallery.archives import archive_images, archive_of
 from mgn_deploy.gallery.remote import object_bytes
 from mgn_deploy.gallery.shards import Row
-from mgn_deploy.gallery.sources import cut, file_bytes
-from mgn_deploy.gallery.video import read_clip, read_frames, upright
+from mgn_deploy.gallery.sources import Source, cut, file_bytes
+from mgn_deploy.gallery.video import frames_of, read_clip, upright
 from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.images.listing import ImageFile, image_file
 
@@ -51,6 +52,25 @@ def row_crop(store: Store, row: Row) -> Image.Image:
     return image
 
 
+def source_of(store: Store, rows: Sequence[Row]) -> Source:
+    """The photos, and boxes in photos, that were rows of a store, to embed them again. Frames of videos are left out.
+
+    Raises:
+        UserError: a row's name leads out of the store's source folder.
+    """
+    uri = store.manifest.source
+    files: list[ImageFile] = []
+    for row in rows:
+        if row.frame is None:
+            read = partial(object_bytes, uri, row.file)
+            remote = ImageFile(None, row.file, row.size, row.mtime_ns, read=read)
+            file = _file(_path(store, row)) if uri.startswith("file:") else remote
+            files.append(replace(file, name=row.name, box=row.box, track=row.track))
+    labels = {row.name: Label(row.identity, row.camera) for row in rows if row.identity is not None}
+    rule = Labels("none", rule=labels.get)  # none for the rows that stayed: they keep theirs
+    return Source(uri, f"{store.folder}", files, labels=rule, complete=False)
+
+
 def sequence_of(row: Row) -> str:
     """The video, or the folder of photos, whose tracks a row's track is one of."""
     return row.file if row.frame is not None else row.file.rpartition("/")[0]
@@ -75,20 +95,9 @@ def _photo(store: Store, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | s
 
 
 def _frames(path: Path, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | str]]:
-    clip = read_clip(path)
-    passes: list[list[Row]] = []
-    for row in rows:
-        if not passes or (row.frame or 0) < (passes[-1][-1].frame or 0):
-            passes.append([])
-        passes[-1].append(row)
-    for ascending in passes:
-        frames = [(number, list(group)) for number, group in groupby(ascending, key=lambda row: row.frame or 0)]
-        inside = [number for number, _ in frames if number <= clip.frames]
-        pictures = read_frames(clip, inside)
-        for number, together in frames:
-            picture = next(pictures) if number <= clip.frames else f"the video has {clip.frames} frames"
-            image = picture if isinstance(picture, str) else upright(picture)
-            yield from ((row, image if isinstance(image, str) else _cut(image, row)) for row in together)
+    for together, picture in frames_of(read_clip(path), rows, lambda row: row.frame or 0):
+        image = picture if isinstance(picture, str) else upright(picture)
+        yield from ((row, image if isinstance(image, str) else _cut(image, row)) for row in together)
 
 
 def _cut(image: Image.Image, row: Row) -> Image.Image | str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import atomic_file, printable
 from mgn_deploy.gallery.shards import ROWS, Row
 from mgn_deploy.gallery.store import Store
 
@@ -51,9 +51,11 @@ def _parquet(store: Store, file: io.BufferedWriter) -> None:
     fields = [ROWS.field("path"), *(ROWS.field(name) for name in _COLUMNS)]
     schema = pa.schema([*fields, pa.field("embedding", pa.list_(element, store.manifest.dim))])
     schema = schema.with_metadata({"mgn_deploy.bundle_id": store.manifest.bundle_id, "source": store.manifest.source})
-    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    # Of embeddings a dictionary and the least and largest values help nobody, and take five sixths of the time.
+    told = [field.name for field in fields]
+    with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=told, write_statistics=told) as writer:
         for rows, embeddings in _blocks(store):
-            columns = [pa.array([_text(row.name) for row in rows])]
+            columns = [pa.array([printable(row.name) for row in rows])]
             columns += [pa.array([getattr(row, name) for row in rows], ROWS.field(name).type) for name in _COLUMNS]
             values = pa.array(np.ascontiguousarray(embeddings).reshape(-1), element)
             columns.append(pa.FixedSizeListArray.from_arrays(values, store.manifest.dim))
@@ -77,9 +79,5 @@ def _csv(store: Store, file: io.BufferedWriter) -> None:
     for rows, embeddings in _blocks(store):
         for row, embedding in zip(rows, embeddings, strict=True):
             cells = ["" if (value := getattr(row, name)) is None else value for name in names]
-            writer.writerow([_text(row.name), *cells, *(f"{value:.9g}" for value in embedding.tolist())])
+            writer.writerow([printable(row.name), *cells, *(f"{value:.9g}" for value in embedding.tolist())])
     text.detach()  # which flushes, and leaves the file open
-
-
-def _text(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

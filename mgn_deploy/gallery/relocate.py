@@ -6,11 +6,11 @@ import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import urlsplit
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.archives import archive_of
-from mgn_deploy.gallery.shards import MANIFEST, open_shards, read_manifest
+from mgn_deploy.gallery.shards import MANIFEST, folder_of, folder_uri, open_shards, read_manifest
 from mgn_deploy.gallery.writer import StoreWriter
 
 _log = logging.getLogger("mgn_deploy")
@@ -28,7 +28,8 @@ def follow_source(store: str | os.PathLike[str], source: str, names: Collection[
     if not (folder / MANIFEST).is_file():
         return
     found = read_manifest(folder)
-    if found.source == source or _exists(found.source):
+    before = folder_of(found.source)
+    if found.source == source or before is None or before.exists():
         return
     known = {row.name for shard in open_shards(folder, found) for row in shard.rows}
     if 2 * len(known & set(names)) >= len(known):
@@ -52,14 +53,15 @@ def relocate(store: str | os.PathLike[str], source: str) -> tuple[int, int]:
     """
     folder = Path(store)
     manifest = read_manifest(folder)
-    uri = source if urlsplit(source).scheme else Path(os.path.abspath(source)).as_uri()
+    uri = source if urlsplit(source).scheme else folder_uri(source)
+    now = folder_of(uri)
     with StoreWriter(folder, manifest) as writer:
         there = len(writer.known)
-        if uri.startswith("file:"):
-            there = sum(_is_there(_path(uri) / row.file) for row in writer.known.values())
+        if now is not None:
+            there = sum(_is_there(now / row.file) for row in writer.known.values())
             if writer.known and not there:
                 raise UserError(
-                    f"not one of the {len(writer.known)} images of {folder} is in {_path(uri)}: give the folder that "
+                    f"not one of the {len(writer.known)} images of {folder} is in {now}: give the folder that "
                     f"holds {next(iter(writer.known))!r}"
                 )
         writer.replace(writer.manifest.shards, source=uri)
@@ -68,11 +70,3 @@ def relocate(store: str | os.PathLike[str], source: str) -> tuple[int, int]:
 
 def _is_there(path: Path) -> bool:
     return os.path.lexists(path) or archive_of(path) is not None
-
-
-def _exists(uri: str) -> bool:
-    return not uri.startswith("file:") or _path(uri).exists()
-
-
-def _path(uri: str) -> Path:
-    return Path(os.fsdecode(unquote_to_bytes(urlsplit(uri).path)))

@@ -21,7 +21,7 @@ from mgn_deploy.gallery.sources import MOST_FILE_BYTES, Source, file_bytes
 from mgn_deploy.images.formats import skipped_sentence, why_no_image
 from mgn_deploy.images.listing import ImageFile
 from mgn_deploy.images.prefetch import in_order
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 
 # What fsspec needs besides for a URL that begins so.
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
@@ -123,9 +123,7 @@ def _file_system(places: Sequence[str]) -> Any:
             f"{secret.partition('?')[0].rpartition('@')[2]!r}: a URL with a password or a query would be kept in the "
             "store; give a plain one and credentials as fsspec takes them, by its configuration or the environment"
         )
-    problem = import_problem("fsspec", "remote")
-    if problem:
-        raise UserError(f"{scheme}:// is read by fsspec: {problem}")
+    require("fsspec", "remote", f"{scheme}:// is read by fsspec")
     import fsspec
 
     try:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.errors import CannotRun, UnreadableImage, UserError
-from mgn_deploy.gallery.shards import Row, Shard, StoreManifest, open_shards, read_manifest
-from mgn_deploy.packages import import_problem
+from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.gallery.shards import Row, Shard, ShardEntry, StoreManifest, folder_of, latest_rows, read_manifest
+from mgn_deploy.packages import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,22 +40,24 @@ class Store:
         failures: the images that could not be read, with their `error`.
     """
 
-    def __init__(self, folder: Path, manifest: StoreManifest) -> None:
+    def __init__(self, folder: Path, manifest: StoreManifest, known: Mapping[ShardEntry, Shard] | None = None) -> None:
+        """Read the rows, but for those of shards that are `known`."""
         self.folder = folder
         self.manifest = manifest
         self.rows: list[Row] = []
         self.failures: list[Row] = []
-        latest: dict[str, tuple[int, int, Row]] = {}
-        self._shards: list[Shard] = open_shards(folder, manifest)
+        known = known or {}
+        self._shards: list[Shard] = [known.get(entry) or Shard(folder, entry, manifest) for entry in manifest.shards]
+        for shard in self._shards[:-1]:
+            shard.keep(False)
         if self._shards:
             self._shards[-1].keep()  # the one whose files a writer replaces as it adds rows
-        for number, shard in enumerate(self._shards):
-            latest.update((row.name, (number, index, row)) for index, row in enumerate(shard.rows))
+        number = {shard: number for number, shard in enumerate(self._shards)}
         self._locations: list[tuple[int, int]] = []  # of each row's embedding: shard, index in it; ascending
-        for number, index, row in sorted(latest.values(), key=lambda location: location[:2]):
+        for row, shard, index in latest_rows(self._shards):
             if row.error is None:
                 self.rows.append(row)
-                self._locations.append((number, index))
+                self._locations.append((number[shard], index))
             else:
                 self.failures.append(row)
 
@@ -71,20 +72,30 @@ class Store:
         Raises:
             UserError: not a store, of a later schema, or with a damaged or missing shard.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        while True:
-            try:
-                store = cls(folder, manifest)
-                break
-            except UserError:  # a writer may have replaced files between the manifest's reading and theirs
-                before, manifest = manifest, read_manifest(folder)
-                if manifest == before:
-                    raise
+        store = cls._open(Path(folder), {})
         if verify:
             for shard in store._shards:
                 shard.verify()
         return store
+
+    def reopened(self) -> Store:
+        """The store as it is on disk now; shards that are as they were are not read again.
+
+        Raises:
+            UserError: as of `open`.
+        """
+        return self._open(self.folder, {shard.entry: shard for shard in self._shards if shard.entry.rows_sha256})
+
+    @classmethod
+    def _open(cls, folder: Path, known: Mapping[ShardEntry, Shard]) -> Store:
+        manifest = read_manifest(folder)
+        while True:
+            try:
+                return cls(folder, manifest, known)
+            except UserError:  # a writer may have replaced files between the manifest's reading and theirs
+                before, manifest = manifest, read_manifest(folder)
+                if manifest == before:
+                    raise
 
     def __repr__(self) -> str:
         made = self.manifest
@@ -165,15 +176,17 @@ class Store:
         """The bundle that embedded the store, where it was then.
 
         Raises:
-            UserError: it is not there, or is another one now: which one is wanted.
+            UserError: it is not there, cannot be opened or is another one now: which one is wanted.
         """
-        wanted = f"{self.folder} was embedded by bundle {self.manifest.bundle_id[:12]}"
-        if self.manifest.bundle_path is None:
+        wanted, path = f"{self.folder} was embedded by bundle {self.manifest.bundle_id[:12]}", self.manifest.bundle_path
+        if path is None:
             raise UserError(f"{wanted}: give its folder by --bundle")
+        if not os.path.isdir(path):
+            raise UserError(f"{wanted}, which is no longer in {path}: give --bundle")
         try:
-            bundle = Bundle.open(self.manifest.bundle_path)
-        except UserError:
-            raise UserError(f"{wanted}, which is no longer in {self.manifest.bundle_path}: give --bundle") from None
+            bundle = Bundle.open(path)
+        except UserError as error:
+            raise UserError(f"{wanted}, and {error}; or give another copy of it by --bundle") from None
         if bundle.id != self.manifest.bundle_id:
             raise UserError(f"{wanted}, and {bundle.folder} is {bundle.id[:12]} now: give the right one by --bundle")
         return bundle
@@ -184,12 +197,12 @@ class Store:
         Raises:
             UserError: its source is no folder of this machine, or its name leads out of it.
         """
-        source = urlsplit(self.manifest.source)
-        if source.scheme != "file":
+        folder = folder_of(self.manifest.source)
+        if folder is None:
             raise UserError(f"{row.name!r} of {self.folder} lies in {self.manifest.source}, not on this machine")
         if row.name.startswith("/") or ".." in row.name.split("/"):
             raise UserError(f"{row.name!r} of {self.folder} leads out of the store's source folder: it is not opened")
-        return Path(os.fsdecode(unquote_to_bytes(source.path))) / row.name
+        return folder / row.name
 
     def image(self, row: Row) -> Image.Image:
         """The crop that was embedded, from its file: a photo, a box in one or in a video's frame, or a tar's member.
@@ -221,9 +234,7 @@ class Store:
         Raises:
             CannotRun: pandas is not installed.
         """
-        problem = import_problem("pandas", "pandas")
-        if problem:
-            raise CannotRun(f"to_pandas makes a frame of pandas: {problem}")
+        require("pandas", "pandas", "to_pandas makes a frame of pandas")
         import pandas as pd
 
         rows = [*self.rows, *self.failures]

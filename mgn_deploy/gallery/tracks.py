@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import printable, write_bytes
 from mgn_deploy.gallery.crops import crops, sequence_of
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
@@ -106,8 +106,7 @@ def pool_tracks(
     with StoreWriter(out, manifest) as writer:
         if writer.manifest.shards:
             raise UserError(f"{out} holds rows already: pool tracks into a new folder")
-        with atomic_file(Path(out) / TAKEN) as file:
-            file.write(_table(rows, taken.values()))
+        write_bytes(Path(out) / TAKEN, _table(rows, taken.values()))
         writer.add([_row(rows, taken[track], tracks[track]) for track in tracks], pooled)
     count = sum(map(len, taken.values()))
     return PooledTracks(len(tracks), len(measured), count, unreadable)
@@ -171,13 +170,10 @@ def _table(rows: Sequence[Row], taken: Any) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def text(index: int) -> str:
-        return os.fsencode(rows[index].name).decode("utf-8", "backslashreplace")  # as a store's Parquet keeps it
-
-    lines = [(text(images[0].index), one, rank) for images in taken for rank, one in enumerate(images, start=1)]
+    lines = [(images[0].index, one, rank) for images in taken for rank, one in enumerate(images, start=1)]
     table = {
-        "track_row": [track for track, _, _ in lines],
-        "image": [text(one.index) for _, one, _ in lines],
+        "track_row": [printable(rows[first].name) for first, _, _ in lines],
+        "image": [printable(rows[one.index].name) for _, one, _ in lines],
         "rank": pa.array([rank for _, _, rank in lines], pa.int32()),
         "area": pa.array([one.area for _, one, _ in lines], pa.int64()),
         "sharpness": [one.sharpness if one.sharpness >= 0 else None for _, one, _ in lines],

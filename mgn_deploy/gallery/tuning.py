@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 
 from mgn_deploy.backends.base import Backend, BatchLimits
-from mgn_deploy.images.prefetch import batched, decoding_threads, usable_cpus
+from mgn_deploy.images.prefetch import batched, decoding_threads
+from mgn_deploy.machine import usable_cpus
 
 AUTO: Final = "auto"
 SIZES = (1, 2, 4, 8, 16, 32)

@@ -11,27 +11,29 @@ import logging
 import os
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import sha256_file
 from mgn_deploy.gallery.boxed import pixels
 from mgn_deploy.gallery.boxes import Boxes
 from mgn_deploy.gallery.profile import Profile, each, on_thread
-from mgn_deploy.gallery.sources import Decoded, Source, crop_of, folder_uri
+from mgn_deploy.gallery.shards import folder_uri
+from mgn_deploy.gallery.sources import Decoded, Source, crop_of
 from mgn_deploy.images.listing import ImageFile
 from mgn_deploy.images.prefetch import in_order
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 
 if TYPE_CHECKING:
     import av
 
+T = TypeVar("T")
 _log = logging.getLogger("mgn_deploy")
 FRAMES_AHEAD = 8  # of 4096x2160 pixels: 200 MB
 BROKEN = "the frame cannot be decoded"
@@ -48,6 +50,7 @@ class Clip:
         keys: the timestamps of the frames that decoding can begin at, ascending.
         seconds: of a timestamp's unit.
         frames: how many there are.
+        rate: how many a second.
     """
 
     path: Path
@@ -62,6 +65,10 @@ class Clip:
         if self.stamps:
             return (self.stamps[frame - 1] - self.stamps[0]) * self.seconds
         return (frame - 1) / self.rate if self.rate else 0.0
+
+    def problem_of(self, frame: int) -> str | None:
+        """Why there is no such frame; None where there is."""
+        return None if 1 <= frame <= self.frames else f"the video has {self.frames} frames"
 
     @cached_property
     def numbers(self) -> dict[int, int]:
@@ -91,7 +98,8 @@ class VideoSource(Source):
 
         if files:
             digest = self._digest
-            frames = each(profile, "decode video", self._frames(files))
+            assert self.clip is not None
+            frames = each(profile, "decode video", frames_of(self.clip, files, lambda file: file.frame or 0))
             for some in in_order(crops, frames, FRAMES_AHEAD, self.threads):
                 yield from some
 
@@ -104,19 +112,6 @@ class VideoSource(Source):
     def _digest(self) -> bytes:
         assert self.clip is not None
         return bytes.fromhex(sha256_file(self.clip.path))
-
-    def _frames(self, files: Sequence[ImageFile]) -> Iterator[tuple[list[ImageFile], Any]]:
-        """The boxes of each frame, and the frame or why there is none."""
-        assert self.clip is not None
-        passes: list[list[list[ImageFile]]] = []
-        for number, group in groupby(files, key=lambda file: file.frame or 0):
-            if not passes or number <= (passes[-1][-1][0].frame or 0):
-                passes.append([])
-            passes[-1].append(list(group))
-        for frames in passes:
-            numbers = [boxes[0].frame or 0 for boxes in frames if not boxes[0].problem]
-            pictures = read_frames(self.clip, numbers)
-            yield from ((boxes, boxes[0].problem or next(pictures)) for boxes in frames)
 
 
 def video_source(path: str | os.PathLike[str], boxes: Boxes, root: str | os.PathLike[str] | None = None) -> Source:
@@ -158,9 +153,8 @@ def video_source(path: str | os.PathLike[str], boxes: Boxes, root: str | os.Path
             frame=frame,
             track=box.track,
         )
-        inside = 1 <= frame <= clip.frames
-        problem = None if inside else f"the video has {clip.frames} frames"
-        files.append(replace(file, time_s=clip.time_of(frame) if inside else None, problem=problem))
+        problem = clip.problem_of(frame)
+        files.append(replace(file, time_s=None if problem else clip.time_of(frame), problem=problem))
     files.sort(key=lambda file: (file.frame, os.fsencode(file.name)))
     return VideoSource(
         uri=folder_uri(base),
@@ -178,9 +172,7 @@ def read_clip(path: Path) -> Clip:
     Raises:
         UserError: the file is missing or no video, or PyAV is not installed.
     """
-    problem = import_problem("av", "video")
-    if problem:
-        raise UserError(f"a video is read by PyAV: {problem}")
+    require("av", "video", "a video is read by PyAV")
     if not path.is_file():
         raise UserError(f"{str(path)!r} is no file: give a video")
     status = path.stat()
@@ -248,6 +240,22 @@ def read_frames(clip: Clip, numbers: Sequence[int]) -> Iterator[av.VideoFrame | 
     while wanted is not None:
         yield BROKEN if clip.stamps else _UNNUMBERED
         wanted = next(waiting, None)
+
+
+def frames_of(
+    clip: Clip, items: Sequence[T], number_of: Callable[[T], int]
+) -> Iterator[tuple[list[T], av.VideoFrame | str]]:
+    """The items of each frame, and the frame or why there is none; where their order goes back in time, the video is
+    read again."""
+    passes: list[list[tuple[int, list[T]]]] = []
+    for number, group in groupby(items, key=number_of):
+        if not passes or number < passes[-1][-1][0]:
+            passes.append([])
+        passes[-1].append((number, list(group)))
+    for frames in passes:
+        pictures = read_frames(clip, [number for number, _ in frames if not clip.problem_of(number)])
+        for number, some in frames:
+            yield some, clip.problem_of(number) or next(pictures)
 
 
 def _from(clip: Clip, begin: int) -> Iterator[tuple[int, Any]]:

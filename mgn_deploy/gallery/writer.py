@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file, sha256_bytes, sync_folder
+from mgn_deploy.files import sha256_bytes, sync_folder, write_bytes, write_text
 from mgn_deploy.gallery.shards import (
     MANIFEST,
     SHARD_ROWS,
@@ -122,8 +122,7 @@ class StoreWriter:
             changes: other keys of the manifest.
         """
         manifest = self.manifest.model_copy(update={**changes, "shards": tuple(shards)})
-        with atomic_file(self.folder / MANIFEST) as file:
-            file.write(manifest.model_dump_json(indent=1).encode() + b"\n")
+        write_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         self.manifest = manifest
         self._remove_unnamed()
 
@@ -151,8 +150,7 @@ class StoreWriter:
         hashes = {kind: sha256_bytes(content) for kind, content in contents.items()}
         name = f"shard-{number:05d}-{sha256_bytes((hashes['npy'] + hashes['parquet']).encode())[:8]}"
         for kind, content in contents.items():
-            with atomic_file(self.folder / f"{name}.{kind}") as file:
-                file.write(content)
+            write_bytes(self.folder / f"{name}.{kind}", content)
         return ShardEntry(name=name, count=len(rows), array_sha256=hashes["npy"], rows_sha256=hashes["parquet"])
 
     def _open(self) -> None:

@@ -6,7 +6,6 @@ depend on it. `calibrate` writes it.
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,11 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import UserError, first_problem
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import write_text
 from mgn_deploy.identity.fit import Knots, Method, evidence, probability
 from mgn_deploy.identity.rates import needed_pairs
 
-SCHEMA_VERSION = 1
 CALIBRATION = "calibration.json"
 DEFAULT_FAR = 1e-3
 
@@ -163,23 +161,17 @@ class Calibration(_Strict):
             UserError: the file is broken, of a later schema, or of another bundle.
         """
         path = bundle.folder / CALIBRATION
+        again = "calibrate again (`mgn-deploy calibrate`) or delete it"
         try:
-            content = path.read_bytes()
+            found = cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        again = "calibrate again (`mgn-deploy calibrate`) or delete it"
-        try:
-            version = json.loads(content)["schema_version"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{path} is not a calibration of mgn-deploy: {again}") from None
-        if version != SCHEMA_VERSION:
-            raise UserError(f"{path} has schema {version!r} and this mgn-deploy reads {SCHEMA_VERSION}: {again}")
-        try:
-            found = cls.model_validate_json(content)
         except ValidationError as error:
-            raise UserError(f"{path} is not whole ({first_problem(error)}): {again}") from None
+            raise UserError(
+                f"{path} is not a calibration that this mgn-deploy reads ({first_problem(error)}): {again}"
+            ) from None
         if found.bundle_id != bundle.id:
             raise UserError(
                 f"{path} belongs to bundle {found.bundle_id[:12]} and this one is {bundle.id[:12]}: {again}"
@@ -206,8 +198,7 @@ class Calibration(_Strict):
         """
         if self.bundle_id != bundle.id:
             raise UserError(f"this calibration belongs to bundle {self.bundle_id[:12]}, not to {bundle.id[:12]}")
-        with atomic_file(bundle.folder / CALIBRATION) as file:
-            file.write(self.model_dump_json(indent=2).encode() + b"\n")
+        write_text(bundle.folder / CALIBRATION, self.model_dump_json(indent=2) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, as `calibration.json` holds it."""

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgn_deploy.choices import ClusterDistance
-from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.files import atomic_file
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import atomic_file, printable
 from mgn_deploy.gallery.store import UNKNOWN, Store
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 from mgn_deploy.progress import Progress
+from mgn_deploy.retrieval.distance import check_finite, slices
 from mgn_deploy.retrieval.rerank import encode
 
 NOBODY = -1  # the cluster of an image that is in none
@@ -117,14 +118,11 @@ def cluster_store(
         raise UserError(f"eps is a distance between 0 and 1, and {eps:g} is not")
     if min_images < 2:
         raise UserError(f"a cluster begins with at least 2 images, not {min_images}")
-    problem = import_problem("sklearn", "identity")
-    if problem:
-        raise CannotRun(f"clusters are made by scikit-learn: {problem}")
+    require("sklearn", "identity", "clusters are made by scikit-learn")
     if len(store) < 2:
         raise UserError(f"{store.folder} holds {len(store)} embedded images: clusters need at least 2")
     embeddings = store.embeddings().astype(np.float32)
-    if not np.isfinite(embeddings).all():
-        raise UserError(f"{store.folder} has embeddings that are not finite: embed the images again")
+    check_finite(str(store.folder), embeddings)
     labels = _dbscan(*_near(embeddings, distance, eps, progress), eps, min_images)
     return Clusters(store, labels, distance, eps, min_images, agreement(store.identities(), labels))
 
@@ -163,7 +161,7 @@ def write_clusters(clusters: Clusters, out: str | os.PathLike[str]) -> None:
     rows = clusters.store.rows
     table = pa.table(
         {
-            "path": pa.array([_printable(row.name) for row in rows], pa.string()),
+            "path": pa.array([printable(row.name) for row in rows], pa.string()),
             "cluster": pa.array(clusters.labels, pa.int64()),
             "identity": pa.array([row.identity for row in rows], pa.int64()),
             "camera": pa.array([row.camera for row in rows], pa.int64()),
@@ -187,7 +185,7 @@ def read_clusters(path: str | os.PathLike[str], store: Store) -> np.ndarray:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise UserError(f"{path} is not a file of `mgn-deploy cluster`: {str(error).splitlines()[0]}") from None
-    names = [_printable(row.name) for row in store]
+    names = [printable(row.name) for row in store]
     missing = [name for name in names if not isinstance(found.get(name), int)]
     if missing:
         raise UserError(f"{path} has no cluster for {missing[0]!r} of {store.folder}: cluster the store again")
@@ -208,12 +206,11 @@ def _near(
 
     n = len(embeddings)
     counts, columns, values = [np.zeros(1, np.int64)], [], []
-    for start in range(0, n, _ROWS):
-        rows = slice(start, min(start + _ROWS, n))
+    for rows in slices(n, _ROWS):
         tile = np.maximum(distances_of(rows), 0)
-        tile[np.arange(rows.stop - start), np.arange(start, rows.stop)] = 0  # an image is no distance from itself
+        tile[np.arange(len(tile)), np.arange(rows.start, rows.stop)] = 0  # an image is no distance from itself
         row, column = np.nonzero(tile <= eps)
-        counts.append(np.bincount(row, minlength=rows.stop - start))
+        counts.append(np.bincount(row, minlength=len(tile)))
         columns.append(column)
         values.append(tile[row, column])
         if progress:
@@ -232,10 +229,6 @@ def _dbscan(offsets: np.ndarray, columns: np.ndarray, values: np.ndarray, eps: f
     rank = np.empty(len(sizes), np.int64)
     rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
     return np.where(found >= 0, rank[np.maximum(found, 0)] if len(sizes) else NOBODY, NOBODY).astype(np.int64)
-
-
-def _printable(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def appearances(clusters: Clusters, cluster: int) -> str:

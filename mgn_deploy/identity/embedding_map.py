@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgn_deploy.choices import Projection
-from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.files import atomic_file
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import atomic_file, printable
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
+from mgn_deploy.retrieval.distance import check_finite
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,10 @@ def map_store(store: Store, projection: Projection = "pca", *, seed: int = 0) ->
     if len(store) < 3:
         raise UserError(f"{store.folder} holds {len(store)} embedded images: a map needs at least 3")
     embeddings = store.embeddings().astype(np.float32)
-    if not np.isfinite(embeddings).all():
-        raise UserError(f"{store.folder} has embeddings that are not finite: embed the images again")
+    check_finite(str(store.folder), embeddings)
     if projection == "pca":
         return EmbeddingMap(store, *_pca(embeddings))
-    problem = import_problem("umap", "umap")
-    if problem:
-        raise CannotRun(f"--projection umap needs umap-learn: {problem}")
+    require("umap", "umap", "--projection umap needs umap-learn")
     from umap import UMAP
 
     neighbours = min(15, len(store) - 1)
@@ -107,10 +105,9 @@ def write_map_table(made: EmbeddingMap, out: str | os.PathLike[str], groups: np.
 def _path(store: Store, row: Row) -> str:
     """Of the file, or what the store calls it where its source is no folder of this machine."""
     try:
-        path = os.fsencode(store.path(row))
+        return printable(store.path(row))
     except UserError:
-        path = os.fsencode(row.name)
-    return path.decode("utf-8", "backslashreplace")
+        return printable(row.name)
 
 
 def _pca(embeddings: np.ndarray) -> tuple[np.ndarray, Projection, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,8 @@ import numpy as np
 
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.files import sha256_file
 from mgn_deploy.images.decode import read_crop
-from mgn_deploy.images.listing import list_images
+from mgn_deploy.images.listing import image_paths
 from mgn_deploy.progress import Progress
 
 _CHUNK = 256  # images whose pixels are in memory at a time
@@ -29,31 +29,13 @@ class EmbeddedImages:
         paths: of the `n` embedded files.
         embeddings: unit rows float32 `[n, dim]`.
         failed: path and reason of each file that could not be read.
+        skipped: how many files of the folders are no image, by extension.
     """
 
     paths: list[Path]
     embeddings: np.ndarray
     failed: list[tuple[Path, str]] = field(default_factory=list)
-
-    def hashes(self) -> list[str]:
-        """SHA-256 of each embedded file."""
-        return [sha256_file(path) for path in self.paths]
-
-
-def image_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files of a list of files and folders; a folder's are those below it, sorted.
-
-    Raises:
-        UserError: a folder that holds no image or cannot be read, or nothing given.
-    """
-    found: list[Path] = []
-    for source in map(Path, sources):
-        found.extend(
-            [file.path for file in list_images(source) if file.path is not None] if source.is_dir() else [source]
-        )
-    if not found:
-        raise UserError("no image was given")
-    return found
+    skipped: Counter[str] = field(default_factory=Counter)
 
 
 def embed_readable(
@@ -68,7 +50,8 @@ def embed_readable(
     Raises:
         UserError: not one of them can be read, or what `image_paths` refuses.
     """
-    paths = image_paths(sources)
+    skipped = Counter[str]()
+    paths = image_paths(sources, skipped)
     read: list[Path] = []
     failed: list[tuple[Path, str]] = []
     rows: list[np.ndarray] = []
@@ -88,4 +71,4 @@ def embed_readable(
     if not read:
         path, reason = failed[0]
         raise UserError(f"not one of {len(paths)} images can be read; the first, {str(path)!r}: {reason}")
-    return EmbeddedImages(read, np.concatenate(rows), failed)
+    return EmbeddedImages(read, np.concatenate(rows), failed, skipped)

@@ -29,10 +29,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.errors import UserError, first_problem
-from mgn_deploy.files import atomic_file, sync_folder
+from mgn_deploy.files import sync_folder, write_bytes, write_text
 from mgn_deploy.identity.calibration import check_same_id
 
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 MAX_NAME = 100
@@ -135,8 +134,7 @@ class People:
                 with _locked(folder):
                     if not (folder / MANIFEST).exists():
                         manifest = PeopleManifest(bundle_id=bundle_id, dim=dim)
-                        with atomic_file(folder / MANIFEST) as file:
-                            file.write(manifest.model_dump_json(indent=2).encode() + b"\n")
+                        write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
         people = cls.open(folder)
@@ -275,8 +273,7 @@ def _is_ours(name: str) -> bool:
 def _read_manifest(folder: Path) -> PeopleManifest:
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        kind, version = content["kind"], content["schema_version"]
+        return PeopleManifest.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} holds no enrolled people: `mgn-deploy enrol NAME IMAGES --people {folder} --bundle BUNDLE` "
@@ -284,18 +281,11 @@ def _read_manifest(folder: Path) -> PeopleManifest:
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        kind, version = None, None
-    if kind != "people":
-        raise UserError(f"{path} is not the manifest of a people folder: choose another folder for enrolled people")
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{folder} has people schema {version!r} and this mgn-deploy reads {SCHEMA_VERSION}: upgrade mgn-deploy"
-        )
-    try:
-        return PeopleManifest.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path} is not a people folder's: {first_problem(error)}") from None
+        raise UserError(
+            f"{path} is not the manifest of a people folder that this mgn-deploy reads ({first_problem(error)}): "
+            "choose another folder for enrolled people, or upgrade mgn-deploy"
+        ) from None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -330,8 +320,7 @@ def _write(path: Path, person: Person) -> None:
     about = {"name": person.name, "images": person.images, "enrolled": person.enrolled}
     buffer = io.BytesIO()
     np.savez(buffer, embeddings=person.embeddings, about=np.array(json.dumps(about)))
-    with atomic_file(path) as file:
-        file.write(buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +88,25 @@ def list_images(folder: str | os.PathLike[str]) -> Listing:
         _log.warning(f"{folder}: {skipped}")
     listing.files.sort(key=lambda file: os.fsencode(file.name))
     return listing
+
+
+def image_paths(sources: Sequence[str | os.PathLike[str]], skipped: Counter[str] | None = None) -> list[Path]:
+    """The files of a list of files and folders; a folder's are those below it, sorted. `skipped` takes the others.
+
+    Raises:
+        UserError: a folder that holds no image or cannot be read, or nothing given.
+    """
+    found: list[Path] = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            listing = list_images(source)
+            found.extend(file.path for file in listing if file.path)
+            (Counter() if skipped is None else skipped).update(listing.skipped)
+        else:
+            found.append(source)
+    if not found:
+        raise UserError("no image was given")
+    return found
 
 
 def _walk(root: Path, skipped: Counter[str]) -> Iterator[ImageFile]:

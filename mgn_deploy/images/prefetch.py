@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
+
+from mgn_deploy.machine import usable_cpus
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,14 +44,6 @@ def in_order(
 def decoding_threads() -> int:
     """As many threads as CPUs that this process may use, and one more for what waits for files."""
     return usable_cpus() + 1
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on: fewer than the machine's under `taskset`, in most containers and batch
-    systems."""
-    if hasattr(os, "sched_getaffinity"):  # not on Windows and macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

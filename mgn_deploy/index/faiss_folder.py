@@ -7,7 +7,6 @@ INDEX/manifest.json   `IndexManifest`
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgn_deploy.errors import GateFailed, UserError
-from mgn_deploy.files import atomic_folder, sha256_file
+from mgn_deploy.files import atomic_folder, printable, sha256_file
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.index.manifest import IndexManifest, full_path, store_sha256
+from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.recall import RecallSample
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.distance import check_finite
@@ -119,12 +118,8 @@ def build_faiss(
             _faiss().write_index(index, _faiss().PyCallbackIOWriter(file.write))
         with open(folder / "rows.parquet", "wb") as file:
             pq.write_table(_rows(store), file, compression="zstd")
-        manifest = IndexManifest(
-            bundle_id=store.manifest.bundle_id,
-            store=full_path(store.folder),
-            store_sha256=store_sha256(store),
-            rows=len(store),
-            dim=store.manifest.dim,
+        manifest = IndexManifest.of(
+            store,
             kind=kind,
             effort=effort,
             recall_at_10=reached,
@@ -171,13 +166,8 @@ def _faiss() -> Any:
 def _rows(store: Store) -> pa.Table:
     return pa.table(
         {
-            "path": [row_key(row.name) for row in store],
+            "path": [printable(row.name) for row in store],
             "identity": pa.array([row.identity for row in store], pa.int32()),
             "camera": pa.array([row.camera for row in store], pa.int32()),
         }
     )
-
-
-def row_key(name: str) -> str:
-    """A row's name in UTF-8, as the store's Parquet has it: other bytes as \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

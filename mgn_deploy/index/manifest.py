@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.choices import BuiltIndexKind
 from mgn_deploy.errors import UserError, first_problem
-from mgn_deploy.files import sha256_bytes
+from mgn_deploy.files import printable, sha256_bytes
 from mgn_deploy.gallery.store import Store
 
 
@@ -32,6 +31,18 @@ class IndexManifest(BaseModel):
     recall_queries: int = Field(ge=1)
     seed: int
     index_sha256: str | None = None  # of index.faiss
+
+    @classmethod
+    def of(cls, store: Store, **made: Any) -> IndexManifest:
+        """Of an index of a store as it is now; `made` are the other fields."""
+        return cls(
+            bundle_id=store.manifest.bundle_id,
+            store=printable(os.path.abspath(store.folder)),
+            store_sha256=store_sha256(store),
+            rows=len(store),
+            dim=store.manifest.dim,
+            **made,
+        )
 
     @classmethod
     def read(cls, content: str | bytes, where: str) -> IndexManifest:
@@ -64,8 +75,3 @@ class IndexManifest(BaseModel):
 def store_sha256(store: Store) -> str:
     """Hex SHA-256 of what a store's manifest says of its rows; where its images are is left out."""
     return sha256_bytes(store.manifest.model_dump_json(exclude={"bundle_path", "source"}).encode())
-
-
-def full_path(folder: Path) -> str:
-    """A path as a manifest keeps it: absolute; bytes that are not UTF-8 as \\xNN."""
-    return os.fsencode(os.path.abspath(folder)).decode("utf-8", "backslashreplace")

@@ -19,13 +19,12 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from mgn_deploy.errors import CannotRun, GateFailed, UserError
-from mgn_deploy.files import sha256_bytes
+from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.files import printable, sha256_bytes
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.index.faiss_folder import row_key
-from mgn_deploy.index.manifest import IndexManifest, full_path, store_sha256
+from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.recall import RecallSample
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.distance import check_finite
 
@@ -55,7 +54,7 @@ class MilvusIndex:
         self._store = store
         self._collection = urlsplit(target).fragment or COLLECTION
         self._state = f"{self._collection}_state"
-        self._rows = {sha256_bytes(row_key(row.name).encode()): number for number, row in enumerate(store)}
+        self._rows = {sha256_bytes(printable(row.name).encode()): number for number, row in enumerate(store)}
 
     def candidates(
         self,
@@ -122,17 +121,8 @@ class MilvusIndex:
                 f"recall@10 of milvus over {sample.size:,} rows is {reached:.4f}, below --recall {recall:g}: the index "
                 f"in {self._target} stays unfinished"
             )
-        manifest = IndexManifest(
-            bundle_id=self._store.manifest.bundle_id,
-            store=full_path(self._store.folder),
-            store_sha256=store_sha256(self._store),
-            rows=len(self._store),
-            dim=self._store.manifest.dim,
-            kind="milvus",
-            effort=0,
-            recall_at_10=reached,
-            recall_queries=sample.size,
-            seed=seed,
+        manifest = IndexManifest.of(
+            self._store, kind="milvus", effort=0, recall_at_10=reached, recall_queries=sample.size, seed=seed
         )
         entry = {"key": "manifest", "manifest": manifest.model_dump_json(), "unused": [0.0, 1.0]}
         self._call("upsert", self._state, [entry])
@@ -209,7 +199,7 @@ class MilvusIndex:
                         {
                             "key": keys[number],
                             "embedding": embedding,
-                            "path": row_key(row.name),
+                            "path": printable(row.name),
                             "digest": digest,
                             "identity": labels[0],
                             "camera": labels[1],
@@ -247,9 +237,7 @@ def opened(target: str, store: Store, *, create: bool = False) -> Iterator[Milvu
     """
     local = not target.startswith(("http://", "https://"))
     for package in ("pymilvus", "milvus_lite") if local else ("pymilvus",):
-        problem = import_problem(package, "milvus")
-        if problem:
-            raise CannotRun(f"{target} is an index in Milvus: {problem}")
+        require(package, "milvus", f"{target} is an index in Milvus")
     from pymilvus import MilvusClient, MilvusException
 
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it also raises, with tracebacks

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file, cache_folder
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,9 +147,7 @@ def _short(name: str, length: int = 16) -> str:
 def _new_figure(width: float, height: float) -> Figure:
     with suppress(UserError):  # this user has no cache folder: matplotlib takes a temporary one
         os.environ.setdefault("MPLCONFIGDIR", str(cache_folder("matplotlib")))  # not folders of its own in the home
-    problem = import_problem("matplotlib", "figures")
-    if problem:
-        raise CannotRun(f"figures are drawn by matplotlib: {problem}")
+    require("matplotlib", "figures", "figures are drawn by matplotlib")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

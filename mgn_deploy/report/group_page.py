@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mgn_deploy.files import atomic_file
 from mgn_deploy.identity.clusters import NOBODY, Clusters, appearances
-from mgn_deploy.report.pages import page_environment, row_thumbnail
+from mgn_deploy.report.pages import row_thumbnail, today, write_page
 
 SHOWN_IMAGES = 60  # of a group: a page of thousands of one group helps nobody
 MAX_GROUPS = 500
@@ -38,7 +36,7 @@ def write_group_page(out: Path, clusters: Clusters, *, title: str, max_groups: i
         "In no group": f"{made['in_none']:,}",
         "Distance": f"{clusters.distance}, {clusters.eps:g}",
         "Bundle": clusters.store.manifest.bundle_id[:12],
-        "Date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "Date": today(),
     }
     if clusters.agreement:
         facts |= {
@@ -46,19 +44,15 @@ def write_group_page(out: Path, clusters: Clusters, *, title: str, max_groups: i
             "NMI": f"{clusters.agreement.nmi:.3f}",
             "Pairwise F": f"{clusters.agreement.f1:.3f}",
         }
-    page = (
-        page_environment()
-        .get_template("group_page.html.jinja")
-        .stream(
-            title=title,
-            facts=facts,
-            groups=_groups(clusters, max_groups),
-            left_out=max(0, len(clusters) - max_groups),
-            thumbnail_of=lambda row: row_thumbnail(clusters.store, row),
-        )
+    write_page(
+        out,
+        "group_page.html.jinja",
+        title=title,
+        facts=facts,
+        groups=_groups(clusters, max_groups),
+        left_out=max(0, len(clusters) - max_groups),
+        thumbnail_of=lambda row: row_thumbnail(clusters.store, row),
     )
-    with atomic_file(out) as file:
-        page.dump(file, "utf-8")
 
 
 def _groups(clusters: Clusters, most: int) -> Iterator[dict[str, Any]]:

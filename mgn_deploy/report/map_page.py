@@ -10,16 +10,14 @@ import base64
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from mgn_deploy.files import atomic_file
 from mgn_deploy.identity.embedding_map import EmbeddingMap
-from mgn_deploy.report.pages import page_environment, row_thumbnails, spelled_out
+from mgn_deploy.report.pages import row_thumbnails, spelled_out, today, write_page
 
 MAX_IMAGES = 5000
 LEGEND_GROUPS = 12
@@ -65,24 +63,20 @@ def write_map_page(
         + ("" if made.explained is None else f", {made.explained:.0%} of the variance"),
         "Colours": what,
         "Bundle": store.manifest.bundle_id[:12],
-        "Date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "Date": today(),
     }
     script = _SCRIPT.read_text("utf-8")
-    page = (
-        page_environment()
-        .get_template("map_page.html.jinja")
-        .stream(
-            title=title,
-            facts=facts,
-            points=_points(made, rows, keys, {key: number for number, key in enumerate(order)}),
-            groups=[{"name": f"{what} {key}", "count": counted[key]} for key in order[:LEGEND_GROUPS]],
-            more_groups=max(0, len(order) - LEGEND_GROUPS),
-            script=Markup(script),
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        )
+    write_page(
+        out,
+        "map_page.html.jinja",
+        title=title,
+        facts=facts,
+        points=_points(made, rows, keys, {key: number for number, key in enumerate(order)}),
+        groups=[{"name": f"{what} {key}", "count": counted[key]} for key in order[:LEGEND_GROUPS]],
+        more_groups=max(0, len(order) - LEGEND_GROUPS),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    with atomic_file(out) as file:
-        page.dump(file, "utf-8")
     return len(rows)
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.files import atomic_file
 from mgn_deploy.gallery.crops import crops, row_crop
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
@@ -23,15 +25,29 @@ THUMBNAIL_SIDE = 192  # pixels; about twice what a page shows, for dense screens
 JPEG_QUALITY = 85
 
 
-def page_environment() -> Environment:
-    """Of the templates beside this file; every value is escaped, and what has no glyph in it spelled out."""
-    return Environment(
+def write_page(out: Path, template: str, **values: Any) -> None:
+    """Write a page of a template beside this file, part by part; it replaces `out` only once it is whole.
+
+    Every value is escaped, and what has no glyph in it spelled out.
+
+    Raises:
+        UserError: `out` cannot be written or the disk is full; an earlier page there is kept.
+    """
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         finalize=spelled_out,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    page = environment.get_template(template).stream(values)
+    with atomic_file(out) as file:
+        page.dump(file, "utf-8")
+
+
+def today() -> str:
+    """Date and time of this machine, as pages show it."""
+    return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
 def read_thumbnail(path: Path, side: int = THUMBNAIL_SIDE, quality: int = JPEG_QUALITY) -> dict[str, Any]:
@@ -49,12 +65,17 @@ def read_thumbnail(path: Path, side: int = THUMBNAIL_SIDE, quality: int = JPEG_Q
 
 
 def _inlined(thumbnail: Image.Image, side: int, quality: int) -> dict[str, Any]:
-    thumbnail.thumbnail((side, side))
-    thumbnail.info.clear()  # Pillow would carry a JPEG comment over
-    jpeg = io.BytesIO()
-    thumbnail.save(jpeg, "JPEG", quality=quality)
-    data = base64.b64encode(jpeg.getvalue()).decode("ascii")
+    data = base64.b64encode(shrunk_jpeg(thumbnail, side, quality)).decode("ascii")
     return {"width": thumbnail.width, "height": thumbnail.height, "jpeg": data}
+
+
+def shrunk_jpeg(image: Image.Image, side: int, quality: int) -> bytes:
+    """A JPEG without metadata; the image itself is shrunk to at most `side` pixels a side."""
+    image.thumbnail((side, side))
+    image.info.clear()  # Pillow would carry a JPEG comment over
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=quality)
+    return jpeg.getvalue()
 
 
 def row_thumbnail(store: Store, row: Row) -> dict[str, Any]:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mgn_deploy.files import atomic_file
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.identity.ranked import Judged
 from mgn_deploy.report.pages import THUMBNAIL_SIDE as THUMBNAIL_SIDE
-from mgn_deploy.report.pages import crop_thumbnail, page_environment, read_thumbnail
+from mgn_deploy.report.pages import crop_thumbnail, read_thumbnail, today, write_page
 from mgn_deploy.retrieval.rank_list import RankedImage, RankList, verdict
 
 _SPECIAL_IDENTITIES = {-1: "junk"}  # Market-1501's; its 0, a distractor, may be a person elsewhere
@@ -50,29 +48,25 @@ def write_rank_page(
     computed = {
         "Queries": f"{len(lists):,}",
         "Rank-1 right": f"{right / known:.1%} ({right:,} of {known:,})" if known else "unknown (no identities)",
-        "Date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "Date": today(),
     }
     cameras = {result.camera for ranked in lists for result in ranked.results if result.camera is not None}
     names = {camera: str(camera).replace("-", "m") for camera in sorted(cameras)}
-    page = (
-        page_environment()
-        .get_template("rank_page.html.jinja")
-        .stream(
-            title=title,
-            facts={**facts, **{label: value for label, value in computed.items() if label not in facts}},
-            wrong=wrong,
-            lists=lists,
-            frames_of=_frames,
-            lines=[_line(ranked) for ranked in lists],
-            judged=judged,
-            cameras=list(names.values()),
-            names_of_cameras=names,
-            thumbnail_of=_thumbnail,
-            special_identities=_SPECIAL_IDENTITIES,
-        )
+    write_page(
+        out,
+        "rank_page.html.jinja",
+        title=title,
+        facts={**facts, **computed, **facts},
+        wrong=wrong,
+        lists=lists,
+        frames_of=_frames,
+        lines=[_line(ranked) for ranked in lists],
+        judged=judged,
+        cameras=list(names.values()),
+        names_of_cameras=names,
+        thumbnail_of=_thumbnail,
+        special_identities=_SPECIAL_IDENTITIES,
     )
-    with atomic_file(out) as file:
-        page.dump(file, "utf-8")
 
 
 def gallery_facts(gallery: Store) -> dict[str, str]:

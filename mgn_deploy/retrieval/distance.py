@@ -21,6 +21,7 @@ import numpy as np
 from mgn_deploy.choices import Device, Metric
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
+from mgn_deploy.machine import usable_cpus
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
 
@@ -83,7 +84,7 @@ def distance_rows(
     arrays = Arrays.open(device)
     height = max(1, tile_bytes // (8 * len(gallery)))  # half for these, half for embeddings
     buffer = np.empty((min(height, len(query)), len(gallery)), np.float32)
-    for rows in _slices(len(query), _even(len(query), height)):
+    for rows in slices(len(query), even_step(len(query), height)):
         part = query[rows]
         distances = buffer[: len(part)]
         for within, columns in _tiles(part, gallery, tile_bytes // 2):
@@ -170,7 +171,7 @@ def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, til
         check_form(name, embeddings)
     check_same_length(query.shape[1], gallery.shape[1])
     for name, embeddings in (("query", query), ("gallery", gallery)):
-        for rows in _slices(len(embeddings), max(1, tile_bytes // (8 * embeddings.shape[1]))):
+        for rows in slices(len(embeddings), max(1, tile_bytes // (8 * embeddings.shape[1]))):
             check_finite(name, embeddings[rows], rows.start)
 
 
@@ -192,10 +193,16 @@ def check_same_length(query: int, gallery: int) -> None:
         )
 
 
+def check_k(k: int) -> None:
+    """Raise a UserError where no neighbour is asked for."""
+    if k < 1:
+        raise UserError(f"k is {k}, but at least 1 neighbour has to be asked for")
+
+
 def check_finite(name: str, rows: np.ndarray, start: int = 0) -> None:
     """Raise a UserError that names the first row, counted from `start`, that is not finite."""
     # Squares, as they need no mask beside the rows and bound every product (Cauchy-Schwarz).
-    broken = np.flatnonzero(~np.isfinite(_squares(_float32(rows))))
+    broken = np.flatnonzero(~np.isfinite(squared_lengths(rows)))
     if broken.size:
         raise UserError(
             f"{name} embedding {start + int(broken[0])} is not finite (NaN, infinite or huge): embed it again"
@@ -222,10 +229,10 @@ def _distances(arrays: Arrays, query: np.ndarray, gallery: np.ndarray, metric: M
             out[rows] = arrays.get(values)
 
     if arrays.is_numpy:  # a chunk stays in a core's cache; of Euclidean distances it has a copy, half the tile at most
-        threads = os.cpu_count() or 1
+        threads = usable_cpus()
         height = max(1, min(len(query) // (2 * threads), CHUNK_BYTES // (4 * len(gallery))))
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(finish, _slices(len(query), height)))
+            list(pool.map(finish, slices(len(query), height)))
     else:
         finish(slice(0, len(query)))
 
@@ -242,24 +249,26 @@ def _tiles(query: np.ndarray, gallery: np.ndarray, tile_bytes: int) -> Iterator[
     4(2ds + 1.5 s^2) bytes. All are about as large: BLAS is slow on a narrow last one."""
     dim = query.shape[1]
     side = max(1, (math.isqrt(4 * dim * dim + 6 * tile_bytes // 4) - 2 * dim) // 3)
-    for rows in _slices(len(query), _even(len(query), side)):
-        for columns in _slices(len(gallery), _even(len(gallery), side)):
+    for rows in slices(len(query), even_step(len(query), side)):
+        for columns in slices(len(gallery), even_step(len(gallery), side)):
             yield rows, columns
 
 
-def _even(length: int, largest: int) -> int:
+def even_step(length: int, largest: int) -> int:
     """The step that divides a length into as few equal parts as `largest` allows."""
     return math.ceil(length / math.ceil(length / largest))
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
+def slices(length: int, step: int) -> Iterator[slice]:
+    """Slices of `step` rows, the last one shorter, that cover `length` rows."""
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 
 
-def _squares(embeddings: np.ndarray) -> np.ndarray:
-    """Squared length of each row."""
-    return np.einsum("ij,ij->i", embeddings, embeddings)
+def squared_lengths(embeddings: np.ndarray) -> np.ndarray:
+    """Of each row, float32 `[n]`."""
+    rows = _float32(embeddings)
+    return np.einsum("ij,ij->i", rows, rows)
 
 
 def _float32(embeddings: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mgn_deploy.choices import Device, Metric
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file
+from mgn_deploy.files import atomic_file, printable
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
 from mgn_deploy.retrieval.distance import distance_rows
@@ -173,7 +173,7 @@ def write_per_query(
     import pyarrow.parquet as pq
 
     columns: dict[str, pa.Array] = {
-        "query": pa.array([os.fsencode(name).decode("utf-8", "backslashreplace") for name in names], pa.string()),
+        "query": pa.array([printable(name) for name in names], pa.string()),
         "identity": pa.array(identities, pa.int64()),
     }
     for prefix, of in scores.items():

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.retrieval.distance import TILE_BYTES, check_finite, check_form, check_same_length
+from mgn_deploy.retrieval.distance import TILE_BYTES, check_finite, check_form, check_k, check_same_length, slices
 
 # For the queries of a slice, gallery rows to leave out: (query within the slice, gallery row), int64 `[n]` each.
 Exclusion = Callable[[slice], tuple[np.ndarray, np.ndarray]]
@@ -61,13 +61,12 @@ def top_k(
         check_form("gallery", gallery)
     elif not len(gallery):
         raise UserError("the gallery holds no embedding: embed some images first")
-    if k < 1:
-        raise UserError(f"k is {k}, but at least 1 neighbour has to be asked for")
+    check_k(k)
     k = min(k, len(gallery))
     indices = np.full((len(query), k), -1, np.int64)
     similarities = np.full((len(query), k), -np.inf, np.float32)
     asked = np.ascontiguousarray(query, np.float32)
-    parts = list(_slices(len(query), QUERY_ROWS))
+    parts = list(slices(len(query), QUERY_ROWS))
     without = [_keys(excluded, rows, len(gallery)) for rows in parts]
     for start, block in _blocks(gallery, max(1, block_bytes // (4 * query.shape[1]))):
         check_same_length(query.shape[1], block.shape[1])
@@ -114,7 +113,7 @@ def _best_of_block(
 def _blocks(gallery: np.ndarray | Blocks, height: int) -> Iterator[tuple[int, np.ndarray]]:
     """The first row and the rows, contiguous float32, of blocks of about `height` rows."""
     if isinstance(gallery, np.ndarray):
-        parts: Iterable[np.ndarray] = (gallery[rows] for rows in _slices(len(gallery), height))
+        parts: Iterable[np.ndarray] = (gallery[rows] for rows in slices(len(gallery), height))
     else:
         parts = (block for _, block in gallery.blocks())
     start, waiting = 0, list[np.ndarray]()
@@ -138,8 +137,3 @@ def _keys(excluded: Exclusion | None, rows: slice, gallery: int) -> np.ndarray:
         return np.empty(0, np.int64)
     row, column = excluded(rows)
     return np.asarray(row, np.int64) * gallery + np.asarray(column, np.int64)
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))

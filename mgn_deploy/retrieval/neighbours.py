@@ -5,8 +5,6 @@ Half the products of a search of all in all: the tile of images I and J serves t
 
 from __future__ import annotations
 
-import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from mgn_deploy.machine import usable_cpus
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays, first_largest
+from mgn_deploy.retrieval.distance import even_step, slices
 
 SIDE = 4096  # most images of a tile: 64 MiB of products
 CHUNK_VALUES = 1 << 18  # of it that a thread selects from at a time: 1 MiB, which a core's cache holds
@@ -52,12 +52,11 @@ def find_neighbours(
     """
     n, k = len(images), min(k, len(images))
     lowest = np.full(n, np.inf, np.float32)  # of -distance / 2
-    step = math.ceil(n / math.ceil(n / side))
-    parts = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    parts = list(slices(n, even_step(n, side)))
     best = _Best(np.full((n, k), -1, np.int64), np.full((n, k), -np.inf, np.float32))
     # Tiles of images with themselves come first: what beats the k-th best that they give is little in all the others.
     pairs = [*zip(parts, parts, strict=True), *combinations(parts, 2)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         for done, (rows, columns) in enumerate(pairs, 1):
             mine = arrays.put(images[rows])
             theirs = mine if columns == rows else arrays.put(images[columns])

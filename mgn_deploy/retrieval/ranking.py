@@ -7,7 +7,6 @@ answer left are counted and take no part in the averages.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,17 +15,24 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mgn_deploy.choices import Device, Metric
 from mgn_deploy.errors import UserError
-from mgn_deploy.retrieval.arrays import Arrays
-from mgn_deploy.retrieval.distance import ROWS_BYTES, distance_rows
+from mgn_deploy.machine import usable_cpus
 from mgn_deploy.retrieval.truth import Truth
 
 BLOCK_ROWS = 32  # their sorted copy stays in a core's cache
 RANKS = (1, 5, 10)
+
+
+def metric_names(ranks: Iterable[int] = RANKS) -> list[str]:
+    """What the figures of a ranking are called, in the order in which they are shown."""
+    return [*(f"rank-{k}" for k in ranks), "mAP", "mINP"]
+
+
+KEYS = metric_names()
 NO_ANSWER = (
     "no query has a right answer in the gallery (same identity, another camera): check the identities and cameras, or "
-    "that query and gallery belong together; where one camera made all images, rank without cameras (--no-cameras)"
+    "that query and gallery belong together; where one camera made all images, rank without cameras (`validate` and "
+    "`evaluate` do so by --no-cameras)"
 )
 
 
@@ -55,6 +61,11 @@ class QueryScores:
     def matched(self) -> np.ndarray:
         """bool `[q]`: whether there is a right answer."""
         return self.first_rank > 0
+
+    def values(self, ranks: Iterable[int] = RANKS) -> np.ndarray:
+        """What each query adds to the mean of each metric, float64 `[q, metrics]`, in the order of `metric_names`."""
+        hits = [self.first_rank <= k for k in ranks]
+        return np.stack([*hits, self.average_precision, self.inverse_penalty], axis=1).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -86,10 +97,11 @@ class RankingMetrics:
         matched = scores.matched
         if not matched.any():
             raise UserError(NO_ANSWER)
+        *hits, precision, inverse_penalty = (float(column.mean()) for column in scores.values(ranks)[matched].T)
         return cls(
-            rank={k: float(np.mean(scores.first_rank[matched] <= k)) for k in ranks},
-            mAP=float(scores.average_precision[matched].mean()),
-            mINP=float(scores.inverse_penalty[matched].mean()),
+            rank=dict(zip(ranks, hits, strict=True)),
+            mAP=precision,
+            mINP=inverse_penalty,
             queries=len(matched),
             queries_without_match=int(len(matched) - np.count_nonzero(matched)),
             scores=scores,
@@ -98,9 +110,7 @@ class RankingMetrics:
     def to_dict(self) -> dict[str, float | int]:
         """JSON-ready, with the keys rank-1 and so on, mAP, mINP, queries, queries_without_match."""
         return {
-            **{f"rank-{k}": fraction for k, fraction in self.rank.items()},
-            "mAP": self.mAP,
-            "mINP": self.mINP,
+            **dict(zip(metric_names(self.rank), (*self.rank.values(), self.mAP, self.mINP), strict=True)),
             "queries": self.queries,
             "queries_without_match": self.queries_without_match,
         }
@@ -140,38 +150,6 @@ def evaluate(
     return RankingMetrics.of(score_rows([(slice(0, len(distances)), distances)], truth), ranks)
 
 
-def evaluate_embeddings(
-    query: np.ndarray,
-    gallery: np.ndarray,
-    query_identities: ArrayLike,
-    query_cameras: ArrayLike | None,
-    gallery_identities: ArrayLike,
-    gallery_cameras: ArrayLike | None,
-    *,
-    ranks: Sequence[int] = RANKS,
-    junk: Collection[int] = (),
-    distractors: Collection[int] = (),
-    metric: Metric = "cosine",
-    device: Device | Arrays = "cpu",
-) -> RankingMetrics:
-    """Score embeddings [q, d] and [g, d] by their distances, never holding all of them at once; labels as `evaluate`.
-
-    Raises:
-        UserError: as `evaluate` and `distance.distance_matrix`.
-    """
-    truth = Truth(
-        query_identities,
-        query_cameras,
-        gallery_identities,
-        gallery_cameras,
-        junk=junk,
-        distractors=distractors,
-        shape=(len(query), len(gallery)),
-    )
-    rows = distance_rows(query, gallery, metric, tile_bytes=ROWS_BYTES, device=device)
-    return RankingMetrics.of(score_rows(rows, truth), ranks)
-
-
 def score_rows(tiles: Iterable[tuple[slice, np.ndarray]], truth: Truth) -> QueryScores:
     """Score queries over tiles (rows, distances of these queries to the whole gallery, junk included).
 
@@ -179,7 +157,7 @@ def score_rows(tiles: Iterable[tuple[slice, np.ndarray]], truth: Truth) -> Query
         UserError: NaN distances.
     """
     scores = QueryScores.empty(truth.shape[0])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         for rows, distances in tiles:
             score_tile(pool, truth, scores, rows, distances)
     return scores

@@ -15,7 +15,6 @@ sparse, N rows of about a hundred values, and only tiles of distances exist.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ import numpy as np
 
 from mgn_deploy.choices import Device
 from mgn_deploy.errors import UserError
+from mgn_deploy.machine import usable_cpus
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays, first_largest
-from mgn_deploy.retrieval.distance import check_embeddings
+from mgn_deploy.retrieval.distance import check_embeddings, check_k, slices, squared_lengths
 from mgn_deploy.retrieval.neighbours import Neighbours, find_neighbours
 
 K1, K2, WEIGHT = 20, 6, 0.3  # the authors', for every data set of the paper
@@ -86,8 +86,7 @@ def rerank_top_k(
     Raises:
         UserError: as `rerank`; k below 1.
     """
-    if k < 1:
-        raise UserError(f"k is {k}, but at least 1 neighbour has to be asked for")
+    check_k(k)
     k = min(k, len(gallery))
     indices, best = np.empty((len(query), k), np.int64), np.empty((len(query), k), np.float32)
     for rows, distances in rerank_rows(query, gallery, k1=k1, k2=k2, weight=weight, device=device, progress=progress):
@@ -123,8 +122,7 @@ def rerank_rows(
     images = np.concatenate([query, gallery])
     encodings = encode(images, k1=k1, k2=k2, device=device, progress=progress)
     height = max(LEAST_QUERIES, min(MOST_QUERIES, QUERY_VALUES // len(images)))
-    for start in range(0, len(query), height):
-        rows = slice(start, min(start + height, len(query)))
+    for rows in slices(len(query), height):
         distances = encodings.jaccard(rows)[:, len(query) :]
         if weight:
             distances *= 1 - weight
@@ -172,7 +170,7 @@ class Encodings:
             distances.fill(1)
             distances[some] -= common[some] / (2 - common[some])
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             list(pool.map(fill, range(start, stop, height)))
         return out
 
@@ -192,7 +190,7 @@ class Encodings:
             here *= scale[part]
             distances[part, block.start - columns.start : block.stop - columns.start] += here
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             for within in _blocks(columns.stop - columns.start, images.shape[1]):
                 block = slice(columns.start + within.start, columns.start + within.stop)
                 products = arrays.get(arrays.product(mine, arrays.put(images[block])))
@@ -225,7 +223,7 @@ def encode(
     encodings = _weighted(images, neighbours, members)
     if k2 != 1:
         encodings = _averaged(encodings, neighbours.indices[:, :k2])
-    squares = np.concatenate([_squares(images[rows]) for rows in _blocks(len(images), images.shape[1])])
+    squares = np.concatenate([squared_lengths(images[rows]) for rows in _blocks(len(images), images.shape[1])])
     return Encodings(neighbours, encodings, encodings.transposed(), squares, arrays)
 
 
@@ -311,7 +309,7 @@ def _weighted(images: np.ndarray, neighbours: Neighbours, members: tuple[np.ndar
         difference = np.asarray(images[row[here]], np.float32) - np.asarray(images[member[here]], np.float32)
         distances[here] = np.einsum("ij,ij->i", difference, difference)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         list(pool.map(measure, _blocks(len(others), 8 * images.shape[1])))
     weights = np.exp(-distances / _or_one(neighbours.farthest)[row])
     sums = np.bincount(row, weights, n)
@@ -334,11 +332,6 @@ def _averaged(encodings: _Sparse, nearest: np.ndarray) -> _Sparse:
     return _Sparse.of(np.concatenate(lines), np.concatenate(indices), np.concatenate(values), n)
 
 
-def _squares(images: np.ndarray) -> np.ndarray:
-    rows = np.asarray(images, np.float32)
-    return np.einsum("ij,ij->i", rows, rows)
-
-
 def _or_one(farthest: np.ndarray) -> np.ndarray:
     """Divisors: images that are all equal have no largest distance."""
     return np.where(farthest > 0, farthest, np.float32(1))
@@ -346,6 +339,4 @@ def _or_one(farthest: np.ndarray) -> np.ndarray:
 
 def _blocks(n: int, values: int) -> Iterator[slice]:
     """Slices of n rows with so many values a row that a block has about `BLOCK_VALUES`."""
-    height = max(1, BLOCK_VALUES // values)
-    for start in range(0, n, height):
-        yield slice(start, min(start + height, n))
+    return slices(n, max(1, BLOCK_VALUES // values))

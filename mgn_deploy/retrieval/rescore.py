@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.retrieval.distance import check_finite, check_form, check_same_length
+from mgn_deploy.retrieval.distance import check_finite, check_form, check_k, check_same_length, slices
 from mgn_deploy.retrieval.nearest import QUERY_ROWS, Exclusion
 
 # Gallery rows that may be nearest: of queries float32 `[q, dim]` and a number n int64 `[q, n]`, -1 where there is none.
@@ -29,13 +28,11 @@ def top_k_of_candidates(
     check_form("query", query)
     check_finite("query", query)
     check_same_length(query.shape[1], gallery.manifest.dim)
-    if k < 1:
-        raise UserError(f"k is {k}, but at least 1 neighbour has to be asked for")
+    check_k(k)
     k = min(k, len(gallery))
     indices = np.full((len(query), k), -1, np.int64)
     similarities = np.full((len(query), k), -np.inf, np.float32)
-    for start in range(0, len(query), QUERY_ROWS):
-        rows = slice(start, min(start + QUERY_ROWS, len(query)))
+    for rows in slices(len(query), QUERY_ROWS):
         asked = np.ascontiguousarray(query[rows], np.float32)
         left_out: list[list[int]] = [[] for _ in asked]
         if excluded is not None:
@@ -46,6 +43,6 @@ def top_k_of_candidates(
             found = np.setdiff1d(found[found >= 0], left_out[one])  # ascending: equal similarities rank by index
             values = np.asarray(gallery.take(found), np.float32) @ asked[one]
             best = np.argsort(-values, kind="stable")[:k]
-            indices[start + one, : len(best)] = found[best]
-            similarities[start + one, : len(best)] = values[best]
+            indices[rows.start + one, : len(best)] = found[best]
+            similarities[rows.start + one, : len(best)] = values[best]
     return indices, similarities

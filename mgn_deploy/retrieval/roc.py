@@ -14,7 +14,6 @@ counted against them, in a second pass over the distances.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.machine import usable_cpus
 from mgn_deploy.retrieval.truth import Truth
 
 RATES = (1e-2, 1e-3, 1e-4, 1e-5)
@@ -128,7 +128,7 @@ def roc(tiles: Callable[[], Tiles], truth: Truth) -> Roc:
     thresholds, counts = np.unique(values, return_counts=True)
     closer, different = np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
     total = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         for rows, distances in tiles():
             starts = range(0, len(distances), BLOCK_ROWS)
             for less, at_most, all_of_them in pool.map(

@@ -21,7 +21,7 @@ from mgn_deploy.datasets.labels import Labels, read_labels
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.crops import row_crop
-from mgn_deploy.gallery.shards import MANIFEST, Row
+from mgn_deploy.gallery.shards import MANIFEST, Row, folder_of
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.progress import Progress
@@ -191,14 +191,14 @@ def search(
         found = found[found >= 0]
         if rerank:
             mine = np.asarray(asked[query], np.float32)
-            near, far = np.asarray(rows[found], np.float32) @ mine, distances[query]
+            near, far = np.asarray(rows[found], np.float32) @ mine, np.maximum(distances[query], 0)
         else:
             near, far = similarities[query], None
         results = [
             _ranked(
                 paths[index],
                 gallery.rows[index].name,
-                float(near[rank]),
+                min(float(near[rank]), 1.0),  # rows in float16 are longer than 1, by rounding
                 identities[index],
                 cameras[index],
                 None if far is None else float(far[rank]),
@@ -348,7 +348,7 @@ def _label_arrays(rule: Labels, names: list[str]) -> tuple[np.ndarray, np.ndarra
 def _path(store: Store, row: Row) -> Path:
     """Where the image is; of a source that is no folder of this machine a name by which nothing is found here."""
     source = store.manifest.source
-    return store.path(row) if source.startswith("file:") else Path(f"{source}/{row.name}")
+    return store.path(row) if folder_of(source) else Path(f"{source}/{row.name}")
 
 
 def _ranked(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.retrieval.ranking import RANKS, QueryScores
+from mgn_deploy.retrieval.ranking import RANKS, QueryScores, metric_names
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -52,11 +52,11 @@ def confidence_intervals(
     Raises:
         UserError: no query has a right answer.
     """
-    values = _values(scores, ranks)[scores.matched]
+    values = scores.values(ranks)[scores.matched]
     if not len(values):
         raise UserError("no query has a right answer: there is nothing to be sure of")
     low, high = _interval(values, resamples, seed)
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(_names(ranks))}
+    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(metric_names(ranks))}
 
 
 def compare(
@@ -81,7 +81,7 @@ def compare(
     both = first.matched & second.matched
     if not both.any():
         raise UserError("no query has a right answer in both rankings: there is nothing to compare")
-    values = _values(first, ranks)[both] - _values(second, ranks)[both]
+    values = first.values(ranks)[both] - second.values(ranks)[both]
     mean = values.mean(axis=0)
     low, high = _interval(values, resamples, seed)
     farther = np.zeros(len(mean), np.int64)
@@ -92,18 +92,8 @@ def compare(
     p = (farther + 1) / (flips + 1)
     return {
         name: Difference(float(mean[i]), (float(low[i]), float(high[i])), float(p[i]))
-        for i, name in enumerate(_names(ranks))
+        for i, name in enumerate(metric_names(ranks))
     }
-
-
-def _names(ranks: Sequence[int]) -> list[str]:
-    return [*(f"rank-{k}" for k in ranks), "mAP", "mINP"]
-
-
-def _values(scores: QueryScores, ranks: Sequence[int]) -> np.ndarray:
-    """What each query adds to each metric, float64 `[q, metrics]`."""
-    hits = [scores.first_rank <= k for k in ranks]
-    return np.stack([*hits, scores.average_precision, scores.inverse_penalty], axis=1).astype(np.float64)
 
 
 def _interval(values: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

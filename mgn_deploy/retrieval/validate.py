@@ -24,13 +24,11 @@ from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
 from mgn_deploy.retrieval.evaluation import Protocol, Scores, query_notes, score_embeddings, write_per_query
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
-from mgn_deploy.retrieval.ranking import NO_ANSWER, RankingMetrics
+from mgn_deploy.retrieval.ranking import KEYS, NO_ANSWER, RankingMetrics
 from mgn_deploy.retrieval.statistics import Difference, compare
 from mgn_deploy.retrieval.truth import Truth
 
 _log = logging.getLogger("mgn_deploy")
-
-KEYS = ("rank-1", "rank-5", "rank-10", "mAP", "mINP")
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,7 @@ class Validation:
 
     Attributes:
         backend: the engine's name.
-        measured, reference: rank-k, mAP and mINP.
-        measured_scores, reference_scores: these and whatever else the protocol asks for.
+        measured_scores, reference_scores: rank-k, mAP, mINP, and whatever else the protocol asks for.
         notes: sentences about queries that no figure is about.
         unmatched: the names of the queries without a right answer.
         embeddings: the engine's, of queries `[q, d]` and gallery `[g, d]`.
@@ -49,15 +46,23 @@ class Validation:
     """
 
     backend: str
-    measured: RankingMetrics
-    reference: RankingMetrics | None
-    measured_scores: Scores | None = None
+    measured_scores: Scores
     reference_scores: Scores | None = None
     notes: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
     embeddings: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
     ranked: Dataset | None = field(default=None, repr=False)
     sample: Validation | None = None
+
+    @property
+    def measured(self) -> RankingMetrics:
+        """The engine's rank-k, mAP and mINP."""
+        return self.measured_scores.metrics
+
+    @property
+    def reference(self) -> RankingMetrics | None:
+        """The reference's."""
+        return None if self.reference_scores is None else self.reference_scores.metrics
 
     def differences(self) -> dict[str, float]:
         """Backend minus reference of every metric, as fractions; empty without a reference."""
@@ -95,12 +100,10 @@ class Validation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the keys backend, measured, reference, difference, paired_test and unmatched_queries; those
         that need a reference may be None."""
-        measured = self.measured_scores or Scores(self.measured)
-        reference = self.reference_scores or (Scores(self.reference) if self.reference else None)
         return {
             "backend": self.backend,
-            "measured": measured.to_dict(),
-            "reference": reference.to_dict() if reference else None,
+            "measured": self.measured_scores.to_dict(),
+            "reference": self.reference_scores.to_dict() if self.reference_scores else None,
             "difference": self.differences() or None,
             "paired_test": {key: one.to_dict() for key, one in self.paired().items()} or None,
             "unmatched_queries": self.unmatched,
@@ -141,9 +144,7 @@ def validate(
     """
     needed_subsets(multi_query)  # refuses what is no pooling before hours of embedding
     protocol = protocol or Protocol()
-    protocol = replace(
-        protocol, device=Arrays.open(protocol.device)
-    )  # refuses what is not there, as the next line does
+    protocol = replace(protocol, device=Arrays.open(protocol.device))  # refuses a device that is not there
     if per_query is not None and (not Path(per_query).parent.is_dir() or Path(per_query).is_dir()):
         raise UserError(f"--per-query {os.fspath(per_query)}: give the name of a file in a folder that exists")
     if reference and reference_sample is not None and reference_sample < len(data.query) + len(data.gallery):
@@ -181,17 +182,7 @@ def validate(
             "reference_": expected.metrics.scores if expected else None,
         }
         write_per_query(per_query, names, truth.query_identities, of_each)
-    return Validation(
-        embedder.backend.name,
-        measured.metrics,
-        expected.metrics if expected else None,
-        measured,
-        expected,
-        notes,
-        unmatched,
-        embeddings,
-        data,
-    )
+    return Validation(embedder.backend.name, measured, expected, notes, unmatched, embeddings, data)
 
 
 def _measure(
@@ -229,27 +220,35 @@ def embed_into(
     Raises:
         UserError: an image cannot be read.
     """
-    place = folder / f"{embedder.backend.name}-{embedder.bundle.id[:12]}"
+    kept = folder / f"{embedder.backend.name}-{embedder.bundle.id[:12]}"
     root = Path(os.path.abspath(os.sep))  # the same whatever part of the data set is asked for
     source = files_source(paths, root)
-    report = embed_folder(source, place, embedder, batch_size=batch_size, progress=progress)
+    report = embed_folder(source, kept, embedder, batch_size=batch_size, progress=progress)
     if report.failed:
         name, reason = report.failed[0]
         raise UserError(f"'/{name}' cannot be embedded: {reason} ({len(report.failed)} images cannot be read)")
-    store = Store.open(place)
+    store = Store.open(kept)
     where = {row.name: index for index, row in enumerate(store)}
     rows = [where[Path(os.path.abspath(path)).relative_to(root).as_posix()] for path in paths]
     return store.embeddings()[rows].astype(np.float32)
 
 
 def validation_store(bundle: Bundle, data: Dataset) -> Path | None:
-    """The folder in the user's cache for a bundle's embeddings of a data set; None, with a warning, without a cache."""
+    """The folder in the user's cache for a bundle's embeddings of a data set; None, with a warning, where there is no
+    cache that can be written."""
     key = sha256_bytes(f"{bundle.id}\0{os.path.abspath(data.root)}".encode("utf-8", "surrogateescape"))
     try:
-        return cache_folder("validate") / key[:24]
+        folder = cache_folder("validate") / key[:24]
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        problem = f"{folder} cannot be written"
     except UserError as error:
-        _log.warning(f"no embedding is kept for another run: {error}")
-        return None
+        problem = str(error)
+    except OSError as error:
+        problem = f"{folder} cannot be made ({error.strerror})"
+    _log.warning(f"no embedding is kept for another run: {problem}; --store DIR keeps them")
+    return None
 
 
 def rank_gallery(data: Dataset, query: np.ndarray, gallery: np.ndarray) -> RankingMetrics:

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from fastapi import Query
 from pydantic import BaseModel, Field
 
+from mgn_deploy.backends.remote import NPY
 from mgn_deploy.serve.uploads import Box
 
-NPY = "application/x-npy"
 Far = Annotated[float, Query(description="False-accept rate at which the threshold is drawn.", gt=0, lt=1)]
 
 
@@ -181,6 +181,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         413: "More bytes, pixels or images than the limits.",
         422: "No image of the request can be read, or a parameter is wrong.",
         503: "The queue is full; Retry-After says for how long, in seconds.",
+        507: "This machine cannot write to its folder of people.",
     }.items()
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import logging
 import os
 import threading
@@ -15,18 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.crops import row_crop
 from mgn_deploy.gallery.shards import Row, StoreManifest, read_manifest
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.listing import list_images
+from mgn_deploy.report.pages import JPEG_QUALITY, shrunk_jpeg
 from mgn_deploy.retrieval.nearest import top_k
 from mgn_deploy.retrieval.search import check_same_bundle
 
 THUMBNAIL_SIDE = 320  # pixels: twice what the page shows, for dense screens
-JPEG_QUALITY = 85
 REFRESH_SECONDS = 1
 BLOCK_ROWS = 16384  # of 2048 numbers, 128 MiB
 COUNT_SECONDS = 60  # between two listings of the folder that is being embedded
@@ -72,9 +70,15 @@ class _Opened:
     times: np.ndarray
 
     @classmethod
-    def of(cls, store: Store) -> _Opened:
+    def of(cls, store: Store, before: _Opened | None = None) -> _Opened:
+        """Of a store; of one that has grown since `before`, only the new embeddings are read."""
         times = np.array([np.nan if row.time_s is None else row.time_s for row in store], np.float64)
-        return cls(store, store.embeddings(), store.cameras(), times)
+        if before is None or not len(before.store) or store.rows[: len(before.store)] != before.store.rows:
+            embeddings = store.embeddings()
+        else:
+            new = store.take(np.arange(len(before.store), len(store)))
+            embeddings = np.concatenate([before.embeddings, new]) if len(new) else before.embeddings
+        return cls(store, embeddings, store.cameras(), times)
 
 
 class Gallery:
@@ -121,11 +125,11 @@ class Gallery:
             self._refreshing.release()
 
     def _look(self) -> None:
-        folder, before = self.store.folder, self.store.manifest
-        if read_manifest(folder) != before:
-            store = Store.open(folder)
-            check_same_bundle(before.bundle_id, store)
-            self._opened = _Opened.of(store)
+        before = self._opened
+        if read_manifest(before.store.folder) != before.store.manifest:
+            store = before.store.reopened()
+            check_same_bundle(before.store.manifest.bundle_id, store)
+            self._opened = _Opened.of(store, before)
 
     def search(
         self,
@@ -158,7 +162,7 @@ class Gallery:
         )
         return [
             [
-                Hit(store.rows[i], float(s), thumbnail_key(store.rows[i].name))
+                Hit(store.rows[i], min(float(s), 1.0), thumbnail_key(store.rows[i].name))
                 for i, s in zip(*ranked, strict=True)
                 if i >= 0
             ]
@@ -212,7 +216,7 @@ class Gallery:
                 path = os.path.realpath(store.path(replace(row, name=row.file)))
                 if os.path.commonpath([source, path]) != source:
                     raise NotShown("the image lies outside of the gallery's source")
-            return encode_thumbnail(row_crop(store, row))
+            return shrunk_jpeg(row_crop(store, row), THUMBNAIL_SIDE, JPEG_QUALITY)
         except (UnreadableImage, UserError) as reason:
             raise NotShown(f"the image cannot be shown: {reason}") from None
 
@@ -254,15 +258,6 @@ def _top_k_of(query: np.ndarray, gallery: np.ndarray, wanted: np.ndarray, k: int
         order = np.argsort(-values, axis=1, kind="stable")[:, :k]  # equal similarities by index, as `top_k` does
         similarities, indices = np.take_along_axis(values, order, axis=1), np.take_along_axis(found, order, axis=1)
     return indices, similarities
-
-
-def encode_thumbnail(image: Image.Image) -> bytes:
-    """A JPEG of at most `THUMBNAIL_SIDE` pixels a side, without metadata."""
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    image.info.clear()  # Pillow would carry a JPEG comment over
-    jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=JPEG_QUALITY)
-    return jpeg.getvalue()
 
 
 def thumbnail_key(name: str) -> str:

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mgn_deploy.choices import API_KEY
 from mgn_deploy.errors import UserError
 from mgn_deploy.serve.limits import Limits
 from mgn_deploy.serve.metrics import Metrics
 
-API_KEY = "MGN_DEPLOY_API_KEY"
 MIN_KEY = 16  # characters
 # The page is the same for everyone; whoever watches the service needs no key to see that it lives.
 OPEN_PATHS = frozenset({"/", "/page.js", "/page.css", "/icon.svg", "/healthz", "/readyz"})

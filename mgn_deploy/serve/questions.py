@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import FastAPI, Query, Request, Response
 
+from mgn_deploy.backends.remote import NPY, npy
 from mgn_deploy.errors import UserError
 from mgn_deploy.identity.calibration import DEFAULT_FAR, Calibration, Decision
 from mgn_deploy.identity.compare import compare
-from mgn_deploy.serve.answers import CROPS, NPY, CompareAnswer, EmbedAnswer, Far, SearchAnswer, asks
+from mgn_deploy.serve.answers import CROPS, CompareAnswer, EmbedAnswer, Far, SearchAnswer, asks
 from mgn_deploy.serve.gallery import Hit
 from mgn_deploy.serve.service import Service
 from mgn_deploy.serve.uploads import parse_crops
@@ -19,7 +20,6 @@ from mgn_deploy.serve.wire import (
     all_readable,
     crop_fields,
     json_answer,
-    npy,
     read_uploads,
     refuse_fields,
     shown,

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from mgn_deploy.choices import API_KEY
 from mgn_deploy.errors import UserError
 from mgn_deploy.interrupt import SIGNALS
 from mgn_deploy.serve.app import make_app
-from mgn_deploy.serve.guard import API_KEY, check_binding, check_key
+from mgn_deploy.serve.guard import check_binding, check_key
 from mgn_deploy.serve.protocol import guarded_protocol
 from mgn_deploy.serve.service import Service
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from fastapi.responses import JSONResponse, Response
 from pydantic_core import to_json
 from starlette.datastructures import UploadFile
@@ -83,13 +81,6 @@ async def _read_file(file: UploadFile, number: int) -> Upload:
 
 async def _stream(request: Request) -> AsyncGenerator[bytes, None]:
     yield await request.body()
-
-
-def npy(array: np.ndarray) -> bytes:
-    """The bytes of a `.npy` file."""
-    file = io.BytesIO()
-    np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return file.getvalue()
 
 
 def json_answer(content: dict[str, Any], answer: Answer) -> Response:

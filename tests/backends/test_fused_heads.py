@@ -19,7 +19,6 @@ from mgn_deploy.backends.heads.fused import FusedHeads
 from mgn_deploy.backends.opening import open_backend
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, build_plans
-from mgn_deploy.backends.tensorrt.package import import_problem_of
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.config import ModelConfig
@@ -32,7 +31,9 @@ from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
 from mgn_deploy.train.weights import load_weights, new_model
 
 SMALL = ModelConfig(backbone="resnet18", base_width=16, reduced_width=16, height=96, width=32)
-needs_builder = pytest.mark.skipif(bool(import_problem_of("tensorrt-rtx")), reason="tensorrt-rtx-cu13 is not installed")
+needs_builder = pytest.mark.skipif(
+    bool(ENGINES["tensorrt-rtx"].import_problem()), reason="tensorrt-rtx-cu13 is not installed"
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mgn_deploy.backends.registry import ENGINES
-from mgn_deploy.backends.tensorrt.package import import_problem_of
 from mgn_deploy.backends.tensorrt.plans import fitting_entry, misfit, plan_for
 from mgn_deploy.backends.tensorrt.runner import TensorRtRtxBackend
 from mgn_deploy.bundle.bundle import Bundle
@@ -31,7 +30,9 @@ from mgn_deploy.images.decode import read_crop
 ADA = Gpu("NVIDIA GeForce RTX 4090", "8.9")
 
 needs_no_gpu = pytest.mark.skipif(gpu_problem() is None, reason="this machine has a GPU")
-needs_builder = pytest.mark.skipif(bool(import_problem_of("tensorrt-rtx")), reason="tensorrt-rtx-cu13 is not installed")
+needs_builder = pytest.mark.skipif(
+    bool(ENGINES["tensorrt-rtx"].import_problem()), reason="tensorrt-rtx-cu13 is not installed"
+)
 
 
 def rtx(**changes) -> EngineEntry:
@@ -57,7 +58,7 @@ def with_plan(bundle_folder: Path, folder: Path, plan: EngineEntry, content: byt
 
 @needs_no_gpu
 def test_without_a_gpu_one_sentence_says_so() -> None:
-    if import_problem_of("tensorrt-rtx"):
+    if ENGINES["tensorrt-rtx"].import_problem():
         pytest.skip("tensorrt-rtx-cu13 is not installed")
     reason = TensorRtRtxBackend.missing()
     assert reason in (
@@ -122,7 +123,7 @@ def test_a_plan_with_other_heads_does_not_fit(built: bool) -> None:
 
 
 def test_a_plan_of_the_other_engine_is_not_taken(bundle_folder: Path, tmp_path: Path) -> None:
-    if not import_problem_of("tensorrt"):
+    if not ENGINES["tensorrt"].import_problem():
         pytest.skip("tensorrt is installed here")
     with pytest.raises(CannotRun, match="it has no plan for TensorRT"):
         plan_for(with_plan(bundle_folder, tmp_path, rtx()), "tensorrt", "1.7.1", ADA, False)
@@ -174,7 +175,7 @@ def test_a_plan_of_another_version_is_built_anew_with_its_profile_and_kept(
 def test_where_nothing_can_be_built_the_sentence_says_what_the_plan_is_for_and_what_to_do(
     bundle_folder: Path, tmp_path: Path
 ) -> None:
-    if not import_problem_of("tensorrt"):
+    if not ENGINES["tensorrt"].import_problem():
         pytest.skip("tensorrt is installed here")
     bundle = with_plan(bundle_folder, tmp_path, trt())
     with pytest.raises(CannotRun) as caught:

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from mgn_deploy import choices
 from mgn_deploy.backends.registry import ENGINES, EXPORT_ENGINES
 from mgn_deploy.cli.app import app
-from mgn_deploy.datasets import KINDS
 from mgn_deploy.train import recipe
 
 HEAVY = {"torch", "torchvision", "numpy", "PIL", "pandas", "pyarrow", "pydantic", "jinja2", "onnx"} | {
@@ -147,7 +146,7 @@ def test_help_names_every_engine_kind_of_data_and_recipe():
     assert [name.strip(" .") for name in backend.help.partition(" or ")[2].split(",")] == list(ENGINES)
     assert engine.help.startswith(", ".join(EXPORT_ENGINES))
     data, recipes = options_of(COMMANDS[("train",)])["--data"], options_of(COMMANDS[("train",)])["--recipe"]
-    assert all(kind in data.help for kind in KINDS)
+    assert all(kind in data.help for kind in choices.DATA_KINDS)
     shipped = {path.stem for path in (Path(recipe.__file__).parent / "recipes").glob("*.toml")}
     assert shipped <= {name.strip() for name in recipes.help.split(",")}
 

@@ -178,7 +178,7 @@ def test_a_missing_package_is_named_with_what_installs_it(tmp_path):
 
 
 def test_reader_that_leaves_is_no_traceback(crops, images, embedder, tmp_path):
-    """Of a result that is printed in several pieces, and of one that waits in the buffer until the end."""
+    """Of a result that is printed in several parts, and of one that waits in the buffer until the end."""
     embed_folder(crops, tmp_path / "large", embedder)
     embed_folder(images, tmp_path / "small", embedder)
     for store in (tmp_path / "large", tmp_path / "small"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mgn_deploy.datasets import KINDS, open_data, published
+from mgn_deploy.choices import DATA_KINDS
+from mgn_deploy.datasets import open_data, published
 from mgn_deploy.datasets.market1501 import Label, open_market1501, parse_name
 from mgn_deploy.datasets.published import PUBLISHED, Size
 from mgn_deploy.errors import UserError
@@ -203,6 +205,15 @@ def test_cameras_that_some_images_lack_are_not_used_and_loose_images_are_counted
     ]
 
 
+@pytest.mark.parametrize("kind", ["folder", "identities"])
+def test_files_that_are_no_images_are_in_the_notes_too(root, tmp_path, kind):
+    folder = shutil.copytree(root, tmp_path / "people")
+    (folder / "query/notes.txt").touch()
+    (folder / "query/clip.mp4").touch()
+    (note,) = open_data(f"{kind}:{folder}").notes
+    assert note.endswith("2 files skipped: 1 .mp4, 1 .txt")
+
+
 def test_training_takes_everybody_and_leaves_nobody_to_evaluate(tmp_path):
     root = fill(tmp_path / "people", {"anna": ["1.jpg", "2.jpg"], "zoe": ["1.jpg"]})
     data = open_data(f"identities:{root}", ("train", "query", "gallery"))
@@ -252,7 +263,7 @@ def test_data_without_kind_or_folder_is_a_sentence_with_the_form(spec):
 def test_an_unknown_kind_is_a_sentence_with_the_nearest_and_all_others(wrong, right):
     with pytest.raises(UserError, match=f"no kind of dataset '{wrong}', did you mean '{right}'") as error:
         open_data(f"{wrong}:/data")
-    assert all(kind in str(error.value) for kind in KINDS)
+    assert all(kind in str(error.value) for kind in DATA_KINDS)
 
 
 def test_cuhk03_without_its_crops_is_a_sentence_with_both():

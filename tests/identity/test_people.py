@@ -134,9 +134,9 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path):
     "content, sentence",
     [
         ("{", "is not the manifest of a people folder"),
-        ('{"schema_version": 1, "bundle_id": "a"}', "is not the manifest of a people folder"),
-        ('{"kind": "people", "schema_version": 2}', "people schema 2 and this mgn-deploy reads 1"),
-        ('{"kind": "people", "schema_version": 1, "bundle_id": "a", "dim": 0}', "is not a people folder's: dim"),
+        ('{"schema_version": 1, "bundle_id": "a"}', "dim: Field required"),
+        ('{"kind": "people", "schema_version": 2, "bundle_id": "a", "dim": 8}', "schema_version: Input should be 1"),
+        ('{"kind": "people", "schema_version": 1, "bundle_id": "a", "dim": 0}', "dim: Input should be greater"),
     ],
 )
 def test_a_manifest_of_something_else_is_one_sentence(people, content, sentence):

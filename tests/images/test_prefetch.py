@@ -9,7 +9,8 @@ import time
 import pytest
 
 from mgn_deploy.images import prefetch
-from mgn_deploy.images.prefetch import in_order, usable_cpus
+from mgn_deploy.images.prefetch import in_order
+from mgn_deploy.machine import usable_cpus
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")

@@ -23,9 +23,9 @@ from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.decode import read_crop
-from mgn_deploy.retrieval.evaluation import Protocol
-from mgn_deploy.retrieval.ranking import RankingMetrics
-from mgn_deploy.retrieval.validate import KEYS, Validation, validate
+from mgn_deploy.retrieval.evaluation import Protocol, Scores
+from mgn_deploy.retrieval.ranking import KEYS, RankingMetrics
+from mgn_deploy.retrieval.validate import Validation, validate, validation_store
 
 
 @pytest.fixture(scope="module")
@@ -218,11 +218,11 @@ def test_a_folder_a_person_is_ranked_without_cameras(bundle_folder, tmp_path):
 
 
 def test_the_worst_difference_is_of_rank_1_or_map_in_either_direction():
-    def metrics(rank_1: float, mean: float, minp: float) -> RankingMetrics:
-        return RankingMetrics({1: rank_1, 5: 1.0, 10: 1.0}, mean, minp, 10, 0)
+    def scores(rank_1: float, mean: float, minp: float) -> Scores:
+        return Scores(RankingMetrics({1: rank_1, 5: 1.0, 10: 1.0}, mean, minp, 10, 0))
 
-    assert Validation("x", metrics(0.5, 0.4, 0.9), metrics(0.5, 0.6, 0.1)).worst() == pytest.approx(0.2)
-    assert Validation("x", metrics(0.8, 0.6, 0.1), metrics(0.5, 0.6, 0.1)).worst() == pytest.approx(0.3)
+    assert Validation("x", scores(0.5, 0.4, 0.9), scores(0.5, 0.6, 0.1)).worst() == pytest.approx(0.2)
+    assert Validation("x", scores(0.8, 0.6, 0.1), scores(0.5, 0.6, 0.1)).worst() == pytest.approx(0.3)
 
 
 def test_progress_counts_queries_and_gallery_of_each_step(root, bundle_folder):
@@ -330,6 +330,14 @@ def test_a_run_that_was_stopped_goes_on_from_its_store(root, bundle_folder, tmp_
     assert done[0] == total - before
     plain = validate(data, embedder, None)
     assert result.measured.to_dict() == pytest.approx(plain.measured.to_dict(), abs=1e-9)
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_stops_nobody(root, bundle_folder, tmp_path, monkeypatch, said):
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert validation_store(Bundle.open(bundle_folder), open_data(f"market1501:{root}")) is None
+    assert "no embedding is kept for another run: " in said[-1]
+    assert "cannot be made (Not a directory)" in said[-1]
 
 
 def test_junk_is_never_embedded_and_changes_no_figure(root, bundle_folder, tmp_path, said):

@@ -1,1 +1,1 @@
-"""Trials that are too long for the test suite; `docs/trials.md` has their tables."""
+"""Trials that are too long for the test suite; `docs/trials.md` describes them."""

@@ -148,7 +148,6 @@ def map_type(dtypes: Sequence[str], layouts: Sequence[str], shapes: Sequence[Seq
     if not alike or dtypes[0] not in ITEM_BYTES or layouts[0] not in ("nchw", "nhwc"):
         raise UserError(
             f"the engine writes its maps as {', '.join(dtypes)} in {', '.join(layouts)}, and the kernel of the fused "
-            f"heads "
-            "takes them of one type and layout: leave out --fused-heads"
+            "heads takes them of one type and layout: leave out --fused-heads"
         )
     return MapType(dtypes[0], layouts[0], int(shapes[0][1]), tuple((int(shape[2]), int(shape[3])) for shape in shapes))

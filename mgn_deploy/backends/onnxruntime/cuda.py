@@ -99,10 +99,10 @@ class _FusedSession:
         self._stream.sync()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        parts = [self._piece(piece) for piece in split_batch(images, MAX_BATCH)]
+        parts = [self._run(some) for some in split_batch(images, MAX_BATCH)]
         return np.concatenate(parts) if parts else np.empty((0, self._dim), np.float32)
 
-    def _piece(self, images: np.ndarray) -> np.ndarray:
+    def _run(self, images: np.ndarray) -> np.ndarray:
         import onnxruntime
 
         with gpu_errors():

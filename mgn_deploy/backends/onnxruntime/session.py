@@ -117,8 +117,7 @@ def open_session(graph: bytes, providers: Mapping[str, Mapping[str, str]]) -> An
         left = placement(session).get(CPU, [])
         raise CannotRun(
             f"{', '.join(providers)} cannot run {', '.join(sorted(set(left))) or 'all'} of this graph's operators, and "
-            f"ONNX Runtime would run them "
-            "on the CPU: choose another --backend"
+            "ONNX Runtime would run them on the CPU: choose another --backend"
         ) from None
     _refuse_lost(session, providers)
     placed, first = placement(session), next(iter(providers))
@@ -164,10 +163,8 @@ def _refuse_lost(session: Any, providers: Mapping[str, Mapping[str, str]]) -> No
     if lost:
         raise CannotRun(
             f"onnxruntime {onnxruntime.__version__} did not load {', '.join(lost)}, and would run on "
-            f"{session.get_providers()[0]} "
-            "instead: install the CUDA and cuDNN that it was built for (pip install "
-            "'onnxruntime-gpu[cuda,cudnn]'; "
-            "https://onnxruntime.ai/docs/install)"
+            f"{session.get_providers()[0]} instead: install the CUDA and cuDNN that it was built for (pip install "
+            "'onnxruntime-gpu[cuda,cudnn]'; https://onnxruntime.ai/docs/install)"
         )
 
 

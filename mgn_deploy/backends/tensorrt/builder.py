@@ -20,7 +20,7 @@ from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.backends.tensorrt.cache import cache_key, load, load_plan, save, save_plan
 from mgn_deploy.backends.tensorrt.graph import PreparedGraph, prepare
 from mgn_deploy.backends.tensorrt.network import build_network, parsed_network, quiet
-from mgn_deploy.backends.tensorrt.package import import_problem_of, import_tensorrt, logger, title
+from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, title
 from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, EngineEntry, TensorRtName
 from mgn_deploy.choices import MAX_BATCH
 from mgn_deploy.cuda.device import Gpu, gpu_problem, this_gpu
@@ -118,7 +118,7 @@ def check_build(settings: BuildSettings, compute_capabilities: Sequence[str] = (
     wanted = [replace(settings, compute_capability=one) for one in compute_capabilities] or [settings]
     for one in wanted:
         _check(one)
-    problem = import_problem_of(engine) or (gpu_problem() if engine == "tensorrt" else None)
+    problem = ENGINES[engine].import_problem() or (gpu_problem() if engine == "tensorrt" else None)
     if problem:
         raise CannotRun(f"{ENGINES[engine].title} cannot build here: {problem}")
     for one in wanted:
@@ -143,8 +143,7 @@ def _check(settings: BuildSettings) -> None:
     if rtx and (settings.version_compatible or settings.hardware_compatible):
         raise UserError(
             "TensorRT-RTX plans run with their own release only, and without a compute capability on any GPU from "
-            "Ampere on: "
-            "leave out --version-compatible and --hardware-compatible"
+            "Ampere on: leave out --version-compatible and --hardware-compatible"
         )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file, cache_folder
+from mgn_deploy.files import cache_folder, write_bytes
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -66,8 +66,7 @@ def save(name: str, content: bytes) -> bool:
     try:
         folder = plan_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / name) as file:
-            file.write(content)
+        write_bytes(folder / name, content)
     except (UserError, OSError) as error:
         _log.warning(f"{name} is not cached ({error}): set XDG_CACHE_HOME to a writable folder")
         return False

@@ -15,8 +15,6 @@ from mgn_deploy.bundle.engine_entry import TensorRtName
 from mgn_deploy.errors import UserError
 from mgn_deploy.progress import Progress
 
-# (phase, step, steps)
-
 _one_at_a_time = threading.Lock()
 # Parts of builds that were stopped. TensorRT-RTX 1.7.1 once crashed after one: what its threads may still use is not
 # freed.

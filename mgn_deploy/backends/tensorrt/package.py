@@ -10,7 +10,6 @@ from typing import Any
 
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.bundle.engine_entry import TensorRtName
-from mgn_deploy.packages import import_problem
 
 # Of a library that looks for a GPU also where it needs none.
 _HARMLESS = ("cudaError 35", "CUDA driver version is insufficient", "Unable to determine GPU memory usage")
@@ -23,11 +22,6 @@ def import_tensorrt(engine: TensorRtName) -> Any:
         ImportError, OSError: it is not installed, or its libraries cannot be loaded.
     """
     return import_module(ENGINES[engine].package)
-
-
-def import_problem_of(engine: TensorRtName) -> str | None:
-    """Why the package cannot be imported and what to install, or None."""
-    return import_problem(ENGINES[engine].package, ENGINES[engine].extra)
 
 
 def title(engine: TensorRtName) -> str:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from mgn_deploy.backends.registry import ENGINES
-from mgn_deploy.backends.tensorrt.package import import_problem_of, import_tensorrt
+from mgn_deploy.backends.tensorrt.package import import_tensorrt
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, EngineEntry, TensorRtName
 from mgn_deploy.bundle.manifest import GRAPH
@@ -69,7 +69,7 @@ def misfit(entry: EngineEntry, version: str, gpu: Gpu, fused_heads: bool) -> str
 def builder_problem(engine: TensorRtName) -> str | None:
     """Why no plan can be built with what is installed, or None. TensorRT's lean and dispatch runtimes have no
     builder."""
-    problem = import_problem_of(engine)
+    problem = ENGINES[engine].import_problem()
     if problem:
         return problem
     if not hasattr(import_tensorrt(engine), "Builder"):

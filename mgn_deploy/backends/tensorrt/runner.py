@@ -12,7 +12,7 @@ import numpy as np
 from mgn_deploy.backends.base import Backend, BatchLimits
 from mgn_deploy.backends.heads.cuda import heads_of_graph
 from mgn_deploy.backends.registry import ENGINES
-from mgn_deploy.backends.tensorrt.package import import_problem_of, import_tensorrt, logger, title
+from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, title
 from mgn_deploy.backends.tensorrt.pipeline import CudaPipeline
 from mgn_deploy.backends.tensorrt.plans import build_here, plan_for
 from mgn_deploy.bundle.bundle import Bundle
@@ -67,7 +67,7 @@ class TensorRtBackend(Backend):
     @classmethod
     def missing(cls) -> str | None:
         extra = ENGINES[cls.name].extra
-        return import_problem_of(cls.name) or import_problem("cuda.core", extra) or gpu_problem()
+        return ENGINES[cls.name].import_problem() or import_problem("cuda.core", extra) or gpu_problem()
 
     @classmethod
     def open_graph(cls, graph: bytes, config: ModelConfig, *, fused_heads: bool = False) -> TensorRtBackend:
