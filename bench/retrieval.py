@@ -60,12 +60,13 @@ def nearest(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.nd
 
 def figures(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.ndarray:
     """Distances and metrics together, without a matrix in memory."""
-    from mgn_deploy.retrieval.ranking import evaluate_embeddings
+    from mgn_deploy.retrieval.evaluation import score_embeddings
+    from mgn_deploy.retrieval.truth import Truth
 
     cameras = np.arange(len(people)) % 6
     split = len(query)
-    found = evaluate_embeddings(query, gallery, people[:split], cameras[:split], people[split:], cameras[split:])
-    return np.array([found.mAP])
+    truth = Truth(people[:split], cameras[:split], people[split:], cameras[split:])
+    return np.array([score_embeddings(query, gallery, truth).metrics.mAP])
 
 
 def reranked(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.ndarray:

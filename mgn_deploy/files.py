@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import fnmatch
 import hashlib
 import os
@@ -65,6 +66,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".mgn-", suffix=".tmp", delete=False)  # noqa: SIM115
         try:
             with file:
+                _mark_as_written(file.fileno())
                 yield file  # type: ignore[misc]
                 file.flush()
                 os.fsync(file.fileno())
@@ -114,7 +116,9 @@ def atomic_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
         new = Path(tempfile.mkdtemp(dir=path.parent, prefix=".mgn-", suffix=".tmp"))
+        descriptor = os.open(new, os.O_RDONLY)
         try:
+            _mark_as_written(descriptor)
             yield new
             for file in new.rglob("*"):
                 sync_folder(file)
@@ -126,6 +130,7 @@ def atomic_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
             sync_folder(path.parent)
         finally:
             shutil.rmtree(new, ignore_errors=True)  # what is left of it, or the folder that it replaced
+            os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:
@@ -168,12 +173,23 @@ def _exchange(one: Path, other: Path) -> None:
     os.replace(between, one)
 
 
+def _mark_as_written(descriptor: int) -> None:
+    """Lock a file or folder that is being written, so that nobody takes it for a leftover."""
+    with suppress(OSError):  # NFS locks no folder; nor is one removed there, then
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left an hour ago or earlier: no run writes a folder for so long."""
+    """Remove what killed runs left an hour ago or earlier; what a run still writes is locked."""
     for left in folder.glob(".mgn-*.tmp"):
-        with suppress(OSError):  # of somebody else, or gone already
-            if left.is_dir() and time.time() - left.stat().st_mtime > 3600:
-                shutil.rmtree(left)
+        with suppress(OSError):  # of somebody else, being written, or gone already
+            if time.time() - left.stat().st_mtime > 3600:
+                descriptor = os.open(left, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                finally:
+                    os.close(descriptor)
 
 
 def _named(name: str, patterns: Collection[str]) -> bool:

@@ -9,6 +9,23 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Of a process's sitecustomize.py: its resolver knows numbers alone. The line is there because telemetry's thread may
+# swallow the error.
+NO_RESOLVER = """
+import ipaddress, os, socket
+def closed(real):
+    def ask(host, *arguments, **options):
+        try:
+            host and ipaddress.ip_address(host[0] if isinstance(host, tuple) else host)
+        except ValueError:
+            os.write(2, f"a host was asked for: {host}\\n".encode())
+            raise OSError("a host was asked for") from None
+        return real(host, *arguments, **options)
+    return ask
+for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "create_connection"):
+    setattr(socket, name, closed(getattr(socket, name)))
+"""
+
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -14,7 +14,7 @@ import pytest
 
 from mgn_deploy import files
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_folder, cache_folder
+from mgn_deploy.files import atomic_file, atomic_folder, cache_folder
 
 
 def replace_folder(path, content: str) -> None:
@@ -52,8 +52,20 @@ def test_leftover_of_a_killed_run_goes_once_it_is_old(tmp_path):
     for name, age in ((".mgn-old.tmp", 4000), (".mgn-new.tmp", 10)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age,) * 2)
+    (tmp_path / ".mgn-file.tmp").touch()
+    os.utime(tmp_path / ".mgn-file.tmp", (0, 0))
     replace_folder(tmp_path / "out", "x")
     assert sorted(os.listdir(tmp_path)) == [".mgn-new.tmp", "out"]
+
+
+def test_what_is_written_for_hours_is_no_leftover(tmp_path):
+    """An export that builds plans, or ranks a data set for its proof."""
+    with atomic_folder(tmp_path / "slow", names=["marker"]) as new, atomic_file(tmp_path / "file") as file:
+        (new / "marker").touch()
+        for path in (new, file.name):
+            os.utime(path, (0, 0))
+        replace_folder(tmp_path / "quick", "x")
+    assert sorted(os.listdir(tmp_path)) == ["file", "quick", "slow"]
 
 
 def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch):

@@ -41,7 +41,8 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Upward imports, each inside a function: the reference and the kernel are opened by name, where somebody asks for them.
 UPWARD = {
     ("backends.torch", "train.model"),
-    ("backends.torch_cuda.backend", "train.model"),
+    ("backends.torch", "train.weights"),
+    ("backends.torch_cuda.backend", "train.weights"),
     ("backends.torch_cuda.backend", "kernels.nvrtc"),
     ("backends.torch_cuda.network", "train.model"),
     ("backends.torch_cuda.network", "kernels.torch_heads"),

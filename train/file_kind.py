@@ -32,6 +32,8 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
 _WEB_PAGE = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|head|\?xml|!--|script)", re.IGNORECASE)
 # torch.save's before 1.6, and with _use_new_zipfile_serialization=False: a pickle of this number comes first.
 _LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+# A pickle of protocol 0 is text: it begins with a dict, or with the name of what it would call.
+_TEXT_PICKLE = re.compile(rb"\(dp\d+\n|c[\w.]+\n[\w.]+\n(?:p\d+\n)?[(.]")
 _SAFETENSORS = re.compile(rb".{5}\0{3}\s*\{", re.DOTALL)  # the length of a JSON header, and the header
 
 
@@ -58,7 +60,7 @@ def is_safetensors(path: Path) -> bool:
         kind = "a tar archive: unpack it"
     elif head.startswith(b"PK"):
         kind = _problem_of_zip(path)
-    elif head.startswith(b"\x80") and len(head) > 3 and _LEGACY not in head:
+    elif (head.startswith(b"\x80") and len(head) > 3 and _LEGACY not in head) or _TEXT_PICKLE.match(head):
         kind = f"a Python pickle that torch.save did not write, and reading it could run code: {STATE_DICT}"
     elif not kind and _is_text(head):
         kind = f"text, {head[:40].decode(errors='replace').strip()!r}: {AGAIN}"

@@ -75,7 +75,7 @@ class Schedule(_Table):
 
     epochs: Count = 80
     kind: Literal["steps", "cosine"] = "steps"
-    steps: tuple[int, ...] = ()
+    steps: tuple[Count, ...] = ()
     gamma: float = Field(0.1, gt=0, le=1)
     warm_up: float = Field(0.0, ge=0, lt=1)  # share of the run over which the rate rises linearly
     max_seconds: Finite = 0.0  # end by then, the schedule squeezed to fit; 0: no limit
@@ -144,7 +144,7 @@ def load_recipe(
         content: dict[str, Any] = tomllib.loads(path.read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not valid TOML: byte {error.start} is not UTF-8, save it as that") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or of a number of 5000 digits its base
         raise UserError(f"{name}: not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
@@ -172,7 +172,7 @@ def _parse(override: str) -> tuple[str, str, Any]:
         raise UserError(f"--set {override}: give table.key=value, as in optim.lr=0.02")
     try:
         return table, name, tomllib.loads(f"value = {value}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return table, name, value.strip()  # a bare word, as in optim.name=adam
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from mgn_deploy.choices import MAX_SEED
@@ -68,13 +69,20 @@ def load_weights(folder: str | os.PathLike[str]) -> MGN:
         config = ModelConfig.model_validate_json((folder / CONFIG).read_bytes())
     except ValidationError as error:
         raise UserError(f"{folder / CONFIG}: {first_problem(error)}") from None
-    tensors = read_tensor_file(folder / TENSORS)
-    model = empty_model(config)
-    problem = _first_difference(model, tensors)
-    if problem:
-        raise UserError(f"{folder / TENSORS} does not fit its {CONFIG}: {problem}")
-    model.to_empty(device="cpu").load_state_dict(tensors)
-    return model.eval()
+    return _model_with(read_tensor_file(folder / TENSORS), config, f"{folder / TENSORS} does not fit its {CONFIG}")
+
+
+def reference_model(content: bytes, config: ModelConfig) -> MGN:
+    """Read the model of a bundle's reference weights, in eval mode, on the CPU.
+
+    Raises:
+        UserError: they are no safetensors, or not this model's.
+    """
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise UserError(f"the bundle's reference weights are no whole safetensors file ({error})") from None
+    return _model_with(tensors, config, "the bundle's reference weights do not fit its manifest")
 
 
 def weights_hash(folder: str | os.PathLike[str]) -> str:
@@ -207,6 +215,16 @@ def _download_imagenet(backbone: str) -> dict[str, Tensor]:
             f"torchvision's ImageNet weights of {backbone} cannot be downloaded ({error}): fetch {weights.url} "
             "elsewhere and give the file with --init FILE, or start from random weights with --init random"
         ) from None
+
+
+def _model_with(tensors: dict[str, Tensor], config: ModelConfig, wrong: str) -> MGN:
+    """Make a config's model of these tensors; they are compared before it takes memory."""
+    model = empty_model(config)
+    problem = _first_difference(model, tensors)
+    if problem:
+        raise UserError(f"{wrong}: {problem}")
+    model.to_empty(device="cpu").load_state_dict(tensors)
+    return model.eval()
 
 
 def _first_difference(model: MGN, tensors: dict[str, Tensor]) -> str | None:

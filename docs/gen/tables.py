@@ -24,9 +24,8 @@ BARE, EMBED, EAGER = "bare engine", "embed (files to store)", "PyTorch eager"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 _MARKED = re.compile(r"(<!-- table: ([a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_NAME = re.compile(
-    r"(\d{4}-\d{2}-\d{2})-(.+)-(throughput|bench|peers|retrieval|growth|precision|plans|training)-(.+)\.(json|csv)"
-)
+KINDS = "throughput|bench|peers|retrieval|growth|precision|plans|training"  # as the results' file names have them
+_NAME = re.compile(rf"(\d{{4}}-\d{{2}}-\d{{2}})-(.+)-({KINDS})-(.+)\.(json|csv)")
 
 
 class Result(NamedTuple):

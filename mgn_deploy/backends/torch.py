@@ -21,9 +21,9 @@ class TorchBackend(Backend):
 
     def __init__(self, weights: bytes, config: ModelConfig, flip: bool) -> None:
         import torch
-        from safetensors.torch import load
 
-        from mgn_deploy.train.model import MGN, Embedding
+        from mgn_deploy.train.model import Embedding
+        from mgn_deploy.train.weights import reference_model
 
         self.version = str(torch.__version__)
         self.hardware = this_cpu()
@@ -35,9 +35,7 @@ class TorchBackend(Backend):
             self._device = "cuda"
             self.hardware = Gpu(torch.cuda.get_device_name(0), f"{major}.{minor}").hardware()
         torch.backends.cudnn.allow_tf32 = False  # the reference is float32; cuDNN would round its inputs to 10 bits
-        model = MGN(config)
-        model.load_state_dict(load(weights))
-        self._embedding = Embedding(model, flip).eval().to(self._device)
+        self._embedding = Embedding(reference_model(weights, config), flip).eval().to(self._device)
 
     @classmethod
     def missing(cls) -> str | None:

@@ -150,7 +150,7 @@ def identify(
 
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     with progress() as update:
-        answers, failed = identify_images(
+        answers, found = identify_images(
             images,
             people,
             embedder,
@@ -164,8 +164,9 @@ def identify(
     if answers[0].note:
         say(answers[0].note)
     if json:
-        unread = [{"path": str(path), "reason": reason} for path, reason in failed]
-        print_json({"identifications": [answer.to_dict() for answer in answers], "failed": unread})
+        unread = [{"path": str(path), "reason": reason} for path, reason in found.failed]
+        identified = [answer.to_dict() for answer in answers]
+        print_json({"identifications": identified, "failed": unread, "skipped": dict(found.skipped)})
     else:
         _print_answers(answers)
 

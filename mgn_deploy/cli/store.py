@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mgn_deploy.cli.options import BoxClass, BoxesFile, Json, MinScore, Video, out
+from mgn_deploy.cli.options import AllowUnproven, BoxClass, BoxesFile, Json, MinScore, Video, out
 from mgn_deploy.console import print_json, print_table, progress
 
 app = typer.Typer(
@@ -64,24 +64,40 @@ def verify(store: StoreFolder, json: Json = False) -> None:
         for damage in found.damaged:
             print(f"{damage.rows if damage.rows is not None else 'unknown'} rows: {damage.reason}")
     if found.damaged:
-        raise GateFailed(f"{len(found.damaged)} shards are damaged: `mgn-deploy store repair {store}` drops them")
+        raise GateFailed(f"{len(found.damaged)} shards are damaged: `mgn-deploy store repair {store}` makes them again")
 
 
 @app.command(epilog="Example:\n\nmgn-deploy store repair store")
-def repair(store: StoreFolder, json: Json = False) -> None:
-    """Drop damaged shards; `embed` then embeds their images again."""
+def repair(
+    store: StoreFolder,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="The bundle that embedded it; without it where it was then.")
+    ] = None,
+    allow_unproven: AllowUnproven = False,
+    json: Json = False,
+) -> None:
+    """Drop damaged shards, and embed their images again.
+
+    Where even their names are damaged, or the bundle is gone, the `embed` that made the store embeds what is missing.
+    """
+    from mgn_deploy.errors import first_names
     from mgn_deploy.gallery.maintain import repair as run
 
-    dropped = run(store)
+    with progress() as update:
+        dropped, again = run(store, bundle, allow_unproven=allow_unproven, progress=update)
     if json:
-        print_json({"store": str(store), "dropped": [vars(damage) for damage in dropped]})
+        made = again.to_dict() if again else None
+        print_json({"store": str(store), "dropped": [damage.to_dict() for damage in dropped], "embedded_again": made})
         return
     for damage in dropped:
-        print(f"dropped {damage.rows if damage.rows is not None else 'unknown'} rows: {damage.reason}")
-    if dropped:
-        print(f"run the `mgn-deploy embed ... -o {store}` that made it again: it embeds what is missing")
-    else:
+        images = f" ({first_names([repr(row.name) for row in damage.known])})" if damage.known else ""
+        print(f"dropped {damage.rows if damage.rows is not None else 'unknown'} rows: {damage.reason}{images}")
+    if again:
+        print(f"{store}: {again.embedded} embedded again, {len(again.failed)} failed")
+    if not dropped:
         print(f"{store}: nothing to repair")
+    elif not again or any(not damage.known for damage in dropped):
+        print(f"run the `mgn-deploy embed ... -o {store}` that made it again: it embeds what is missing")
 
 
 @app.command(epilog="Example:\n\nmgn-deploy store prune store photos")

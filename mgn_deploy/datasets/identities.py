@@ -20,6 +20,7 @@ from pathlib import Path
 from mgn_deploy.datasets.dataset import NO_CAMERA, Dataset, LabelledImage, Subset
 from mgn_deploy.datasets.labels import read_labels
 from mgn_deploy.errors import UserError
+from mgn_deploy.images.formats import skipped_sentence
 from mgn_deploy.images.listing import list_images
 
 _log = logging.getLogger("mgn_deploy")
@@ -39,7 +40,7 @@ def open_identities(root: str | os.PathLike[str], subsets: Collection[Subset]) -
     files = list_images(root)
     labels = read_labels("folder", [file.name for file in files])
     notes = []
-    loose = labels.unlabelled([file.name for file in files])
+    loose = [file.name for file in files if labels(file.name) is None]
     if loose:
         notes.append(f"{len(loose):,} images beside the people's folders were left out, {loose[0]!r} the first")
     rows = [(file, labels(file.name), _camera(file.name)) for file in files]
@@ -66,6 +67,8 @@ def open_identities(root: str | os.PathLike[str], subsets: Collection[Subset]) -
         raise UserError(f"{root} holds no person with two images: there is nothing to look for")
     for note in notes:
         _log.warning(note)
+    if files.skipped:
+        notes.append(skipped_sentence(files.skipped))  # which was told as they were listed
     data = Dataset.read("identities", root, subsets, {"train": train, "query": query, "gallery": gallery}.__getitem__)
     return replace(data, notes=notes, people=dict(labels.people), has_cameras=not without)
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from mgn_deploy.datasets.dataset import DISTRACTOR, JUNK, Dataset, LabelledImage, Subset
 from mgn_deploy.datasets.roots import find_root
 from mgn_deploy.errors import UserError
+from mgn_deploy.images.formats import skipped_sentence
 from mgn_deploy.images.listing import list_images
 
 FOLDERS: dict[Subset, str] = {
@@ -62,17 +63,20 @@ def open_market1501(
         UserError: no such folder, a wanted subset is missing, empty, or holds an image whose name gives no identity.
     """
     root = find_root(root, is_market1501, LAYOUT)
-    data = Dataset.read("folder", root, subsets, lambda subset: _labelled(root, FOLDERS[subset]))
-    return replace(data, junk=frozenset({JUNK}), distractors=frozenset({DISTRACTOR}))
+    notes: list[str] = []
+    data = Dataset.read("folder", root, subsets, lambda subset: _labelled(root, FOLDERS[subset], notes))
+    return replace(data, notes=notes, junk=frozenset({JUNK}), distractors=frozenset({DISTRACTOR}))
 
 
-def _labelled(root: Path, name: str) -> list[LabelledImage]:
+def _labelled(root: Path, name: str, notes: list[str]) -> list[LabelledImage]:
     folder = root / name
     if not os.path.isdir(folder):
         why = f"the Market-1501 layout is {LAYOUT}" if name in LAYOUT else "multiple-query takes its images from there"
         raise UserError(f"{root} has no folder {name!r}: {why}")
-    images = []
-    for file in list_images(folder):
+    images, listing = [], list_images(folder)
+    if listing.skipped:
+        notes.append(f"{name}: {skipped_sentence(listing.skipped)}")
+    for file in listing:
         path = folder / file.name
         label = parse_name(path.name)
         if label is None:

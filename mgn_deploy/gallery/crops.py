@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from mgn_deploy.datasets.labels import Label, Labels
 from mgn_deploy.errors import UnreadableImage
 from mgn_deploy.gallery.archives import archive_images, archive_of
 from mgn_deploy.gallery.remote import object_bytes
 from mgn_deploy.gallery.shards import Row
-from mgn_deploy.gallery.sources import cut, file_bytes
+from mgn_deploy.gallery.sources import Source, cut, file_bytes
 from mgn_deploy.gallery.video import frames_of, read_clip, upright
 from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.images.listing import ImageFile, image_file
@@ -49,6 +50,25 @@ def row_crop(store: Store, row: Row) -> Image.Image:
     if isinstance(image, str):
         raise UnreadableImage(image)
     return image
+
+
+def source_of(store: Store, rows: Sequence[Row]) -> Source:
+    """The photos, and boxes in photos, that were rows of a store, to embed them again. Frames of videos are left out.
+
+    Raises:
+        UserError: a row's name leads out of the store's source folder.
+    """
+    uri = store.manifest.source
+    files: list[ImageFile] = []
+    for row in rows:
+        if row.frame is None:
+            read = partial(object_bytes, uri, row.file)
+            remote = ImageFile(None, row.file, row.size, row.mtime_ns, read=read)
+            file = _file(_path(store, row)) if uri.startswith("file:") else remote
+            files.append(replace(file, name=row.name, box=row.box, track=row.track))
+    labels = {row.name: Label(row.identity, row.camera) for row in rows if row.identity is not None}
+    rule = Labels("none", rule=labels.get)  # none for the rows that stayed: they keep theirs
+    return Source(uri, f"{store.folder}", files, labels=rule, complete=False)
 
 
 def sequence_of(row: Row) -> str:

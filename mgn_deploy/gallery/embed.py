@@ -254,7 +254,7 @@ def _log_losses(report: GalleryReport, title: str) -> None:
     if report.unlike_crops:
         _log.warning(
             f"{report.unlike_crops} images are wider than high or larger than {MOST_CROP_SIDE} pixels, which no crop "
-            "of one person is: give a detector's boxes by --boxes"
+            "of one person is: give a detector's boxes (`embed --boxes`)"
         )
     if report.gone:
         _log.warning(

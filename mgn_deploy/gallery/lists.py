@@ -58,7 +58,7 @@ def list_source(place: str, root: str | os.PathLike[str] | None = None) -> Sourc
     source = replace(files_source(paths, base, skipped), title=f"list {title!r}")
     if table and "identity" in table[0].cells:
         source.labels = table_labels(title, _renamed(table, paths, base))
-        _log.info(f"{title} gives the labels, of its column identity: --labels would take others")
+        _log.info(f"{title} gives the labels, of its column identity (`embed --labels` takes others)")
     return source
 
 

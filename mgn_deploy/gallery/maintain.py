@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.crops import source_of
+from mgn_deploy.gallery.embed import GalleryReport, embed_folder
 from mgn_deploy.gallery.shards import Row, Shard, ShardEntry, StoreManifest, latest_rows, open_shards, read_manifest
+from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter, hold
+from mgn_deploy.progress import Progress
+
+_log = logging.getLogger("mgn_deploy")
 
 
 @dataclass(frozen=True)
@@ -23,11 +31,18 @@ class Damage:
         shard: its name.
         rows: how many rows it has by the manifest; None where a store of schema 1 does not say.
         reason: one sentence.
+        known: its rows, where their file is whole.
     """
 
     shard: str
     rows: int | None
     reason: str
+    known: list[Row] = field(default_factory=list, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the names of the images in place of the rows."""
+        images = [row.name for row in self.known]
+        return {"shard": self.shard, "rows": self.rows, "reason": self.reason, "images": images}
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**vars(self), "damaged": [vars(damage) for damage in self.damaged]}
+        return {**vars(self), "damaged": [damage.to_dict() for damage in self.damaged]}
 
 
 def verify(store: str | os.PathLike[str]) -> Verification:
@@ -62,11 +77,28 @@ def verify(store: str | os.PathLike[str]) -> Verification:
     )
 
 
-def repair(store: str | os.PathLike[str]) -> list[Damage]:
-    """Drop the shards that `verify` finds damaged; what was dropped. The same `embed` then embeds their images again.
+def repair(
+    store: str | os.PathLike[str],
+    bundle: str | os.PathLike[str] | None = None,
+    *,
+    allow_unproven: bool = False,
+    progress: Progress | None = None,
+) -> tuple[list[Damage], GalleryReport | None]:
+    """Drop the shards that `verify` finds damaged, and embed their images again, but for frames of videos.
+
+    Args:
+        store: its folder.
+        bundle: that embedded it; None: where it was then.
+        allow_unproven: embed by an engine without a passed proof, too.
+        progress: called with the images done and to do.
+
+    Returns:
+        What was dropped, and what the embedding did; None where no image could be embedded: no row says which there
+        were, or the bundle is not there, which is warned of. The same `embed` as at first makes up for what is missing.
 
     Raises:
         UserError: not a store, or it is in use.
+        GateFailed: not one of the images can be read.
     """
     folder = Path(store)
     with hold(folder):
@@ -75,7 +107,18 @@ def repair(store: str | os.PathLike[str]) -> list[Damage]:
             broken = {damage.shard for damage in found.damaged}
             writer = StoreWriter(folder, read_manifest(folder))
             writer.replace(shard for shard in writer.manifest.shards if shard.name not in broken)
-    return found.damaged
+    rows = [row for damage in found.damaged for row in damage.known]
+    if not rows:
+        return found.damaged, None
+    opened = Store.open(folder)
+    source = source_of(opened, rows)
+    try:
+        made = opened.manifest
+        embedder = Embedder.open(bundle or opened.find_bundle(), made.backend, allow_unproven=allow_unproven)
+        return found.damaged, embed_folder(source, folder, embedder, dtype=made.dtype, progress=progress)
+    except UserError as error:
+        _log.warning(f"what was dropped is not embedded again: {error}")
+        return found.damaged, None
 
 
 def prune(store: str | os.PathLike[str], keep: Collection[str]) -> int:
@@ -137,12 +180,15 @@ def merge(stores: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
 
 
 def _judge(folder: Path, entry: ShardEntry, manifest: StoreManifest) -> Shard | Damage:
+    rows: list[Row] = []
     try:
-        shard = Shard(folder, entry, manifest)
+        shard = Shard(folder, entry, manifest, check=False)
+        rows = shard.rows
+        shard.check_size()
         shard.verify()
         return shard
     except UserError as error:
-        return Damage(entry.name, entry.count, str(error).partition(": `mgn-deploy store repair")[0])
+        return Damage(entry.name, entry.count, str(error).partition(": `mgn-deploy store repair")[0], rows)
 
 
 def _rewrite(writer: StoreWriter, rows: Sequence[tuple[Row, Shard, int]]) -> None:

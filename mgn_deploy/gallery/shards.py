@@ -25,7 +25,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mgn_deploy.choices import Dtype
 from mgn_deploy.errors import UserError, first_problem
@@ -80,9 +80,18 @@ class StoreManifest(BaseModel):
     preprocessing: str
     dim: int = Field(ge=1, le=2**20)
     dtype: Dtype
-    bundle_path: str | None = None  # where the bundle was then; says nothing about the rows
+    # Where the bundle was then; says nothing about the rows.
+    bundle_path: str | None = Field(None, pattern=r"^[^\x00]*$")
     source: str  # what the rows' paths are below, as a URI: file: (which holds any name's bytes), s3:, ...
     shards: tuple[ShardEntry, ...] = ()
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, source: str) -> str:
+        urlsplit(source)  # a ValueError where it is no URI
+        if "\0" in source or "%00" in source:
+            raise ValueError("it has a NUL character")
+        return source
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +138,12 @@ class Row:
 class Shard:
     """One shard of a store: opened by its sizes, read when it is asked for, and checked when it is first read."""
 
-    def __init__(self, folder: Path, entry: ShardEntry, manifest: StoreManifest) -> None:
+    def __init__(self, folder: Path, entry: ShardEntry, manifest: StoreManifest, *, check: bool = True) -> None:
         """Read the shard's rows.
 
         Raises:
-            UserError: its Parquet is missing, damaged or another store's, or the sizes of the two files do not agree.
+            UserError: its Parquet is missing, damaged or another store's, or (with `check`) the two files' sizes do not
+                agree.
         """
         self.entry = entry
         self.array_path = folder / f"{entry.name}.npy"
@@ -145,7 +155,8 @@ class Shard:
         self._kept: np.ndarray | None = None
         self.rows = self._read_rows()
         self._shape = (len(self.rows), manifest.dim)
-        self._check_header()
+        if check:
+            self.check_size()
 
     def array(self) -> np.ndarray:
         """The embeddings `[rows, dim]`, read from disk; the first time their hash is checked.
@@ -159,9 +170,9 @@ class Shard:
         self._check_content(content)
         return np.frombuffer(content, self._dtype, offset=len(content) - self._nbytes).reshape(self._shape)
 
-    def keep(self) -> None:
-        """Keep the embeddings in memory from now on."""
-        self._kept = self.array()
+    def keep(self, kept: bool = True) -> None:
+        """Keep the embeddings in memory from now on, or no longer."""
+        self._kept = self.array() if kept else None
 
     def mapped(self) -> np.ndarray:
         """The embeddings, mapped from disk, after their hash is checked; those that are kept, from memory."""
@@ -197,8 +208,8 @@ class Shard:
         except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, pa.ArrowException) as error:
             raise self._damaged(self.rows_path, str(error)) from None
 
-    def _check_header(self) -> None:
-        """Raise where the .npy is no array of so many rows, as far as its first bytes and its size tell."""
+    def check_size(self) -> None:
+        """Raise UserError where the .npy is no array of so many rows, as far as its first bytes and its size tell."""
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             header, {"descr": self._dtype.str, "fortran_order": False, "shape": self._shape}
@@ -231,7 +242,7 @@ class Shard:
         return UserError(f"{path} cannot be read: {error.strerror}")
 
     def _damaged(self, path: Path, why: str) -> UserError:
-        return UserError(f"{path} is damaged ({why}): `mgn-deploy store repair {self.folder}` drops what is broken")
+        return UserError(f"{path} is damaged ({why}): `mgn-deploy store repair {self.folder}` makes it again")
 
 
 def read_manifest(folder: Path) -> StoreManifest:

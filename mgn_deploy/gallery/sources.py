@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -20,9 +21,10 @@ from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.archives import archive_images, is_archive
 from mgn_deploy.gallery.profile import Profile, on_thread
 from mgn_deploy.gallery.shards import SHARD_ROWS, folder_uri
-from mgn_deploy.images.decode import MIN_SIDE, load_rgb, resize_crop
+from mgn_deploy.images.decode import MIN_SIDE, open_rgb, resize_crop
 from mgn_deploy.images.formats import skipped_sentence, why_not_listed
 from mgn_deploy.images.listing import ImageFile, image_file, list_images
+from mgn_deploy.images.memory import reading
 from mgn_deploy.images.prefetch import in_order
 
 MOST_FILE_BYTES = 512 * 2**20  # 64 megapixels of 16-bit RGB, uncompressed, are less
@@ -216,17 +218,19 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
 
 def _crops(files: Sequence[ImageFile], height: int, width: int, profile: Profile | None) -> list[Decoded]:
     """The crops of one photo's files."""
-    try:
-        with on_thread(profile, "read"):
-            content = file_bytes(files[0])
-            digest = hashlib.sha256(content).digest()
-        with on_thread(profile, "decode"):
-            image = load_rgb(content)
-    except UnreadableImage as problem:
-        error = str(problem).encode("utf-8", "backslashreplace").decode()  # as Parquet keeps it
-        return [Decoded(file, error=error) for file in files]
-    with on_thread(profile, "resize"):
-        return [crop_of(file, image, height, width, digest) for file in files]
+    with ExitStack() as held:
+        held.enter_context(reading(files[0].size or 0))
+        try:
+            with on_thread(profile, "read"):
+                content = file_bytes(files[0])
+                digest = hashlib.sha256(content).digest()
+            with on_thread(profile, "decode"):
+                image = held.enter_context(open_rgb(content))
+        except UnreadableImage as problem:
+            error = str(problem).encode("utf-8", "backslashreplace").decode()  # as Parquet keeps it
+            return [Decoded(file, error=error) for file in files]
+        with on_thread(profile, "resize"):
+            return [crop_of(file, image, height, width, digest) for file in files]
 
 
 def _digest(files: Sequence[ImageFile]) -> bytes | None:

@@ -22,7 +22,7 @@ from mgn_deploy.identity.calibration import (
     how_to_calibrate,
 )
 from mgn_deploy.identity.identify import CANDIDATES, PRIOR_KNOWN, Identification, identify
-from mgn_deploy.identity.images import embed_readable
+from mgn_deploy.identity.images import EmbeddedImages, embed_readable
 from mgn_deploy.identity.people import People, Person, check_name
 from mgn_deploy.images.listing import image_paths
 from mgn_deploy.progress import Progress
@@ -94,11 +94,11 @@ def identify_images(
     candidates: int = CANDIDATES,
     batch_size: int = 8,
     progress: Progress | None = None,
-) -> tuple[list[Identification], list[tuple[Path, str]]]:
+) -> tuple[list[Identification], EmbeddedImages]:
     """`identify` the images of files and folders; those that cannot be read are logged and left out.
 
     Returns:
-        The answers, and path and reason of each file that could not be read.
+        The answers, and the images that they are about, with what could not be read and what was no image.
 
     Raises:
         UserError: not one image can be read, nobody is enrolled, or the people or the calibration are another bundle's.
@@ -122,7 +122,7 @@ def identify_images(
     if calibration is None:
         note = f"no name and no probability without a calibration: {how_to_calibrate(embedder.bundle)}"
         answers = [replace(answer, note=note) for answer in answers]
-    return answers, images.failed
+    return answers, images
 
 
 def _doubts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +29,13 @@ class EmbeddedImages:
         paths: of the `n` embedded files.
         embeddings: unit rows float32 `[n, dim]`.
         failed: path and reason of each file that could not be read.
+        skipped: how many files of the folders are no image, by extension.
     """
 
     paths: list[Path]
     embeddings: np.ndarray
     failed: list[tuple[Path, str]] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
 
 
 def embed_readable(
@@ -47,7 +50,8 @@ def embed_readable(
     Raises:
         UserError: not one of them can be read, or what `image_paths` refuses.
     """
-    paths = image_paths(sources)
+    skipped = Counter[str]()
+    paths = image_paths(sources, skipped)
     read: list[Path] = []
     failed: list[tuple[Path, str]] = []
     rows: list[np.ndarray] = []
@@ -67,4 +71,4 @@ def embed_readable(
     if not read:
         path, reason = failed[0]
         raise UserError(f"not one of {len(paths)} images can be read; the first, {str(path)!r}: {reason}")
-    return EmbeddedImages(read, np.concatenate(rows), failed)
+    return EmbeddedImages(read, np.concatenate(rows), failed, skipped)

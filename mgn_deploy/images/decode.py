@@ -11,7 +11,9 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -50,7 +52,19 @@ def load_rgb(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Imag
     Raises:
         UnreadableImage: not an image, truncated, empty, below 4 pixels a side or above 64 megapixels, no permission.
     """
-    return _read(source, _checked_rgb)
+    with open_rgb(source) as image:
+        return image
+
+
+@contextmanager
+def open_rgb(source: str | os.PathLike[str] | bytes | Image.Image) -> Iterator[Image.Image]:
+    """What `load_rgb` gives, within the memory that all threads together may take for pixels.
+
+    Raises:
+        UnreadableImage: see `load_rgb`.
+    """
+    with ExitStack() as held:
+        yield _read(source, partial(_checked_rgb, held))
 
 
 def upright_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
@@ -70,7 +84,8 @@ def read_crop(source: str | os.PathLike[str] | bytes | Image.Image, height: int,
     Raises:
         UnreadableImage: see `load_rgb`.
     """
-    return resize_crop(load_rgb(source), height, width)
+    with open_rgb(source) as image:
+        return resize_crop(image, height, width)
 
 
 def resize_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
@@ -120,7 +135,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else (width, height)
 
 
-def _checked_rgb(image: Image.Image) -> Image.Image:
+def _checked_rgb(held: ExitStack, image: Image.Image) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UnreadableImage(f"{width}x{height} pixels is more than the limit of {MAX_PIXELS // 10**6} megapixels")
@@ -128,9 +143,9 @@ def _checked_rgb(image: Image.Image) -> Image.Image:
         raise UnreadableImage(f"{width}x{height} pixels is too small for a person's crop")
     if image.format == "TIFF":
         silence_libtiff()
-    with decoding(width * height):
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), wide=image.format == "TIFF" and image.mode == "I")
+    held.enter_context(decoding(width * height))
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image), wide=image.format == "TIFF" and image.mode == "I")
 
 
 def _to_rgb(image: Image.Image, wide: bool) -> Image.Image:

@@ -69,7 +69,10 @@ def content_format(head: bytes) -> str | None:
 
 def why_not_listed(path: str, name: str) -> str | None:
     """Why a file is passed over, as `skipped_sentence` counts it: its extension, or more; None: it is an image."""
-    return why_no_image(name, lambda: _head(path))
+    try:
+        return why_no_image(name, lambda: _head(path))
+    except OSError as error:  # it may be an image
+        return f"{os.path.splitext(name)[1].lower() or NO_EXTENSION} that cannot be read ({error.strerror})"
 
 
 def why_no_image(name: str, head: Callable[[], bytes]) -> str | None:
@@ -100,14 +103,11 @@ def skipped_sentence(skipped: Mapping[str, int]) -> str:
 
 
 def _head(path: str) -> bytes:
-    """The first bytes of a regular file; none of what cannot be opened, and a named pipe is not waited for."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
-        with open(path, "rb") as file:
-            return file.read(HEAD_BYTES)
-    except OSError:
+    """The first bytes of a regular file; none of another, as a named pipe would be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
         return b""
+    with open(path, "rb") as file:
+        return file.read(HEAD_BYTES)
 
 
 def _has_avif() -> bool:

@@ -90,15 +90,20 @@ def list_images(folder: str | os.PathLike[str]) -> Listing:
     return listing
 
 
-def image_paths(sources: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files of a list of files and folders; a folder's are those below it, sorted.
+def image_paths(sources: Sequence[str | os.PathLike[str]], skipped: Counter[str] | None = None) -> list[Path]:
+    """The files of a list of files and folders; a folder's are those below it, sorted. `skipped` takes the others.
 
     Raises:
         UserError: a folder that holds no image or cannot be read, or nothing given.
     """
     found: list[Path] = []
     for source in map(Path, sources):
-        found.extend([file.path for file in list_images(source) if file.path] if source.is_dir() else [source])
+        if source.is_dir():
+            listing = list_images(source)
+            found.extend(file.path for file in listing if file.path)
+            (Counter() if skipped is None else skipped).update(listing.skipped)
+        else:
+            found.append(source)
     if not found:
         raise UserError("no image was given")
     return found

@@ -5,32 +5,48 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from threading import Condition
 
-# Most bytes of pixels that all threads together decode at once. One image of the largest size that is allowed fits.
+# Most bytes of pixels, and most of files, that all threads together have at once. One image of the largest size that is
+# allowed fits.
 LIMIT_BYTES = 512 * 2**20
 _BYTES_PER_PIXEL = 8  # Pillow's RGB takes 4, its source or resized copy as much again
 
-_changed = Condition()
-_in_use = 0
+
+class _Budget:
+    """Bytes that threads take and give back."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._in_use = 0
+
+    @contextmanager
+    def hold(self, need: int) -> Iterator[None]:
+        """Wait until so many bytes are free, or all."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._in_use or self._in_use + need <= LIMIT_BYTES)
+            self._in_use += need
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_use -= need
+                self._changed.notify_all()
 
 
-@contextmanager
-def decoding(pixels: int) -> Iterator[None]:
-    """Wait until an image of so many pixels may be decoded beside those that other threads decode."""
-    global _in_use
-    need = pixels * _BYTES_PER_PIXEL
-    with _changed:
-        _changed.wait_for(lambda: not _in_use or _in_use + need <= LIMIT_BYTES)
-        _in_use += need
-    try:
-        yield
-    finally:
-        with _changed:
-            _in_use -= need
-            _changed.notify_all()
+_pixels, _files = _Budget(), _Budget()
+
+
+def decoding(pixels: int) -> AbstractContextManager[None]:
+    """Wait until an image of so many pixels may be in memory beside those that other threads have there."""
+    return _pixels.hold(pixels * _BYTES_PER_PIXEL)
+
+
+def reading(size: int) -> AbstractContextManager[None]:
+    """Wait until a file of so many bytes may be in memory; `decoding` may be asked for within, not the reverse."""
+    return _files.hold(size)
 
 
 @cache

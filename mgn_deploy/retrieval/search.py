@@ -191,14 +191,14 @@ def search(
         found = found[found >= 0]
         if rerank:
             mine = np.asarray(asked[query], np.float32)
-            near, far = np.asarray(rows[found], np.float32) @ mine, distances[query]
+            near, far = np.asarray(rows[found], np.float32) @ mine, np.maximum(distances[query], 0)
         else:
             near, far = similarities[query], None
         results = [
             _ranked(
                 paths[index],
                 gallery.rows[index].name,
-                float(near[rank]),
+                min(float(near[rank]), 1.0),  # rows in float16 are longer than 1, by rounding
                 identities[index],
                 cameras[index],
                 None if far is None else float(far[rank]),

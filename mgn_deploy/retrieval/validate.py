@@ -62,7 +62,7 @@ class Validation:
     @property
     def reference(self) -> RankingMetrics | None:
         """The reference's."""
-        return self.reference_scores and self.reference_scores.metrics
+        return None if self.reference_scores is None else self.reference_scores.metrics
 
     def differences(self) -> dict[str, float]:
         """Backend minus reference of every metric, as fractions; empty without a reference."""
@@ -234,13 +234,21 @@ def embed_into(
 
 
 def validation_store(bundle: Bundle, data: Dataset) -> Path | None:
-    """The folder in the user's cache for a bundle's embeddings of a data set; None, with a warning, without a cache."""
+    """The folder in the user's cache for a bundle's embeddings of a data set; None, with a warning, where there is no
+    cache that can be written."""
     key = sha256_bytes(f"{bundle.id}\0{os.path.abspath(data.root)}".encode("utf-8", "surrogateescape"))
     try:
-        return cache_folder("validate") / key[:24]
+        folder = cache_folder("validate") / key[:24]
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        problem = f"{folder} cannot be written"
     except UserError as error:
-        _log.warning(f"no embedding is kept for another run: {error}")
-        return None
+        problem = str(error)
+    except OSError as error:
+        problem = f"{folder} cannot be made ({error.strerror})"
+    _log.warning(f"no embedding is kept for another run: {problem}; --store DIR keeps them")
+    return None
 
 
 def rank_gallery(data: Dataset, query: np.ndarray, gallery: np.ndarray) -> RankingMetrics:

@@ -181,6 +181,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         413: "More bytes, pixels or images than the limits.",
         422: "No image of the request can be read, or a parameter is wrong.",
         503: "The queue is full; Retry-After says for how long, in seconds.",
+        507: "This machine cannot write to its folder of people.",
     }.items()
 }
 

@@ -81,7 +81,8 @@ def _add_error_answers(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def unusable(request: Request, error: UserError) -> JSONResponse:
-        return problem(422, str(error))
+        # What this machine cannot write, as on a full disk, is no fault of the request.
+        return problem(507 if isinstance(error.__cause__, OSError) else 422, str(error))
 
     @app.exception_handler(TooLarge)
     async def too_large(request: Request, error: TooLarge) -> JSONResponse:

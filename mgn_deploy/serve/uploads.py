@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.images.decode import MIN_SIDE, load_rgb, resize_crop
+from mgn_deploy.images.decode import MIN_SIDE, open_rgb, resize_crop
 from mgn_deploy.serve.limits import Limits
 
 # A progressive JPEG has about ten scans. Each costs a pass over all pixels and can be a few bytes long.
@@ -92,12 +92,12 @@ def decode(upload: Upload, height: int, width: int, limits: Limits) -> list[Crop
     """
     try:
         _check_pixels(upload, limits)
-        image = load_rgb(upload.content)
+        with open_rgb(upload.content) as image:
+            if upload.boxes is None:
+                return [Crop(upload.name, None, resize_crop(image, height, width), None)]
+            return [_cut(upload.name, image, box, height, width) for box in upload.boxes]
     except UnreadableImage as error:
         return [Crop(upload.name, box, None, str(error)) for box in upload.boxes or [None]]
-    if upload.boxes is None:
-        return [Crop(upload.name, None, resize_crop(image, height, width), None)]
-    return [_cut(upload.name, image, box, height, width) for box in upload.boxes]
 
 
 def _check_pixels(upload: Upload, limits: Limits) -> None:
@@ -107,7 +107,7 @@ def _check_pixels(upload: Upload, limits: Limits) -> None:
     except Image.DecompressionBombError:
         pixels, kind = limits.pixels + 1, None
     except Exception:
-        return  # `load_rgb` says in its words what is wrong with it
+        return  # `open_rgb` says in its words what is wrong with it
     if pixels > limits.pixels:
         raise TooLarge(f"{upload.name}: the limit is {limits.pixels / 1e6:g} megapixels an image")
     if kind in ("JPEG", "MPO") and upload.content.count(_START_OF_SCAN) > MAX_SCANS:

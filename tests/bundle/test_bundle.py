@@ -156,17 +156,34 @@ def identity_graph() -> bytes:
     return bytes(model.SerializeToString())
 
 
+def replace_file(bundle: Path, name: str, content: bytes, **changes: object) -> None:
+    """Another file, with a hash that is right, and perhaps other keys of the manifest."""
+    (bundle / name).write_bytes(content)
+    manifest = Bundle.open(bundle).manifest
+    entry = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    write_manifest(bundle, manifest.model_copy(update={"files": {**manifest.files, name: entry}, **changes}))
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"junk", b"\x08\x08" * 100, identity_graph()], ids=["empty", "junk", "bytes", "identity"]
 )
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_graph_that_is_none_is_a_sentence_though_its_hash_is_right(bundle, content, backend):
-    (bundle / "graph.onnx").write_bytes(content)
-    manifest = Bundle.open(bundle).manifest
-    entry = FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-    write_manifest(bundle, manifest.model_copy(update={"files": {**manifest.files, "graph.onnx": entry}}))
+    replace_file(bundle, "graph.onnx", content)
     sentence = refusal(Embedder.open, bundle, backend)
     assert "cannot open this graph" in sentence or "cannot run this graph" in sentence or "this graph maps" in sentence
+
+
+def test_reference_weights_that_are_none_are_a_sentence_though_their_hash_is_right(bundle):
+    replace_file(bundle, "reference.safetensors", b"junk" * 10)
+    assert "are no whole safetensors file" in refusal(Embedder.open, bundle, "torch")
+
+
+def test_reference_weights_of_another_model_are_a_sentence(bundle):
+    config = Bundle.open(bundle).config.model_copy(update={"reduced_width": 8192})
+    replace_file(bundle, "reference.safetensors", (bundle / "reference.safetensors").read_bytes(), model=config)
+    sentence = refusal(Embedder.open, bundle, "torch")
+    assert "reference weights do not fit its manifest: tensor 'branches.0.reductions.0.0.weight' has shape" in sentence
 
 
 def test_manifest_nested_without_end_is_a_sentence(bundle):

@@ -118,7 +118,11 @@ def test_people_are_enrolled_identified_renamed_and_removed(calibrated, data, tm
     assert json.loads(again.stdout)["added"] == 0
 
     image = of_person(data, 1)[0]
-    done = mgn_deploy("identify", image, "--people", folder, "--bundle", bundle, "--far", 0.5, "--json")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/notes.txt").touch()
+    shutil.copy(image, tmp_path / "photos")
+    done = mgn_deploy("identify", tmp_path / "photos", "--people", folder, "--bundle", bundle, "--far", 0.5, "--json")
+    assert json.loads(done.stdout)["skipped"] == {".txt": 1}
     (answer,) = json.loads(done.stdout)["identifications"]
     assert answer["candidates"][0]["name"] == "Berta"
     assert answer["known"] == (answer["candidates"][0]["similarity"] >= answer["threshold"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,15 @@ def test_cameras_that_some_images_lack_are_not_used_and_loose_images_are_counted
         "1 images beside the people's folders were left out, 'loose.jpg' the first",
         "1 of 3 images name no camera (cam_1), so that cameras are not used",
     ]
+
+
+@pytest.mark.parametrize("kind", ["folder", "identities"])
+def test_files_that_are_no_images_are_in_the_notes_too(root, tmp_path, kind):
+    folder = shutil.copytree(root, tmp_path / "people")
+    (folder / "query/notes.txt").touch()
+    (folder / "query/clip.mp4").touch()
+    (note,) = open_data(f"{kind}:{folder}").notes
+    assert note.endswith("2 files skipped: 1 .mp4, 1 .txt")
 
 
 def test_training_takes_everybody_and_leaves_nobody_to_evaluate(tmp_path):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import subprocess
-import sys
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -29,31 +32,28 @@ from mgn_deploy.gallery import sources, writer
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.sources import Source, open_source
 from mgn_deploy.gallery.store import Store
+from mgn_deploy.images import memory
 from mgn_deploy.images.listing import ImageFile
 
 SHARD = 8
 
-# A run in a process of its own, in shards of eight, that dies by SIGKILL just before or after the n-th rename.
-DRIVER = """
-import os, signal, sys
-from mgn_deploy.embedder import Embedder
-from mgn_deploy.gallery import embed, writer
-folder, store, bundle, moment, victim = sys.argv[1:]
-renames = 0
-writer.SHARD_ROWS = 8
-rename = os.replace
-def dying(source, target):
-    global renames
-    renames += 1
-    if moment == "after":
-        rename(source, target)
-    if renames == int(victim):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if moment == "before":
-        rename(source, target)
-os.replace = dying
-embed.embed_folder(folder, store, Embedder.open(bundle, "onnxruntime"))
-"""
+
+def run_that_dies(folder: Path, store: Path, bundle: Path, moment: str, victim: int) -> None:
+    """A run in shards of eight, for a process of its own, that dies by SIGKILL just before or after the n-th rename."""
+    rename, renames = os.replace, count(1)
+
+    def dying(source: str, target: str) -> None:
+        is_victim = next(renames) == victim
+        if moment == "after":
+            rename(source, target)
+        if is_victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if moment == "before":
+            rename(source, target)
+
+    writer.SHARD_ROWS = SHARD
+    os.replace = dying
+    embed_folder(folder, store, Embedder.open(bundle, "onnxruntime"))
 
 
 @pytest.fixture
@@ -156,6 +156,23 @@ def test_float16_store_is_near_the_embeddings(images, tmp_path, embedder):
     embed_folder(images, tmp_path / "s", embedder, dtype="float16")
     assert Store.open(tmp_path / "s").embeddings().dtype == np.float16
     assert_rows_are_their_files(tmp_path / "s", images, embedder, tolerance=5e-4)
+
+
+def test_no_more_files_are_in_memory_at_once_than_fit(images, monkeypatch):
+    monkeypatch.setattr(memory, "LIMIT_BYTES", 1)
+    read, begun, most = sources.file_bytes, [], []
+
+    def slow(file):
+        begun.append(file)
+        most.append(len(begun))
+        time.sleep(0.02)
+        begun.pop()
+        return read(file)
+
+    monkeypatch.setattr(sources, "file_bytes", slow)
+    source = replace(sources.open_source(images), threads=4)
+    assert len(list(source.decode(source.files, 96, 32))) == len(source.files) > 1
+    assert set(most) == {1}
 
 
 def test_progress_ends_at_the_number_of_files(images, tmp_path, embedder):
@@ -551,10 +568,13 @@ def test_run_after_kill_9_ends_with_the_undisturbed_store(
 ):
     """Renames: a manifest, then for each shard its .npy, its Parquet, a manifest."""
     store = tmp_path / "s"
-    killed = subprocess.run(
-        [sys.executable, "-c", DRIVER, mixed, store, bundle_folder, moment, str(rename)], check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
+    # Forked by a server that has imported what a run needs, which takes longer than the run.
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["mgn_deploy.gallery.embed", "onnxruntime"])
+    killed = forks.Process(target=run_that_dies, args=(mixed, store, bundle_folder, moment, rename))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     if (moment, rename) != ("before", 1):
         left = Store.open(store, verify=True)
         committed = (rename - (moment == "before") - 1) // 3

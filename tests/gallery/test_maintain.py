@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -71,22 +72,47 @@ def test_whole_store_is_verified(store):
     assert (found.shards, found.rows, found.without_hash, found.damaged) == (6, 41, 0, [])
 
 
-@pytest.mark.parametrize("kind", ["npy", "parquet"])
-def test_repair_drops_what_is_broken_and_embed_makes_it_again(store, folder, embedder, kind):
-    before = embeddings(store)
-    break_shard(store, 2, kind)
+def labels(store: Path) -> dict[str, tuple[int | None, int | None]]:
+    return {row.name: (row.identity, row.camera) for row in Store.open(store)}
+
+
+def check_embeddings(store: Path, expected: dict[str, bytes]) -> None:
+    found = embeddings(store)
+    assert found.keys() == expected.keys()
+    for name, row in found.items():
+        assert np.allclose(np.frombuffer(row, "f4"), np.frombuffer(expected[name], "f4"), atol=1e-6)
+
+
+def test_repair_names_what_is_broken_and_embeds_it_again(store):
+    before, labelled = embeddings(store), labels(store)
+    [rows] = store.glob("shard-00002-*.parquet")
+    break_shard(store, 2, "npy")
     [damage] = verify(store).damaged
     assert damage.rows == 8
     assert damage.reason.endswith("is damaged (its SHA-256 is not the manifest's)")
-    assert repair(store) == [damage]
-    assert len(Store.open(store)) == 32
-    report = embed_folder(folder, store, embedder, labels="market1501")
+    assert damage.to_dict()["images"] == pq.read_table(rows).column("path").to_pylist()
+    dropped, report = repair(store)
+    assert dropped == [damage]
     assert report.embedded == 8
-    after = embeddings(store)
-    assert after.keys() == before.keys()
-    assert all(
-        np.allclose(np.frombuffer(after[name], "f4"), np.frombuffer(before[name], "f4"), atol=1e-6) for name in after
-    )
+    check_embeddings(store, before)
+    assert labels(store) == labelled
+    assert verify(store).damaged == []
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_repair_without_names_or_bundle_drops_and_embed_makes_it_again(store, folder, embedder, kind, said):
+    before = embeddings(store)
+    break_shard(store, 2, kind)
+    if kind == "npy":
+        path = store / "manifest.json"
+        path.write_text(path.read_text().replace(str(embedder.bundle.folder), "/nowhere"))
+    dropped, report = repair(store)
+    assert ([damage.rows for damage in dropped], report) == ([8], None)
+    assert len(Store.open(store)) == 32
+    told = "not embedded again: .*which is no longer in /nowhere: give --bundle"
+    assert bool(re.search(told, " ".join(said))) == (kind == "npy")
+    assert embed_folder(folder, store, embedder, labels="market1501").embedded == 8
+    check_embeddings(store, before)
 
 
 def test_prune_removes_the_images_that_are_gone_and_no_others(store, folder):
@@ -147,6 +173,8 @@ def test_relocated_store_leads_to_the_new_folder(store, folder, tmp_path):
 def test_exports_hold_the_embeddings_in_order(store, tmp_path):
     opened = Store.open(store)
     table = pq.read_table(export_store(opened, tmp_path / "all.parquet"))
+    group = pq.ParquetFile(tmp_path / "all.parquet").metadata.row_group(0)
+    assert [bool(group.column(at).statistics) for at in (0, group.num_columns - 1)] == [True, False]
     assert table.column("path").to_pylist() == [row.name for row in opened]
     assert table.column("identity").to_pylist() == opened.identities().tolist()
     made = np.stack(table.column("embedding").to_pylist()).astype(np.float32)
@@ -168,15 +196,18 @@ def test_commands_print_what_they_did_and_a_damaged_store_exits_1(store, folder,
     verified = mgn_deploy("store", "verify", store, "--json")
     assert verified.exit_code == 1
     assert json.loads(verified.stdout)["damaged"][0]["rows"] == 8
-    assert "dropped 8 rows" in mgn_deploy("store", "repair", store).stdout
+    repaired = mgn_deploy("store", "repair", store)
+    assert "dropped 8 rows" in repaired.stdout
+    assert f"{store}: 7 embedded again, 1 failed\n" in repaired.stdout
+    assert mgn_deploy("store", "repair", store).stdout == f"{store}: nothing to repair\n"
     assert json.loads(mgn_deploy("store", "prune", store, folder, "--json").stdout)["removed"] == 0
     assert mgn_deploy("store", "compact", store).exit_code == 0
     assert mgn_deploy("store", "export", store, "-o", tmp_path / "x.npy").stdout.startswith(
-        f"{tmp_path / 'x.npy'}: 33 "
+        f"{tmp_path / 'x.npy'}: 40 "
     )
-    assert "33 of its 33 images are" in mgn_deploy("store", "relocate", store, folder).stdout
+    assert "41 of its 41 images are" in mgn_deploy("store", "relocate", store, folder).stdout
     assert (
-        mgn_deploy("store", "merge", store, "-o", tmp_path / "m").stdout == f"{tmp_path / 'm'}: 33 rows of 1 stores\n"
+        mgn_deploy("store", "merge", store, "-o", tmp_path / "m").stdout == f"{tmp_path / 'm'}: 41 rows of 1 stores\n"
     )
 
 

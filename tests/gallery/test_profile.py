@@ -70,7 +70,7 @@ def test_a_slow_engine_is_the_bottleneck(crops, bundle_folder, tmp_path):
 
 @pytest.mark.parametrize(
     "module, function, stage",
-    [(sources, "file_bytes", "read"), (sources, "load_rgb", "decode"), (sources, "crop_of", "resize")],
+    [(sources, "file_bytes", "read"), (sources, "open_rgb", "decode"), (sources, "crop_of", "resize")],
 )
 def test_slow_threads_are_the_bottleneck(module, function, stage, crops, embedder, tmp_path, monkeypatch):
     quick = getattr(module, function)

@@ -483,6 +483,16 @@ def test_crafted_rows_are_a_sentence(tmp_path, columns):
     assert "is damaged (" in refusal(Store.open, tmp_path / "s")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("source", "file://[::1"), ("source", "file:///a%00b"), ("bundle_path", "a\0b")]
+)
+def test_manifest_with_a_place_that_is_none_is_refused(tmp_path, key, value):
+    write(tmp_path / "s", [ok("a.jpg")])
+    manifest = json.loads((tmp_path / "s/manifest.json").read_text())
+    (tmp_path / "s/manifest.json").write_text(json.dumps({**manifest, key: value}))
+    assert f"manifest.json is not an embedding store's: {key}: " in refusal(Store.open, tmp_path / "s")
+
+
 @pytest.mark.parametrize("name", ["../shard-00000-12345678", "shard-0", "shard-00000-12345678/../x", ""])
 def test_manifest_that_names_other_files_is_refused(tmp_path, name):
     write(tmp_path / "s", [ok("a.jpg")])

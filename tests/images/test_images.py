@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 
 import numpy as np
@@ -19,7 +19,7 @@ from PIL import Image, ImageCms
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import UnreadableImage
 from mgn_deploy.images import memory
-from mgn_deploy.images.decode import load_rgb, read_crop
+from mgn_deploy.images.decode import load_rgb, open_rgb, read_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest resets the filter that images.py sets
 
@@ -212,6 +212,16 @@ def test_threads_decode_no_more_pixels_at_once_than_the_limit(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(decode, range(16)))
     assert max(most) == 2
+
+
+def test_pixels_count_until_they_are_resized(monkeypatch):
+    content = encoded(Image.fromarray(COLOURS), "PNG")
+    monkeypatch.setattr(memory, "LIMIT_BYTES", 1)
+    with ThreadPoolExecutor(1) as pool:
+        with open_rgb(content):
+            other = pool.submit(load_rgb, content)
+            assert not wait([other], timeout=0.2).done
+        assert other.result().size == COLOURS.shape[1::-1]
 
 
 def test_image_above_the_limit_is_decoded_alone(monkeypatch):

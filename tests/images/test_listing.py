@@ -84,6 +84,14 @@ def test_text_that_begins_like_an_image_is_none(tmp_path, content):
     assert names(tmp_path) == ["a.jpg"]
 
 
+def test_a_file_whose_content_cannot_be_seen_is_told_from_one_that_is_no_image(tmp_path):
+    touch(tmp_path, "a.jpg", "notes.txt", "photo")
+    (tmp_path / "photo").chmod(0)
+    with permissions_apply():
+        skipped = list_images(tmp_path).skipped
+    assert skipped == {".txt": 1, "without extension that cannot be read (Permission denied)": 1}
+
+
 def test_heic_without_its_reader_is_counted_and_the_extra_named(tmp_path, monkeypatch, said):
     touch(tmp_path, "a.jpg", "b.heic")
     (tmp_path / "photo").write_bytes(b"\0\0\0\x18ftypheic" + bytes(16))

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import mgn_deploy
+from made_up_store import write_store
 
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.embed import embed_folder
-from mgn_deploy.gallery.shards import Row, StoreManifest
+from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.retrieval.rank_list import RankList, verdict
@@ -31,25 +32,14 @@ def crop_store(crops, embedder, tmp_path_factory) -> Store:
     return Store.open(folder)
 
 
-def write_store(
-    folder: Path,
-    rows: list[tuple[str, int | None, int | None]],
-    embeddings: np.ndarray,
-    bundle_id: str = "b" * 64,
-    source: str | None = None,
-) -> Store:
-    """A store of images that need not exist: (name, identity, camera) and unit embeddings."""
-    manifest = StoreManifest(
-        bundle_id=bundle_id,
-        backend="onnxruntime",
-        preprocessing="p",
-        dim=embeddings.shape[1],
-        dtype="float32",
-        source=source or (folder.parent / "images").as_uri(),
-    )
-    with StoreWriter(folder, manifest) as writer:
-        writer.add([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
-    return Store.open(folder)
+def test_no_similarity_is_above_1_and_no_distance_below_0_though_rows_are_no_unit_rows(tmp_path):
+    rows = np.array([[1.0003, 0, 0], [1.0003, 0, 0], [0, 1, 0]], np.float32)
+    store = write_store(tmp_path / "s", [(f"{n}.jpg", None, None) for n in range(3)], rows)
+    queries = Queries.of_store(store)
+    (best, _) = search(queries, store, 2)[0].results
+    assert best.similarity == 1
+    found = [result for ranked in search(queries, store, 2, rerank=True) for result in ranked.results]
+    assert all(result.similarity <= 1 and result.distance >= 0 for result in found)
 
 
 def queries_for(

@@ -25,7 +25,7 @@ from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.retrieval.evaluation import Protocol, Scores
 from mgn_deploy.retrieval.ranking import KEYS, RankingMetrics
-from mgn_deploy.retrieval.validate import Validation, validate
+from mgn_deploy.retrieval.validate import Validation, validate, validation_store
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +330,14 @@ def test_a_run_that_was_stopped_goes_on_from_its_store(root, bundle_folder, tmp_
     assert done[0] == total - before
     plain = validate(data, embedder, None)
     assert result.measured.to_dict() == pytest.approx(plain.measured.to_dict(), abs=1e-9)
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_stops_nobody(root, bundle_folder, tmp_path, monkeypatch, said):
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert validation_store(Bundle.open(bundle_folder), open_data(f"market1501:{root}")) is None
+    assert "no embedding is kept for another run: " in said[-1]
+    assert "cannot be made (Not a directory)" in said[-1]
 
 
 def test_junk_is_never_embedded_and_changes_no_figure(root, bundle_folder, tmp_path, said):

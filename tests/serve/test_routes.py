@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import threading
 import time
@@ -180,6 +182,17 @@ def test_a_person_is_enrolled_named_and_forgotten(client, crops: Path) -> None:
     assert client.request("DELETE", "/people", params={"name": "Zoë"}).status_code == 200
     assert client.get("/people").json()["people"] == []
     assert client.request("DELETE", "/people", params={"name": "Zoë"}).status_code == 422
+
+
+def test_people_who_cannot_be_written_are_no_fault_of_the_request(client, photo: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    answer = client.post("/enrol", files=files(photo), data={"name": "Anna"})
+    assert (answer.status_code, "the disk is full" in answer.json()["error"]) == (507, True)
+    monkeypatch.undo()
+    assert client.get("/people").json()["people"] == []
 
 
 def test_a_calibration_gives_probabilities_thresholds_and_names(

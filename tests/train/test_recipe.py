@@ -99,6 +99,8 @@ def test_keys_are_overridden_in_order():
         ("loss.margin=inf", "loss.margin: Input should be a finite number"),
         ("schedule.max_seconds=inf", "schedule.max_seconds: Input should be a finite number"),
         ("schedule.epochs=2.5", "schedule.epochs: Input should be a valid integer"),
+        ("optim.lr=" + "1" * 5000, "optim.lr: Input should be a valid number"),
+        ("schedule.steps=[-1]", "schedule.steps.0: Input should be greater than or equal to 1"),
         ("schedule.epochs=1e30", "schedule.epochs: Input should be a valid integer"),
         ("lr=1", "give table.key=value"),
         ("optim.lr", "give table.key=value"),
@@ -126,6 +128,7 @@ def test_a_file_is_a_recipe(tmp_path):
         ("optim = 3\n", "no key 'optim'"),
         ("[[optim]]\nlr = 1\n", "no key 'optim'"),
         ("a = " + "[" * 20_000, "not valid TOML: "),
+        ("a = " + "1" * 5000, "not valid TOML: "),
     ],
 )
 @pytest.mark.parametrize("overrides", [(), ("optim.lr=0.1",)])

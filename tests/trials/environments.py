@@ -4,7 +4,8 @@
 
 Each command runs under all of `ENVIRONMENTS`, several at once, in processes of their own, each on a copy of what it
 reads, in a folder whose name is not ASCII. Right is the usual exit code, or 2 with one sentence; for a reader that
-leaves (`| head -1`) also 141. A traceback, or a file in the current or the home folder, is a fault.
+leaves (`| head -1`) also 141. A traceback, a host that is asked for, or a file in the current or the home folder, is a
+fault.
 """
 
 from __future__ import annotations
@@ -138,14 +139,19 @@ class Done:
 
 def run(words: str, environment: Environment, made: Path, work: Path) -> Done:
     """Run a command on a copy of `made`."""
+    from tests.hostile import NO_RESOLVER
+
     with tempfile.TemporaryDirectory(prefix=environment.folder, dir=work) as top:
         copy, home, current = (Path(top) / name for name in ("W", "home", "current"))
         shutil.copytree(made, copy, symlinks=True)
         for folder in (home, current):
             folder.mkdir(mode=0o555 if environment.read_only else 0o755)
         variables = {**os.environ, "HOME": str(home)}
-        for name in ("XDG_CACHE_HOME", "PYTHONPATH"):
-            variables.pop(name, None)
+        site = Path(top) / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(NO_RESOLVER)
+        variables["PYTHONPATH"] = str(site)
+        variables.pop("XDG_CACHE_HOME", None)
         for name, value in environment.change.items():
             variables.pop(name, None)
             variables.update({name: value} if value is not None else {})
@@ -188,6 +194,8 @@ def fault(done: Done, environment: Environment) -> str | None:
     """What is wrong with an end, or None."""
     if "Traceback" in done.output:
         return "a traceback"
+    if "a host was asked for" in done.output:
+        return "a host was asked for"
     if done.stray:
         return f"files that nobody asked for: {', '.join(done.stray)}"
     return None if done.code in (0, *environment.codes) else f"ended with {done.code}"

@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--only", help="the name of one command")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before PyTorch is loaded
     multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED.split())
     rng = random.Random(options.seed)
     work = Path(tempfile.mkdtemp(prefix="mgn-kills-"))

@@ -45,11 +45,10 @@ class TorchCudaBackend(Backend):
         device: str = "cuda",
     ) -> None:
         import torch
-        from safetensors.torch import load
 
         from mgn_deploy.backends.torch_cuda.network import DTYPES, InferenceMGN
         from mgn_deploy.backends.torch_cuda.pipeline import TorchPipeline, gpu_errors
-        from mgn_deploy.train.model import MGN
+        from mgn_deploy.train.weights import reference_model
 
         if precision not in DTYPES:
             raise CannotRun(f"{self.name} computes in {', '.join(DTYPES)}, and this bundle is in {precision}")
@@ -65,9 +64,7 @@ class TorchCudaBackend(Backend):
                     f"{gpu.name} (compute capability {gpu.compute_capability}) has no bfloat16: it needs 8.0"
                 )
         self.fused_heads = fused_heads
-        model = MGN(config)
-        model.load_state_dict(load(weights))
-        network = InferenceMGN(model, flip, DTYPES[precision], kernel=fused_heads).eval()
+        network = InferenceMGN(reference_model(weights, config), flip, DTYPES[precision], kernel=fused_heads).eval()
         with gpu_errors():
             network.to(device)
         if device == "cuda":
