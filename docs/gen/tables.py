@@ -223,7 +223,7 @@ def bench() -> str:
         result = read_result(one.path)
         columns, rows = table(result)
         said = "\n".join(f"- {sentence}" for sentence in remarks(result))
-        parts.append(f"{one.date}; images: {result.images}:\n\n{_table(columns, rows)}\n\n{said}")
+        parts.append(f"{one.date}; {result.models}; images: {result.images}:\n\n{_table(columns, rows)}\n\n{said}")
     return "\n\n".join(parts) or "None is committed yet: `bench/results/README.md` has the commands."
 
 
