@@ -1,4 +1,4 @@
-"""JPEG decoders beside Pillow on real crops: `python -m mgn_deploy.bench.decoders --images DIR [--bundle B] --json`.
+"""JPEG decoders beside Pillow on real crops: `python -m mgn_deploy.bench.decoders --images DIR [--bundle B]`.
 
 Those that are installed take turns in every round, so that other work on the machine meets all of them: `cpu` is the
 median over rounds of a decoder's seconds of CPU over those of `load_rgb`, which is Pillow. `draft` is Pillow at a scale
@@ -24,7 +24,8 @@ from PIL import Image
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.images.decode import load_rgb, resize_crop
 from mgn_deploy.images.listing import list_images
-from mgn_deploy.images.prefetch import batched, usable_cpus
+from mgn_deploy.images.prefetch import batched
+from mgn_deploy.machine import usable_cpus
 
 Decoder = Callable[[bytes], np.ndarray]
 
@@ -93,7 +94,6 @@ def main() -> None:
     parser.add_argument("--enlarge", type=int, default=1, help="the crops, bicubically so many times as large")
     parser.add_argument("--bundle", type=Path, help="whose embeddings tell what draft changes")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", action="store_true", help="as in any case")
     asked = parser.parse_args()
     files = [file.path.read_bytes() for file in list_images(asked.images).files[: asked.count] if file.path]
     contents = [enlarged(content, asked.enlarge) if asked.enlarge > 1 else content for content in files]

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mgn_deploy.bench.environment import cpu
-from mgn_deploy.bench.retrieval import IMAGES_A_PERSON, clear_peak, drawn_people, memory
+from mgn_deploy.bench.retrieval import IMAGES_A_PERSON, drawn_people, in_own_process, measured
+
+if TYPE_CHECKING:
+    from mgn_deploy.gallery.store import Store
 
 QUERIES, K = 100, 10
 WRITTEN_ROWS = 15_000  # drawn at a time, whole people
@@ -32,12 +33,7 @@ def write_store(folder: Path, images: int, dim: int) -> None:
     from mgn_deploy.gallery.writer import StoreWriter
 
     manifest = StoreManifest(
-        bundle_id="0" * 64,
-        backend="drawn",
-        preprocessing="none",
-        dim=dim,
-        dtype="float16",
-        source=folder.as_uri(),
+        bundle_id="0" * 64, backend="drawn", preprocessing="none", dim=dim, dtype="float16", source=folder.as_uri()
     )
     with StoreWriter(folder, manifest) as writer:
         for start in range(0, images, WRITTEN_ROWS):
@@ -48,39 +44,35 @@ def write_store(folder: Path, images: int, dim: int) -> None:
 
 
 def run(task: str, folder: Path) -> dict[str, Any]:
-    """One measurement of a store in this process, by the clock, by the CPU, and of memory at most."""
+    """One measurement of a store in this process."""
     from mgn_deploy.gallery.store import Store
-    from mgn_deploy.index.build import build_index, open_index
     from mgn_deploy.retrieval.nearest import top_k
     from mgn_deploy.retrieval.rerank import rerank_top_k
 
     store = Store.open(folder)
     asked = store.take(np.linspace(0, len(store) - 1, QUERIES, dtype=np.int64)).astype(np.float32)
-    more: dict[str, Any] = {}
-    clear_peak()
-    before = memory("VmRSS")
-    start, cpu_start = time.perf_counter(), time.process_time()
-    if task == "search":
-        top_k(asked, store, K)
-    elif task == "rerank":
-        rerank_top_k(asked, store.embeddings(), K)
-    else:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-            made = build_index(store, f"{beside}/index")
-            more = {"kind": made.kind, "recall_at_10": made.recall_at_10, "build_seconds": time.perf_counter() - start}
-            with open_index(f"{beside}/index", store) as candidates:
-                start = time.perf_counter()
-                candidates(asked, K)
-                more["search_seconds"] = time.perf_counter() - start
-                start -= more["build_seconds"]
-    return {
-        "task": task,
-        "images": len(store),
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": time.process_time() - cpu_start,
-        "gigabytes": (memory("VmHWM") - before) / 1e9,
-        **more,
+    tasks = {
+        "search": lambda: top_k(asked, store, K),
+        "index": lambda: build_and_search(asked, store, folder.parent),
+        "rerank": lambda: rerank_top_k(asked, store.embeddings(), K),
     }
+    found, figures = measured(tasks[task])
+    return {"task": task, "images": len(store), **figures, **(found if task == "index" else {})}
+
+
+def build_and_search(asked: np.ndarray, store: Store, folder: Path) -> dict[str, Any]:
+    """An index's kind and recall, and the seconds that building and searching it take."""
+    from mgn_deploy.index.build import build_index, open_index
+
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        start = time.perf_counter()
+        made = build_index(store, f"{beside}/index")
+        built = time.perf_counter()
+        with open_index(f"{beside}/index", store) as candidates:
+            opened = time.perf_counter()
+            candidates(asked, K)
+            seconds = {"build_seconds": built - start, "search_seconds": time.perf_counter() - opened}
+    return {"kind": made.kind, "recall_at_10": made.recall_at_10, **seconds}
 
 
 def exponent(rows: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -103,20 +95,11 @@ def measure(sizes: list[int], dim: int, largest: dict[str, int], folder: Path) -
             for task in TASKS:
                 if images > largest.get(task, images):
                     continue
-                load = os.getloadavg()[0]
-                command = [sys.executable, "-m", __spec__.name, "--run", task, "--folder", f"{made}/store"]
-                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-                rows.append({**json.loads(done.stdout), "load": round(load, 2)})
+                rows.append(in_own_process(__spec__.name, run=task, folder=f"{made}/store"))
                 print(json.dumps(rows[-1]), file=sys.stderr)  # what a run that is stopped has found
     reranked = [row for row in rows if row["task"] == "rerank"]
-    return {
-        "machine": cpu(),
-        "dim": dim,
-        "queries": QUERIES,
-        "k": K,
-        "rows": rows,
-        "rerank_extrapolated": exponent(reranked),
-    }
+    asked = {"machine": cpu(), "dim": dim, "queries": QUERIES, "k": K}
+    return {**asked, "rows": rows, "rerank_extrapolated": exponent(reranked)}
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

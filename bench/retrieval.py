@@ -9,21 +9,22 @@ where it is installed.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mgn_deploy.bench.environment import cpu
+from mgn_deploy.bench.environment import PeakMemory, cpu
 
 IMAGES_A_PERSON = 15
 WARM_UP = 400  # images of a run before the one that is measured
@@ -59,12 +60,13 @@ def nearest(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.nd
 
 def figures(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.ndarray:
     """Distances and metrics together, without a matrix in memory."""
-    from mgn_deploy.retrieval.ranking import evaluate_embeddings
+    from mgn_deploy.retrieval.evaluation import score_embeddings
+    from mgn_deploy.retrieval.truth import Truth
 
     cameras = np.arange(len(people)) % 6
     split = len(query)
-    found = evaluate_embeddings(query, gallery, people[:split], cameras[:split], people[split:], cameras[split:])
-    return np.array([found.mAP])
+    truth = Truth(people[:split], cameras[:split], people[split:], cameras[split:])
+    return np.array([score_embeddings(query, gallery, truth).metrics.mAP])
 
 
 def reranked(query: np.ndarray, gallery: np.ndarray, people: np.ndarray) -> np.ndarray:
@@ -78,15 +80,9 @@ def reranked_by_torchreid(query: np.ndarray, gallery: np.ndarray, people: np.nda
     """torchreid's, which takes Euclidean distances."""
     from mgn_deploy.retrieval.distance import distance_matrix
 
-    path = torchreid_file()
-    assert path is not None
-    spec = importlib.util.spec_from_file_location("torchreid_rerank", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    re_ranking = runpy.run_path(str(torchreid_file()))["re_ranking"]
     pairs = (query, gallery), (query, query), (gallery, gallery)
-    return module.re_ranking(*(distance_matrix(left, right, "euclidean") for left, right in pairs))
+    return re_ranking(*(distance_matrix(left, right, "euclidean") for left, right in pairs))
 
 
 CONTENDERS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
@@ -97,7 +93,7 @@ CONTENDERS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 def torchreid_file() -> Path | None:
     """Where torchreid's re-ranking is installed, or None."""
-    spec = importlib.util.find_spec("torchreid")
+    spec = find_spec("torchreid")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for name in ("reid/utils/rerank.py", "utils/rerank.py"):
             if (Path(folder) / name).is_file():
@@ -110,41 +106,38 @@ def run(name: str, queries: int, images: int, dim: int, out: Path) -> dict[str, 
     rows, people = drawn_people(images, dim)
     few, whose = drawn_people(WARM_UP, dim)
     CONTENDERS[name](few[: WARM_UP // 4], few[WARM_UP // 4 :], whose)  # imports and threads
-    clear_peak()
-    before = memory("VmRSS")
-    start, cpu_start = time.perf_counter(), time.process_time()
-    found = CONTENDERS[name](rows[:queries], rows[queries:], people)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    peak = memory("VmHWM") - before
+    found, figures = measured(lambda: CONTENDERS[name](rows[:queries], rows[queries:], people))
     np.save(out, found)
-    return {"contender": name, "seconds": seconds, "cpu_seconds": cpu_seconds, "gigabytes": peak / 1e9}
+    return {"contender": name, **figures}
 
 
-def clear_peak() -> None:
-    """Count this process's peak of memory from here on (proc(5))."""
-    Path("/proc/self/clear_refs").write_text("5")
+def measured(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What a call gives; its seconds by the clock and of CPU, and the gigabytes that it had at most beyond what was
+    there."""
+    with PeakMemory() as peak:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        found = call()
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return found, {"seconds": seconds, "cpu_seconds": cpu_seconds, "gigabytes": peak.host / 1e9}
 
 
-def memory(field: str) -> int:
-    """Bytes of this process, by Linux: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+def in_own_process(module: str, **options: object) -> dict[str, Any]:
+    """The JSON that a module prints, and in `load` the machine's load average (1 minute) as it began: beyond 0.2 others
+    were at work, too."""
+    load = os.getloadavg()[0]
+    command = [sys.executable, "-m", module, *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return {**json.loads(done.stdout), "load": round(load, 2)}
 
 
 def measure(names: list[str], queries: int, images: int, dim: int, rounds: int = 1) -> dict[str, Any]:
-    """Run contenders one after the other, each in a process, several times in turn; JSON-ready.
-
-    `load` is the machine's load average (1 minute) as each began: beyond 0.2 others were at work, too.
-    """
-    rows, kept = [], {}
+    """Run contenders one after the other, each in a process, several times in turn; JSON-ready."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in names * rounds:
-            kept[name] = Path(folder) / f"{name}.npy"
-            load = os.getloadavg()[0]
-            command = [sys.executable, "-m", __spec__.name, "--run", name, "--out", str(kept[name])]
-            command += ["--queries", str(queries), "--images", str(images), "--dim", str(dim)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-            rows.append({**json.loads(done.stdout), "load": round(load, 2)})
+        kept = {name: Path(folder) / f"{name}.npy" for name in names}
+        rows = [
+            in_own_process(__spec__.name, run=name, out=kept[name], queries=queries, images=images, dim=dim)
+            for name in names * rounds
+        ]
         largest, share = None, None
         if {"reranked", "reranked_by_torchreid"} <= set(names):
             ours, theirs = (np.load(kept[name], mmap_mode="r") for name in ("reranked", "reranked_by_torchreid"))

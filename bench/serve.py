@@ -24,10 +24,9 @@ from urllib.request import urlopen
 
 import numpy as np
 
+from mgn_deploy.bench.contenders import read_images
 from mgn_deploy.bench.timing import calls
 from mgn_deploy.embedder import Embedder
-from mgn_deploy.images.decode import read_crop
-from mgn_deploy.images.listing import list_images
 
 Answer = tuple[float, float, float]  # when it came, its latency, its wait in the queue, in seconds
 _QUEUE = re.compile(r"queue;dur=([\d.]+)")
@@ -93,9 +92,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     asked = parser.parse_args()
     embedder, batch = Embedder.open(asked.bundle, asked.backend), asked.batch
-    contents = [file.path.read_bytes() for file in list_images(asked.images) if file.path][:256]
-    crops = (contents * batch)[:batch]
-    pixels = np.stack([read_crop(content, embedder.height, embedder.width) for content in crops])
+    images = read_images(asked.images, embedder.height, embedder.width, 256, batch)
     command = [sys.executable, "-m", "mgn_deploy", "serve", "--bundle", str(asked.bundle), "--port", "0"]
     command += ["--backend", embedder.backend.name, "--batch", str(batch)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
@@ -103,7 +100,8 @@ def main() -> None:
         address = server.stdout.readline().strip()
         turns: list[dict[str, float]] = []
         for _ in range(asked.turns):
-            one = bare(embedder, pixels, asked.seconds) | served(address, contents, 3 * batch, asked.seconds)
+            one = bare(embedder, images.crops[:batch], asked.seconds)
+            one |= served(address, images.encoded, 3 * batch, asked.seconds)
             one["share"] = one["rate"] * one["batch_seconds"] / batch
             one["cpu_share"] = one["bare_cpu"] / one["served_cpu"]
             one["batches_beyond_queue"] = one["p99_beyond_queue"] / one["batch_seconds"]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.bench.contenders import REFERENCE, Contender, Rivals, open_contenders, read_images
-from mgn_deploy.bench.environment import environment, joules, process_peak
+from mgn_deploy.bench.environment import environment, joules, process_peak, sentence
 from mgn_deploy.bench.result import Accuracy, Latency, Result
 from mgn_deploy.bench.server import held_rate
 from mgn_deploy.bench.timing import Limits, in_turns, limits, median_ratio, quantile, spread
@@ -100,10 +100,12 @@ def measure(
             draw_market1501(folder, train_identities=max(2, count // 8), test_identities=2)
         pixels = cache(lambda height, width: read_images(folder, height, width, count, max(batches)))
         contenders, left_out = open_contenders(opened, engines, batches, pixels, reference, allow_unproven, rivals)
+        slice_ = _warm_up(contenders, end, Path(scratch))
+        left_out += [one.row for one in contenders if "engine" in one.row.not_measured]
+        contenders = [one for one in contenders if "engine" not in one.row.not_measured]
         if not contenders:
             raise CannotRun("; ".join(dict.fromkeys(f"{row.engine}: {row.not_measured['engine']}" for row in left_out)))
         machine = limits("cuda" if any(one.row.device != "CPU" for one in contenders) else "cpu")
-        slice_ = _warm_up(contenders, end, Path(scratch))
         left = max(0.0, end - time.monotonic())
         ranking = min(ACCURACY_SHARE * left, 2 * _ranking_seconds(contenders, labelled)) if labelled else 0.0
         serving = SERVER_SHARE * (left - ranking) if p99 else 0.0
@@ -123,11 +125,15 @@ def measure(
 
 
 def _warm_up(contenders: Sequence[Contender], end: float, scratch: Path) -> float:
-    """Warm all up; the seconds of a slice, so that the rounds fit."""
-    left = max(0.0, end - time.monotonic())
-    seconds = min(SLICE[1], max(SLICE[0], left / (len(contenders) * 4 * WANTED_ROUNDS)))
+    """Warm all up; the seconds of a slice, so that the rounds fit. The row of what fails has the reason."""
+    share = max(0.0, end - time.monotonic()) / max(1, len(contenders))
+    seconds = min(SLICE[1], max(SLICE[0], share / (4 * WANTED_ROUNDS)))
     for number, contender in enumerate(contenders):
-        contender.warm_up(min(10.0, 0.2 * left / len(contenders)), seconds)
+        try:
+            contender.warm_up(min(10.0, 0.2 * share), seconds)
+        except Exception as error:  # as of a batch that the GPU has no memory for: the other rows are worth having
+            contender.row.not_measured["engine"] = sentence(error)
+            continue
         if contender.row.warm_up and not contender.row.warm_up.settled:
             _log.warning(f"{contender.row.name}: still changing after {contender.row.warm_up.calls} calls of warm-up")
         contender.copy_files(scratch / f"{number}" / "images")
@@ -186,6 +192,9 @@ def _gpu_times(contender: Contender, calls: int = 5) -> None:
         for _ in range(calls):
             contender.embedder.backend(batch)
     events = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    if not events:
+        contender.row.not_measured["gpu_ms"] = "CUPTI shows no kernels: it may be another process's, or forbidden here"
+        return
     copies = sum(event.device_time for event in events if event.name.startswith("Memcpy"))
     every = sum(event.device_time for event in events)
     contender.row.gpu_ms = round((every - copies) / calls / 1e3, 4)

@@ -11,6 +11,8 @@ from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
 
+Labelled = list[tuple[str, int | None, int | None]]  # name, identity, camera
+
 
 def made_up_store(
     folder: Path,
@@ -30,20 +32,37 @@ def made_up_store(
     if drawn:
         for name, identity, camera in zip(names, identities, cameras, strict=True):
             draw_crop(identity or 0, camera or 1, len(name)).save(folder / "images" / name, "JPEG")
-    manifest = StoreManifest(
-        bundle_id=bundle_id,
-        backend="torch",
-        preprocessing="pillow-bicubic-1",
-        dim=embeddings.shape[1],
-        dtype="float32",
-        source=(folder / "images").as_uri(),
-    )
     rows = [
         Row(name, 1, 1, None, identity, camera, time_s=time_s)
         for name, identity, camera, time_s in zip(
             names, identities, cameras, times or [None] * len(embeddings), strict=True
         )
     ]
-    with StoreWriter(folder / "store", manifest) as writer:
+    return write_rows(folder / "store", rows, embeddings, bundle_id)
+
+
+def write_store(
+    folder: Path,
+    rows: Labelled,
+    embeddings: np.ndarray,
+    bundle_id: str = "b" * 64,
+    source: str = "images",
+) -> Store:
+    """A store of images that need not exist; `source` is a URI, or a folder beside the store."""
+    return write_rows(folder, [Row(name, 1, 1, None, *labels) for name, *labels in rows], embeddings, bundle_id, source)
+
+
+def write_rows(
+    folder: Path, rows: list[Row], embeddings: np.ndarray, bundle_id: str = "b" * 64, source: str = "images"
+) -> Store:
+    manifest = StoreManifest(
+        bundle_id=bundle_id,
+        backend="onnxruntime",
+        preprocessing="pillow-bicubic-1",
+        dim=embeddings.shape[1],
+        dtype="float32",
+        source=source if ":" in source else (folder.parent / source).as_uri(),
+    )
+    with StoreWriter(folder, manifest) as writer:
         writer.add(rows, embeddings.astype(np.float32))
-    return Store.open(folder / "store")
+    return Store.open(folder)

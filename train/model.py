@@ -198,12 +198,6 @@ def resnet_of(config: ModelConfig) -> ResNet:
     return build_resnet(config.backbone, config.base_width, config.ibn, config.stem_pool)
 
 
-def count_parameters(model: MGN) -> int:
-    """Count the parameters without the classifiers, which only training uses (68.8 million for the paper's MGN)."""
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    return everything - sum(parameter.numel() for parameter in model.classifiers.parameters())
-
-
 def fold_batch_norms(model: MGN) -> MGN:
     """Copy a model, in eval mode, with its batch norms folded into the convolutions before them (Identity is left).
 

@@ -9,6 +9,7 @@ from mgn_deploy.backends.registry import ENGINES
 
 Stages = Mapping[str, Sequence[Mapping[str, Any]]]  # rows by stage
 NOT_MEASURED = "not measured"
+OURS = set(ENGINES) - {"torch"}
 HEADLINE = "float16 nhwc mirror_embeddings"  # what the pipeline gives the kernel
 
 
@@ -46,10 +47,20 @@ def _over(rival: str, images: int) -> Callable[[Stages], float | None]:
     return figure
 
 
-def _engines(stages: Stages, batch: int, figure: str) -> float | None:
-    rows = [row for row in _rows(stages, "engines", precision="fp16", batch=batch) if row.get(figure) is not None]
-    own = [row[figure] for row in rows if row["device"] != "CPU" and row["engine"] in ENGINES]
-    return max(own, default=None)
+def _ours(stages: Stages, batch: int) -> list[Mapping[str, Any]]:
+    """The engines' rows in float16 on a GPU, with our kernel as their heads, too."""
+    rows = _rows(stages, "engines", precision="fp16", batch=batch)
+    return [row for row in rows if row["device"] != "CPU" and row["engine"].split()[0] in OURS]
+
+
+def _of_matrix_rate(stages: Stages) -> float | None:
+    return max((row["of_matrix_rate"] for row in _ours(stages, 64) if row["of_matrix_rate"]), default=None)
+
+
+def _over_eager(stages: Stages) -> float | None:
+    eager = _rows(stages, "engines", engine="torch eager fp16", batch=64)
+    rates = [row["offline"]["median"] for row in _ours(stages, 64)]
+    return max(rates) / eager[0]["offline"]["median"] if rates and eager else None
 
 
 def _failures(stage: str, on_gpu: bool) -> Callable[[Stages], float | None]:
@@ -75,9 +86,8 @@ CLAIMS = (
     Claim("the kernel at batch 32 over its rival in Triton's language (else it goes)", "at least 1.05x",
           1.05, _over("triton_graph", 32)),
     Claim("the network at batch 64, fp16 with mirrors: share of matrix products", "at least 0.50", 0.5,
-          lambda stages: _engines(stages, 64, "of_matrix_rate")),
-    Claim("the network at batch 64, fp16, over PyTorch eager in fp32", "at least 2x", 2.0,
-          lambda stages: _engines(stages, 64, "over_reference"), ".1f"),
+          _of_matrix_rate),
+    Claim("the network at batch 64 over PyTorch eager, both in fp16", "at least 2x", 2.0, _over_eager, ".1f"),
     Claim("`embed` at batch 32: share of the engine alone", "at least 0.90", 0.9, _embed),
     Claim("re-ranking on the GPU finds what the CPU finds", "at least 0.999", 0.999,
           lambda stages: _first(row.get("same_first") for row in _rows(stages, "rerank", row="rerank on cpu"))

@@ -3,69 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from safetensors.torch import load
 
 from mgn_deploy.backends.base import Backend
+from mgn_deploy.backends.torch import TorchBackend
 from mgn_deploy.backends.torch_cuda.backend import TorchCudaBackend
 from mgn_deploy.backends.torch_cuda.network import DTYPES, InferenceMGN
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import REFERENCE
 from mgn_deploy.choices import Precision
-from mgn_deploy.config import ModelConfig
-from mgn_deploy.cuda.device import this_gpu
-from mgn_deploy.errors import CannotRun
-from mgn_deploy.machine import this_cpu
-from mgn_deploy.train.model import MGN
+
+Way = Literal["eager", "folded", "compiled"]
 
 
-class TorchRival(Backend):
-    """The network of `torch-cuda` in one type, without its fused calls: eager, or compiled for each batch size."""
+class TorchRival(TorchBackend):
+    """The network in one type: as it was trained ("eager"), with folded batch norms as `torch-cuda` has it but without
+    its fused calls, or that compiled for each batch size."""
 
-    name = "torch"
-
-    def __init__(self, bundle: Bundle, precision: Precision, compiled: bool) -> None:
+    def __init__(self, bundle: Bundle, precision: Precision, way: Way) -> None:
+        super().__init__(bundle.read(REFERENCE), bundle.config, bundle.manifest.flip)
         torch.backends.cudnn.benchmark = True
-        self.version = str(torch.__version__)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.hardware = this_gpu().hardware() if self._device == "cuda" else this_cpu()
-        model = MGN(bundle.config)
-        model.load_state_dict(load(bundle.read(REFERENCE)))
-        self._run: Any = InferenceMGN(model, bundle.manifest.flip, DTYPES[precision]).eval().to(self._device)
-        if compiled:
+        network, dtype = self._embedding, DTYPES[precision]
+        run: Any = network.to(dtype) if way == "eager" else InferenceMGN(network.model, network.flip, dtype).eval()
+        run = run.to(self._device, memory_format=torch.channels_last)
+        if way == "compiled":
             torch._dynamo.config.recompile_limit = 64  # batches x types; beyond its limit it refuses
             mode = "reduce-overhead" if self._device == "cuda" else "default"  # which is CUDA graphs
-            self._run = torch.compile(self._run, fullgraph=True, dynamic=False, mode=mode)
-
-    @classmethod
-    def missing(cls) -> str | None:
-        return None
-
-    @classmethod
-    def open_graph(cls, graph: bytes, config: ModelConfig, *, fused_heads: bool = False) -> Backend:
-        raise CannotRun("PyTorch runs weights, not a graph")
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            rows: np.ndarray = self._run(torch.from_numpy(images).to(self._device)).cpu().numpy()
-            return rows
+            run = torch.compile(run, fullgraph=True, dynamic=False, mode=mode)
+        self._embedding = run
 
 
 def rivals(cuda: bool) -> dict[str, Callable[[Bundle], Backend]]:
-    """By name, the last word of which is the precision, how each is opened. On a CPU also `torch-cuda` without its
-    fused operators, which is on a GPU one of the engines."""
+    """By name, the last word of which is the precision, how each is opened. On a GPU also `torch-cuda` with our kernel
+    as its heads, on a CPU without its fused operators: the engine itself is there on a GPU, without the kernel."""
     types: tuple[Precision, ...] = ("fp16", "bf16") if cuda else ("fp32", "bf16")
+    kinds: list[tuple[Way, Precision]] = [("eager", "fp16" if cuda else "bf16"), *(("folded", one) for one in types)]
     ways: dict[str, Callable[[Bundle], Backend]] = {
-        f"torch folded {type_}": lambda bundle, type_=type_: TorchRival(bundle, type_, False)  # type: ignore[misc]
-        for type_ in types
+        f"torch {way} {type_}": lambda bundle, way=way, type_=type_: TorchRival(bundle, type_, way)  # type: ignore[misc]
+        for way, type_ in kinds
     }
-    if cuda:
-        ways["torch.compile fp16"] = lambda bundle: TorchRival(bundle, "fp16", True)
-    else:
-        ways["torch-cuda unfused fp32"] = lambda bundle: TorchCudaBackend(
-            bundle.read(REFERENCE), bundle.config, bundle.manifest.flip, "fp32", device="cpu"
-        )
+    ways["torch-cuda kernel fp16" if cuda else "torch-cuda unfused fp32"] = lambda bundle: TorchCudaBackend(
+        bundle.read(REFERENCE), bundle.config, bundle.manifest.flip, types[0], fused_heads=cuda,
+        device="cuda" if cuda else "cpu",
+    )  # fmt: skip
     return ways
+
+
+def compiled(bundle: Bundle) -> Backend:
+    """The network by `torch.compile` in float16: it takes up to minutes to open, so it is no contender of all runs."""
+    return TorchRival(bundle, "fp16", "compiled")

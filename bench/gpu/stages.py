@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ def facts(setup: Setup) -> Rows:
     yield {"row": "environment", **environment().model_dump(mode="json")}
     for name, stages in NEEDS.items():
         problem = import_problem(name, "train")
-        yield {"row": f"package {name}", "for": stages, **({"left_out": problem} if problem else {})}
+        missing = {"left_out": problem.partition(" (pip install")[0]} if problem else {}  # the extra is another's
+        yield {"row": f"package {name}", "for": stages, **missing}
     if setup.cuda:
         import torch
 
@@ -83,7 +84,7 @@ def correctness(setup: Setup) -> Rows:
     import torch
 
     from mgn_deploy.bench.kernel.cases import DTYPES, OUTPUTS, Case, Inputs, random_inputs
-    from mgn_deploy.bench.kernel.contenders import Heads, makers
+    from mgn_deploy.bench.kernel.contenders import KERNEL_PATHS, Heads, makers
     from mgn_deploy.bench.kernel.measure import checked
     from mgn_deploy.kernels.torch_op import stripe_pool_reduce
 
@@ -94,8 +95,9 @@ def correctness(setup: Setup) -> Rows:
         case = Case(dtype, layout, output, images, **small)
         inputs = random_inputs(case, setup.device, seed)
         ways = makers(case, inputs)
-        if quick:
-            ways = {name: way for name, way in ways.items() if "kernel" in name or name == "torch_op"}
+        ways.pop("compiled_graph", None)  # it takes seconds a case; `kernel` checks what it times
+        if quick:  # without PyTorch's cache of memory no graph can be captured
+            ways = {name: way for name, way in ways.items() if name in ("torch_op", "kernel", *KERNEL_PATHS)}
         with torch.inference_mode():
             yield from (row for row, _ in checked(case, inputs, ways))
     case = Case("float32", "nchw", "features", 2, **small)
@@ -159,7 +161,7 @@ def sanitizer(setup: Setup) -> Rows:
                 check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            yield {**row, "left_out": f"out of its {seconds:.0f} s"}
+            yield {**row, "left_out": f"out of its {seconds:.0f} s: --stages sanitizer gives it all --minutes"}
             continue
         said = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
         if not said:  # it ends with one where it could watch the program
@@ -201,18 +203,23 @@ def kernel(setup: Setup) -> Rows:
 
 
 def engines(setup: Setup) -> Rows:
-    """Measure the engines beside PyTorch in several ways, by the code of `mgn-deploy bench`."""
+    """Measure the engines beside PyTorch in several ways, by the code of `mgn-deploy bench`; what is slow to open last,
+    beside the engine alone, so that a stage that is ended before has the rest."""
     from mgn_deploy.bench.gpu.bundles import bundles
-    from mgn_deploy.bench.gpu.rivals import rivals
+    from mgn_deploy.bench.gpu.rivals import compiled, rivals
 
-    others = rivals(setup.cuda)
+    others, first = rivals(setup.cuda), None
     for precision, bundle in bundles(setup, ("fp16", "fp32", "int8") if setup.cuda else ("fp32",)):
         if isinstance(bundle, str):
             yield {"row": f"bundle {precision}", "left_out": bundle}
             continue
-        share = setup.left / (2 if precision == "fp16" else 1)
+        first = first or bundle
+        share = setup.left / (2 if setup.cuda else 1)
         yield from _measured(setup, bundle, (64, 1, 8, 32) if setup.cuda else (1, 4), share, others)
         others = {}
+    if setup.cuda and first:
+        ways = {"torch.compile fp16": compiled}
+        yield from _measured(setup, first, (64, 1), setup.left, ways, engines=("torch-cuda",))
 
 
 def embed(setup: Setup) -> Rows:
@@ -241,7 +248,7 @@ def embed(setup: Setup) -> Rows:
 
 def _measured(
     setup: Setup, bundle: Path, batches: tuple[int, ...], seconds: float, rivals: Any, images: Path | None = None,
-    count: int = 64,
+    count: int = 64, engines: Sequence[str] = (),
 ) -> Rows:  # fmt: skip
     from mgn_deploy.backends.registry import ENGINES
     from mgn_deploy.bench.speed import measure
@@ -249,7 +256,7 @@ def _measured(
     wanted = "GPU" if setup.cuda else "CPU"
     names = [name for name, row in ENGINES.items() if wanted in row.device and name != "torch"]
     result = measure(
-        [bundle], engines=names, batches=batches, images=images, count=max(count, *batches), rivals=rivals,
+        [bundle], engines=engines or names, batches=batches, images=images, count=max(count, *batches), rivals=rivals,
         minutes=max(seconds - 1, 1) / 60, allow_unproven=True,
     )  # fmt: skip
     for row in result.rows:

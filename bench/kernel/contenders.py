@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from mgn_deploy.bench.kernel.cases import Case, Inputs, finish
 from mgn_deploy.errors import CannotRun
-from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS
+from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS, PATHS
 from mgn_deploy.packages import import_problem
 from mgn_deploy.train.model import stripe_pool
+
+KERNEL_PATHS = {f"kernel_{path}": path for path in PATHS if path != "auto"}
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:
     `kernel_graph`, the kernel in a CUDA graph as in the pipeline, is the headline; its rivals are named ..._graph.
     `lean` reads each map once and reduces in one batched product.
     """
+    torch.backends.cudnn.benchmark = True  # on a GPU cuDNN's fastest, as a careful user would have it
     heads, lean = Heads(case, inputs), LeanHeads(case, inputs)
     ways: dict[str, Callable[[], Contender]] = {
         "torch_op": lambda: torch_op(case, inputs),
@@ -186,6 +189,6 @@ def makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:
         "lean_graph": lambda: graphed(module(lean, inputs)),
         "compiled_graph": lambda: graphed(module(compiled, inputs)),
     }
-    for path in ("fused", "rows", "tiles") if case.rows <= MAX_ROWS else ():
-        ways[f"kernel_{path}"] = lambda path=path: kernel(case, inputs, path)  # type: ignore[misc]
+    for name, path in KERNEL_PATHS.items() if case.rows <= MAX_ROWS else ():
+        ways[name] = lambda path=path: kernel(case, inputs, path)  # type: ignore[misc]
     return ways

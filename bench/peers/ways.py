@@ -102,7 +102,7 @@ def _eager(given: Given) -> Run:
 def _compiled(given: Given) -> Run:
     from mgn_deploy.bench.gpu.rivals import TorchRival
 
-    return _in_batches(given, TorchRival(given.bundle, "fp32", compiled=True))
+    return _in_batches(given, TorchRival(given.bundle, "fp32", "compiled"))
 
 
 def _torchreid_loop(given: Given) -> Run:

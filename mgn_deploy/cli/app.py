@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -133,6 +135,18 @@ app.add_typer(identity.people, name="people")
 app.add_typer(index.app, name="index")
 app.add_typer(store.app, name="store")
 app.add_typer(figures.app, name="figures")
+
+
+def _join_lines(commands: typer.Typer) -> None:
+    """Let terminals wrap the paragraphs of help texts: Typer would keep the line breaks of the docstrings."""
+    for command in commands.registered_commands:
+        command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command.callback) or "")
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            _join_lines(group.typer_instance)
+
+
+_join_lines(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""`mgn-deploy figures`: curves and attention."""
+"""`mgn-deploy figures`: curves, calibration and attention."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from mgn_deploy.cli.options import Json, out
+from mgn_deploy.cli.options import Bundle, Json, out
 from mgn_deploy.console import print_json
 from mgn_deploy.packages import require_training
 
-app = typer.Typer(help="Draw training curves or attention maps as PNG.", no_args_is_help=True)
+app = typer.Typer(help="Draw training curves, a calibration or attention maps as PNG.", no_args_is_help=True)
 
 
 @app.command(epilog="Example:\n\nmgn-deploy figures curves run -o curves.png")
@@ -28,6 +28,22 @@ def curves(
     draw_curves(run, figure)
     if json:
         print_json({"figure": str(figure), "run": str(run)})
+    else:
+        print(figure)
+
+
+@app.command(epilog="Example:\n\nmgn-deploy figures calibration --bundle bundle -o calibration.png")
+def calibration(
+    bundle: Bundle, figure: Annotated[Path, out("The PNG to write.")] = Path("calibration.png"), json: Json = False
+) -> None:
+    """Draw a bundle's calibration: reliability of its probabilities, and thresholds by false-accept rate."""
+    from mgn_deploy.bundle.bundle import Bundle as Opened
+    from mgn_deploy.identity.calibration import Calibration
+    from mgn_deploy.report.figures import draw_calibration
+
+    draw_calibration(Calibration.open(Opened.open(bundle)), figure)
+    if json:
+        print_json({"figure": str(figure), "bundle": str(bundle)})
     else:
         print(figure)
 

@@ -41,9 +41,9 @@ def search(
     ] = None,
     camera: Annotated[int | None, typer.Option(help="With --index: only gallery images by this camera.")] = None,
     since: Annotated[
-        float | None, typer.Option(help="With --index: only rows of videos, from this second of theirs on.")
+        float | None, typer.Option(help="With --index: only rows of videos, from this second of the video on.")
     ] = None,
-    until: Annotated[float | None, typer.Option(help="With --index: likewise, up to this second.")] = None,
+    until: Annotated[float | None, typer.Option(help="With --index: only rows of videos, up to this second.")] = None,
     device: RankDevice = "cpu",
     far: Annotated[
         float, typer.Option("--far", help="Where the bundle has a calibration: share of wrong pairs above the line.")
@@ -63,7 +63,7 @@ def search(
     from mgn_deploy.identity.ranked import judge_by_bundle
     from mgn_deploy.index.build import open_index
     from mgn_deploy.report.rank_page import gallery_facts, write_rank_page
-    from mgn_deploy.retrieval.search import Queries
+    from mgn_deploy.retrieval.queries import Queries
     from mgn_deploy.retrieval.search import search as run
 
     for option, value in (("--camera", camera), ("--since", since), ("--until", until)):

@@ -10,12 +10,22 @@ import typer
 from mgn_deploy.choices import DEFAULT_TOLERANCE, Metric, QueryPooling
 from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Data, Json, RankDevice, Seed
 from mgn_deploy.console import percent, print_json, print_table, progress, say
+from mgn_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from mgn_deploy.identity.open_set import OpenSet
     from mgn_deploy.retrieval.evaluation import Scores
     from mgn_deploy.retrieval.ranking import RankingMetrics
     from mgn_deploy.retrieval.statistics import Difference
+
+
+def _refuse_index(index: str | None) -> None:
+    if index is not None:
+        raise UserError(
+            "--index: rank-k and mAP depend on every neighbour, and what an approximate index misses would look like "
+            "the model's fault: leave it out"
+        )
+
 
 _RANKING, _MORE = "Ranking", "More figures"
 
@@ -41,6 +51,10 @@ SingleShotOption = Annotated[
     bool, typer.Option("--single-shot", rich_help_panel=_MORE, help="CUHK03's classic protocol, 100 draws.")
 ]
 Intervals = Annotated[bool, typer.Option("--ci", rich_help_panel=_MORE, help="95% bootstrap intervals over queries.")]
+NoIndex = Annotated[
+    str | None,
+    typer.Option("--index", hidden=True, callback=_refuse_index, help="Refused: figures depend on every neighbour."),
+]
 PerQuery = Annotated[
     Path | None,
     typer.Option("--per-query", rich_help_panel=_MORE, help="Write each query's figures to a Parquet file."),
@@ -90,6 +104,7 @@ def validate(
         ),
     ] = False,
     per_query: PerQuery = None,
+    index: NoIndex = None,
     device: RankDevice = "cpu",
     seed: Seed = 0,
     allow_unproven: AllowUnproven = False,
@@ -97,8 +112,9 @@ def validate(
 ) -> None:
     """Measure rank-1/5/10, mAP and mINP beside PyTorch's.
 
-    By the Market-1501 protocol. With --json the figures are fractions, not points. p is the probability of a difference
-    like this one by chance, from a permutation test over the queries.
+    By the Market-1501 protocol, over exact neighbours and never through an index. With --json the figures are
+    fractions, not points. p is the probability of a difference like this one by chance, from a permutation test over
+    the queries.
     """
     from mgn_deploy.datasets import open_data
     from mgn_deploy.embedder import Embedder
@@ -181,13 +197,15 @@ def evaluate(
     single_shot: SingleShotOption = False,
     ci: Intervals = False,
     per_query: PerQuery = None,
+    index: NoIndex = None,
     device: RankDevice = "cpu",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Measure two labelled stores, as `validate` measures images.
 
-    Every number is a person's, 0 and -1 too, unless --junk or --distractor names it.
+    Over exact neighbours and never through an index. Every number is a person's, 0 and -1 too, unless --junk or
+    --distractor names it.
     """
     from mgn_deploy.gallery.store import Store
     from mgn_deploy.retrieval.evaluate_stores import evaluate_stores

@@ -30,7 +30,8 @@ class Management:
 
     def slowed(self) -> list[str]:
         """Why the clocks are held down."""
-        reasons = self._value("nvmlDeviceGetCurrentClocksThrottleReasons") or 0
+        named = "nvmlDeviceGetCurrentClocks{}Reasons"  # of the event, since driver 535; before, of the throttling
+        reasons = self._value(named.format("Event")) or self._value(named.format("Throttle")) or 0
         return [words for bit, words in _SLOW.items() if reasons & bit]
 
     def joules(self) -> float | None:
@@ -49,9 +50,8 @@ class Management:
         return memory[2]
 
     def _value(self, name: str, *before: int) -> int | None:
-        value = ctypes.c_ulonglong()
-        status = getattr(self._library, name)(self._device, *before, ctypes.byref(value))
-        return None if status else value.value
+        value, ask = ctypes.c_ulonglong(), getattr(self._library, name, None)  # None: of another driver's release
+        return None if ask is None or ask(self._device, *before, ctypes.byref(value)) else value.value
 
 
 @cache

@@ -170,9 +170,9 @@ class Shard:
         self._check_content(content)
         return np.frombuffer(content, self._dtype, offset=len(content) - self._nbytes).reshape(self._shape)
 
-    def keep(self) -> None:
-        """Keep the embeddings in memory from now on."""
-        self._kept = self.array()
+    def keep(self, kept: bool = True) -> None:
+        """Keep the embeddings in memory from now on, or no longer."""
+        self._kept = self.array() if kept else None
 
     def mapped(self) -> np.ndarray:
         """The embeddings, mapped from disk, after their hash is checked; those that are kept, from memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ import numpy as np
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.gallery.shards import Row, Shard, StoreManifest, folder_of, latest_rows, open_shards, read_manifest
+from mgn_deploy.gallery.shards import Row, Shard, ShardEntry, StoreManifest, folder_of, latest_rows, read_manifest
 from mgn_deploy.packages import require
 
 if TYPE_CHECKING:
@@ -40,12 +40,16 @@ class Store:
         failures: the images that could not be read, with their `error`.
     """
 
-    def __init__(self, folder: Path, manifest: StoreManifest) -> None:
+    def __init__(self, folder: Path, manifest: StoreManifest, known: Mapping[ShardEntry, Shard] | None = None) -> None:
+        """Read the rows, but for those of shards that are `known`."""
         self.folder = folder
         self.manifest = manifest
         self.rows: list[Row] = []
         self.failures: list[Row] = []
-        self._shards: list[Shard] = open_shards(folder, manifest)
+        known = known or {}
+        self._shards: list[Shard] = [known.get(entry) or Shard(folder, entry, manifest) for entry in manifest.shards]
+        for shard in self._shards[:-1]:
+            shard.keep(False)
         if self._shards:
             self._shards[-1].keep()  # the one whose files a writer replaces as it adds rows
         number = {shard: number for number, shard in enumerate(self._shards)}
@@ -68,20 +72,30 @@ class Store:
         Raises:
             UserError: not a store, of a later schema, or with a damaged or missing shard.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        while True:
-            try:
-                store = cls(folder, manifest)
-                break
-            except UserError:  # a writer may have replaced files between the manifest's reading and theirs
-                before, manifest = manifest, read_manifest(folder)
-                if manifest == before:
-                    raise
+        store = cls._open(Path(folder), {})
         if verify:
             for shard in store._shards:
                 shard.verify()
         return store
+
+    def reopened(self) -> Store:
+        """The store as it is on disk now; shards that are as they were are not read again.
+
+        Raises:
+            UserError: as of `open`.
+        """
+        return self._open(self.folder, {shard.entry: shard for shard in self._shards if shard.entry.rows_sha256})
+
+    @classmethod
+    def _open(cls, folder: Path, known: Mapping[ShardEntry, Shard]) -> Store:
+        manifest = read_manifest(folder)
+        while True:
+            try:
+                return cls(folder, manifest, known)
+            except UserError:  # a writer may have replaced files between the manifest's reading and theirs
+                before, manifest = manifest, read_manifest(folder)
+                if manifest == before:
+                    raise
 
     def __repr__(self) -> str:
         made = self.manifest

@@ -23,13 +23,14 @@ from mgn_deploy.identity.calibration import (
     CalibrationData,
     CameraPair,
     Interval,
+    Pooled,
     Rate,
     Reliability,
     Scores,
     check_prior,
 )
 from mgn_deploy.identity.fit import FITS, FOLDS, CrossValidated, Method, cross_validated
-from mgn_deploy.identity.pairs import Pairs, genuine_and_impostor
+from mgn_deploy.identity.pairs import Pairs, genuine_and_impostor, to_means
 from mgn_deploy.identity.rates import Measured, measure, needed_pairs, needed_people, threshold_at
 from mgn_deploy.progress import Progress
 
@@ -37,6 +38,7 @@ FARS = (1e-2, 1e-3, 1e-4)
 MIN_PEOPLE = 2 * FOLDS  # two in each fold, whose images make its impostor pairs
 MIN_GENUINE = 20
 BINS = 10
+POOLED = (2, 4, 8)  # images of a person, over whose mean similarity `identify` decides
 _TAIL_STEPS = 20  # rates a decade
 _log = logging.getLogger("mgn_deploy")
 
@@ -172,6 +174,7 @@ def calibrate_embeddings(
         eer=_interval(eer),
         eer_threshold=_interval(eer_threshold),
         tail=_tail(impostor.similarities),
+        pooled=_pooled(embeddings, people, cameras, best, same_camera, max_pairs, seed),
         camera_pairs=_by_cameras(genuine, impostor, replicates, seed),
         notes=notes,
         tools={"mgn-deploy": __version__, "numpy": np.__version__, "python": platform.python_version()},
@@ -263,6 +266,36 @@ def _tail(impostor: np.ndarray) -> list[tuple[float, float]]:
     grid = {*np.geomspace(0.5, lowest, max(steps, 2)).tolist(), *(far for far in FARS if far >= lowest)}
     rates = sorted(grid, reverse=True)
     return [(rate, threshold_at(impostor, rate)) for rate in rates]
+
+
+def _pooled(
+    embeddings: np.ndarray,
+    people: np.ndarray,
+    cameras: np.ndarray,
+    method: Method,
+    same_camera: bool,
+    max_pairs: int,
+    seed: int,
+) -> list[Pooled]:
+    """For each number of images that enough people have."""
+    found = []
+    for images in POOLED:
+        genuine, impostor = to_means(
+            embeddings, people, cameras, images, same_camera=same_camera, max_pairs=max_pairs, seed=seed
+        )
+        count = len(np.unique(impostor.second))
+        if count >= MIN_PEOPLE and len(genuine) >= MIN_GENUINE and len(impostor) >= needed_pairs(FARS[0]):
+            found.append(
+                Pooled(
+                    images=images,
+                    people=count,
+                    genuine=len(genuine),
+                    impostor=len(impostor),
+                    evidence=FITS[method](genuine.similarities, impostor.similarities),
+                    tail=_tail(impostor.similarities),
+                )
+            )
+    return found
 
 
 def _reliability(held_out: CrossValidated, prior: float) -> list[Reliability]:

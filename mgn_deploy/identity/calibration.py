@@ -80,6 +80,17 @@ class CameraPair(_Strict):
     rates: list[Rate]
 
 
+class Pooled(_Strict):
+    """What the mean similarity to `images` images of one person says; `evidence` and `tail` as a calibration's."""
+
+    images: int = Field(ge=2)
+    people: int
+    genuine: int
+    impostor: int
+    evidence: Knots = Field(min_length=1)
+    tail: list[tuple[float, float]] = Field(min_length=1)
+
+
 class CalibrationData(_Strict):
     """What a calibration was learned from. `genuine` and `impostor` are the pairs used, `..._total` those there are."""
 
@@ -100,12 +111,14 @@ class CalibrationData(_Strict):
 class Decision(NamedTuple):
     """A threshold, and the false-accept rate that it stands for.
 
-    It is a higher rate than was asked for where there are too few pairs, as `problem` says.
+    It is a higher rate than was asked for where there are too few pairs, as `problem` says. `images` are those whose
+    mean similarity the threshold was learned of.
     """
 
     far: float
     threshold: float
     problem: str | None
+    images: int = 1
 
 
 class Calibration(_Strict):
@@ -118,6 +131,7 @@ class Calibration(_Strict):
         method: which way to learn the evidence was better on people that it was not fitted on.
         evidence: (similarity, evidence) knots of a piecewise linear function: see `identity/fit.py`.
         tail: (false-accept rate, threshold), by falling rate.
+        pooled: the same for means over several images of a person, by rising number, where people have so many.
     """
 
     schema_version: Literal[1] = 1
@@ -133,6 +147,7 @@ class Calibration(_Strict):
     eer: Interval
     eer_threshold: Interval
     tail: list[tuple[float, float]] = Field(min_length=1)
+    pooled: list[Pooled] = []
     camera_pairs: list[CameraPair] = []
     notes: list[str] = []
     tools: dict[str, str] = {}
@@ -189,9 +204,17 @@ class Calibration(_Strict):
         """JSON-ready, as `calibration.json` holds it."""
         return self.model_dump(mode="json")
 
-    def log_likelihood_ratio(self, similarities: np.ndarray | float) -> np.ndarray:
-        """log(P(similarity | same person) / P(similarity | two people)) of similarities of any shape, float64."""
-        return evidence(similarities, self.evidence)
+    def log_likelihood_ratio(self, similarities: np.ndarray | float, images: np.ndarray | int = 1) -> np.ndarray:
+        """log(P(similarity | same person) / P(similarity | two people)) of similarities of any shape, float64.
+
+        Args:
+            similarities: of two images, or means over several images of a person.
+            images: over how many, an integer for all or one for each. What was learned of fewer images stands for more.
+        """
+        found = evidence(similarities, self.evidence)
+        for one in self.pooled:
+            found = np.where(np.asarray(images) >= one.images, evidence(similarities, one.evidence), found)
+        return found
 
     def probability(self, similarities: np.ndarray | float, prior: float | None = None) -> np.ndarray:
         """P(same person) of cosine similarities of any shape, float64.
@@ -206,17 +229,26 @@ class Calibration(_Strict):
         prior = self.prior if prior is None else check_prior(prior)
         return probability(self.log_likelihood_ratio(similarities), prior)
 
-    def decide(self, far: float) -> Decision:
+    def decide(self, far: float, images: int = 1) -> Decision:
         """The threshold for a false-accept rate, interpolated on its logarithm.
 
         Where the calibration has too few pairs for so low a rate, it is the strictest threshold that they support, and
         `problem` says so.
 
+        Args:
+            far: the rate.
+            images: over how many of a person the similarity is the mean. A threshold for fewer is stricter, so it
+                stands in where the calibration has none for so many or for so low a rate.
+
         Raises:
             UserError: `far` is not between 0 and 1.
         """
         check_far(far)
-        rates, thresholds = np.array(self.tail).T
+        of, tail = 1, self.tail
+        for one in self.pooled:
+            if one.images <= images and one.tail[-1][0] * (1 - 1e-9) <= far:
+                of, tail = one.images, one.tail
+        rates, thresholds = np.array(tail).T
         if far < rates[-1] * (1 - 1e-9):
             return Decision(
                 float(rates[-1]),
@@ -225,7 +257,7 @@ class Calibration(_Strict):
                 f"{self.data.impostor:,}: its strictest threshold stands for {rates[-1]:.3g}",
             )
         threshold = float(np.interp(-np.log(far), -np.log(rates), thresholds))
-        return Decision(far, threshold, next((rate.problem for rate in self.rates if rate.far == far), None))
+        return Decision(far, threshold, next((rate.problem for rate in self.rates if rate.far == far), None), of)
 
 
 def how_to_calibrate(bundle: Bundle) -> str:

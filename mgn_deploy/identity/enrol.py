@@ -21,7 +21,7 @@ from mgn_deploy.identity.calibration import (
     check_same_id,
     how_to_calibrate,
 )
-from mgn_deploy.identity.identify import CALIBRATED_FOR, CANDIDATES, PRIOR_KNOWN, Identification, identify
+from mgn_deploy.identity.identify import CANDIDATES, PRIOR_KNOWN, Identification, identify
 from mgn_deploy.identity.images import EmbeddedImages, embed_readable
 from mgn_deploy.identity.people import People, Person, check_name
 from mgn_deploy.images.listing import image_paths
@@ -32,24 +32,15 @@ _log = logging.getLogger("mgn_deploy")
 
 @dataclass(frozen=True)
 class Enrolment:
-    """A person after enrolment, how many images are new, and what a reader should look at again.
-
-    `calibrated` is whether the bundle has a calibration, which is for pairs of single images.
-    """
+    """A person after enrolment, how many images are new, and what a reader should look at again."""
 
     person: Person
     added: int
     notes: tuple[str, ...]
-    calibrated: bool
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {
-            **self.person.to_dict(),
-            "added": self.added,
-            "notes": list(self.notes),
-            "calibrated_for": CALIBRATED_FOR if self.calibrated else None,
-        }
+        return {**self.person.to_dict(), "added": self.added, "notes": list(self.notes)}
 
 
 def enrol_images(
@@ -89,7 +80,7 @@ def enrol_images(
     notes = () if calibration is None else tuple(_doubts(person, before, paths, embeddings, calibration))
     for note in notes:
         _log.warning(note)
-    return Enrolment(person, len(person.embeddings) - known, notes, calibration is not None)
+    return Enrolment(person, len(person.embeddings) - known, notes)
 
 
 def identify_images(

@@ -13,7 +13,6 @@ from mgn_deploy.identity.calibration import DEFAULT_FAR, Calibration, Decision, 
 from mgn_deploy.identity.people import Enrolled
 
 CANDIDATES = 3
-CALIBRATED_FOR = "pairs of single images"  # docs/decisions/055: of pooled ones the false-accept rate is lower
 PRIOR_KNOWN = 0.5
 
 
@@ -39,9 +38,11 @@ class Identification:
         name: of the person; None for unknown, and where there is no calibration to tell by.
         probability: that it is this person; for unknown that it is nobody of the list; None without a calibration.
         known: whether the best similarity reaches the threshold; None without a calibration.
-        threshold: of a comparison.
+        threshold: of a comparison with the first candidate.
         far: the rate at which a person who is not enrolled is named all the same, for this list of people.
-        candidates: the most similar people, best first.
+        candidates: those who are most above their thresholds, best first; without a calibration the most similar.
+        calibrated_for: of how many images of a person the threshold was learned: no more than were compared, on the
+            side that has more.
         note: what a reader must know, or None.
     """
 
@@ -52,6 +53,7 @@ class Identification:
     threshold: float | None
     far: float | None
     candidates: tuple[Candidate, ...]
+    calibrated_for: int | None = None
     note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +61,6 @@ class Identification:
         return {
             **vars(self),
             "queries": list(self.queries),
-            "calibrated_for": None if self.known is None else CALIBRATED_FOR,
             "candidates": [vars(candidate) for candidate in self.candidates],
         }
 
@@ -73,16 +74,18 @@ def far_of_a_comparison(far: float, people: int) -> float:
     return float(-np.expm1(np.log1p(-far) / people))
 
 
-def decide_for_list(calibration: Calibration, far: float, people: int) -> Decision:
+def decide_for_list(calibration: Calibration, far: float, people: int, images: int = 1) -> Decision:
     """The threshold at which a list of `people` names a stranger at the rate `far`, which is the decision's `far`.
+
+    It is for the mean similarity to `images` images of a person.
 
     Where the calibration has too few pairs for that, it is the strictest threshold that it has, the decision's `far` is
     the list's rate there, and `problem` says so.
     """
-    one = calibration.decide(far_of_a_comparison(check_far(far), people))
+    one = calibration.decide(far_of_a_comparison(check_far(far), people), images)
     of_list = float(-np.expm1(people * np.log1p(-one.far)))
     if one.problem is None or of_list <= far * (1 + 1e-6):
-        return Decision(far, one.threshold, one.problem)
+        return one._replace(far=far)
     return Decision(
         of_list,
         one.threshold,
@@ -94,7 +97,7 @@ def decide_for_list(calibration: Calibration, far: float, people: int) -> Decisi
 def similarities_to_people(queries: np.ndarray, enrolled: Enrolled) -> np.ndarray:
     """A similarity of each query to each person, float32 `[queries, people]`: the mean over the person's images.
 
-    The mean of cosines is on the scale of one cosine and less noisy, so that a threshold for pairs of images holds.
+    The mean of cosines is on the scale of one cosine and less noisy, so that a threshold for fewer images holds.
     """
     sums = np.add.reduceat(queries.astype(np.float32) @ enrolled.rows.T, enrolled.starts, axis=1)
     return np.clip(sums / np.array([len(person.embeddings) for person in enrolled.people], np.float32), -1, 1)
@@ -147,17 +150,24 @@ def identify(
         if together
         else [((label,), row) for label, row in zip(labels, similarities, strict=True)]
     )
-    decision = None if calibration is None else decide_for_list(calibration, far, len(enrolled.people))
-    return [_answer(group, row, enrolled, calibration, decision, prior, candidates) for group, row in groups]
+    if calibration is None:
+        return [_most_similar(group, row, enrolled, candidates) for group, row in groups]
+    # A mean over q x n pairs varies less than one over the larger of the two.
+    images = np.array([max(len(person.embeddings), len(groups[0][0])) for person in enrolled.people])
+    size = len(enrolled.people)
+    decisions = {one: decide_for_list(calibration, far, size, one) for one in np.unique(images).tolist()}
+    return [_answer(group, row, enrolled, calibration, images, decisions, prior, candidates) for group, row in groups]
 
 
-def posteriors(similarities: np.ndarray, calibration: Calibration, prior: float) -> tuple[np.ndarray, float]:
+def posteriors(
+    similarities: np.ndarray, calibration: Calibration, prior: float, images: np.ndarray | int = 1
+) -> tuple[np.ndarray, float]:
     """P(it is this person) of each person `[people]`, and P(nobody of them).
 
     By Bayes' rule, the enrolled sharing `prior` evenly and "nobody" having the rest: one of them, or nobody, it must
     be, so the probabilities sum to 1, and the same similarity says less the longer the list is.
     """
-    logs = calibration.log_likelihood_ratio(similarities) + np.log(prior / len(similarities))
+    logs = calibration.log_likelihood_ratio(similarities, images) + np.log(prior / len(similarities))
     everything = np.append(logs, np.log1p(-prior))
     shares = np.exp(everything - everything.max())
     shares /= shares.sum()
@@ -168,31 +178,50 @@ def _answer(
     queries: tuple[str, ...],
     similarities: np.ndarray,
     enrolled: Enrolled,
-    calibration: Calibration | None,
-    decision: Decision | None,
+    calibration: Calibration,
+    images: np.ndarray,
+    decisions: dict[int, Decision],
     prior: float,
     count: int,
 ) -> Identification:
-    order = np.argsort(-similarities, kind="stable")
-
-    def candidate(one: int, probability: float | None) -> Candidate:
-        pairs = len(queries) * len(enrolled.people[one].embeddings)
-        return Candidate(enrolled.names[one], float(similarities[one]), probability, pairs)
-
-    best = order[:count].tolist()
-    if calibration is None or decision is None:
-        found = tuple(candidate(one, None) for one in best)
-        return Identification(queries, None, None, None, None, None, found, "no name without a calibration")
-    probabilities, nobody = posteriors(similarities, calibration, prior)
-    found = tuple(candidate(one, float(probabilities[one])) for one in best)
-    known = bool(similarities[order[0]] >= decision.threshold)
+    """By how far each person is above the threshold for so many images."""
+    margins = similarities - np.array([decisions[one].threshold for one in images.tolist()])
+    order = np.argsort(-margins, kind="stable")
+    probabilities, nobody = posteriors(similarities, calibration, prior, images)
+    best, decision = order[0], decisions[int(images[order[0]])]
+    known = bool(margins[best] >= 0)
     return Identification(
         queries,
-        enrolled.names[order[0]] if known else None,
-        float(probabilities[order[0]]) if known else nobody,
+        enrolled.names[best] if known else None,
+        float(probabilities[best]) if known else nobody,
         known,
         decision.threshold,
         decision.far,
-        found,
+        _candidates(queries, similarities, enrolled, order[:count], probabilities),
+        decision.images,
         decision.problem,
+    )
+
+
+def _most_similar(queries: tuple[str, ...], similarities: np.ndarray, enrolled: Enrolled, count: int) -> Identification:
+    order = np.argsort(-similarities, kind="stable")[:count]
+    found = _candidates(queries, similarities, enrolled, order, None)
+    return Identification(queries, None, None, None, None, None, found, note="no name without a calibration")
+
+
+def _candidates(
+    queries: tuple[str, ...],
+    similarities: np.ndarray,
+    enrolled: Enrolled,
+    order: np.ndarray,
+    probabilities: np.ndarray | None,
+) -> tuple[Candidate, ...]:
+    return tuple(
+        Candidate(
+            enrolled.names[one],
+            float(similarities[one]),
+            None if probabilities is None else float(probabilities[one]),
+            len(queries) * len(enrolled.people[one].embeddings),
+        )
+        for one in order.tolist()
     )

@@ -41,7 +41,7 @@ class OperatingPoint:
 
     Attributes:
         name: what the threshold is of, as in "FPIR 0.01" or "calibration, FAR 0.001".
-        threshold: itself drawn anew with the people, or the calibration's.
+        threshold: itself drawn anew with the people, or the calibration's, by how many images people have.
         fpir, dir: fractions.
         problem: why it is uncertain, or None.
     """
@@ -114,7 +114,7 @@ def measure_open_set(
     people, owners = np.unique(np.asarray(gallery_ids), return_inverse=True)
     if len(people) < MIN_PEOPLE:
         raise UserError(f"open-set figures need at least {MIN_PEOPLE} people in the gallery, not {len(people)}")
-    similarities = _to_people(
+    similarities, images = _to_people(
         query, gallery, owners, np.asarray(query_cameras), np.asarray(gallery_cameras), len(people), progress
     )
     place = np.searchsorted(people, query_ids)
@@ -124,7 +124,14 @@ def measure_open_set(
         (own >= 0) & np.isinf(similarities[np.arange(len(query)), own])
     ] = -2  # no image by another camera: not searched
     enrolled = len(people) // 2
-    decisions = [] if calibration is None else [(far, decide_for_list(calibration, far, enrolled)) for far in fars]
+    # For each rate of the calibration: each similarity's threshold by the number of images, and why it is uncertain.
+    decided: list[tuple[np.ndarray, str | None]] = []
+    for far in fars:
+        if calibration is None:
+            break
+        decisions = [decide_for_list(calibration, far, enrolled, 1 + one) for one in range(images.max())]
+        thresholds = np.array([one.threshold for one in decisions])
+        decided.append((thresholds[np.maximum(images, 1) - 1], decisions[0].problem))
     if not (own >= 0).any():
         raise UserError("no query shows anybody of the gallery by another camera")
 
@@ -142,12 +149,14 @@ def measure_open_set(
         if not mated.any() or not non_mated.any():
             continue
         strangers = np.sort(best[non_mated])[::-1]
-        right = best[mated & (at == own)]
-        thresholds = [threshold_at(strangers, rate) for rate in fpirs] + [one.threshold for _, one in decisions]
+        cuts = [(threshold_at(strangers, rate), best, at) for rate in fpirs]
+        for thresholds, _ in decided:
+            above = mine - thresholds[:, half]
+            cuts.append((0.0, above.max(axis=1), half[above.argmax(axis=1)]))
         drawn.append(
             [
-                (threshold, float(np.mean(strangers >= threshold)), float((right >= threshold).sum() / mated.sum()))
-                for threshold in thresholds
+                (cut, float(np.mean(best[non_mated] >= cut)), float(np.mean((best >= cut)[mated] & (at == own)[mated])))
+                for cut, best, at in cuts
             ]
         )
         searches.append((int(mated.sum()), int(non_mated.sum())))
@@ -155,18 +164,19 @@ def measure_open_set(
         raise UserError("no draw of people had both a person who is enrolled and one who is not among the queries")
     mated_searches, stranger_searches = np.mean(searches, axis=0)
     values = np.array(drawn)
-    names = [f"FPIR {rate:g}" for rate in fpirs] + [f"calibration, FAR {far:g}" for far, _ in decisions]
+    names = [f"FPIR {rate:g}" for rate in fpirs] + [f"calibration, FAR {far:g}" for far in fars[: len(decided)]]
+    cuts_of = [values[:, index, 0] for index in range(len(fpirs))] + [one[images > 0] for one, _ in decided]
     problems = [
         f"a false positive identification rate of {rate:g} needs {needed_pairs(rate):,} searches by strangers, and "
         f"there are {stranger_searches:.0f}"
         if stranger_searches < needed_pairs(rate)
         else None
         for rate in fpirs
-    ] + [one.problem for _, one in decisions]
+    ] + [problem for _, problem in decided]
     points = [
         OperatingPoint(
             name,
-            _spread(values[:, index, 0]),
+            _spread(cuts_of[index]),
             _spread(values[:, index, 1]),
             _spread(values[:, index, 2]),
             problem,
@@ -226,13 +236,14 @@ def _to_people(
     gallery_cameras: np.ndarray,
     people: int,
     progress: Progress | None,
-) -> np.ndarray:
-    """The mean similarity of each query to each person's images by other cameras, `[queries, people]`; -inf: none."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean similarity of each query to each person's images by other cameras, `[queries, people]`, -inf where there
+    are none, and how many they are."""
     cameras = np.union1d(query_cameras, gallery_cameras)
     one_camera = len(cameras) == 1
     order = np.argsort(owners, kind="stable")
     owners, rows, gallery_cameras = owners[order], gallery[order].astype(np.float32), gallery_cameras[order]
-    result = np.full((len(query), people), -np.inf, np.float32)
+    result, images = np.full((len(query), people), -np.inf, np.float32), np.zeros((len(query), people), np.int32)
     done = 0
     for camera in cameras:
         kept = np.ones(len(rows), bool) if one_camera else gallery_cameras != camera
@@ -244,11 +255,12 @@ def _to_people(
         for start in range(0, len(mine), _ROWS):
             part = mine[start : start + _ROWS]
             similarities = query[part].astype(np.float32) @ others.T
+            images[part[:, None], who] = counts
             result[part[:, None], who] = np.add.reduceat(similarities, starts, axis=1) / counts.astype(np.float32)
             done += len(part)
             if progress:
                 progress("searching", done, len(query))
-    return result
+    return result, images
 
 
 def _spread(values: np.ndarray) -> Spread:

@@ -82,6 +82,56 @@ def genuine_and_impostor(
     return made[0], made[1]
 
 
+def to_means(
+    embeddings: np.ndarray,
+    people: np.ndarray,
+    cameras: np.ndarray,
+    images: int,
+    *,
+    same_camera: bool = False,
+    max_pairs: int = 2_000_000,
+    seed: int = 0,
+) -> tuple[Pairs, Pairs]:
+    """The mean similarities of an image to several of one person, its own (genuine) or another (impostor).
+
+    For the images of each camera, `images` images of each person who has so many are drawn, by other cameras unless
+    `same_camera`; none is compared with itself. The cameras of these `Pairs` are `[n, 0]`.
+
+    Args:
+        embeddings, people, cameras, same_camera, seed: as of `genuine_and_impostor`.
+        images: of a person, at least 1.
+        max_pairs: about the most impostors.
+    """
+    generator = np.random.default_rng(seed)
+    found: tuple[list[np.ndarray], list[np.ndarray]] = [np.empty((3, 0))], [np.empty((3, 0))]
+    numbers = np.unique(cameras)
+    for camera in numbers:
+        asked = generator.permutation(np.flatnonzero((cameras != camera) | same_camera))
+        asked = asked[np.argsort(people[asked], kind="stable")]
+        owners, starts, counts = np.unique(people[asked], return_index=True, return_counts=True)
+        owners, starts = owners[counts >= images], starts[counts >= images]
+        if not len(owners):
+            continue
+        drawn = asked[starts[:, None] + np.arange(images)]
+        means = sum(embeddings[drawn[:, one]].astype(np.float32) for one in range(images)) / np.float32(images)
+        asking = generator.permutation(np.setdiff1d(np.flatnonzero(cameras == camera), drawn))
+        own = np.minimum(np.searchsorted(owners, people[asking]), len(owners) - 1)
+        mated = owners[own] == people[asking]
+        similarities = np.einsum("ij,ij->i", embeddings[asking[mated]], means[own[mated]], dtype=np.float32)
+        found[0].append(np.stack([similarities, people[asking[mated]], people[asking[mated]]]))
+        asking = asking[: 1 + max_pairs // (len(numbers) * len(owners))]
+        row, column = np.nonzero(people[asking][:, None] != owners)
+        found[1].append(np.stack([(embeddings[asking] @ means.T)[row, column], people[asking][row], owners[column]]))
+    made = []
+    for kind in found:
+        similarities, first, second = np.concatenate(kind, axis=1)
+        order = np.argsort(-similarities, kind="stable")
+        first, second = first[order].astype(np.int32), second[order].astype(np.int32)
+        none = np.empty((len(order), 0), np.int32)
+        made.append(Pairs(similarities[order].astype(np.float32), first, second, none, len(order)))
+    return made[0], made[1]
+
+
 def count_impostor(people: np.ndarray, cameras: np.ndarray, same_camera: bool) -> int:
     """How many pairs of images of two people there are, by two cameras unless `same_camera`."""
     of_all, of_person = _pairs_within(np.zeros(len(people), np.int64)), _pairs_within(people)

@@ -51,11 +51,6 @@ def threshold_at(impostor: np.ndarray, far: float) -> float:
     return _above(impostor, int(np.floor(far * len(impostor) + 1e-9)))
 
 
-def share_at_or_above(similarities: np.ndarray, threshold: float) -> float:
-    """The share of similarities `[n]`, descending, that a threshold accepts."""
-    return int(np.searchsorted(-similarities, -threshold, side="right")) / len(similarities)
-
-
 def equal_error_rate(genuine: np.ndarray, impostor: np.ndarray) -> tuple[float, float]:
     """The rate at which as many genuine pairs are rejected as impostor pairs are accepted, and its threshold.
 

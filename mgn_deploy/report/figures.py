@@ -1,4 +1,4 @@
-"""Figures as PNG files: training curves and attention maps (the paper's Figure 5)."""
+"""Figures as PNG files: training curves, a calibration, and attention maps (the paper's Figure 5)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from mgn_deploy.packages import require
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from mgn_deploy.identity.calibration import Calibration
 
 DPI = 120
 
@@ -59,6 +61,43 @@ def draw_curves(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Non
     accuracy.set(title="held-out people, %", xlabel="epoch", ylim=(0, 100))
     accuracy.legend()
     for axes in (losses, rate, accuracy):
+        axes.grid(alpha=0.3)
+    _save(figure, out)
+
+
+def draw_calibration(made: Calibration, out: str | os.PathLike[str]) -> None:
+    """Draw how reliable a calibration's probabilities are on held-out people, and its threshold of each rate.
+
+    Args:
+        made: a bundle's calibration.
+        out: the PNG.
+
+    Raises:
+        CannotRun: matplotlib is not installed.
+    """
+    figure = _new_figure(10, 4)
+    reliability, thresholds = figure.subplots(1, 2)
+    means = [row.mean_probability for row in made.reliability]
+    reliability.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+    reliability.plot(means, [row.genuine_share for row in made.reliability], marker="o")
+    for row in made.reliability:
+        where = (row.mean_probability, row.genuine_share)
+        reliability.annotate(f"{row.pairs:,}", where, (6, -9), textcoords="offset points", fontsize=7)
+    brier = made.cross_validation[made.method].brier
+    reliability.set(
+        title=f"held-out people, {made.method}: Brier {brier:.4f}",
+        xlabel=f"mean probability where {made.prior:.0%} of pairs are one person",
+        ylabel="share of one person (numbers: pairs)",
+    )
+    of_images = {1: made.tail, **{one.images: one.tail for one in made.pooled}}
+    for images, tail in of_images.items():
+        label = "two images" if images == 1 else f"mean over {images} images"
+        thresholds.plot([threshold for _, threshold in tail], [rate for rate, _ in tail], label=label)
+    for rate in made.rates:
+        thresholds.plot([rate.threshold.low, rate.threshold.high], [rate.far] * 2, color="C0", linewidth=5, alpha=0.4)
+    thresholds.set(title="false-accept rate; bars: 95% of draws of people", xlabel="threshold", yscale="log")
+    thresholds.legend()
+    for axes in (reliability, thresholds):
         axes.grid(alpha=0.3)
     _save(figure, out)
 

@@ -15,11 +15,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mgn_deploy.choices import Device, Metric
 from mgn_deploy.errors import UserError
 from mgn_deploy.machine import usable_cpus
-from mgn_deploy.retrieval.arrays import Arrays
-from mgn_deploy.retrieval.distance import ROWS_BYTES, distance_rows
 from mgn_deploy.retrieval.truth import Truth
 
 BLOCK_ROWS = 32  # their sorted copy stays in a core's cache
@@ -151,38 +148,6 @@ def evaluate(
         shape=distances.shape,
     )
     return RankingMetrics.of(score_rows([(slice(0, len(distances)), distances)], truth), ranks)
-
-
-def evaluate_embeddings(
-    query: np.ndarray,
-    gallery: np.ndarray,
-    query_identities: ArrayLike,
-    query_cameras: ArrayLike | None,
-    gallery_identities: ArrayLike,
-    gallery_cameras: ArrayLike | None,
-    *,
-    ranks: Sequence[int] = RANKS,
-    junk: Collection[int] = (),
-    distractors: Collection[int] = (),
-    metric: Metric = "cosine",
-    device: Device | Arrays = "cpu",
-) -> RankingMetrics:
-    """Score embeddings [q, d] and [g, d] by their distances, never holding all of them at once; labels as `evaluate`.
-
-    Raises:
-        UserError: as `evaluate` and `distance.distance_matrix`.
-    """
-    truth = Truth(
-        query_identities,
-        query_cameras,
-        gallery_identities,
-        gallery_cameras,
-        junk=junk,
-        distractors=distractors,
-        shape=(len(query), len(gallery)),
-    )
-    rows = distance_rows(query, gallery, metric, tile_bytes=ROWS_BYTES, device=device)
-    return RankingMetrics.of(score_rows(rows, truth), ranks)
 
 
 def score_rows(tiles: Iterable[tuple[slice, np.ndarray]], truth: Truth) -> QueryScores:

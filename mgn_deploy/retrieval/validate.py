@@ -62,7 +62,7 @@ class Validation:
     @property
     def reference(self) -> RankingMetrics | None:
         """The reference's."""
-        return self.reference_scores and self.reference_scores.metrics
+        return None if self.reference_scores is None else self.reference_scores.metrics
 
     def differences(self) -> dict[str, float]:
         """Backend minus reference of every metric, as fractions; empty without a reference."""

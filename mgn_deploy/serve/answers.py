@@ -85,7 +85,9 @@ class IdentityAnswer(BaseModel):
     threshold: float | None
     far: float | None
     candidates: list[CandidateAnswer] = Field(description="The most similar people, best first.")
-    calibrated_for: str | None = Field(description="What threshold and probability are of; null without a calibration.")
+    calibrated_for: int | None = Field(
+        description="Images of a person whose mean similarity the threshold was learned of; null without a calibration."
+    )
     note: str | None
 
 
@@ -179,6 +181,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         413: "More bytes, pixels or images than the limits.",
         422: "No image of the request can be read, or a parameter is wrong.",
         503: "The queue is full; Retry-After says for how long, in seconds.",
+        507: "This machine cannot write to its folder of people.",
     }.items()
 }
 

@@ -67,10 +67,11 @@ def make_app(service: Service, *, key: str | None = None, any_host: bool = False
         lifespan=lifespan,
     )
     _add_error_answers(app)
-    _add_page(app)
-    add_state(app, service, run)
+    # Routes are tried in this order: what is asked most comes first.
     add_questions(app, service, run)
     add_people(app, service, run)
+    add_state(app, service, run)
+    _add_page(app)
     return Guard(app, limits=service.limits, key=key, metrics=service.metrics, any_host=any_host)
 
 
@@ -80,7 +81,8 @@ def _add_error_answers(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def unusable(request: Request, error: UserError) -> JSONResponse:
-        return problem(422, str(error))
+        # What this machine cannot write, as on a full disk, is no fault of the request.
+        return problem(507 if isinstance(error.__cause__, OSError) else 422, str(error))
 
     @app.exception_handler(TooLarge)
     async def too_large(request: Request, error: TooLarge) -> JSONResponse:

@@ -70,9 +70,15 @@ class _Opened:
     times: np.ndarray
 
     @classmethod
-    def of(cls, store: Store) -> _Opened:
+    def of(cls, store: Store, before: _Opened | None = None) -> _Opened:
+        """Of a store; of one that has grown since `before`, only the new embeddings are read."""
         times = np.array([np.nan if row.time_s is None else row.time_s for row in store], np.float64)
-        return cls(store, store.embeddings(), store.cameras(), times)
+        if before is None or not len(before.store) or store.rows[: len(before.store)] != before.store.rows:
+            embeddings = store.embeddings()
+        else:
+            new = store.take(np.arange(len(before.store), len(store)))
+            embeddings = np.concatenate([before.embeddings, new]) if len(new) else before.embeddings
+        return cls(store, embeddings, store.cameras(), times)
 
 
 class Gallery:
@@ -119,11 +125,11 @@ class Gallery:
             self._refreshing.release()
 
     def _look(self) -> None:
-        folder, before = self.store.folder, self.store.manifest
-        if read_manifest(folder) != before:
-            store = Store.open(folder)
-            check_same_bundle(before.bundle_id, store)
-            self._opened = _Opened.of(store)
+        before = self._opened
+        if read_manifest(before.store.folder) != before.store.manifest:
+            store = before.store.reopened()
+            check_same_bundle(before.store.manifest.bundle_id, store)
+            self._opened = _Opened.of(store, before)
 
     def search(
         self,

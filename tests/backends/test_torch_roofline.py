@@ -8,10 +8,10 @@ from mgn_deploy.config import ModelConfig
 
 torch = pytest.importorskip("torch")
 
+from roofline import Layer, bound_of, layers_of  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from mgn_deploy.backends.torch_cuda.network import InferenceMGN  # noqa: E402
-from mgn_deploy.backends.torch_cuda.roofline import Layer, bound_of, layers_of  # noqa: E402
 from mgn_deploy.train.model import MGN  # noqa: E402
 
 SMALL = ModelConfig(backbone="resnet50", base_width=16, reduced_width=16, height=96, width=32)

@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import mgn_deploy
 
 from mgn_deploy.backends.onnxruntime.cpu import OnnxRuntimeBackend
 from mgn_deploy.bench import contenders, server, speed, timing
+from mgn_deploy.bench import page as page_module
 from mgn_deploy.bench.compare import compare
 from mgn_deploy.bench.contenders import operations
 from mgn_deploy.bench.environment import Meter, Noise, Sample
@@ -26,6 +28,7 @@ from mgn_deploy.bench.speed import measure
 from mgn_deploy.bench.timing import limits
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import REFERENCE, write_manifest
+from mgn_deploy.cuda.management import Management
 from mgn_deploy.errors import CannotRun, GateFailed, UserError
 
 FOREVER = float("inf")
@@ -85,6 +88,24 @@ def test_a_row_has_latencies_rates_memory_and_accuracy_of_one_engine(result, eng
     assert row.host_bytes >= 0
 
 
+def test_a_batch_that_an_engine_breaks_at_is_a_row_and_the_others_are_measured(bundle_folder, crops, monkeypatch):
+    real = OnnxRuntimeBackend.__call__
+
+    def call(self, images):
+        if len(images) == 4:
+            raise RuntimeError("no memory\nleft")
+        return real(self, images)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "__call__", call)
+    chosen = {"engines": ["onnxruntime"], "images": crops, "count": 4, "reference": False}
+    with short(rounds=1):
+        result = measure([bundle_folder], batches=[1, 4], minutes=4, **chosen)
+    assert row_of(result, "onnxruntime", 1).offline.median > 0
+    assert row_of(result, "onnxruntime", 4).not_measured["engine"] == "RuntimeError: no memory left"
+    with pytest.raises(CannotRun, match="onnxruntime: RuntimeError: no memory left"):
+        measure([bundle_folder], batches=[4], **chosen)
+
+
 def test_embed_and_the_reference_are_ratios_of_the_same_rounds(result):
     ours, torch = row_of(result, "onnxruntime", 4), row_of(result, "torch", 4)
     ratios = sorted(a / b for a, b in zip(ours.offline.rounds, torch.offline.rounds, strict=True))
@@ -118,10 +139,20 @@ def test_the_page_needs_nothing_else_and_shows_every_row_and_the_pareto_front(re
     html = page(result)
     assert "<script" not in html
     assert "http" not in html.replace("http-equiv", "")
-    for row in result.rows:
-        assert row.name in html
+    for row in result.rows:  # the model, which all have, is in the head
+        assert f"<td>{row.name.removeprefix(f'{row.model} ')}</td>" in html
+    assert f"{result.models}; {result.date}" in html
     assert html.count("<circle") == 4
     assert 'class="front"' in html
+    points = page_module._pareto(result.rows)["points"]
+    assert all(f"<li>{point['name']}: {point['x']:.2f} ms" in html for point in points)
+
+
+def test_labels_of_points_beside_each_other_are_above_each_other(result):
+    rows = [row.model_copy(deep=True) for row in result.rows if row.accuracy]
+    for row, milliseconds in zip(rows, (1.0, 1.01, 1.02, 2.0), strict=True):
+        row.batch, row.pixels.p50.value = 1, milliseconds
+    assert [point["level"] for point in page_module._pareto(rows)["points"]] == [0, 1, 2, 0]
 
 
 def test_names_in_the_page_are_escaped(result):
@@ -249,6 +280,27 @@ def test_work_of_others_and_theft_are_told_and_our_own_work_is_not(monkeypatch, 
     meter.add(Sample(0, 0, 0, 0, 0), Sample(1.0, busy, steal, own, 0))
     noise = meter.noise(0.01)
     assert (noise.flags, noise.disturbed) == (flags, bool(flags))
+
+
+@pytest.mark.parametrize("named", ["Event", "Throttle"])  # by drivers since 535, and by older ones
+def test_clocks_that_are_held_down_are_told_by_any_driver(monkeypatch, named):
+    def reasons(device, value):
+        value._obj.value = 0x4 | 0x40
+        return 0
+
+    calls = {"nvmlInit_v2": lambda: 0, "nvmlDeviceGetHandleByIndex_v2": lambda *_: 0}
+    calls[f"nvmlDeviceGetCurrentClocks{named}Reasons"] = reasons
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(**calls))
+    assert Management().slowed() == ["power cap", "thermal"]
+    assert Management().joules() is None
+
+
+def test_where_cupti_shows_no_kernel_a_gpus_time_is_not_zero(embedder, monkeypatch):
+    monkeypatch.setattr("torch.profiler.profile", lambda **_: nullcontext(SimpleNamespace(events=list)))
+    row = SimpleNamespace(batch=1, not_measured={})
+    images = SimpleNamespace(crops=np.zeros((1, embedder.height, embedder.width, 3), np.uint8))
+    speed._gpu_times(SimpleNamespace(row=row, images=images, embedder=embedder), calls=1)
+    assert "CUPTI" in row.not_measured["gpu_ms"]
 
 
 def test_rounds_that_vary_are_told_and_disturb_nothing():

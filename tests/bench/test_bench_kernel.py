@@ -257,3 +257,9 @@ def test_without_a_gpu_tritons_rival_says_what_it_needs():
     rows = {row["contender"]: row for row, _ in checked(case, inputs, makers(case, inputs))}
     assert set(rows) == {"torch_op", "eager", "lean", "triton"}
     assert rows["triton"]["left_out"] == "Triton needs a GPU, or TRITON_INTERPRET=1 before it is loaded"
+
+
+def test_cudnn_may_time_its_algorithms_for_the_rivals(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    makers(small(), random_inputs(small(), "cpu", seed=0))
+    assert torch.backends.cudnn.benchmark

@@ -13,7 +13,7 @@ def test_decoders_are_measured_and_their_pixels_compared(tmp_path, bundle_folder
     for number in range(3):
         draw_crop(number, 1, 0).save(tmp_path / f"{number}.jpg", quality=90)
     monkeypatch.setitem(sys.modules, "pyvips", None)
-    options = f"decoders --images {tmp_path} --bundle {bundle_folder} --enlarge 4 --rounds 2 --json"
+    options = f"decoders --images {tmp_path} --bundle {bundle_folder} --enlarge 4 --rounds 2"
     monkeypatch.setattr(sys, "argv", options.split())
     decoders.main()
     result = json.loads(capsys.readouterr().out)

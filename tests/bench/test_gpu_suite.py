@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mgn_deploy.bench.gpu import __main__ as suite
+from mgn_deploy.bench.gpu import bundles, stages
 from mgn_deploy.bench.gpu.bundles import weights_bundle
 from mgn_deploy.bench.gpu.claims import CLAIMS, HEADLINE, judge
 from mgn_deploy.bench.gpu.rivals import TorchRival
 from mgn_deploy.bench.gpu.stages import STAGES, TOOLS, Setup, sanitizer
+from mgn_deploy.bench.kernel import contenders
 from mgn_deploy.bench.speed import measure
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.cuda.device import gpu_problem
 from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import CannotRun
 from mgn_deploy.export.proof.agreement import cosines
 from mgn_deploy.images.decode import read_crop
 
@@ -54,6 +58,13 @@ def test_the_result_is_few_files_and_every_claim_is_said_and_none_is_measured_on
     assert {claim["measured"] for claim in claims} == {"not measured"}
     page = (out / "suite.md").read_text()
     assert all(claim["claim"] in page and claim["target"] in page for claim in claims)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_a_missing_package_is_named_without_the_extra_of_another(out):
+    reasons = [row["left_out"] for row in result_of(out)["stages"]["facts"]["rows"] if "left_out" in row]
+    assert "tensorrt is not installed" in reasons
 
 
 @pytest.mark.slow
@@ -149,6 +160,32 @@ def test_a_sanitizers_errors_fail_and_its_refusal_does_not(tmp_path, monkeypatch
     assert all(row[key].startswith(words) for row in rows)
 
 
+def test_under_a_sanitizer_which_has_no_pool_of_memory_no_graph_is_captured(tmp_path, monkeypatch):
+    def refuse():
+        raise CannotRun("not here")
+
+    names = ("torch_op", "kernel", "kernel_fused", "kernel_graph", "eager", "compiled_graph")
+    monkeypatch.setattr(contenders, "makers", lambda *_: dict.fromkeys(names, refuse))
+    monkeypatch.setenv("MGN_QUICK", "1")
+    rows = stages.correctness(Setup("cpu", tmp_path, time.monotonic() + 30))
+    assert {row["contender"] for row in rows} == {"torch_op", "kernel", "kernel_fused"}
+
+
+def test_on_a_gpu_the_kernel_is_a_tail_and_what_is_slow_to_open_comes_last(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(setup, bundle, batches, seconds, rivals, **_):
+        asked.append((bundle.name, *rivals))
+        yield {"row": bundle.name}
+
+    monkeypatch.setattr(stages, "_measured", measured)
+    monkeypatch.setattr(bundles, "bundles", lambda _, precisions: [(name, tmp_path / name) for name in precisions])
+    list(stages.engines(Setup("cuda", tmp_path, time.monotonic() + 30)))
+    first, *_, last = asked
+    assert {"torch-cuda kernel fp16", "torch eager fp16", "torch folded bf16"} < set(first)
+    assert last == ("fp16", "torch.compile fp16")
+
+
 def test_a_claim_is_kept_or_not_by_the_figure_that_was_measured():
     kernel = [
         {"row": f"{HEADLINE} 32", "contender": "kernel_graph", "of_copy": 0.8, "cold_us": 10.0},
@@ -160,8 +197,16 @@ def test_a_claim_is_kept_or_not_by_the_figure_that_was_measured():
         {"row": "sanitizer memcheck", "said": "0 errors"},
         {"row": "sanitizer racecheck", "failed": "3 errors"},
     ]
-    network = {"precision": "fp16", "batch": 64, "device": "NVIDIA H100", "of_matrix_rate": 0.6, "over_reference": 2.5}
-    rows = [{**network, "engine": "tensorrt"}, {**network, "engine": "torch folded fp16", "of_matrix_rate": 0.9}]
+    network = {"precision": "fp16", "batch": 64, "device": "NVIDIA H100"}
+    rows = [
+        {**network, "engine": engine, "of_matrix_rate": share, "offline": {"median": rate}}
+        for engine, share, rate in (
+            ("tensorrt", 0.5, 2000.0),
+            ("torch-cuda kernel fp16", 0.6, 2500.0),
+            ("torch folded fp16", 0.9, 9000.0),
+            ("torch eager fp16", 0.2, 1000.0),
+        )
+    ]
     judged = judge({"kernel": kernel, "sanitizer": sanitized, "engines": rows})
     found = {one["claim"].split(":")[0]: (one["measured"], one["holds"]) for one in judged}
     assert found["the kernel at batch 32"] == ("0.80", False)
@@ -169,14 +214,15 @@ def test_a_claim_is_kept_or_not_by_the_figure_that_was_measured():
     assert found["the kernel at batch 32 over its rival in Triton's language (else it goes)"] == ("1.04", False)
     assert found["compute-sanitizer finds nothing, in four tools"] == ("1", False)
     assert found["the network at batch 64, fp16 with mirrors"] == ("0.60", True)
-    assert found["the network at batch 64, fp16, over PyTorch eager in fp32"] == ("2.5", True)
+    assert found["the network at batch 64 over PyTorch eager, both in fp16"] == ("2.5", True)
     assert found["`embed` at batch 32"] == ("not measured", None)
 
 
+@pytest.mark.parametrize("way", ["eager", "folded"])
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.99999), ("fp16", 0.9999), ("bf16", 0.999)])
-def test_pytorch_in_every_type_gives_the_references_embeddings(bundle_folder, crops, precision, least):
+def test_pytorch_in_every_type_gives_the_references_embeddings(bundle_folder, crops, precision, least, way):
     pixels = np.stack([read_crop(path, 96, 32) for path in sorted(crops.rglob("*.jpg"))[:12]])
-    rival = TorchRival(Bundle.open(bundle_folder), precision, compiled=False)
+    rival = TorchRival(Bundle.open(bundle_folder), precision, way)
     found, expected = rival(pixels), Embedder.open_reference(bundle_folder).backend(pixels)
     assert found.dtype == np.float32
     assert cosines(found, expected).min() > least

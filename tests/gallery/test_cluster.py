@@ -20,6 +20,8 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.gallery import writer
 from mgn_deploy.gallery.cluster import Cluster, embed_on_cluster
 from mgn_deploy.gallery.embed import GalleryReport, embed_folder
+from mgn_deploy.gallery.sources import Source
+from mgn_deploy.images.listing import ImageFile
 from mgn_deploy.machine import this_cpu
 
 pytest.importorskip("ray", reason="the extra ray is not installed")
@@ -105,3 +107,9 @@ def test_what_belongs_to_one_process_is_refused_beside_a_cluster(crops, tmp_path
 def test_a_cluster_is_named_by_an_address_and_a_range():
     assert "ray://HOST:PORT" in refusal(UserError, Cluster, "head:10001")
     assert "4 to 2 workers" in refusal(UserError, Cluster, "auto", (4, 2))
+
+
+def test_objects_in_the_memory_of_this_process_are_refused(tmp_path):
+    source = Source("memory://bucket", "a bucket", [ImageFile(None, "a.jpg")])
+    refused = refusal(UserError, embed_on_cluster, source, tmp_path / "store", tmp_path / "bundle", Cluster("local"))
+    assert "memory of this process" in refused

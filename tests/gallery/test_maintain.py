@@ -173,6 +173,8 @@ def test_relocated_store_leads_to_the_new_folder(store, folder, tmp_path):
 def test_exports_hold_the_embeddings_in_order(store, tmp_path):
     opened = Store.open(store)
     table = pq.read_table(export_store(opened, tmp_path / "all.parquet"))
+    group = pq.ParquetFile(tmp_path / "all.parquet").metadata.row_group(0)
+    assert [bool(group.column(at).statistics) for at in (0, group.num_columns - 1)] == [True, False]
     assert table.column("path").to_pylist() == [row.name for row in opened]
     assert table.column("identity").to_pylist() == opened.identities().tolist()
     made = np.stack(table.column("embedding").to_pylist()).astype(np.float32)

@@ -14,7 +14,7 @@ from mgn_deploy.export.exporter import FILES
 from mgn_deploy.files import atomic_folder
 from mgn_deploy.identity.calibrate import calibrate_embeddings
 from mgn_deploy.identity.calibration import CALIBRATION, Calibration
-from mgn_deploy.identity.pairs import genuine_and_impostor
+from mgn_deploy.identity.pairs import genuine_and_impostor, to_means
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,35 @@ def test_probabilities_and_rates_hold_on_other_people(made):
         assert low - 0.06 <= same / (same + other) <= high + 0.06
     for far in (1e-2, 1e-3):
         assert np.mean(impostor >= made.decide(far).threshold) == pytest.approx(far, rel=0.35)
+
+
+@pytest.mark.parametrize("images", [2, 4])
+def test_rates_and_probabilities_of_means_over_images_hold_on_other_people(made, images):
+    genuine, impostor = (one.similarities for one in to_means(*embeddings_of(300, 10, seed=9), images))
+    for far in (1e-2, 1e-3):
+        decision = made.decide(far, images)
+        assert np.mean(impostor >= decision.threshold) == pytest.approx(far, rel=0.35)
+        assert decision.threshold < made.decide(far).threshold
+        assert decision.images == images
+    same, other = (np.mean(np.abs(made.log_likelihood_ratio(one, images)) < 1) for one in (genuine, impostor))
+    assert same / (same + other) == pytest.approx(0.5, abs=0.12)
+
+
+def test_means_over_more_images_than_people_have_are_judged_by_those_over_fewer(made):
+    assert [one.images for one in made.pooled] == [2, 4]  # of ten images five are by the other camera
+    assert made.decide(1e-2, 100) == made.decide(1e-2, 4)
+    assert made.decide(1e-2, 3) == made.decide(1e-2, 2)
+    lowest = made.pooled[-1].tail[-1][0]
+    assert made.decide(0.99 * lowest, 4).images < 4  # a rate that the means are too few for
+    np.testing.assert_array_equal(made.log_likelihood_ratio(0.3, np.array([1, 3, 9])),
+                                  [made.log_likelihood_ratio(0.3, one) for one in (1, 2, 4)])  # fmt: skip
+
+
+def test_a_calibration_of_before_means_judges_them_as_pairs(made, bundle):
+    older = made.model_copy(update={"bundle_id": bundle.id}).to_dict()
+    del older["pooled"]
+    (bundle.folder / CALIBRATION).write_text(json.dumps(older))
+    assert Calibration.open(bundle).decide(1e-2, 4) == made.decide(1e-2)
 
 
 def test_a_rate_between_two_others_has_a_threshold_between_theirs(made):

@@ -76,7 +76,27 @@ def test_images_together_are_one_answer_that_is_surer(calibration):
     assert together.candidates[0].similarity == pytest.approx(np.mean([one.candidates[0].similarity for one in alone]))
     enrolled_images = len(enrolled.people[4].embeddings)
     assert (alone[0].candidates[0].pairs, together.candidates[0].pairs) == (enrolled_images, 5 * enrolled_images)
-    assert together.to_dict()["calibrated_for"] == "pairs of single images"
+    assert together.to_dict()["calibrated_for"] == 2  # people of the calibration have three images by each camera
+
+
+def test_who_has_more_images_is_named_at_a_lower_threshold_at_the_same_rate(calibration):
+    few, many = enrolled_of(range(20), images=1), enrolled_of(range(20), images=3)
+    for far in (0.3, 1e-2):
+        one, mean = (identify(ROWS[OWNERS >= 20], some, calibration, far=far) for some in (few, many))
+        assert mean[0].threshold == decide_for_list(calibration, far, 20, 3).threshold < one[0].threshold
+        assert (one[0].calibrated_for, mean[0].calibrated_for) == (1, 2)
+    assert [answer.known for answer in mean].count(True) <= 0.02 * len(mean)
+
+
+def test_people_with_different_numbers_of_images_are_ordered_by_how_far_they_are_above_their_thresholds(calibration):
+    one, three = Person("one", ROWS[:1], ("a",), ""), Person("three", ROWS[8:11], ("a",) * 3, "")
+    wanted = [
+        decide_for_list(calibration, 1e-2, 2, images).threshold + above for images, above in ((1, 0.01), (3, 0.02))
+    ]
+    query = np.linalg.lstsq(np.stack([ROWS[0], ROWS[8:11].mean(0)]), wanted, rcond=None)[0].astype(np.float32)
+    (answer,) = identify(query[None], Enrolled(BUNDLE, (one, three)), calibration, far=1e-2)
+    assert answer.name == "three"
+    assert answer.candidates[0].similarity < answer.candidates[1].similarity
 
 
 def test_probabilities_of_everybody_and_nobody_sum_to_one_and_fall_with_the_list(calibration):

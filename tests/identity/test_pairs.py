@@ -7,7 +7,7 @@ import pytest
 from made_up_people import embeddings_of
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.identity.pairs import count_impostor, genuine_and_impostor
+from mgn_deploy.identity.pairs import count_impostor, genuine_and_impostor, to_means
 
 
 def by_loops(rows, people, cameras, same_camera):
@@ -53,6 +53,31 @@ def test_a_draw_of_many_pairs_has_their_distribution_and_no_pair_twice():
         )
         > 19_900
     )
+
+
+def test_means_are_over_a_persons_images_by_other_cameras():
+    rows, people, cameras = (column[1:] for column in embeddings_of(6, 6))  # person 0 has two by camera 0, others three
+    genuine, impostor = to_means(rows, people, cameras, 3)
+    expected = {True: [], False: []}
+    for row, person, camera in zip(rows, people, cameras, strict=True):
+        for other in range(6):
+            theirs = rows[(people == other) & (cameras != camera)]
+            if len(theirs) == 3:
+                expected[bool(other == person)].append(float(np.mean(theirs @ row)))
+    for made, mine in ((genuine, expected[True]), (impostor, expected[False])):
+        np.testing.assert_allclose(made.similarities, sorted(mine, reverse=True), atol=1e-6)
+    assert (genuine.first == genuine.second).all()
+    assert (impostor.first != impostor.second).all()
+
+
+def test_no_image_is_in_the_mean_that_it_is_compared_with():
+    rows, people, cameras = np.eye(40, dtype=np.float32), np.repeat(np.arange(5), 8), np.arange(40) % 2
+    genuine, impostor = to_means(rows, people, cameras, 3, same_camera=True)
+    assert len(genuine) >= 5 * (8 - 2 * 3)
+    assert not genuine.similarities.any()
+    assert not impostor.similarities.any()
+    drawn = to_means(rows, people, cameras, 3, same_camera=True, max_pairs=50)[1]
+    assert 30 <= len(drawn) <= 70 < len(impostor)
 
 
 def test_the_same_seed_draws_the_same_pairs():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import mgn_deploy
+from made_up_people import calibrated
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.report.figures import draw_attention
 from mgn_deploy.train.attention import attention_maps
@@ -81,6 +84,16 @@ def test_curves_are_drawn_also_before_the_first_evaluation(tmp_path):
     (tmp_path / "epochs.csv").write_text(header + "1,5.0,0.01,8,6,2,60,,\n2,9.0,0.01,7,5,2,60,0.5,0.4\n")
     assert mgn_deploy("figures", "curves", tmp_path, "-o", tmp_path / "c.png").exit_code == 0
     assert share(tmp_path / "c.png", "C0") > 0.001
+
+
+def test_a_calibration_is_drawn_and_a_bundle_without_one_says_how_to_get_one(bundle_folder, tmp_path):
+    bundle, png = Bundle.open(shutil.copytree(bundle_folder, tmp_path / "bundle")), tmp_path / "c.png"
+    done = mgn_deploy("figures", "calibration", "--bundle", bundle.folder, "-o", png)
+    assert (done.exit_code, png.exists()) == (2, False)
+    assert "has no calibration.json: `mgn-deploy calibrate" in done.stderr
+    calibrated(30, bundle_id=bundle.id).write(bundle)
+    assert mgn_deploy("figures", "calibration", "--bundle", bundle.folder, "-o", png).exit_code == 0
+    assert min(share(png, colour) for colour in ("C0", "C1", "C2")) > 0.0005  # pairs, means over 2 and 4 images
 
 
 def test_matplotlib_leaves_nothing_in_the_home_but_in_our_cache(tmp_path):

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import mgn_deploy
+from made_up_store import Labelled, write_store
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.retrieval.evaluate_stores import evaluate_stores
-from mgn_deploy.retrieval.evaluation import Protocol
-from mgn_deploy.retrieval.ranking import evaluate_embeddings
-
-Labelled = list[tuple[str, int | None, int | None]]
-
-
-def write_store(folder: Path, rows: Labelled, embeddings: np.ndarray, *, bundle_id="b" * 64, source="images") -> Store:
-    manifest = StoreManifest(
-        bundle_id=bundle_id,
-        backend="onnxruntime",
-        preprocessing="p",
-        dim=embeddings.shape[1],
-        dtype="float32",
-        source=(folder.parent / source).as_uri(),
-    )
-    with StoreWriter(folder, manifest) as writer:
-        writer.add([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
-    return Store.open(folder)
+from mgn_deploy.retrieval.evaluation import Protocol, score_embeddings
+from mgn_deploy.retrieval.truth import Truth
 
 
 @pytest.fixture
@@ -54,7 +36,7 @@ def people(tmp_path) -> tuple[Store, Store]:
 
 def by_hand(query: Store, gallery: Store, **options):
     labels = query.identities(), query.cameras(), gallery.identities(), gallery.cameras()
-    return evaluate_embeddings(query.embeddings(), gallery.embeddings(), *labels, **options)
+    return score_embeddings(query.embeddings(), gallery.embeddings(), Truth(*labels, **options)).metrics
 
 
 def test_the_labels_of_the_rows_are_what_answers_are_judged_by(people):
@@ -143,3 +125,10 @@ def test_the_command_prints_a_table_and_json(people):
     assert printed["measured"]["mAP"] == pytest.approx(by_hand(*people, distractors=[0]).mAP)
     assert printed["unmatched_queries"] == ["q0.jpg"]
     assert printed["paired_test"]["mAP"] == {"mean": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+
+
+@pytest.mark.parametrize("command", [("evaluate", "q", "g"), ("validate", "--data", "folder:d", "--bundle", "b")])
+def test_figures_are_never_computed_through_an_index_and_the_refusal_says_why(command):
+    done = mgn_deploy(*command, "--index", "index.db")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "mAP depend on every neighbour, and what an approximate index misses would look like" in done.stderr

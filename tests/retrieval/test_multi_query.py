@@ -15,8 +15,9 @@ from mgn_deploy.datasets.drawn import draw_crop, draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.images.decode import read_crop
+from mgn_deploy.retrieval.evaluation import score_embeddings
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
-from mgn_deploy.retrieval.ranking import evaluate_embeddings
+from mgn_deploy.retrieval.truth import Truth
 from mgn_deploy.retrieval.validate import validate
 
 QUERIES = np.array([[1, 0, 0], [0, 1, 0], [0.6, 0.8, 0]], np.float32)
@@ -84,7 +85,8 @@ def test_the_figures_are_those_of_a_computation_by_hand(root, bundle_folder, poo
     labels = [
         [getattr(one, name) for one in part] for part in (data.query, data.gallery) for name in ("identity", "camera")
     ]
-    expected = evaluate_embeddings(np.array(queries, np.float32), embed(data.gallery), *labels, junk=data.junk)
+    truth = Truth(*labels, junk=data.junk)
+    expected = score_embeddings(np.array(queries, np.float32), embed(data.gallery), truth).metrics
 
     result = validate(data, embedder, embedder, multi_query=pooling)
     assert result.measured.to_dict() == pytest.approx(expected.to_dict(), abs=1e-9)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.retrieval.distance import distance_matrix
-from mgn_deploy.retrieval.ranking import RankingMetrics, evaluate, evaluate_embeddings, score_rows
+from mgn_deploy.retrieval.distance import distance_matrix, distance_rows
+from mgn_deploy.retrieval.ranking import RankingMetrics, evaluate, score_rows
 from mgn_deploy.retrieval.truth import Truth
 
 # As in Market-1501.
@@ -190,19 +190,21 @@ def embeddings_and_labels(queries: int, images: int):
     return rows[:queries], rows[queries:], labels
 
 
-def test_embeddings_score_as_their_distance_matrix_does(monkeypatch):
-    monkeypatch.setattr("mgn_deploy.retrieval.ranking.ROWS_BYTES", 1 << 18)
+def evaluate_in_tiles(query: np.ndarray, gallery: np.ndarray, labels) -> RankingMetrics:
+    return RankingMetrics.of(score_rows(distance_rows(query, gallery, tile_bytes=1 << 18), Truth(*labels)))
+
+
+def test_embeddings_score_as_their_distance_matrix_does():
     query, gallery, labels = embeddings_and_labels(150, 400)
     expected = evaluate(distance_matrix(query, gallery), *labels)
-    assert_close(evaluate_embeddings(query, gallery, *labels), expected)
+    assert_close(evaluate_in_tiles(query, gallery, labels), expected)
 
 
-def test_scoring_embeddings_never_holds_the_whole_matrix(monkeypatch):
-    monkeypatch.setattr("mgn_deploy.retrieval.ranking.ROWS_BYTES", 1 << 18)
+def test_scoring_embeddings_never_holds_the_whole_matrix():
     query, gallery, labels = embeddings_and_labels(800, 1500)
     tracemalloc.start()
     try:
-        evaluate_embeddings(query, gallery, *labels)
+        evaluate_in_tiles(query, gallery, labels)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

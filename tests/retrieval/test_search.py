@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import mgn_deploy
+from made_up_store import write_store
 
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.embed import embed_folder
-from mgn_deploy.gallery.shards import Row, StoreManifest
+from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
+from mgn_deploy.retrieval.queries import Queries
 from mgn_deploy.retrieval.rank_list import RankList, verdict
 from mgn_deploy.retrieval.rerank import rerank
-from mgn_deploy.retrieval.search import Queries, search
+from mgn_deploy.retrieval.search import search
 
 
 @pytest.fixture(scope="module")
@@ -28,27 +30,6 @@ def crop_store(crops, embedder, tmp_path_factory) -> Store:
     """The crops with the labels that their names give."""
     folder = tmp_path_factory.mktemp("store") / "crops"
     embed_folder(crops, folder, embedder, labels="market1501")
-    return Store.open(folder)
-
-
-def write_store(
-    folder: Path,
-    rows: list[tuple[str, int | None, int | None]],
-    embeddings: np.ndarray,
-    bundle_id: str = "b" * 64,
-    source: str | None = None,
-) -> Store:
-    """A store of images that need not exist: (name, identity, camera) and unit embeddings."""
-    manifest = StoreManifest(
-        bundle_id=bundle_id,
-        backend="onnxruntime",
-        preprocessing="p",
-        dim=embeddings.shape[1],
-        dtype="float32",
-        source=source or (folder.parent / "images").as_uri(),
-    )
-    with StoreWriter(folder, manifest) as writer:
-        writer.add([Row(name, 1, 1, None, identity, camera) for name, identity, camera in rows], embeddings)
     return Store.open(folder)
 
 

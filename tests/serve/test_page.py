@@ -187,6 +187,16 @@ def test_a_person_is_enrolled_recognised_and_forgotten(page: Any, photo: Path) -
     wait_until(page, "document.getElementById('people-count').textContent === '0'")
 
 
+def test_somebody_who_is_likely_and_below_the_threshold_is_not_called_nobody(page: Any, photo: Path) -> None:
+    who = {"known": False, "name": None, "probability": 0.02, "note": None}
+    likely = {"name": "Zoë", "similarity": 0.8, "probability": 0.98, "pairs": 1}
+    answer = {"answers": [{**who, "candidates": [likely]}]}
+    page.route("**/identify", lambda route: route.fulfill(json=answer))
+    choose(page, photo)
+    assert page.inner_text("#verdict") == "Not sure enough to name one"
+    assert page.inner_text("#candidates") == "Zoë\n98%"
+
+
 def test_a_file_that_is_no_image_is_said(page: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     page.set_input_files("#file", tmp_path / "broken.jpg")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import threading
 import time
@@ -25,7 +27,9 @@ from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.identity.calibration import Calibration
 from mgn_deploy.images.decode import read_crop
+from mgn_deploy.serve import service as service_module
 from mgn_deploy.serve.server import HttpServer
+from mgn_deploy.serve.uploads import Crop, Upload, decode
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +184,17 @@ def test_a_person_is_enrolled_named_and_forgotten(client, crops: Path) -> None:
     assert client.request("DELETE", "/people", params={"name": "Zoë"}).status_code == 422
 
 
+def test_people_who_cannot_be_written_are_no_fault_of_the_request(client, photo: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    answer = client.post("/enrol", files=files(photo), data={"name": "Anna"})
+    assert (answer.status_code, "the disk is full" in answer.json()["error"]) == (507, True)
+    monkeypatch.undo()
+    assert client.get("/people").json()["people"] == []
+
+
 def test_a_calibration_gives_probabilities_thresholds_and_names(
     bundle_folder: Path, gallery_store: Path, crops: Path, tmp_path: Path
 ) -> None:
@@ -302,6 +317,29 @@ def test_callers_at_once_get_their_own_answers(client, crops: Path, embedder: Em
 
     with ThreadPoolExecutor(16) as pool:
         assert np.allclose(list(pool.map(ask, paths)), wanted, atol=1e-6)
+
+
+def test_no_more_images_are_decoded_at_once_than_there_are_cpus(
+    bundle_folder: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting, at_once, most = threading.Lock(), 0, 0
+
+    def slowly(*arguments: object) -> list[Crop]:
+        nonlocal at_once, most
+        with counting:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.02)
+        with counting:
+            at_once -= 1
+        return decode(*arguments)
+
+    monkeypatch.setattr(service_module, "decode", slowly)
+    monkeypatch.setattr(service_module, "usable_cpus", lambda: 2)
+    image = Upload("a.jpg", photo.read_bytes())
+    with open_service(bundle_folder) as service, ThreadPoolExecutor(8) as callers:
+        list(callers.map(service.embed, [[image], [image] * 3] * 8))
+    assert most == 2
 
 
 def test_a_full_queue_says_when_to_come_back(bundle_folder: Path, photo: Path) -> None:

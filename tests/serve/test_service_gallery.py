@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -16,7 +17,8 @@ from serving import EXTRA
 
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import UserError
-from mgn_deploy.gallery.shards import MANIFEST, Row, StoreManifest
+from mgn_deploy.gallery import writer as writer_module
+from mgn_deploy.gallery.shards import MANIFEST, Row, Shard, StoreManifest
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.serve import gallery as gallery_module
@@ -63,6 +65,27 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
+
+
+def test_of_a_store_that_grows_only_what_is_new_is_read(store: Path, source: Path, monkeypatch) -> None:
+    monkeypatch.setattr(writer_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(gallery_module, "REFRESH_SECONDS", 0)
+    add(store, source, [row(f"{n}.jpg") for n in range(10)], unit_rows(10))
+    gallery = Gallery(store, BUNDLE)
+    old = {path.name for path in store.iterdir()}
+    read: list[str] = []
+    monkeypatch.setattr(Shard, "_read", lambda shard, path: read.append(path.name) or path.read_bytes())
+    add(store, source, [row(f"{n}.jpg") for n in range(10, 19)], unit_rows(9, seed=1))
+    read.clear()  # of the writer
+    gallery.refresh()
+    assert read
+    assert not old & set(read)
+    fresh, query = Gallery(store, BUNDLE), unit_rows(3, seed=2)
+    assert gallery.search(query, 19) == fresh.search(query, 19)
+    # A row that is embedded again is no longer where it was.
+    add(store, source, [replace(row("2.jpg"), mtime_ns=2)], unit_rows(1, seed=3))
+    gallery.refresh()
+    assert gallery.search(query, 19) == Gallery(store, BUNDLE).search(query, 19)
 
 
 def test_an_image_below_the_source_is_shown_without_its_metadata(store: Path, source: Path) -> None:

@@ -19,7 +19,8 @@ from small_runs import ONE_THREAD, TINY, command, draw_people, rows, run, same, 
 from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.errors import UserError
 from mgn_deploy.images.decode import read_crop
-from mgn_deploy.retrieval.ranking import evaluate_embeddings
+from mgn_deploy.retrieval.evaluation import score_embeddings
+from mgn_deploy.retrieval.truth import Truth
 from mgn_deploy.train.data import TrainingSet
 from mgn_deploy.train.evaluate import evaluate_model
 from mgn_deploy.train.losses import mgn_loss
@@ -246,16 +247,7 @@ def test_evaluating_is_embedding_and_ranking(people, weights):
         with torch.inference_mode():
             return embedding(torch.from_numpy(crops)).numpy()
 
-    expected = evaluate_embeddings(
-        embed(people.query),
-        embed(people.gallery),
-        [image.identity for image in people.query],
-        [image.camera for image in people.query],
-        [image.identity for image in people.gallery],
-        [image.camera for image in people.gallery],
-        junk=people.junk,
-        distractors=people.distractors,
-    )
+    expected = score_embeddings(embed(people.query), embed(people.gallery), Truth.of_dataset(people)).metrics
     assert metrics.to_dict() == pytest.approx(expected.to_dict(), abs=1e-6)
 
 

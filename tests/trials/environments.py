@@ -63,6 +63,7 @@ LINES = {
     "store pool-tracks": "W/boxes -o W/new",
     "store compact": "W/store",
     "store export": "W/store -o W/rows.csv",
+    "figures calibration": "--bundle W/bundle -o W/calibration.png",
     "figures curves": "W/run -o W/curves.png",
     "figures attention": "W/weights W/photos -o W/attention.png",
     "demo": "-o W/demo --seconds 1",

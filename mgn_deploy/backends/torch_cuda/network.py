@@ -49,7 +49,7 @@ class Convolution(nn.Module):
             try:
                 return self._in_one_call(x, residual)
             except RuntimeError as error:
-                if not any(words in str(error) for words in ("unable to find an engine", "NOT_SUPPORTED")):
+                if not any(words in str(error) for words in ("nable to find an engine", "NOT_SUPPORTED")):
                     raise
                 self.fused = False
         y = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -214,7 +214,8 @@ function showIdentity(answer) {
   const who = answer && answer.answers[0];
   $("identity").hidden = !who;
   if (!who) return;
-  $("verdict").textContent = who.known === null ? "Most alike:" : who.known ? who.name : `Nobody who is enrolled (${percent(who.probability)})`;
+  const nobody = who.probability < 0.5 ? "Not sure enough to name one" : `Nobody who is enrolled (${percent(who.probability)})`;
+  $("verdict").textContent = who.known === null ? "Most alike:" : who.known ? who.name : nobody;
   $("verdict").classList.toggle("known", who.known === true);
   $("candidates").replaceChildren(...who.candidates.map((candidate) => {
     const item = document.createElement("li");
