@@ -36,7 +36,7 @@ def curves(
 def calibration(
     bundle: Bundle, figure: Annotated[Path, out("The PNG to write.")] = Path("calibration.png"), json: Json = False
 ) -> None:
-    """Draw a bundle's calibration: reliability of its probabilities, and thresholds by false-accept rate."""
+    """Draw reliability and thresholds of a bundle's calibration."""
     from mgn_deploy.bundle.bundle import Bundle as Opened
     from mgn_deploy.identity.calibration import Calibration
     from mgn_deploy.report.figures import draw_calibration

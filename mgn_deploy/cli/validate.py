@@ -53,7 +53,7 @@ SingleShotOption = Annotated[
 Intervals = Annotated[bool, typer.Option("--ci", rich_help_panel=_MORE, help="95% bootstrap intervals over queries.")]
 NoIndex = Annotated[
     str | None,
-    typer.Option("--index", hidden=True, callback=_refuse_index, help="Refused: figures depend on every neighbour."),
+    typer.Option(rich_help_panel=_RANKING, callback=_refuse_index, help="Refused: figures depend on every neighbour."),
 ]
 PerQuery = Annotated[
     Path | None,

@@ -410,7 +410,7 @@ def test_an_unlabelled_result_has_a_bar_of_its_probability_instead_of_a_question
     assert [e[1]["style"] for e in page.all("i")] == ["width: 90.0%", "width: 30.0%"]
     assert page.texts("span", "chance") == ["", ""]  # the text follows the bar
     assert [e[1]["class"] for e in page.all("span", "chance")] == ["chance", "chance below"]
-    assert len(page.all("svg", "mark")) == 3  # those of the legend
+    assert len(page.all("svg", "mark")) == 2  # those of the legend for labels
     text = (tmp_path / "p.html").read_text()
     assert "where 2% of pairs are" in text
     assert "Threshold 0.6000: of pairs of two people the share 0.01 reaches it." in text
