@@ -29,10 +29,14 @@ _SYSTEM = Path("/sys/devices/system/cpu")
 _RAPL = Path("/sys/class/powercap")
 
 
-class Environment(BaseModel):
-    """A machine and its software. `governor` is "unknown" where the system does not tell, as in a virtual machine."""
+class Strict(BaseModel):
+    """Of a result's JSON: a key that is not known is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid")
+
+
+class Environment(Strict, frozen=True):
+    """A machine and its software. `governor` is "unknown" where the system does not tell, as in a virtual machine."""
 
     hardware: Hardware
     cpus: int  # that this process may use
@@ -118,7 +122,7 @@ class Sample:
         return cls(time.perf_counter(), busy, steal, sum(os.times()[:4]), sum(map(int, throttles)))
 
 
-class Noise(BaseModel):
+class Noise(Strict):
     """Who else used the machine while a row was measured.
 
     `others` is how many CPUs' time other processes took, `steal` the share of the time that the hypervisor gave to
@@ -126,8 +130,6 @@ class Noise(BaseModel):
     the end. `flags` say in words what was too much; empty: quiet, as far as one can see. `disturbed`: by others, by the
     hypervisor or by the clocks, so that a difference to another run tells nothing of the code.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     others: float = 0.0
     steal: float = 0.0

@@ -10,6 +10,7 @@ from mgn_deploy.bench.result import JSON_NAME, PAGE_NAME, Result, Row
 from mgn_deploy.bench.timing import Interval
 from mgn_deploy.files import write_text
 
+LABEL = 0.03  # the share of the plot's width that a label takes
 _PLAIN = re.compile(r" \[.*?\]")
 COLUMNS = (
     "row", "p50 ms", "p90", "p99", "p99.9", "from bytes", "images/s", "x PyTorch", "embed", "server/s", "mAP",
@@ -29,17 +30,13 @@ def write_result(result: Result, folder: Path) -> None:
 
 
 def table(result: Result, bounds: bool = True) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows for people; columns that no row has a figure for are left out.
-
-    Without `bounds` as narrow as a terminal: of noise "yes", which `remarks` spells out, the model where rows differ.
-    """
+    """Columns and rows for people; columns that no row has a figure for are left out, and so is a model that all rows
+    have. What the noise of a row is, `remarks` says; without `bounds` the table is as narrow as a terminal."""
     rows = [_cells(row) for row in result.rows]
+    for cells in rows:
+        cells[0] = cells[0].removeprefix(f"{result.models} ")
     if not bounds:
-        models = {row.model for row in result.rows}
         rows = [[_PLAIN.sub("", cell) for cell in cells] for cells in rows]
-        for cells in rows:
-            cells[0] = cells[0].removeprefix(f"{models.copy().pop()} ") if len(models) == 1 else cells[0]
-            cells[-1] = "yes" if cells[-1] else ""
     kept = [index for index in range(len(COLUMNS)) if index == 0 or any(row[index] for row in rows)]
     return [COLUMNS[index] for index in kept], [[row[index] for index in kept] for row in rows]
 
@@ -63,7 +60,7 @@ def _cells(row: Row) -> list[str]:
         f"{row.of_matrix_rate:.0%}" if row.of_matrix_rate else "",
         f"{row.host_bytes / 1e6:.0f}" if row.host_bytes is not None else "",
         f"{row.joules_per_image:.2f}" if row.joules_per_image is not None else "",
-        "; ".join(row.noise.flags),
+        "yes" if row.noise.flags else "",
     ]
 
 
@@ -105,20 +102,9 @@ def page(result: Result) -> str:
         columns=columns,
         rows=rows,
         remarks=remarks(result),
-        bars=_bars(measured),
+        measured=measured,
         pareto=_pareto(measured),
     )
-
-
-def _bars(rows: list[Row]) -> list[dict[str, Any]]:
-    """Latency by row: the median as a bar, the 99th percentile as a mark; lengths are shares of the longest."""
-    most = max((row.pixels.p99.value for row in rows if row.pixels), default=1.0)
-    return [
-        {"name": row.name, "p50": one.p50.value, "p99": one.p99.value, "bar": one.p50.value / most,
-         "mark": one.p99.value / most, "noisy": bool(row.noise.flags)}
-        for row in rows
-        if (one := row.pixels)
-    ]  # fmt: skip
 
 
 def _pareto(rows: list[Row]) -> dict[str, Any]:
@@ -133,6 +119,8 @@ def _pareto(rows: list[Row]) -> dict[str, Any]:
     xs, ys = ([point[axis] for point in points] for axis in "xy")
     margin = max(max(ys) - min(ys), 1.0) * 0.1
     low, high = min(ys) - margin, max(ys) + margin
+    points.sort(key=lambda point: point["x"])
+    ends = list[float]()  # of the labels above each other: where the last one is
     for point in points:
         point["best"] = not any(
             other["x"] <= point["x"]
@@ -141,4 +129,7 @@ def _pareto(rows: list[Row]) -> dict[str, Any]:
             for other in points
         )
         point["at_x"], point["at_y"] = point["x"] / (1.1 * max(xs)), (point["y"] - low) / (high - low)
-    return {"points": sorted(points, key=lambda point: point["x"]), "most_x": 1.1 * max(xs), "low": low, "high": high}
+        at = point["at_x"]
+        point["level"] = next((level for level, end in enumerate(ends) if at - end > LABEL), len(ends))
+        ends[point["level"] : point["level"] + 1] = [at]
+    return {"points": points, "most_x": 1.1 * max(xs), "low": low, "high": high}

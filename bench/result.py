@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
-from mgn_deploy.bench.environment import Environment, Noise
+from mgn_deploy.bench.environment import Environment, Noise, Strict
 from mgn_deploy.bench.timing import Interval, Limits, Spread, WarmUp
 from mgn_deploy.errors import UserError, first_problem
 
@@ -17,11 +17,7 @@ SCHEMA_VERSION = 1
 JSON_NAME, PAGE_NAME = "bench.json", "bench.html"
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Latency(_Model):
+class Latency(Strict):
     """Milliseconds of single calls of one batch, one after the other. `rounds` has the median of each round."""
 
     calls: int
@@ -32,7 +28,7 @@ class Latency(_Model):
     rounds: Spread
 
 
-class Server(_Model):
+class Server(Strict):
     """Requests of one image that arrive at random (Poisson), by MLCommons' LoadGen: the highest rate a second at which
     99 of 100 had their answer within `limit_ms`, and the lowest that was tried and failed."""
 
@@ -43,7 +39,7 @@ class Server(_Model):
     requests: int
 
 
-class Accuracy(_Model):
+class Accuracy(Strict):
     """Of the very engine that was timed, by the Market-1501 protocol. Fractions, 0 to 1."""
 
     data: str
@@ -52,7 +48,7 @@ class Accuracy(_Model):
     mAP: float
 
 
-class Row(_Model):
+class Row(Strict):
     """One engine with one bundle at one batch. Rates are images/s; ratios are the median of the rounds' ratios.
 
     `pixels` begins with pixels in memory, `image_bytes` with an encoded image: decoding and resizing are in it.
@@ -90,7 +86,7 @@ class Row(_Model):
     of_matrix_rate: float | None = None
     accuracy: Accuracy | None = None
     noise: Noise = Noise()
-    not_measured: dict[str, str] = {}
+    not_measured: dict[str, str] = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -100,7 +96,7 @@ class Row(_Model):
         return f"{self.model} {self.precision}{mirror}, {self.engine}{heads}, batch {self.batch}"
 
 
-class Result(_Model):
+class Result(Strict):
     """A run. `seconds` is how long it took, `minutes` how long it was allowed to."""
 
     schema_version: Literal[1] = 1
@@ -115,6 +111,10 @@ class Result(_Model):
     energy: str
     peak_host_bytes: int
     rows: list[Row]
+
+    @property
+    def models(self) -> str:
+        return ", ".join(dict.fromkeys(row.model for row in self.rows))
 
 
 def read_result(path: str | os.PathLike[str]) -> Result:

@@ -15,7 +15,8 @@ from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+
+from mgn_deploy.bench.environment import Strict
 
 CONFIDENCE = 0.95
 WINDOW, SETTLED = 5, 0.03  # warm-up: calls whose medians are compared, and the most that these may differ by
@@ -24,11 +25,7 @@ _HEAD_START = 200_000  # cycles of a GPU, some 0.1 ms: what the host may run ahe
 Key = TypeVar("Key")
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Interval(_Model):
+class Interval(Strict):
     """A quantile and bounds that hold it with 95%; a bound is None where there are too few values to have one."""
 
     value: float
@@ -36,7 +33,7 @@ class Interval(_Model):
     high: float | None
 
 
-class Spread(_Model):
+class Spread(Strict):
     """The median of the rounds' figures, bounds that hold it with `confidence` (95%, less where the rounds are few),
     and the figures."""
 
@@ -92,7 +89,7 @@ def _binomial(count: int, share: float) -> np.ndarray:
     return np.exp(np.concatenate([[0.0], np.cumsum(steps)]) + count * math.log1p(-share)).cumsum().clip(0, 1)
 
 
-class WarmUp(_Model):
+class WarmUp(Strict):
     """Calls and seconds before anything was counted; `settled`: the last calls took as long as those before them."""
 
     calls: int
@@ -189,7 +186,7 @@ class Clock:
         return min(self(run, cold) for _ in range(turns))
 
 
-class Limits(_Model):
+class Limits(Strict):
     """What the machine can do, measured in the run: operations/s of a matrix product by type (a multiply-add being
     two), bytes read and written a second by a copy. `by` is the library that was asked."""
 

@@ -66,7 +66,8 @@ def facts(setup: Setup) -> Rows:
     yield {"row": "environment", **environment().model_dump(mode="json")}
     for name, stages in NEEDS.items():
         problem = import_problem(name, "train")
-        yield {"row": f"package {name}", "for": stages, **({"left_out": problem} if problem else {})}
+        missing = {"left_out": problem.partition(" (pip install")[0]} if problem else {}  # the extra is another's
+        yield {"row": f"package {name}", "for": stages, **missing}
     if setup.cuda:
         import torch
 

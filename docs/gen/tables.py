@@ -223,7 +223,7 @@ def bench() -> str:
         result = read_result(one.path)
         columns, rows = table(result)
         said = "\n".join(f"- {sentence}" for sentence in remarks(result))
-        parts.append(f"{one.date}; images: {result.images}:\n\n{_table(columns, rows)}\n\n{said}")
+        parts.append(f"{one.date}; {result.models}; images: {result.images}:\n\n{_table(columns, rows)}\n\n{said}")
     return "\n\n".join(parts) or "None is committed yet: `bench/results/README.md` has the commands."
 
 
@@ -329,7 +329,7 @@ def retrieval() -> str:
 
 def growth() -> str:
     """Search, index and re-ranking as a gallery grows, of `bench/growth.py`."""
-    columns = ["task", "images", "seconds", "CPU seconds", "GB", "remark"]
+    columns = ["task", "images", "seconds", "CPU seconds", "GB", "load before", "remark"]
     parts = []
     for one in results("growth"):
         content = one.content()
@@ -338,7 +338,7 @@ def growth() -> str:
             remark = ""
             if row["task"] == "index":
                 remark = f"{row['kind']}, recall@10 {row['recall_at_10']:.3f}; {row['search_seconds']:.2f} s a search"
-            cells = [f"{row[key]:.2f}" for key in ("seconds", "cpu_seconds", "gigabytes")]
+            cells = [f"{row[key]:.2f}" for key in ("seconds", "cpu_seconds", "gigabytes", "load")]
             rows.append([row["task"], f"{row['images']:,}", *cells, remark])
         asked = f"{content['queries']} queries, k = {content['k']}, {content['dim']} dimensions"
         parts.append(f"{one.date}, {content['machine']}; {asked}:\n\n{_table(columns, rows)}")

@@ -77,8 +77,7 @@ def run(
         print_json(result.model_dump(mode="json"))
         return
     columns, rows = table(result, bounds=False)
-    models = ", ".join(dict.fromkeys(row.model for row in result.rows))
-    print_table(columns, rows, title=f"{models}; images: {result.images}")
+    print_table(columns, rows, title=f"{result.models}; images: {result.images}")
     for sentence in remarks(result):
         print(sentence)
 

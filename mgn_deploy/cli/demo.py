@@ -117,7 +117,8 @@ def run_demo(
     from mgn_deploy.gallery.embed import embed_folder
     from mgn_deploy.gallery.store import Store
     from mgn_deploy.report.rank_page import gallery_facts, write_rank_page
-    from mgn_deploy.retrieval.search import Queries, search
+    from mgn_deploy.retrieval.queries import Queries
+    from mgn_deploy.retrieval.search import search
     from mgn_deploy.retrieval.validate import validate
     from mgn_deploy.train.evaluate import evaluate_model
     from mgn_deploy.train.recipe import load_recipe

@@ -17,8 +17,8 @@ from mgn_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from mgn_deploy.gallery.cluster import Cluster
-    from mgn_deploy.gallery.embed import GalleryReport
     from mgn_deploy.gallery.profile import Profile
+    from mgn_deploy.gallery.run import GalleryReport
 
 
 def embed(

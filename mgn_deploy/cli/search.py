@@ -63,7 +63,7 @@ def search(
     from mgn_deploy.identity.ranked import judge_by_bundle
     from mgn_deploy.index.build import open_index
     from mgn_deploy.report.rank_page import gallery_facts, write_rank_page
-    from mgn_deploy.retrieval.search import Queries
+    from mgn_deploy.retrieval.queries import Queries
     from mgn_deploy.retrieval.search import search as run
 
     for option, value in (("--camera", camera), ("--since", since), ("--until", until)):

@@ -27,14 +27,15 @@ from mgn_deploy.datasets.labels import Label, Labels
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.gallery import writer as writing
-from mgn_deploy.gallery.embed import GalleryReport, Run, fill_store
+from mgn_deploy.gallery.embed import fill_store
+from mgn_deploy.gallery.run import GalleryReport, Run
 from mgn_deploy.gallery.shards import ShardEntry, StoreManifest
 from mgn_deploy.gallery.sources import Decoded, Source, open_source
 from mgn_deploy.gallery.writer import PARTS, StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.images.listing import ImageFile
 from mgn_deploy.machine import usable_cpus
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 from mgn_deploy.progress import Progress
 
 LOCAL = "local"
@@ -353,9 +354,7 @@ def _attempt(folder: Path, part: _Part, step: str) -> Path:
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
     """Ray, connected to the cluster; a program that is connected already stays so."""
-    problem = import_problem("ray.data", "ray")
-    if problem:
-        raise CannotRun(f"--cluster embeds through Ray Data: {problem}")
+    require("ray.data", "ray", "--cluster embeds through Ray Data")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what went wrong is raised
     import ray
 

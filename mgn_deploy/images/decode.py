@@ -40,6 +40,10 @@ warnings.filterwarnings("ignore", module="PIL")
 # What Pillow logs names no file, and what it raises does: without a handler of the program's own it is not printed.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
+# Pillow's own blocks are of 16 MiB. Of what is smaller than 32 MiB glibc may keep for a thread what it frees: sixteen
+# threads that decoded a large image each, one after the other, ended with the memory of all of them.
+Image.core.set_block_size(64 << 20)
+
 _TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # round(value / 257): 16-bit white is 255
 
 

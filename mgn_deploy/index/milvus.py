@@ -37,7 +37,7 @@ NO_TIME = -1.0  # of rows that are of no video
 MOST_NEIGHBOURS = 16_384  # https://milvus.io/docs/limitations.md
 CALL_SECONDS = 30.0
 CONNECT_SECONDS = 5.0
-PAUSES = (1.0, 2.0, 4.0)  # seconds before a call that failed is tried again
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a call that failed is tried again: a restarted server is back
 
 
 def is_milvus(target: str) -> bool:

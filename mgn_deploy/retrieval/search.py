@@ -6,132 +6,31 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 from PIL import Image
 
-from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.choices import Device, Metric, QueryLabels
+from mgn_deploy.choices import Device, Metric
 from mgn_deploy.datasets.dataset import JUNK
-from mgn_deploy.datasets.labels import Labels, read_labels
-from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.crops import row_crop
-from mgn_deploy.gallery.shards import MANIFEST, Row, folder_of
+from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.sources import name_below
 from mgn_deploy.gallery.store import UNKNOWN, Store
-from mgn_deploy.images.listing import list_images
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
 from mgn_deploy.retrieval.distance import TILE_BYTES, write_distance_matrix
 from mgn_deploy.retrieval.expansion import expand_queries
 from mgn_deploy.retrieval.nearest import top_k
+from mgn_deploy.retrieval.queries import Queries, path_of
 from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 from mgn_deploy.retrieval.rerank import rerank_top_k
 from mgn_deploy.retrieval.rescore import Candidates, top_k_of_candidates
 
 _SOURCE = Row("", None, None, None, None, None)  # whose path is the source itself
 _log = logging.getLogger("mgn_deploy")
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Images to look for.
-
-    Attributes:
-        bundle_id: of the bundle that embedded them.
-        embeddings: unit rows `[n, dim]`, float32 or float16.
-        paths, names: of the n files.
-        identities, cameras: integers `[n]`; UNKNOWN (-2) where no label gives one.
-        store: whose embedded images they are; None: they are files.
-    """
-
-    bundle_id: str
-    embeddings: np.ndarray
-    paths: list[Path]
-    names: list[str]
-    identities: np.ndarray
-    cameras: np.ndarray
-    store: Store | None = None
-
-    @classmethod
-    def open(
-        cls,
-        source: str | os.PathLike[str],
-        bundle: str | os.PathLike[str] | None = None,
-        backend: str = "auto",
-        *,
-        allow_unproven: bool = False,
-        labels: QueryLabels = "none",
-        gallery: Store | None = None,
-    ) -> Queries:
-        """Of an embedding store, or of an image or a folder of images that a bundle embeds.
-
-        Args:
-            source: a store's folder, an image file or a folder of images.
-            bundle, backend, allow_unproven: what embeds images, as in `Embedder.open`; a store needs none.
-            labels: who is on images: market1501, by their names, or none; a store's rows have labels of their own.
-            gallery: the store that is searched; without `bundle` images are embedded by the one that it names.
-
-        Raises:
-            UserError: images without a bundle, or what `Store.open`, `Embedder.open` and `of_images` refuse.
-        """
-        if (Path(source) / MANIFEST).is_file():
-            return cls.of_store(Store.open(source))
-        opened: Bundle | str | os.PathLike[str]
-        if bundle is not None:
-            opened = bundle
-        elif gallery is not None:
-            opened = gallery.find_bundle()
-            _log.info(f"embedding the queries by the gallery's bundle, {opened.folder}")
-        else:
-            raise UserError(
-                f"{os.fspath(source)} is no embedding store: give --bundle to search for an image or a folder of images"
-            )
-        return cls.of_images(source, Embedder.open(opened, backend, allow_unproven=allow_unproven), labels=labels)
-
-    @classmethod
-    def of_store(cls, store: Store) -> Queries:
-        """Every embedded image of a store."""
-        return cls(
-            store.manifest.bundle_id,
-            store.embeddings(),
-            [_path(store, row) for row in store],
-            [row.name for row in store],
-            store.identities(),
-            store.cameras(),
-            store,
-        )
-
-    @classmethod
-    def of_images(
-        cls, source: str | os.PathLike[str], embedder: Embedder, *, batch_size: int = 8, labels: QueryLabels = "none"
-    ) -> Queries:
-        """Embed one image, or every image below a folder.
-
-        Raises:
-            UserError: an image cannot be read; the folder is missing or holds none; labels that are no rule.
-        """
-        if labels not in get_args(QueryLabels):
-            raise UserError(
-                f"--labels {labels}: of queries that are images choose {' or '.join(get_args(QueryLabels))}"
-            )
-        source = Path(source)
-        names = [file.name for file in list_images(source)] if source.is_dir() else [source.name]
-        paths = [source / name for name in names] if source.is_dir() else [source]
-        rule = read_labels(labels, names)
-        rule.unlabelled(names)
-        return cls(
-            embedder.bundle.id,
-            embedder.embed(paths, batch_size=batch_size),
-            paths,
-            names,
-            *_label_arrays(rule, names),
-        )
 
 
 def search(
@@ -197,7 +96,7 @@ def search(
             near, far = similarities[query], None
         results = [
             _ranked(
-                _path(gallery, gallery.rows[index]),
+                path_of(gallery, gallery.rows[index]),
                 gallery.rows[index].name,
                 min(float(near[rank]), 1.0),  # rows in float16 are longer than 1, by rounding
                 identities[index],
@@ -285,7 +184,7 @@ class _LeftOut:
         exclude_same_camera: bool,
     ) -> None:
         self._gallery = len(gallery)
-        source = os.path.abspath(_path(gallery, _SOURCE))
+        source = os.path.abspath(path_of(gallery, _SOURCE))
         names = [name_below(os.path.abspath(path), source) for path in queries.paths]
         wanted = set(names)  # of a gallery of a million images neither paths nor a table of all are made
         own = {row.name: index for index, row in enumerate(gallery) if row.name in wanted}
@@ -334,21 +233,6 @@ class _LeftOut:
         mask = np.zeros((len(self._rows[queries]), self._gallery), bool)
         mask[row, column] = True
         return mask
-
-
-def _label_arrays(rule: Labels, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Identities and cameras, int64 `[n]` each; UNKNOWN where the rule gives none."""
-    labels = [rule(name) for name in names]
-    return (
-        np.array([label.identity if label else UNKNOWN for label in labels], np.int64),
-        np.array([UNKNOWN if label is None or label.camera is None else label.camera for label in labels], np.int64),
-    )
-
-
-def _path(store: Store, row: Row) -> Path:
-    """Where the image is; of a source that is no folder of this machine a name by which nothing is found here."""
-    source = store.manifest.source
-    return store.path(row) if folder_of(source) else Path(f"{source}/{row.name}")
 
 
 def _ranked(

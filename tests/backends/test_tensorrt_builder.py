@@ -151,15 +151,14 @@ def test_the_mirror_average_does_not_double_the_weights(graph: onnx.ModelProto, 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_model_with_instance_norms_builds(crops: np.ndarray, precision: str) -> None:
+def test_a_model_with_instance_norms_builds(trace, crops: np.ndarray, precision: str) -> None:
     from mgn_deploy.config import ModelConfig
-    from mgn_deploy.export.graph.trace import build_graph
     from mgn_deploy.train.weights import new_model
 
     config = ModelConfig(
         backbone="resnet18", base_width=8, reduced_width=16, height=96, width=32, ibn="a", branches=(1,)
     )
-    graph = build_graph(new_model(config, seed=1))
+    graph = trace(new_model(config, seed=1))
     assert any(node.op_type == "InstanceNormalization" for node in graph.graph.node)
     if precision == "int8":
         graph = to_int8(graph, measure_ranges(graph, crops))

@@ -17,6 +17,7 @@ from conftest import mgn_deploy
 
 from mgn_deploy.backends.onnxruntime.cpu import OnnxRuntimeBackend
 from mgn_deploy.bench import contenders, server, speed, timing
+from mgn_deploy.bench import page as page_module
 from mgn_deploy.bench.compare import compare
 from mgn_deploy.bench.contenders import operations
 from mgn_deploy.bench.environment import Meter, Noise, Sample
@@ -138,10 +139,20 @@ def test_the_page_needs_nothing_else_and_shows_every_row_and_the_pareto_front(re
     html = page(result)
     assert "<script" not in html
     assert "http" not in html.replace("http-equiv", "")
-    for row in result.rows:
-        assert row.name in html
+    for row in result.rows:  # the model, which all have, is in the head
+        assert f"<td>{row.name.removeprefix(f'{row.model} ')}</td>" in html
+    assert f"{result.models}; {result.date}" in html
     assert html.count("<circle") == 4
     assert 'class="front"' in html
+    points = page_module._pareto(result.rows)["points"]
+    assert all(f"<li>{point['name']}: {point['x']:.2f} ms" in html for point in points)
+
+
+def test_labels_of_points_beside_each_other_are_above_each_other(result):
+    rows = [row.model_copy(deep=True) for row in result.rows if row.accuracy]
+    for row, milliseconds in zip(rows, (1.0, 1.01, 1.02, 2.0), strict=True):
+        row.batch, row.pixels.p50.value = 1, milliseconds
+    assert [point["level"] for point in page_module._pareto(rows)["points"]] == [0, 1, 2, 0]
 
 
 def test_names_in_the_page_are_escaped(result):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,13 @@ def test_the_result_is_few_files_and_every_claim_is_said_and_none_is_measured_on
     assert {claim["measured"] for claim in claims} == {"not measured"}
     page = (out / "suite.md").read_text()
     assert all(claim["claim"] in page and claim["target"] in page for claim in claims)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_a_missing_package_is_named_without_the_extra_of_another(out):
+    reasons = [row["left_out"] for row in result_of(out)["stages"]["facts"]["rows"] if "left_out" in row]
+    assert "tensorrt is not installed" in reasons
 
 
 @pytest.mark.slow

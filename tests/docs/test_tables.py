@@ -74,7 +74,7 @@ def test_a_result_of_bench_is_in_the_same_table_and_in_one_of_its_own(tmp_path, 
     assert (
         tables.throughput().splitlines()[-1] == "| m int8 | openvino 2026.4.1 | no | 4 | 40 | 39 (0.98) | 10.0 | 4.0 |"
     )
-    assert "| m int8 no mirror, openvino, batch 4 | 9.00 [?, ?] |" in tables.bench()
+    assert "| int8 no mirror, openvino, batch 4 | 9.00 [?, ?] |" in tables.bench()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

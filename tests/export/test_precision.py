@@ -436,12 +436,13 @@ def test_int8_embeddings_are_near_the_float32_ones(graph, ranges, pixels, placem
 # Imported models: instance norms in the trunk, generalised means in the heads
 
 
-@pytest.fixture(scope="module", params=["gem", "avg"])
+@pytest.fixture(scope="module", params=[("resnet50", "gem"), ("resnet18", "avg")], ids=" ".join)
 def public(request, pixels) -> tuple[onnx.ModelProto, dict[str, TensorRange]]:
+    backbone, pooling = request.param
     config = ModelConfig(
-        backbone="resnet50", base_width=8, reduced_width=8, height=96, width=32, ibn="a", stem_pool="ceil"
+        backbone=backbone, base_width=8, reduced_width=8, height=96, width=32, ibn="a", stem_pool="ceil"
     )
-    config = config.model_copy(update={"global_stride": 1, "pooling": request.param, "neck": "relu_norm"})
+    config = config.model_copy(update={"global_stride": 1, "pooling": pooling, "neck": "relu_norm"})
     graph = build_graph(new_model(config, seed=0))
     return graph, measure_ranges(graph, pixels, histograms=True)
 

@@ -27,7 +27,7 @@ from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import GateFailed, UserError
-from mgn_deploy.gallery import embed as gallery
+from mgn_deploy.gallery import run as gallery_run
 from mgn_deploy.gallery import sources, writer
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.sources import Source, open_source
@@ -79,7 +79,7 @@ def failures(store: Path) -> dict[str, str]:
     return {row.name: row.error for row in Store.open(store).failures}
 
 
-def counts(report: gallery.GalleryReport) -> tuple[int, int, int, int]:
+def counts(report: gallery_run.GalleryReport) -> tuple[int, int, int, int]:
     return report.embedded, report.unchanged, len(report.failed), report.gone
 
 
@@ -555,7 +555,7 @@ def undisturbed(mixed, embedder, tmp_path_factory) -> Path:
     return store
 
 
-def run_in_small_shards(folder: Path, store: Path, embedder: Embedder) -> gallery.GalleryReport:
+def run_in_small_shards(folder: Path, store: Path, embedder: Embedder) -> gallery_run.GalleryReport:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "SHARD_ROWS", SHARD)
         return embed_folder(folder, store, embedder)
@@ -593,7 +593,7 @@ def test_run_is_committed_by_time_and_ends_with_the_undisturbed_store(
         sizes.append(len(rows))
         add(self, rows, embeddings)
 
-    monkeypatch.setattr(gallery, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(gallery_run, "COMMIT_SECONDS", 0)
     monkeypatch.setattr(writer.StoreWriter, "add", counted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "SHARD_ROWS", SHARD)

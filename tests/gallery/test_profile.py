@@ -12,7 +12,8 @@ import pytest
 from conftest import mgn_deploy
 
 from mgn_deploy.embedder import Embedder
-from mgn_deploy.gallery import embed, sources, writer
+from mgn_deploy.gallery import run as gallery_run
+from mgn_deploy.gallery import sources, writer
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.profile import LOOP_STAGES, THREAD_STAGES, WAIT_FOR_ENGINE, Profile
 from mgn_deploy.gallery.store import Store
@@ -27,14 +28,14 @@ def profile_of(crops: Path, store: Path, embedder: Embedder) -> Profile:
 
 def test_the_loops_stages_add_up_to_its_wall_time(crops, embedder, tmp_path, monkeypatch):
     walls = []
-    run = embed.Run.embed
+    run = gallery_run.Run.embed
 
     def timed(*arguments):
         start = time.perf_counter()
         run(*arguments)
         walls.append(time.perf_counter() - start)
 
-    monkeypatch.setattr(embed.Run, "embed", timed)
+    monkeypatch.setattr(gallery_run.Run, "embed", timed)
     profile = profile_of(crops, tmp_path / "s", embedder)
     assert profile.seconds == pytest.approx(walls[0], rel=0.01, abs=0.005)
     told = profile.to_dict()

@@ -214,6 +214,21 @@ def test_threads_decode_no_more_pixels_at_once_than_the_limit(monkeypatch):
     assert max(most) == 2
 
 
+def test_a_thread_keeps_no_memory_of_a_large_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_bomb(7000))  # 187 MiB as RGB
+    script = (
+        "import resource, sys\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "from mgn_deploy.images.decode import read_crop\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "with ThreadPoolExecutor(6) as pool: list(pool.map(lambda _: read_crop(sys.argv[1], 96, 32), range(6)))\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "a.png"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 512
+
+
 def test_pixels_count_until_they_are_resized(monkeypatch):
     content = encoded(Image.fromarray(COLOURS), "PNG")
     monkeypatch.setattr(memory, "LIMIT_BYTES", 1)

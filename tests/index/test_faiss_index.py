@@ -15,7 +15,8 @@ from made_up_store import made_up_store
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.index.build import build_index, open_index
-from mgn_deploy.retrieval.search import Queries, search
+from mgn_deploy.retrieval.queries import Queries
+from mgn_deploy.retrieval.search import search
 
 ROWS, DIM = 600, 32
 

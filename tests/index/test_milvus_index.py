@@ -17,7 +17,8 @@ from mgn_deploy.gallery.maintain import prune
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.index import milvus
 from mgn_deploy.index.build import build_index, open_index
-from mgn_deploy.retrieval.search import Queries, search
+from mgn_deploy.retrieval.queries import Queries
+from mgn_deploy.retrieval.search import search
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     pytest.skip(

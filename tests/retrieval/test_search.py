@@ -19,9 +19,10 @@ from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
+from mgn_deploy.retrieval.queries import Queries
 from mgn_deploy.retrieval.rank_list import RankList, verdict
 from mgn_deploy.retrieval.rerank import rerank
-from mgn_deploy.retrieval.search import Queries, search
+from mgn_deploy.retrieval.search import search
 
 
 @pytest.fixture(scope="module")
