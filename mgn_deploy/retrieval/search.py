@@ -16,6 +16,8 @@ from mgn_deploy.choices import Device, Metric
 from mgn_deploy.datasets.dataset import JUNK
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.crops import row_crop
+from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.sources import name_below
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
@@ -27,6 +29,7 @@ from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 from mgn_deploy.retrieval.rerank import rerank_top_k
 from mgn_deploy.retrieval.rescore import Candidates, top_k_of_candidates
 
+_SOURCE = Row("", None, None, None, None, None)  # whose path is the source itself
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -71,9 +74,8 @@ def search(
     if not len(gallery) or not len(queries.embeddings):
         raise UserError(f"{gallery.folder if not len(gallery) else 'the query side'} holds no embedded image")
     identities, cameras = gallery.identities(), gallery.cameras()
-    paths = [path_of(gallery, row) for row in gallery]
     rows = gallery.embeddings() if aqe or rerank else np.empty((0, gallery.manifest.dim), np.float32)
-    left_out = _LeftOut(queries, identities, cameras, paths, exclude_same_camera)
+    left_out = _LeftOut(queries, gallery, identities, cameras, exclude_same_camera)
     asked = queries.embeddings
     if aqe:
         asked = expand_queries(asked, rows, aqe, excluded=left_out.pairs)
@@ -94,7 +96,7 @@ def search(
             near, far = similarities[query], None
         results = [
             _ranked(
-                paths[index],
+                path_of(gallery, gallery.rows[index]),
                 gallery.rows[index].name,
                 min(float(near[rank]), 1.0),  # rows in float16 are longer than 1, by rounding
                 identities[index],
@@ -176,18 +178,17 @@ class _LeftOut:
     def __init__(
         self,
         queries: Queries,
+        gallery: Store,
         identities: np.ndarray,
         cameras: np.ndarray,
-        paths: list[Path],
         exclude_same_camera: bool,
     ) -> None:
-        self._gallery = len(paths)
-        own_files: dict[str, list[int]] = {}
-        for index, path in enumerate(paths):
-            own_files.setdefault(os.path.abspath(path), []).append(index)
-        self._rows: list[dict[str, list[int]]] = [
-            {"own_file": own_files.get(os.path.abspath(path), [])} for path in queries.paths
-        ]
+        self._gallery = len(gallery)
+        source = os.path.abspath(path_of(gallery, _SOURCE))
+        names = [name_below(os.path.abspath(path), source) for path in queries.paths]
+        wanted = set(names)  # of a gallery of a million images neither paths nor a table of all are made
+        own = {row.name: index for index, row in enumerate(gallery) if row.name in wanted}
+        self._rows: list[dict[str, list[int]]] = [{"own_file": [own[name]] if name in own else []} for name in names]
         if exclude_same_camera:
             shots: dict[tuple[int, int], list[int]] = {}
             for index, shot in enumerate(zip(identities.tolist(), cameras.tolist(), strict=True)):

@@ -193,6 +193,15 @@ def test_the_querys_own_file_is_left_out_and_a_file_of_the_same_name_elsewhere_i
     assert names(ranked) == ["sub/a.jpg"]
 
 
+def test_paths_are_made_of_results_and_not_of_the_whole_gallery(tmp_path, monkeypatch):
+    store = write_store(tmp_path / "s", [(f"{n}.jpg", None, None) for n in range(9)], np.stack([EAST] * 9))
+    asked: list[str] = []
+    path = Store.path
+    monkeypatch.setattr(Store, "path", lambda store, row: asked.append(row.name) or path(store, row))
+    (ranked,) = search(queries_for([1, 0], tmp_path / "q.jpg"), store, 2)
+    assert asked == ["", *names(ranked)]  # the first is the source itself
+
+
 def test_a_store_whose_images_lie_elsewhere_is_searched_and_its_page_has_placeholders(tmp_path):
     rows = [("a.jpg", None, None), ("b.jpg", None, None)]
     store = write_store(tmp_path / "s", rows, np.stack([EAST, NORTH]), source="s3://bucket/photos")
