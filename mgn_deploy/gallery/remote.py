@@ -154,8 +154,10 @@ def _listed(system: Any, place: str, skipped: Counter[str], several: bool) -> It
                 yield _url(system, place), info
                 return
             found = system.find(place, detail=True)
+            if not found:
+                system.info(place)  # raises where there is no such folder or no such server
     except Exception as error:  # each of fsspec's file systems raises its own kinds
-        missing = isinstance(error, FileNotFoundError)
+        missing = _is_gone(error)
         if missing and several:
             yield _url(system, place), {"problem": _GONE}
             return
@@ -241,10 +243,8 @@ def _known(system: Any, url: str, info: Mapping[str, Any]) -> tuple[int | None, 
     if info.get("size") is None:  # a web server's index page tells names alone
         try:
             info = system.info(url)
-        except FileNotFoundError:
-            return None, None, _GONE
-        except Exception:  # reading it is tried again, and says what is wrong
-            return None, None, None
+        except Exception as error:  # unless it is gone, reading it is tried again, and says what is wrong
+            return None, None, _GONE if _is_gone(error) else None
     size = info.get("size")
     large = size is not None and size > MOST_FILE_BYTES and not is_archive(url)
     problem = f"larger than {MOST_FILE_BYTES >> 20} MiB, which no image of 64 megapixels is" if large else None
@@ -276,11 +276,11 @@ def _tried(function: Callable[[], T]) -> T:
             return function()
         except (UnreadableImage, UserError):
             raise
-        except FileNotFoundError:
-            raise UnreadableImage(_GONE) from None
         except PermissionError:
             raise UnreadableImage("Permission denied") from None
         except Exception as error:  # each of fsspec's file systems raises its own kinds
+            if _is_gone(error):
+                raise UnreadableImage(_GONE) from None
             reason = _sentence(error)
     raise UnreadableImage(f"not read in {TRIES} tries: {reason}")
 
@@ -304,5 +304,17 @@ def _common(urls: Mapping[str, Any]) -> str:
     return "/".join(folders[0][:shared])
 
 
+def _is_gone(error: Exception) -> bool:
+    """Whether an object is not there."""
+    return isinstance(error, FileNotFoundError) and _of_web(error) is error
+
+
+def _of_web(error: BaseException) -> BaseException:
+    """What went wrong: of web servers fsspec always says that a file is not found, and keeps the cause."""
+    cause = error.__cause__
+    return cause if cause is not None and type(cause).__module__.startswith("aiohttp") else error
+
+
 def _sentence(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    cause = _of_web(error)
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
