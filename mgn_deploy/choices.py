@@ -39,7 +39,6 @@ Metric = Literal["cosine", "euclidean"]
 Compute = Literal["float32", "tf32", "float16"]
 
 # Who is on queries that are images: nobody knows, or their names say it. Folders and tables number people on their own.
-QueryLabels = Literal["none", "market1501"]
 
 # Of the images that a multiple query stands for.
 QueryPooling = Literal["avg", "max"]

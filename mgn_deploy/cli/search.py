@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgn_deploy.choices import Compute, Metric, QueryLabels
+from mgn_deploy.choices import Compute, Metric
 from mgn_deploy.cli.options import AllowUnproven, Backend, Json, QueryBundle, RankDevice, out
 from mgn_deploy.console import print_json, print_table, progress, say
 
@@ -27,7 +27,11 @@ def search(
     backend: Backend = "auto",
     allow_unproven: AllowUnproven = False,
     labels: Annotated[
-        QueryLabels, typer.Option(help="Who is on queries that are images; rows of stores have their own labels.")
+        str,
+        typer.Option(
+            metavar="none|market1501|FILE.csv",
+            help="Who is on queries that are images, in the gallery's numbers; rows of stores have their own labels.",
+        ),
     ] = "none",
     exclude_same_camera: Annotated[
         bool,

@@ -6,12 +6,10 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.choices import QueryLabels
 from mgn_deploy.datasets.labels import Labels, read_labels
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
@@ -50,7 +48,7 @@ class Queries:
         backend: str = "auto",
         *,
         allow_unproven: bool = False,
-        labels: QueryLabels = "none",
+        labels: str | os.PathLike[str] = "none",
         gallery: Store | None = None,
     ) -> Queries:
         """Of an embedding store, or of an image or a folder of images that a bundle embeds.
@@ -58,7 +56,8 @@ class Queries:
         Args:
             source: a store's folder, an image file or a folder of images.
             bundle, backend, allow_unproven: what embeds images, as in `Embedder.open`; a store needs none.
-            labels: who is on images: market1501, by their names, or none; a store's rows have labels of their own.
+            labels: who is on images, as in `datasets.labels.read_labels`: none, market1501, or a table with the
+                gallery's own numbers of people; a store's rows have labels of their own.
             gallery: the store that is searched; without `bundle` images are embedded by the one that it names.
 
         Raises:
@@ -93,21 +92,28 @@ class Queries:
 
     @classmethod
     def of_images(
-        cls, source: str | os.PathLike[str], embedder: Embedder, *, batch_size: int = 8, labels: QueryLabels = "none"
+        cls,
+        source: str | os.PathLike[str],
+        embedder: Embedder,
+        *,
+        batch_size: int = 8,
+        labels: str | os.PathLike[str] = "none",
     ) -> Queries:
         """Embed one image, or every image below a folder.
 
         Raises:
-            UserError: an image cannot be read; the folder is missing or holds none; labels that are no rule.
+            UserError: an image cannot be read; the folder is missing or holds none; labels that are no rule, or that
+                number people by themselves.
         """
-        if labels not in get_args(QueryLabels):
-            raise UserError(
-                f"--labels {labels}: of queries that are images choose {' or '.join(get_args(QueryLabels))}"
-            )
         source = Path(source)
         names = [file.name for file in list_images(source)] if source.is_dir() else [source.name]
         paths = [source / name for name in names] if source.is_dir() else [source]
         rule = read_labels(labels, names)
+        if rule.people:
+            raise UserError(
+                f"--labels {os.fspath(labels)} numbers the people of these images anew, and the gallery's have other "
+                "numbers: give a table of the gallery's own numbers, or embed the queries into a store with its labels"
+            )
         rule.unlabelled(names)
         return cls(
             embedder.bundle.id,

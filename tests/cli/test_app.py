@@ -160,7 +160,6 @@ def test_help_names_every_engine_kind_of_data_and_recipe():
         (("export", "w", "-o", "b"), "--precision", get_args(choices.Precision)),
         (("distmat", "q", "g", "-o", "d.npy"), "--metric", get_args(choices.Metric)),
         (("distmat", "q", "g", "-o", "d.npy"), "--compute", get_args(choices.Compute)),
-        (("search", "q", "g"), "--labels", get_args(choices.QueryLabels)),
         (("evaluate", "q", "g"), "--device", get_args(choices.Device)),
         (("validate", "--data", "d", "--bundle", "b"), "--multi-query", get_args(choices.QueryPooling)),
         (("train", "--data", "d", "-o", "r"), "--device", get_args(choices.Device)),

@@ -17,7 +17,7 @@ from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.shards import Row
-from mgn_deploy.gallery.store import Store
+from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.retrieval.queries import Queries
 from mgn_deploy.retrieval.rank_list import RankList, verdict
@@ -251,6 +251,22 @@ def test_a_folder_of_images_is_all_below_it(crop_store, crops, embedder):
     assert len(queries.names) == 20
     assert set(queries.cameras) == {2}
     np.testing.assert_allclose(queries.embeddings, crop_store.embeddings()[crop_store.cameras() == 2], atol=1e-5)
+
+
+def test_a_table_says_who_is_on_queries_in_the_gallerys_numbers(crops, embedder, tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("path,identity,camera\n0001_c2s1_000000_00.jpg,7,2\n")
+    queries = Queries.of_images(crops / "camera 2", embedder, labels=table)
+    at = queries.names.index("0001_c2s1_000000_00.jpg")
+    assert (queries.identities[at], queries.cameras[at]) == (7, 2)
+    assert sum(queries.identities != UNKNOWN) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "names.csv"])
+def test_labels_that_number_people_anew_are_refused(kind, crops, embedder, tmp_path):
+    (tmp_path / "names.csv").write_text("path,identity\ncamera 2/0001_c2s1_000000_00.jpg,Anna\n")
+    with pytest.raises(UserError, match="numbers the people of these images anew"):
+        Queries.of_images(crops, embedder, labels=kind if kind == "folder" else tmp_path / kind)
 
 
 def test_a_relative_path_is_the_same_file(crop_store, crops, embedder, monkeypatch):
