@@ -43,8 +43,9 @@ def open_training_data(spec: str, evaluate: bool = True) -> Dataset:
             return open_data(spec, ("train", "query", "gallery"))
         except UserError as error:
             data = open_data(spec, ["train"])  # raises where it is these that are missing
-            _log.warning(f"query and gallery are not read: {error}")
-            return data
+            note = f"query and gallery are not read: {error}"
+            _log.warning(note)
+            return replace(data, notes=[*data.notes, note])
     return open_data(spec, ["train"])
 
 

@@ -13,6 +13,7 @@ from mgn_deploy.console import is_first_process, print_json, progress
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
+    from mgn_deploy.datasets import Dataset
     from mgn_deploy.train.trainer import Step
 
 
@@ -54,8 +55,15 @@ def train(
         def report(step: Step) -> None:
             bar("training", (step.epoch - 1) * step.batches + step.batch, step.epochs * step.batches)
 
+        notes: list[str] = []
+
+        def read() -> Dataset:
+            opened = open_training_data(data, not no_evaluate)
+            notes.extend(opened.notes)
+            return opened
+
         model = train_model(
-            lambda: open_training_data(data, not no_evaluate),
+            read,
             chosen,
             run,
             device=device,
@@ -68,7 +76,7 @@ def train(
         return
     if json:
         best = str(run / BEST) if (run / BEST).is_dir() else None
-        made = {"weights": str(run / WEIGHTS), "best": best, "log": str(run / CSV)}
+        made = {"weights": str(run / WEIGHTS), "best": best, "log": str(run / CSV), "notes": notes}
         print_json({**made, "identities": model.config.num_classes, "model": model.config.model_dump(mode="json")})
     else:
         print(run / WEIGHTS)

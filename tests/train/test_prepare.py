@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -168,9 +169,12 @@ def command(own: Dataset, out: Path, *options: str):
 @pytest.mark.parametrize("missing", ["query", "bounding_box_test"])
 def test_the_command_trains_where_nothing_is_to_be_evaluated(own, tmp_path, missing):
     shutil.rmtree(own.root / missing)
-    done = command(own, tmp_path / "run")
-    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'run' / WEIGHTS}\n"), done.stderr
-    assert f"warning: query and gallery are not read: {own.root} has no folder {missing!r}" in done.stderr
+    done = command(own, tmp_path / "run", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["weights"] == str(tmp_path / "run" / WEIGHTS)
+    note = f"query and gallery are not read: {own.root} has no folder {missing!r}"
+    assert f"warning: {note}" in done.stderr
+    assert any(one.startswith(note) for one in json.loads(done.stdout)["notes"])
 
 
 def test_the_command_does_not_look_for_query_and_gallery_with_no_evaluate(own, tmp_path):
