@@ -49,15 +49,22 @@ def options_of(command: Any) -> dict[str, Any]:
     return {name: parameter for parameter in command.params for name in parameter.opts if name.startswith("--")}
 
 
-def test_help_is_quick():
-    """In seconds of a CPU: a busy machine shall not count."""
+def cpu_seconds_of(*arguments: str) -> float:
+    """The least of five runs of Python: a busy machine shall not count."""
     seconds = []
     for _ in range(5):
         before = os.times()
-        subprocess.run([sys.executable, "-m", "mgn_deploy", "--help"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
         after = os.times()
         seconds.append(sum(after[2:4]) - sum(before[2:4]))
-    assert 0 < min(seconds) < 0.5
+    return min(seconds)
+
+
+def test_help_is_quick():
+    """Beside what the command line is made of, which takes a third of it; NumPy and pydantic would be too much."""
+    assert (
+        0 < cpu_seconds_of("-m", "mgn_deploy", "--help") < 5 * cpu_seconds_of("-c", "import typer.main, rich.console")
+    )
 
 
 def test_help_imports_nothing_heavy():
