@@ -61,7 +61,7 @@ def cpu_seconds_of(*arguments: str) -> float:
 
 
 def test_help_is_quick():
-    """Beside what the command line is made of, which takes a third of it; NumPy and pydantic would be too much."""
+    """Beside what the command line is made of, which takes about a third of it."""
     assert (
         0 < cpu_seconds_of("-m", "mgn_deploy", "--help") < 5 * cpu_seconds_of("-c", "import typer.main, rich.console")
     )
