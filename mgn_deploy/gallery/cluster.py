@@ -166,7 +166,7 @@ def embed_on_cluster(
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 for sentence, count in warnings.items():
-                    _log.warning(f"{sentence} (by workers of the cluster: {count} times)")
+                    _log.warning(f"{sentence} (by workers of the cluster; how often: {count})")
 
         fill_store(source, store, manifest, work, report, labels, max_failures, verify_content)
     return report

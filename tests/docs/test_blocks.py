@@ -15,6 +15,7 @@ from blocks import PAGES, ROOT, RUN, arguments_of_mgn_deploy, blocks, commands, 
 from mgn_deploy.cli.app import app
 
 LANGUAGES = {"sh", "python", "text", "toml", "json"}
+# Words that mean something to this project's authors alone, and names of what is no longer there.
 FORBIDDEN = re.compile(
     r"\b(doors?|flavou?rs?|pieces|taken anew|trial whose script|onnxruntime[-_]tensorrt)\b|--heads\b"
 )

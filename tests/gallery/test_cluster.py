@@ -69,7 +69,7 @@ def test_what_workers_are_warned_of_is_told(nodes, images, bundle_folder, tmp_pa
     proofs = {name: proof.model_copy(update={"hardware": elsewhere}) for name, proof in manifest.proofs.items()}
     write_manifest(moved, manifest.model_copy(update={"proofs": proofs}))
     on_cluster(images, tmp_path / "many", moved)
-    assert re.search(r"on another CPU .* \(by workers of the cluster: [1-4] times\)", caplog.text)
+    assert re.search(r"on another CPU .* \(by workers of the cluster; how often: [1-4]\)", caplog.text)
 
 
 def test_four_workers_write_the_bytes_of_one_process_and_go_on_like_it(
