@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from mgn_deploy.errors import GateFailed, UserError
-from mgn_deploy.files import printable, sha256_bytes
+from mgn_deploy.files import sha256_bytes
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.recall import RecallSample
@@ -30,7 +30,8 @@ from mgn_deploy.retrieval.distance import check_finite
 
 _log = logging.getLogger("mgn_deploy")
 T = TypeVar("T")
-COLLECTION = "mgn_deploy"  # unless the URL's fragment names another one
+SERVER = ("http://", "https://")
+COLLECTION = "mgn_deploy"  # unless a server's URL names another one by its fragment
 BATCH_ROWS = 256  # 2 MiB of 2048 numbers: far below what a gRPC message may hold
 SEARCH_ROWS = 64
 NO_TIME = -1.0  # of rows that are of no video
@@ -42,7 +43,7 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a call that failed is trie
 
 def is_milvus(target: str) -> bool:
     """Whether `-o` or `--index` names a Milvus database: `file.db` or `http://host:19530`."""
-    return target.endswith(".db") or target.startswith(("http://", "https://"))
+    return target.endswith(".db") or target.startswith(SERVER)
 
 
 class MilvusIndex:
@@ -52,9 +53,9 @@ class MilvusIndex:
         self._client = client
         self._target = target
         self._store = store
-        self._collection = urlsplit(target).fragment or COLLECTION
+        self._collection = (target.startswith(SERVER) and urlsplit(target).fragment) or COLLECTION
         self._state = f"{self._collection}_state"
-        self._rows = {sha256_bytes(printable(row.name).encode()): number for number, row in enumerate(store)}
+        self._rows = {sha256_bytes(row.path.encode()): number for number, row in enumerate(store)}
 
     def candidates(
         self,
@@ -191,21 +192,15 @@ class MilvusIndex:
             entries = []
             for number, embedding in enumerate(np.asarray(block, np.float32), rows.start):
                 row = self._store.rows[number]
-                time_s = NO_TIME if row.time_s is None else row.time_s
-                labels = (int(identities[number]), int(cameras[number]), time_s)
-                digest = sha256_bytes(embedding.tobytes() + repr(labels).encode())
+                entry: dict[str, Any] = {
+                    "identity": int(identities[number]),
+                    "camera": int(cameras[number]),
+                    "time_s": NO_TIME if row.time_s is None else row.time_s,
+                }
+                digest = sha256_bytes(embedding.tobytes() + repr(tuple(entry.values())).encode())
                 if there.get(keys[number]) != digest:
-                    entries.append(
-                        {
-                            "key": keys[number],
-                            "embedding": embedding,
-                            "path": printable(row.name),
-                            "digest": digest,
-                            "identity": labels[0],
-                            "camera": labels[1],
-                            "time_s": time_s,
-                        }
-                    )
+                    entry |= {"key": keys[number], "embedding": embedding, "path": row.path, "digest": digest}
+                    entries.append(entry)
             for start in range(0, len(entries), BATCH_ROWS):
                 self._call("upsert", self._collection, entries[start : start + BATCH_ROWS])
             upserted += len(entries)
@@ -235,7 +230,7 @@ def opened(target: str, store: Store, *, create: bool = False) -> Iterator[Milvu
         UserError: it cannot be reached, is no database, or the URL holds a password.
         CannotRun: pymilvus is not installed.
     """
-    local = not target.startswith(("http://", "https://"))
+    local = not target.startswith(SERVER)
     for package in ("pymilvus", "milvus_lite") if local else ("pymilvus",):
         require(package, "milvus", f"{target} is an index in Milvus")
     from pymilvus import MilvusClient, MilvusException
