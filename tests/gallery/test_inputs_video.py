@@ -114,6 +114,14 @@ def test_tracks_are_people_where_that_is_asked_for(clip, tmp_path, embedder):
     assert {(row.track, row.identity) for row in Store.open(tmp_path / "s")} == {(1, 1), (2, 2)}
 
 
+def test_tracks_of_one_video_stay_people_as_another_is_embedded(clip, tmp_path, embedder):
+    embed_folder(source_of(clip), tmp_path / "s", embedder, labels="track")
+    clip.with_name("later.mp4").write_bytes(clip.read_bytes())
+    report = embed_folder(source_of(clip.with_name("later.mp4")), tmp_path / "s", embedder, labels="track")
+    assert report.relabelled == 0
+    assert all(row.identity == row.track for row in Store.open(tmp_path / "s"))
+
+
 def test_flag_0_is_left_out_and_an_id_of_minus_1_is_no_track(clip):
     boxes = ["1,-1,11,11,50,90,0.8,-1,-1,-1", "1,-1,81,11,50,90,0.7,-1,-1,-1", "2,-1,1,1,50,90,0,-1,-1,-1"]
     (clip.parent / "det.txt").write_text("\n".join(boxes))
