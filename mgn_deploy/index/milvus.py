@@ -30,8 +30,7 @@ from mgn_deploy.retrieval.distance import check_finite
 
 _log = logging.getLogger("mgn_deploy")
 T = TypeVar("T")
-SERVER = ("http://", "https://")
-COLLECTION = "mgn_deploy"  # unless a server's URL names another one by its fragment
+COLLECTION = "mgn_deploy"  # unless the URL's fragment names another one
 BATCH_ROWS = 256  # 2 MiB of 2048 numbers: far below what a gRPC message may hold
 SEARCH_ROWS = 64
 NO_TIME = -1.0  # of rows that are of no video
@@ -43,7 +42,7 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a call that failed is trie
 
 def is_milvus(target: str) -> bool:
     """Whether `-o` or `--index` names a Milvus database: `file.db` or `http://host:19530`."""
-    return target.endswith(".db") or target.startswith(SERVER)
+    return target.endswith(".db") or target.startswith(("http://", "https://"))
 
 
 class MilvusIndex:
@@ -53,7 +52,7 @@ class MilvusIndex:
         self._client = client
         self._target = target
         self._store = store
-        self._collection = (target.startswith(SERVER) and urlsplit(target).fragment) or COLLECTION
+        self._collection = urlsplit(target).fragment or COLLECTION
         self._state = f"{self._collection}_state"
         self._rows = {sha256_bytes(row.path.encode()): number for number, row in enumerate(store)}
 
@@ -230,7 +229,7 @@ def opened(target: str, store: Store, *, create: bool = False) -> Iterator[Milvu
         UserError: it cannot be reached, is no database, or the URL holds a password.
         CannotRun: pymilvus is not installed.
     """
-    local = not target.startswith(SERVER)
+    local = not target.startswith(("http://", "https://"))
     for package in ("pymilvus", "milvus_lite") if local else ("pymilvus",):
         require(package, "milvus", f"{target} is an index in Milvus")
     from pymilvus import MilvusClient, MilvusException
