@@ -1,8 +1,8 @@
 """A detector's or tracker's boxes, by the formats that tools write; which one a file has is told by its content.
 
 - MOTChallenge, det.txt or gt.txt (https://motchallenge.net/instructions): a line `frame, id, left, top, width, height,
-  conf, ...`. Frames, ids and pixels are counted from 1 there, so that 1 is taken from left and top. An id of -1 is
-  nobody's. A conf of 0 marks a box that is not to be considered. Where nine values are given, as in MOT16's gt.txt
+  conf, ...`. Frames, ids and pixels are counted from 1 there, so that 1 is taken from left and top. A conf of 0 marks a
+  box that is not to be considered. Where nine values are given, as in MOT16's gt.txt
   (https://arxiv.org/abs/1603.00831), the eighth is the class: 1, 2 and 7 are people.
 - YOLO: a folder with a .txt for each photo, a line `class x y width height [score [track]]`, the centre and size of a
   box as fractions of the photo; class 0 is a person, unless a classes.txt beside them lists the names.
@@ -10,6 +10,8 @@
   the photo's name without extension and whose category 1 is a person.
 - CSV, TSV or Parquet with the columns path (of a video: frame), left, top, width and height, in pixels from 0; class,
   score and track may be there, too.
+
+In all of them a negative track, as MOTChallenge's -1, is nobody's.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ def read_boxes(path: str | os.PathLike[str], *, classes: Sequence[str] = (PERSON
         elif min_score and box.score is not None and box.score < min_score:
             found.skipped[f"boxes with a score below {min_score:g}"] += 1
         else:
-            found.boxes.append(replace(box, number=numbers[box.photo, box.frame]))
+            track = box.track if box.track is not None and box.track >= 0 else None
+            found.boxes.append(replace(box, number=numbers[box.photo, box.frame], track=track))
     left_out = "".join(f", {count:,} {why} left out" for why, count in sorted(found.skipped.items()))
     if not found.boxes:
         raise UserError(f"{path} holds no box that is taken{left_out}: --box-class names the classes, or `all`")
@@ -155,7 +158,7 @@ def _mot(text: str, title: str) -> Boxes:
                 photo=None,
                 frame=frame,
                 edges=(left - 1, top - 1, width, height),
-                track=None if track < 0 else track,
+                track=track,
                 kind=PERSON if kind in _MOT_PEOPLE else kind,
                 score=rest[0] if rest and len(values) != 9 and rest[0] != -1 else None,  # of nine it is the flag
             )

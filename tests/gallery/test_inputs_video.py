@@ -133,6 +133,15 @@ def test_flag_0_is_left_out_and_an_id_of_minus_1_is_no_track(clip):
     assert source.skipped == {"boxes with flag 0": 1}
 
 
+def test_a_tables_track_of_minus_1_is_nobodys_as_motchallenges_is(clip):
+    (clip.parent / "boxes.csv").write_text("frame,track,left,top,width,height\n1,-1,10,10,50,90\n1,-1,80,10,50,90\n")
+    source = source_of(clip, "boxes.csv")
+    assert [(file.name, file.track) for file in source.files] == [
+        ("clip.mp4#000001-box1", None),
+        ("clip.mp4#000001-box2", None),
+    ]
+
+
 def test_a_table_with_a_column_frame_is_as_motchallenge(clip):
     rows = [f"{f},{t},{','.join(map(str, box_of(t, f)))}" for t in (1, 2) for f in range(1, FRAMES + 1)]
     (clip.parent / "boxes.csv").write_text("\n".join(["frame,track,left,top,width,height", *rows]))
