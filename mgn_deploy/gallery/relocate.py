@@ -6,10 +6,10 @@ import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.archives import archive_of
+from mgn_deploy.gallery.remote import scheme_of
 from mgn_deploy.gallery.shards import MANIFEST, folder_of, folder_uri, open_shards, read_manifest
 from mgn_deploy.gallery.writer import StoreWriter
 
@@ -49,11 +49,11 @@ def relocate(store: str | os.PathLike[str], source: str) -> tuple[int, int]:
         machine all are taken to be there.
 
     Raises:
-        UserError: not a store, it is in use, or not one of its images is there.
+        UserError: not a store, it is in use, not one of its images is there, or what `scheme_of` refuses.
     """
     folder = Path(store)
     manifest = read_manifest(folder)
-    now = folder_of(source) if urlsplit(source).scheme else Path(os.path.abspath(source))
+    now = folder_of(source) if scheme_of(source) else Path(os.path.abspath(source))
     uri = source.rstrip("/") if now is None else folder_uri(now)
     with StoreWriter(folder, manifest) as writer:
         there = len(writer.known)

@@ -41,6 +41,27 @@ def is_remote(place: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", place, re.IGNORECASE) is not None
 
 
+def scheme_of(place: str) -> str:
+    """The scheme of a URL that a store may keep, in lower case; of a path "".
+
+    Raises:
+        UserError: it is broken, or has a password or a query.
+    """
+    shown = repr(place.partition("?")[0].rpartition("@")[2])
+    try:
+        parts = urlsplit(place)
+        if "\0" in place or "%00" in place:
+            raise ValueError("it has a NUL character")
+    except ValueError as error:
+        raise UserError(f"{shown} is no URL: {error}") from None
+    if "@" in parts.netloc or (parts.scheme[:4] == "http" and "?" in place):
+        raise UserError(
+            f"{shown}: a URL with a password or a query would be kept in the store; give a plain one and credentials "
+            "as fsspec takes them, by its configuration or the environment"
+        )
+    return parts.scheme
+
+
 def remote_source(places: Sequence[str], root: str | None = None) -> Source:
     """The images below URLs: folders, searched recursively; single objects; patterns (`s3://bucket/cam1/*.jpg`); tar
     shards (`s3://bucket/{000..009}.tar`), whose headers are read here and whose members when they are embedded.
@@ -111,17 +132,11 @@ def _members(system: Any, url: str, name: str, *known: Any) -> dict[str, ImageFi
 
 
 def _file_system(places: Sequence[str]) -> Any:
-    scheme = urlsplit(places[0]).scheme.lower()
-    if any(urlsplit(place).scheme.lower() != scheme for place in places):
+    scheme, *others = map(scheme_of, places)
+    if any(other != scheme for other in others):
         raise UserError("the URLs that are given differ in their scheme: embed each by itself, into a store of its own")
     if scheme not in PACKAGES:
         raise UserError(f"{scheme}:// is not read: give {', '.join(f'{name}://' for name in PACKAGES)}, or paths")
-    secret = next((url for url in places if "@" in urlsplit(url).netloc or (scheme[:4] == "http" and "?" in url)), None)
-    if secret:
-        raise UserError(
-            f"{secret.partition('?')[0].rpartition('@')[2]!r}: a URL with a password or a query would be kept in the "
-            "store; give a plain one and credentials as fsspec takes them, by its configuration or the environment"
-        )
     require("fsspec", "remote", f"{scheme}:// is read by fsspec")
     import fsspec
 

@@ -237,10 +237,10 @@ def opened(target: str, store: Store, *, create: bool = False) -> Iterator[Milvu
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it also raises, with tracebacks
     if local:
         _check_local(Path(target), create)
-    elif urlsplit(target).username is not None:
-        raise UserError("a Milvus URL with a password is shown wherever it is used: set MILVUS_TOKEN=USER:PASSWORD")
     token = "" if local else os.environ.get("MILVUS_TOKEN", "")
     try:
+        if not local and urlsplit(target).username is not None:
+            raise UserError("a Milvus URL with a password is shown wherever it is used: set MILVUS_TOKEN=USER:PASSWORD")
         client = MilvusClient(target.partition("#")[0] if not local else target, token=token, timeout=CONNECT_SECONDS)
     except (MilvusException, OSError, ValueError) as error:
         raise UserError(f"Milvus cannot be reached at {target}: {_reason(error)}") from None

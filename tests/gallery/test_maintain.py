@@ -186,6 +186,13 @@ def test_a_uri_loses_the_slash_at_its_end_as_embed_has_it(store, folder):
         assert Store.open(store).manifest.source == kept
 
 
+@pytest.mark.parametrize("url", ["s3://[bucket", "s3://bucket/%00", "https://user:secret@host"])
+def test_a_url_that_a_store_may_not_keep_is_refused(store, url):
+    source = Store.open(store).manifest.source
+    assert "secret" not in refusal(relocate, store, url)
+    assert Store.open(store).manifest.source == source
+
+
 def test_exports_hold_the_embeddings_in_order(store, tmp_path):
     opened = Store.open(store)
     table = pq.read_table(export_store(opened, tmp_path / "all.parquet"))
