@@ -173,7 +173,7 @@ def pool_tracks(
     with progress() as update:
         pooled = run(store, tracks, best=best, progress=update)
     if json:
-        print_json({"store": str(tracks), **pooled.to_dict()})
+        print_json({"store": str(tracks), **vars(pooled)})
     else:
         print(f"{tracks}: {pooled.tracks} tracks, of {pooled.taken} of {pooled.images} images")
 
