@@ -226,19 +226,20 @@ def _print_calibration(made: Calibration) -> None:
     data = made.data
     kind = "" if data.same_camera else " by two cameras"
     print_table(
-        ["cameras", "FAR", "threshold", "TAR, percent", "measured FAR, percent"],
+        ["pairs", "FAR", "threshold", "TAR, percent", "measured FAR, percent"],
         [
             [
-                cameras,
-                f"{rate.far:g}",
+                pairs,
+                f"{rate.far:g}" + (" (few people)" if rate.problem else ""),
                 spread(rate.threshold, ".4f"),
                 f"{percent(rate.tar.value)} ({percent(rate.tar.low)} to {percent(rate.tar.high)})",
                 f"{100 * rate.measured_far.value:.3g} ({100 * rate.measured_far.low:.3g} to "
                 f"{100 * rate.measured_far.high:.3g})",
             ]
-            for cameras, rates in [
+            for pairs, rates in [
                 ("all", made.rates),
-                *((f"{pair.cameras[0]}, {pair.cameras[1]}", pair.rates) for pair in made.camera_pairs),
+                *((f"means over {one.images} images", one.rates) for one in made.pooled),
+                *((f"cameras {pair.cameras[0]}, {pair.cameras[1]}", pair.rates) for pair in made.camera_pairs),
             ]
             for rate in rates
         ],

@@ -31,7 +31,7 @@ from mgn_deploy.identity.calibration import (
 )
 from mgn_deploy.identity.fit import FITS, FOLDS, CrossValidated, Method, cross_validated
 from mgn_deploy.identity.pairs import Pairs, genuine_and_impostor, to_means
-from mgn_deploy.identity.rates import Measured, measure, needed_pairs, needed_people, threshold_at
+from mgn_deploy.identity.rates import Measured, few_people, measure, needed_pairs, threshold_at
 from mgn_deploy.progress import Progress
 
 FARS = (1e-2, 1e-3, 1e-4)
@@ -145,7 +145,12 @@ def calibrate_embeddings(
     best: Method = min(validated, key=lambda name: (validated[name].log_loss, name != "platt"))
     fars = tuple(far for far in FARS if len(impostor) >= needed_pairs(far))
     rates, eer, eer_threshold = measure(genuine, impostor, fars, replicates=replicates, seed=seed, progress=progress)
-    notes = _notes(subsets, same_camera, len(impostor), impostor.total, count)
+    by_rate = _rates(fars, rates, count)
+    pooled = _pooled(embeddings, people, cameras, best, same_camera, max_pairs, replicates, seed)
+    notes = _notes(subsets, same_camera, len(impostor), impostor.total)
+    for rate in (*by_rate, *(rate for one in pooled for rate in one.rates)):
+        if rate.problem:
+            notes.append(f"FAR {rate.far:g}: {rate.problem}")
     for note in notes:
         _log.warning(note)
     return Calibration(
@@ -170,11 +175,11 @@ def calibrate_embeddings(
         evidence=FITS[best](genuine.similarities, impostor.similarities),
         cross_validation={name: Scores(brier=one.brier, log_loss=one.log_loss) for name, one in validated.items()},
         reliability=_reliability(validated[best], prior),
-        rates=_rates(fars, rates, count),
+        rates=by_rate,
         eer=_interval(eer),
         eer_threshold=_interval(eer_threshold),
         tail=_tail(impostor.similarities),
-        pooled=_pooled(embeddings, people, cameras, best, same_camera, max_pairs, seed),
+        pooled=pooled,
         camera_pairs=_by_cameras(genuine, impostor, replicates, seed),
         notes=notes,
         tools={"mgn-deploy": __version__, "numpy": np.__version__, "python": platform.python_version()},
@@ -217,7 +222,7 @@ def _hash_of(data: Dataset, images: Sequence[LabelledImage]) -> str:
     return digest.hexdigest()
 
 
-def _notes(subsets: Sequence[str], same_camera: bool, used: int, total: int, people: int) -> list[str]:
+def _notes(subsets: Sequence[str], same_camera: bool, used: int, total: int) -> list[str]:
     notes = []
     if "train" in subsets:
         notes.append(
@@ -234,26 +239,17 @@ def _notes(subsets: Sequence[str], same_camera: bool, used: int, total: int, peo
                 f"no threshold for a false-accept rate of {far:g}: it needs {needed_pairs(far):,} impostor pairs, and "
                 f"there are {used:,}"
             )
-        elif people < needed_people(far):
-            notes.append(f"FAR {far:g}: {_few_people(far, people)}")
     return notes
 
 
-def _few_people(far: float, people: int) -> str:
-    return (
-        f"{people} people are few for so low a rate, {needed_people(far)} would be enough: the threshold may let more "
-        "through"
-    )
-
-
-def _rates(fars: Sequence[float], measured: Sequence[Measured], people: int) -> list[Rate]:
+def _rates(fars: Sequence[float], measured: Sequence[Measured], people: int, images: int = 1) -> list[Rate]:
     return [
         Rate(
             far=far,
             threshold=_interval(one.threshold),
             measured_far=_interval(one.far),
             tar=_interval(one.tar),
-            problem=None if people >= needed_people(far) else _few_people(far, people),
+            problem=few_people(people, far, images),
         )
         for far, one in zip(fars, measured, strict=True)
     ]
@@ -275,6 +271,7 @@ def _pooled(
     method: Method,
     same_camera: bool,
     max_pairs: int,
+    replicates: int,
     seed: int,
 ) -> list[Pooled]:
     """For each number of images that enough people have."""
@@ -284,13 +281,16 @@ def _pooled(
             embeddings, people, cameras, images, same_camera=same_camera, max_pairs=max_pairs, seed=seed
         )
         count = len(np.unique(impostor.second))
-        if count >= MIN_PEOPLE and len(genuine) >= MIN_GENUINE and len(impostor) >= needed_pairs(FARS[0]):
+        fars = tuple(far for far in FARS if len(impostor) >= needed_pairs(far))
+        if count >= MIN_PEOPLE and len(genuine) >= MIN_GENUINE and fars:
+            rates, _, _ = measure(genuine, impostor, fars, replicates=replicates, seed=seed)
             found.append(
                 Pooled(
                     images=images,
                     people=count,
                     genuine=len(genuine),
                     impostor=len(impostor),
+                    rates=_rates(fars, rates, count, images),
                     evidence=FITS[method](genuine.similarities, impostor.similarities),
                     tail=_tail(impostor.similarities),
                 )

@@ -15,7 +15,7 @@ from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import write_text
 from mgn_deploy.identity.fit import Knots, Method, evidence, probability
-from mgn_deploy.identity.rates import needed_pairs
+from mgn_deploy.identity.rates import few_people, needed_pairs
 
 CALIBRATION = "calibration.json"
 DEFAULT_FAR = 1e-3
@@ -81,12 +81,14 @@ class CameraPair(_Strict):
 
 
 class Pooled(_Strict):
-    """What the mean similarity to `images` images of one person says; `evidence` and `tail` as a calibration's."""
+    """What the mean similarity to `images` images of one person says; `rates`, `evidence` and `tail` as a
+    calibration's."""
 
     images: int = Field(ge=2)
     people: int
     genuine: int
     impostor: int
+    rates: list[Rate] = []
     evidence: Knots = Field(min_length=1)
     tail: list[tuple[float, float]] = Field(min_length=1)
 
@@ -111,8 +113,8 @@ class CalibrationData(_Strict):
 class Decision(NamedTuple):
     """A threshold, and the false-accept rate that it stands for.
 
-    It is a higher rate than was asked for where there are too few pairs, as `problem` says. `images` are those whose
-    mean similarity the threshold was learned of.
+    It is a higher rate than was asked for where there are too few pairs; `problem` says so, or that there are too few
+    people. `images` are those whose mean similarity the threshold was learned of.
     """
 
     far: float
@@ -233,7 +235,7 @@ class Calibration(_Strict):
         """The threshold for a false-accept rate, interpolated on its logarithm.
 
         Where the calibration has too few pairs for so low a rate, it is the strictest threshold that they support, and
-        `problem` says so.
+        `problem` says so, as it does where the pairs are enough and their people too few.
 
         Args:
             far: the rate.
@@ -244,10 +246,10 @@ class Calibration(_Strict):
             UserError: `far` is not between 0 and 1.
         """
         check_far(far)
-        of, tail = 1, self.tail
+        of, people, tail = 1, self.data.people, self.tail
         for one in self.pooled:
             if one.images <= images and one.tail[-1][0] * (1 - 1e-9) <= far:
-                of, tail = one.images, one.tail
+                of, people, tail = one.images, one.people, one.tail
         rates, thresholds = np.array(tail).T
         if far < rates[-1] * (1 - 1e-9):
             return Decision(
@@ -257,7 +259,7 @@ class Calibration(_Strict):
                 f"{self.data.impostor:,}: its strictest threshold stands for {rates[-1]:.3g}",
             )
         threshold = float(np.interp(-np.log(far), -np.log(rates), thresholds))
-        return Decision(far, threshold, next((rate.problem for rate in self.rates if rate.far == far), None), of)
+        return Decision(far, threshold, few_people(people, far, of), of)
 
 
 def how_to_calibrate(bundle: Bundle) -> str:

@@ -131,7 +131,8 @@ def measure_open_set(
             break
         decisions = [decide_for_list(calibration, far, enrolled, 1 + one) for one in range(images.max())]
         thresholds = np.array([one.threshold for one in decisions])
-        decided.append((thresholds[np.maximum(images, 1) - 1], decisions[0].problem))
+        used = [decisions[one - 1].problem for one in np.unique(images[images > 0]).tolist()]
+        decided.append((thresholds[np.maximum(images, 1) - 1], next(filter(None, used), None)))
     if not (own >= 0).any():
         raise UserError("no query shows anybody of the gallery by another camera")
 

@@ -41,6 +41,23 @@ def needed_people(far: float) -> int:
     return int(np.ceil((1 + np.sqrt(1 + 8 * needed_pairs(far))) / 2))
 
 
+def few_people(people: int, far: float, images: int = 1) -> str | None:
+    """What to say of a threshold where its people are fewer than `needed_people`; None where they are enough.
+
+    Args:
+        people: whose pairs the threshold was learned of.
+        far: its false-accept rate.
+        images: over how many of a person its similarities are means.
+    """
+    if people >= needed_people(far):
+        return None
+    means = f", for means over {images} images," if images > 1 else ""
+    return (
+        f"{people} people{means} are few for so low a rate, {needed_people(far)} would be enough: the threshold may "
+        "let more through"
+    )
+
+
 def threshold_at(impostor: np.ndarray, far: float) -> float:
     """The lowest threshold at or above which at most the share `far` of the impostors' similarities lies.
 
