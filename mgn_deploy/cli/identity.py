@@ -11,8 +11,9 @@ from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Data, 
 from mgn_deploy.console import percent, print_json, print_table, progress, say
 
 if TYPE_CHECKING:
-    from mgn_deploy.identity.calibration import Calibration, Interval
+    from mgn_deploy.identity.calibration import Calibration
     from mgn_deploy.identity.identify import Identification
+    from mgn_deploy.identity.rates import Interval
 
 Far = Annotated[float, typer.Option("--far", help="Share of strangers that may be accepted, as in 1e-3.")]
 PeopleFolder = Annotated[Path, typer.Option("--people", help="The folder of enrolled people.")]

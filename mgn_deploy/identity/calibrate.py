@@ -22,16 +22,14 @@ from mgn_deploy.identity.calibration import (
     Calibration,
     CalibrationData,
     CameraPair,
-    Interval,
     Pooled,
-    Rate,
     Reliability,
     Scores,
     check_prior,
 )
 from mgn_deploy.identity.fit import FITS, FOLDS, CrossValidated, Method, cross_validated
 from mgn_deploy.identity.pairs import Pairs, genuine_and_impostor, to_means
-from mgn_deploy.identity.rates import Measured, few_people, measure, needed_pairs, threshold_at
+from mgn_deploy.identity.rates import measure, needed_pairs, threshold_at
 from mgn_deploy.progress import Progress
 
 FARS = (1e-2, 1e-3, 1e-4)
@@ -135,7 +133,7 @@ def calibrate_embeddings(
         embeddings, people, cameras, same_camera=same_camera, max_pairs=max_pairs, seed=seed, progress=progress
     )
     count = len(np.unique(people))
-    if count < MIN_PEOPLE or len(genuine) < MIN_GENUINE or len(impostor) < needed_pairs(FARS[0]):
+    if not _enough(count, genuine, impostor):
         raise UserError(
             f"{source} has {count} people, {len(genuine)} pairs of one person and {len(impostor)} of two"
             f"{'' if same_camera else ' by two cameras'}: a calibration needs at least {MIN_PEOPLE}, {MIN_GENUINE} and "
@@ -143,12 +141,12 @@ def calibrate_embeddings(
         )
     validated = cross_validated(genuine, impostor, int(people.max()) + 1, prior, seed)
     best: Method = min(validated, key=lambda name: (validated[name].log_loss, name != "platt"))
-    fars = tuple(far for far in FARS if len(impostor) >= needed_pairs(far))
-    rates, eer, eer_threshold = measure(genuine, impostor, fars, replicates=replicates, seed=seed, progress=progress)
-    by_rate = _rates(fars, rates, count)
+    rates, eer, eer_threshold = measure(
+        genuine, impostor, FARS, count, replicates=replicates, seed=seed, progress=progress
+    )
     pooled = _pooled(embeddings, people, cameras, best, same_camera, max_pairs, replicates, seed)
     notes = _notes(subsets, same_camera, len(impostor), impostor.total)
-    for rate in (*by_rate, *(rate for one in pooled for rate in one.rates)):
+    for rate in (*rates, *(rate for one in pooled for rate in one.rates)):
         if rate.problem:
             notes.append(f"FAR {rate.far:g}: {rate.problem}")
     for note in notes:
@@ -175,9 +173,9 @@ def calibrate_embeddings(
         evidence=FITS[best](genuine.similarities, impostor.similarities),
         cross_validation={name: Scores(brier=one.brier, log_loss=one.log_loss) for name, one in validated.items()},
         reliability=_reliability(validated[best], prior),
-        rates=by_rate,
-        eer=_interval(eer),
-        eer_threshold=_interval(eer_threshold),
+        rates=rates,
+        eer=eer,
+        eer_threshold=eer_threshold,
         tail=_tail(impostor.similarities),
         pooled=pooled,
         camera_pairs=_by_cameras(genuine, impostor, replicates, seed),
@@ -197,6 +195,11 @@ def checked_subsets(names: Sequence[str]) -> list[Subset]:
         if name not in SUBSETS:
             raise UserError(f"no subset {name!r}: there are {', '.join(SUBSETS)}")
     return [subset for subset in SUBSETS if subset in names]
+
+
+def _enough(people: int, genuine: Pairs, impostor: Pairs) -> bool:
+    """Whether so many people and pairs give a threshold."""
+    return people >= MIN_PEOPLE and len(genuine) >= MIN_GENUINE and len(impostor) >= needed_pairs(FARS[0])
 
 
 def _people_of(data: Dataset, subsets: Collection[Subset]) -> tuple[list[LabelledImage], np.ndarray]:
@@ -242,19 +245,6 @@ def _notes(subsets: Sequence[str], same_camera: bool, used: int, total: int) -> 
     return notes
 
 
-def _rates(fars: Sequence[float], measured: Sequence[Measured], people: int, images: int = 1) -> list[Rate]:
-    return [
-        Rate(
-            far=far,
-            threshold=_interval(one.threshold),
-            measured_far=_interval(one.far),
-            tar=_interval(one.tar),
-            problem=few_people(people, far, images),
-        )
-        for far, one in zip(fars, measured, strict=True)
-    ]
-
-
 def _tail(impostor: np.ndarray) -> list[tuple[float, float]]:
     """Thresholds from a rate of one half down to the lowest that the rule of three allows."""
     lowest = 3 / len(impostor)
@@ -281,16 +271,15 @@ def _pooled(
             embeddings, people, cameras, images, same_camera=same_camera, max_pairs=max_pairs, seed=seed
         )
         count = len(np.unique(impostor.second))
-        fars = tuple(far for far in FARS if len(impostor) >= needed_pairs(far))
-        if count >= MIN_PEOPLE and len(genuine) >= MIN_GENUINE and fars:
-            rates, _, _ = measure(genuine, impostor, fars, replicates=replicates, seed=seed)
+        if _enough(count, genuine, impostor):
+            rates, _, _ = measure(genuine, impostor, FARS, count, images=images, replicates=replicates, seed=seed)
             found.append(
                 Pooled(
                     images=images,
                     people=count,
                     genuine=len(genuine),
                     impostor=len(impostor),
-                    rates=_rates(fars, rates, count, images),
+                    rates=rates,
                     evidence=FITS[method](genuine.similarities, impostor.similarities),
                     tail=_tail(impostor.similarities),
                 )
@@ -329,23 +318,16 @@ def _by_cameras(genuine: Pairs, impostor: Pairs, replicates: int, seed: int) -> 
     for first, second in sorted(together):
         same, other = (pairs.where((pairs.cameras == (first, second)).all(axis=1)) for pairs in (genuine, impostor))
         people = len(np.unique(np.concatenate([other.first, other.second])))
-        fars = tuple(far for far in FARS if len(other) >= needed_pairs(far))
-        if len(same) < MIN_GENUINE or not fars or people < MIN_PEOPLE:
-            continue
-        rates, eer, _ = measure(same, other, fars, replicates=replicates, seed=seed)
-        found.append(
-            CameraPair(
-                cameras=(first, second),
-                people=people,
-                genuine=len(same),
-                impostor=len(other),
-                eer=_interval(eer),
-                rates=_rates(fars, rates, people),
+        if _enough(people, same, other):
+            rates, eer, _ = measure(same, other, FARS, people, replicates=replicates, seed=seed)
+            found.append(
+                CameraPair(
+                    cameras=(first, second),
+                    people=people,
+                    genuine=len(same),
+                    impostor=len(other),
+                    eer=eer,
+                    rates=rates,
+                )
             )
-        )
     return found
-
-
-def _interval(values: tuple[float, float, float]) -> Interval:
-    value, low, high = values
-    return Interval(value=value, low=low, high=high)

@@ -9,57 +9,26 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import write_text
 from mgn_deploy.identity.fit import Knots, Method, evidence, probability
-from mgn_deploy.identity.rates import few_people, needed_pairs
+from mgn_deploy.identity.rates import Interval, Rate, Strict, few_people, needed_pairs
 
 CALIBRATION = "calibration.json"
 DEFAULT_FAR = 1e-3
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Interval(_Strict):
-    """A measured value and the ends of its 95% interval over people."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Rate(_Strict):
-    """The threshold at one false-accept rate, and what it does on the calibration's own pairs.
-
-    Attributes:
-        far: the rate that was asked for.
-        threshold: at or above it two images are called the same person; its interval is of the threshold that other
-            people would have given.
-        measured_far: impostor pairs at or above the threshold, at most `far`.
-        tar: genuine pairs at or above the threshold.
-        problem: why the rate is uncertain, or None.
-    """
-
-    far: float
-    threshold: Interval
-    measured_far: Interval
-    tar: Interval
-    problem: str | None = None
-
-
-class Scores(_Strict):
+class Scores(Strict):
     """How good a method's probabilities are on people that it was not fitted on."""
 
     brier: float
     log_loss: float
 
 
-class Reliability(_Strict):
+class Reliability(Strict):
     """Held-out pairs whose probability was from `low` to `high`: the mean of it, and how many were genuine."""
 
     low: float
@@ -69,7 +38,7 @@ class Reliability(_Strict):
     pairs: int
 
 
-class CameraPair(_Strict):
+class CameraPair(Strict):
     """The same for the images of two cameras alone."""
 
     cameras: tuple[int, int]
@@ -80,7 +49,7 @@ class CameraPair(_Strict):
     rates: list[Rate]
 
 
-class Pooled(_Strict):
+class Pooled(Strict):
     """What the mean similarity to `images` images of one person says; `rates`, `evidence` and `tail` as a
     calibration's."""
 
@@ -88,12 +57,12 @@ class Pooled(_Strict):
     people: int
     genuine: int
     impostor: int
-    rates: list[Rate] = []
+    rates: list[Rate] = Field([])
     evidence: Knots = Field(min_length=1)
     tail: list[tuple[float, float]] = Field(min_length=1)
 
 
-class CalibrationData(_Strict):
+class CalibrationData(Strict):
     """What a calibration was learned from. `genuine` and `impostor` are the pairs used, `..._total` those there are."""
 
     source: str
@@ -123,7 +92,7 @@ class Decision(NamedTuple):
     images: int = 1
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """What similarities of one bundle's embeddings say. It is immutable; any thread may use it.
 
     Attributes:
@@ -149,10 +118,10 @@ class Calibration(_Strict):
     eer: Interval
     eer_threshold: Interval
     tail: list[tuple[float, float]] = Field(min_length=1)
-    pooled: list[Pooled] = []
-    camera_pairs: list[CameraPair] = []
-    notes: list[str] = []
-    tools: dict[str, str] = {}
+    pooled: list[Pooled] = Field([])
+    camera_pairs: list[CameraPair] = Field([])
+    notes: list[str] = Field([])
+    tools: dict[str, str] = Field({})
     date: str
 
     @classmethod
