@@ -225,10 +225,9 @@ def _dbscan(offsets: np.ndarray, columns: np.ndarray, values: np.ndarray, eps: f
     n = len(offsets) - 1
     graph = csr_matrix((values, columns, offsets), shape=(n, n))
     found = DBSCAN(eps=eps, min_samples=min_images, metric="precomputed").fit(graph).labels_
-    sizes = np.bincount(found[found >= 0])
-    rank = np.empty(len(sizes), np.int64)
-    rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
-    return np.where(found >= 0, rank[np.maximum(found, 0)] if len(sizes) else NOBODY, NOBODY).astype(np.int64)
+    largest_first = np.argsort(-np.bincount(found[found >= 0]), kind="stable")
+    rank = np.append(np.argsort(largest_first), NOBODY)  # DBSCAN says -1 of those in none, which is the last one
+    return rank[found]
 
 
 def appearances(clusters: Clusters, cluster: int) -> str:

@@ -66,16 +66,14 @@ def genuine_and_impostor(
         UserError: an embedding is not finite, or there is no pair of one of the kinds.
     """
     if not np.isfinite(embeddings).all():
-        raise UserError(
-            f"{_bad_rows(embeddings)} of {len(embeddings)} embeddings are not finite: embed the images again"
-        )
+        broken = np.count_nonzero(~np.isfinite(embeddings).all(axis=1))
+        raise UserError(f"{broken} of {len(embeddings)} embeddings are not finite: embed the images again")
     generator = np.random.default_rng(seed)
     made = []
-    for step, index in (
-        ("genuine pairs", _genuine(people, cameras, same_camera)),
-        ("impostor pairs", _impostor(people, cameras, same_camera, max_pairs, generator)),
-    ):
-        pairs, total = index
+    for step, (pairs, total) in {
+        "genuine pairs": _genuine(people, cameras, same_camera),
+        "impostor pairs": _impostor(people, cameras, same_camera, max_pairs, generator),
+    }.items():
         if len(pairs) > max_pairs:
             pairs = pairs[generator.choice(len(pairs), max_pairs, replace=False)]
         made.append(_measured(embeddings, people, cameras, pairs, total, step, progress))
@@ -208,7 +206,3 @@ def _measured(
     both = np.sort(cameras[pairs], axis=1).astype(np.int32)
     first, second = people[pairs].astype(np.int32).T
     return Pairs(similarities[order], first, second, both, total)
-
-
-def _bad_rows(embeddings: np.ndarray) -> int:
-    return int((~np.isfinite(embeddings).all(axis=1)).sum())
