@@ -137,11 +137,11 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
     axes.set_axis_off()
 
 
-def _short(name: str, length: int = 16) -> str:
+def _short(name: str) -> str:
     """A name that can be drawn: bytes that are no UTF-8 and line breaks spelled out, cut if long."""
     name = name.encode("utf-8", "backslashreplace").decode()
     name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-    return name if len(name) <= length else name[: length - 3] + "..."
+    return name if len(name) <= 16 else name[:13] + "..."
 
 
 def _new_figure(width: float, height: float) -> Figure:
