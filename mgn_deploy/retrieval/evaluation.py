@@ -57,15 +57,8 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: what was asked for."""
-        return {
-            "metric": self.metric,
-            "cameras": self.cameras,
-            "aqe": self.aqe,
-            "dba": self.dba,
-            "rerank": self.rerank,
-            "seed": self.seed,
-            "device": Arrays.open(self.device).name,
-        }
+        asked = {name: getattr(self, name) for name in ("metric", "cameras", "aqe", "dba", "rerank", "seed")}
+        return {**asked, "device": Arrays.open(self.device).name}
 
 
 @dataclass(frozen=True)
