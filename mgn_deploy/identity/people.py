@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -289,8 +290,8 @@ def _read_manifest(folder: Path) -> PeopleManifest:
 
 
 def _files(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.glob("person-*.npz"))
+    try:  # `Path.glob` takes a folder that may not be listed for an empty one
+        return sorted(folder / name for name in os.listdir(folder) if fnmatch(name, "person-*.npz"))
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
 

@@ -8,7 +8,6 @@ What an approximate index finds is compared exactly, too, by the embeddings in t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
 import numpy as np
 
@@ -22,16 +21,6 @@ Exclusion = Callable[[slice], tuple[np.ndarray, np.ndarray]]
 Candidates = Callable[[np.ndarray, int], np.ndarray]
 
 
-class Blocks(Protocol):
-    """Embeddings on disk that are read in order, as a `Store`'s."""
-
-    def __len__(self) -> int: ...
-
-    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield (rows, embeddings `[rows, d]`)."""
-        ...
-
-
 QUERY_ROWS = 1024
 SPARE = 16  # neighbours asked for beyond those that are wanted: most ties and exclusions cost no second search
 OVERFETCH = 4  # candidates of an index for each neighbour that is wanted
@@ -39,7 +28,7 @@ OVERFETCH = 4  # candidates of an index for each neighbour that is wanted
 
 def top_k(
     query: np.ndarray,
-    gallery: np.ndarray | Blocks,
+    gallery: np.ndarray | Store,
     k: int,
     *,
     excluded: Exclusion | None = None,
@@ -148,7 +137,7 @@ def _best_of_block(
     return indices, similarities
 
 
-def _blocks(gallery: np.ndarray | Blocks, height: int) -> Iterator[tuple[int, np.ndarray]]:
+def _blocks(gallery: np.ndarray | Store, height: int) -> Iterator[tuple[int, np.ndarray]]:
     """The first row and the rows, contiguous float32, of blocks of about `height` rows."""
     if isinstance(gallery, np.ndarray):
         parts: Iterable[np.ndarray] = (gallery[rows] for rows in slices(len(gallery), height))
