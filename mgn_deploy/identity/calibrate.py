@@ -6,7 +6,7 @@ import hashlib
 import logging
 import platform
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from itertools import pairwise
 
@@ -144,7 +144,7 @@ def calibrate_embeddings(
     rates, eer, eer_threshold = measure(
         genuine, impostor, FARS, count, replicates=replicates, seed=seed, progress=progress
     )
-    pooled = _pooled(embeddings, people, cameras, best, same_camera, max_pairs, replicates, seed)
+    pooled = list(_pooled(embeddings, people, cameras, best, same_camera, max_pairs, replicates, seed))
     notes = _notes(subsets, same_camera, len(impostor), impostor.total)
     for rate in (*rates, *(rate for one in pooled for rate in one.rates)):
         if rate.problem:
@@ -172,13 +172,13 @@ def calibrate_embeddings(
         method=best,
         evidence=FITS[best](genuine.similarities, impostor.similarities),
         cross_validation={name: Scores(brier=one.brier, log_loss=one.log_loss) for name, one in validated.items()},
-        reliability=_reliability(validated[best], prior),
+        reliability=list(_reliability(validated[best], prior)),
         rates=rates,
         eer=eer,
         eer_threshold=eer_threshold,
         tail=_tail(impostor.similarities),
         pooled=pooled,
-        camera_pairs=_by_cameras(genuine, impostor, replicates, seed),
+        camera_pairs=list(_by_cameras(genuine, impostor, replicates, seed)),
         notes=notes,
         tools={"mgn-deploy": __version__, "numpy": np.__version__, "python": platform.python_version()},
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -263,9 +263,8 @@ def _pooled(
     max_pairs: int,
     replicates: int,
     seed: int,
-) -> list[Pooled]:
+) -> Iterator[Pooled]:
     """For each number of images that enough people have."""
-    found = []
     for images in POOLED:
         genuine, impostor = to_means(
             embeddings, people, cameras, images, same_camera=same_camera, max_pairs=max_pairs, seed=seed
@@ -273,61 +272,48 @@ def _pooled(
         count = len(np.unique(impostor.second))
         if _enough(count, genuine, impostor):
             rates, _, _ = measure(genuine, impostor, FARS, count, images=images, replicates=replicates, seed=seed)
-            found.append(
-                Pooled(
-                    images=images,
-                    people=count,
-                    genuine=len(genuine),
-                    impostor=len(impostor),
-                    rates=rates,
-                    evidence=FITS[method](genuine.similarities, impostor.similarities),
-                    tail=_tail(impostor.similarities),
-                )
+            yield Pooled(
+                images=images,
+                people=count,
+                genuine=len(genuine),
+                impostor=len(impostor),
+                rates=rates,
+                evidence=FITS[method](genuine.similarities, impostor.similarities),
+                tail=_tail(impostor.similarities),
             )
-    return found
 
 
-def _reliability(held_out: CrossValidated, prior: float) -> list[Reliability]:
+def _reliability(held_out: CrossValidated, prior: float) -> Iterator[Reliability]:
     genuine, impostor = held_out.genuine, held_out.impostor
     edges = np.arange(BINS + 1) / BINS
-    rows = []
     for low, high in pairwise(edges.tolist()):
         same, other = (kind[(kind >= low) & ((kind < high) | (high == 1))] for kind in (genuine, impostor))
         weight_same, weight_other = prior * len(same) / len(genuine), (1 - prior) * len(other) / len(impostor)
         if not len(same) and not len(other):
             continue
         total = prior * same.sum() / len(genuine) + (1 - prior) * other.sum() / len(impostor)
-        rows.append(
-            Reliability(
-                low=low,
-                high=high,
-                mean_probability=float(total / (weight_same + weight_other)),
-                genuine_share=float(weight_same / (weight_same + weight_other)),
-                pairs=len(same) + len(other),
-            )
+        yield Reliability(
+            low=low,
+            high=high,
+            mean_probability=float(total / (weight_same + weight_other)),
+            genuine_share=float(weight_same / (weight_same + weight_other)),
+            pairs=len(same) + len(other),
         )
-    return rows
 
 
-def _by_cameras(genuine: Pairs, impostor: Pairs, replicates: int, seed: int) -> list[CameraPair]:
+def _by_cameras(genuine: Pairs, impostor: Pairs, replicates: int, seed: int) -> Iterator[CameraPair]:
     """Each pair of cameras whose pairs are enough for a threshold; none where there is only one pair of cameras."""
     together = Counter(map(tuple, impostor.cameras.tolist()))
-    if len(together) < 2:
-        return []
-    found = []
-    for first, second in sorted(together):
+    for first, second in sorted(together) if len(together) > 1 else ():
         same, other = (pairs.where((pairs.cameras == (first, second)).all(axis=1)) for pairs in (genuine, impostor))
         people = len(np.unique(np.concatenate([other.first, other.second])))
         if _enough(people, same, other):
             rates, eer, _ = measure(same, other, FARS, people, replicates=replicates, seed=seed)
-            found.append(
-                CameraPair(
-                    cameras=(first, second),
-                    people=people,
-                    genuine=len(same),
-                    impostor=len(other),
-                    eer=eer,
-                    rates=rates,
-                )
+            yield CameraPair(
+                cameras=(first, second),
+                people=people,
+                genuine=len(same),
+                impostor=len(other),
+                eer=eer,
+                rates=rates,
             )
-    return found

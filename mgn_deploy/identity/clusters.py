@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -232,7 +233,6 @@ def _dbscan(offsets: np.ndarray, columns: np.ndarray, values: np.ndarray, eps: f
 
 def appearances(clusters: Clusters, cluster: int) -> str:
     """In which cameras a cluster's images are: "camera 1: 3, camera 4: 2"; empty where none is known."""
-    rows: Sequence[int] = clusters.members(cluster)
-    cameras = [clusters.store.rows[row].camera for row in rows]
-    known = sorted({camera for camera in cameras if camera is not None})
-    return ", ".join(f"camera {camera}: {cameras.count(camera)}" for camera in known)
+    cameras = [clusters.store.rows[row].camera for row in clusters.members(cluster)]
+    counts = Counter(camera for camera in cameras if camera is not None)
+    return ", ".join(f"camera {camera}: {count}" for camera, count in sorted(counts.items()))

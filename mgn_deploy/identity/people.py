@@ -173,10 +173,11 @@ class People:
             raise UserError(
                 f"embeddings of {self.dim} finite numbers are enrolled in {self.folder}, not {list(embeddings.shape)}"
             )
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         with self._writing():
             path, person = self._find(name) or (
                 self.folder / f"person-{uuid.uuid4().hex[:12]}.npz",
-                Person(name, np.empty((0, self.dim), np.float32), (), _now()),
+                Person(name, np.empty((0, self.dim), np.float32), (), started),
             )
             # The first of equal images that are not enrolled yet.
             new = [
@@ -343,7 +344,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)  # which releases the lock
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
