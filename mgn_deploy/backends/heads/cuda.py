@@ -6,13 +6,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mgn_deploy.backends.heads.fused import FusedHeads
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UserError
+
+if TYPE_CHECKING:
+    from mgn_deploy.backends.heads.cut import FusedHeads
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
