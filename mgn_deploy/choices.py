@@ -38,8 +38,6 @@ Metric = Literal["cosine", "euclidean"]
 # In which the products of embeddings are computed; sums are float32's in all of them.
 Compute = Literal["float32", "tf32", "float16"]
 
-# Who is on queries that are images: nobody knows, or their names say it. Folders and tables number people on their own.
-
 # Of the images that a multiple query stands for.
 QueryPooling = Literal["avg", "max"]
 
