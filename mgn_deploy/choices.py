@@ -24,6 +24,9 @@ Device = Literal["auto", "cpu", "cuda"]
 # Of a bundle's graph.
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
+# What decodes images; nvimagecodec: NVIDIA's, on a GPU.
+Decoder = Literal["pillow", "nvimagecodec"]
+
 MAX_SEED = 2**63 - 1  # PyTorch's
 
 # Images a call of an engine: beyond, activations take more memory than GPUs have.
