@@ -43,7 +43,6 @@ UPWARD = {
     ("backends.torch", "train.model"),
     ("backends.torch", "train.weights"),
     ("backends.torch_cuda.backend", "train.weights"),
-    ("backends.torch_cuda.backend", "kernels.nvrtc"),
     ("backends.torch_cuda.network", "train.model"),
     ("backends.torch_cuda.network", "kernels.torch_heads"),
     ("backends.torch_cuda.network", "kernels.torch_op"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import onnx
 import mgn_deploy
 from mgn_deploy.backends.heads.cut import cut_trunk
 from mgn_deploy.backends.registry import ENGINES
-from mgn_deploy.backends.tensorrt.network import PreparedGraph, build_network, parsed_network, prepare, quiet
+from mgn_deploy.backends.tensorrt.network import PreparedGraph, build_network, parsed_network, prepare
 from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, title
 from mgn_deploy.bundle.manifest import DEFAULT_BATCH, EngineEntry, TensorRtName
 from mgn_deploy.cached import load, load_entry, save, save_entry
@@ -28,6 +29,8 @@ from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.progress import Progress
 
 CACHE = "plans"  # its folder
+# TensorRT has one logger a process, and a build's messages must be its own.
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ def _build(
     prepared: PreparedGraph, settings: BuildSettings, gpu: Gpu | None, use_cache: bool, progress: Progress | None
 ) -> tuple[bytes, str]:
     trt = import_tensorrt(settings.engine)
-    with quiet(settings.engine):
+    with _one_at_a_time:
+        logger(settings.engine).messages.clear()
         network = parsed_network(settings.engine, prepared)
         config = _config(trt, network.builder, prepared, settings)
         timings = _timing_cache(config, settings, gpu) if use_cache and gpu else None

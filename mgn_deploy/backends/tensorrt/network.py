@@ -4,9 +4,7 @@ watched and stopped."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,6 @@ from mgn_deploy.bundle.manifest import TensorRtName
 from mgn_deploy.errors import UserError
 from mgn_deploy.progress import Progress
 
-_one_at_a_time = threading.Lock()
 # Parts of builds that were stopped. TensorRT-RTX 1.7.1 once crashed after one: what its threads may still use is not
 # freed.
 _stopped_builds: list[Any] = []
@@ -73,14 +70,6 @@ class Network:
     builder: Any
     definition: Any
     parser: Any
-
-
-@contextmanager
-def quiet(engine: TensorRtName) -> Iterator[None]:
-    """One build at a time: TensorRT has one logger a process, and this build's messages must be its own."""
-    with _one_at_a_time:
-        logger(engine).messages.clear()
-        yield
 
 
 def parsed_network(engine: TensorRtName, prepared: PreparedGraph) -> Network:
