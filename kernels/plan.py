@@ -18,6 +18,7 @@ POOLINGS = {"max": "kMax", "avg": "kAvg", "gem": "kGem"}
 NECKS = {"relu": "kRelu", "linear": "kLinear", "relu_norm": "kReluNorm"}
 OUTPUTS = {"features": "kFeatures", "embeddings": "kEmbeddings", "mirror_embeddings": "kMirrorEmbeddings"}
 PATHS = ("auto", "fused", "rows", "tiles")
+CHOICES = {"dtype": TYPES, "layout": LAYOUTS, "pooling": POOLINGS, "neck": NECKS, "output": OUTPUTS, "path": PATHS}
 
 MAX_BRANCHES, MAX_STRIPES, MAX_BATCH = 4, 8, 1024
 MAX_REGIONS, MAX_RUNS = 1 + MAX_STRIPES, 2 * MAX_STRIPES - 1
@@ -80,15 +81,7 @@ class Problem:
             raise ValueError(f"stripe_pool_reduce: {wrong}")
 
     def _wrong(self) -> str | None:
-        choices = {
-            "dtype": TYPES,
-            "layout": LAYOUTS,
-            "pooling": POOLINGS,
-            "neck": NECKS,
-            "output": OUTPUTS,
-            "path": PATHS,
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 return f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}"
         if not 1 <= self.batch <= MAX_BATCH:

@@ -99,19 +99,14 @@ class Heads:
 
     def arranged(self) -> Heads:
         """Return what the kernels read: dense, aligned, the small ones in float32; copies where they differ."""
-
-        def float32(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.float().contiguous()
-
+        given = {name: getattr(self, name) for name in ("bias", "powers", "scale", "shift")}
+        small = {name: tensor.float().contiguous() for name, tensor in given.items() if tensor is not None}
         format_ = torch.channels_last if self.channels_last else torch.contiguous_format
         return replace(
             self,
             maps=[_aligned(map_.contiguous(memory_format=format_)) for map_ in self.maps],
             weight=_aligned(self.weight.contiguous()),
-            bias=self.bias.float().contiguous(),
-            powers=float32(self.powers),
-            scale=float32(self.scale),
-            shift=float32(self.shift),
+            **small,
         )
 
     def problem(self, output: str = "features", path: str = "auto") -> Problem:

@@ -38,11 +38,8 @@ class Convolution(nn.Module):
         assert conv.bias is not None
         self.register_buffer("weight", conv.weight.detach())
         self.register_buffer("bias", conv.bias.detach())
-        self.stride, self.padding, self.dilation = (
-            list(conv.stride),
-            [int(n) for n in conv.padding],
-            list(conv.dilation),
-        )
+        self.stride, self.dilation = list(conv.stride), list(conv.dilation)
+        self.padding = [int(n) for n in conv.padding]
         self.groups, self.relu, self.fused = conv.groups, relu, False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
