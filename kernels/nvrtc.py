@@ -111,7 +111,8 @@ def nvrtc_problem() -> str | None:
         import_module("cuda.core")
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
-        return f"the CUDA kernels are compiled on first use, which needs NVRTC ({error}): {INSTALL}"
+        reason = " ".join(str(error).split())
+        return f"the CUDA kernels are compiled on first use, which needs NVRTC ({reason}): {INSTALL}"
     installed = version("cuda-core")
     if int(installed.split(".")[0]) < int(CUDA_CORE.split(".")[0]):
         return f"cuda-core {installed} is older than {CUDA_CORE}, whose interface the CUDA kernels need: {INSTALL}"
