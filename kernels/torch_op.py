@@ -71,7 +71,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     computing it is one pass over the maps.
     """
     given = ctx.saved_tensors
-    exact = [None if tensor is None else wide(tensor).detach().requires_grad_() for tensor in given]
+    exact: list[Any] = [None if tensor is None else wide(tensor).detach().requires_grad_() for tensor in given]
     maps, (weight, bias, *optional) = exact[: ctx.maps], exact[ctx.maps :]
     with torch.enable_grad():
         features = Heads(maps, ctx.branches, weight, bias, ctx.pooling, ctx.neck, *optional).features(graded=True)

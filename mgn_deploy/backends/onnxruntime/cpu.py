@@ -30,5 +30,4 @@ class OnnxRuntimeBackend(Backend):
         return cls(graph, config)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        embeddings: np.ndarray = self._session.run(None, {"images": images})[0]
-        return embeddings
+        return self._session.run(None, {"images": images})[0]
