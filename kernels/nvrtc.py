@@ -51,12 +51,12 @@ def compile_kernels(kernels: tuple[str, ...], arch: str) -> MachineCode:
         UserError: it does not compile for that architecture.
     """
     key = sha256_bytes("\0".join([*kernels, arch, _version(), SOURCE.read_text()]).encode())
-    found = load_entry("kernels", f"{key}.cubin")
+    found = load_entry("kernels", key, "cubin")
     if found:
         cubin, record = found
         return MachineCode(cubin, record["symbols"])
     code = compile_uncached(kernels, arch)
-    save_entry("kernels", f"{key}.cubin", code.cubin, {"symbols": code.symbols})
+    save_entry("kernels", key, "cubin", code.cubin, {"symbols": code.symbols})
     return code
 
 

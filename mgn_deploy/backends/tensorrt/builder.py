@@ -179,7 +179,7 @@ def _plan(
         "mgn-deploy": mgn_deploy.__version__,
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + prepared.content).hexdigest()
-    found = load_entry(CACHE, f"{key}.plan") if use_cache else None
+    found = load_entry(CACHE, key, "plan") if use_cache else None
     if found:
         content, record = found
         return Plan(content, settings, version, gpu, record["layers"], record["seconds"], True)
@@ -187,7 +187,7 @@ def _plan(
     content, layers = _build(prepared, settings, gpu, use_cache, progress)
     seconds = time.perf_counter() - started
     if use_cache:
-        save_entry(CACHE, f"{key}.plan", content, {"layers": layers, "seconds": seconds})
+        save_entry(CACHE, key, "plan", content, {"layers": layers, "seconds": seconds})
     return Plan(content, settings, version, gpu, layers, seconds, False)
 
 
