@@ -63,8 +63,8 @@ def stripe_pool(
 ) -> list[Tensor]:
     """Pool a map `[n, C, H, W]`: the whole of it, then (for more than one) each stripe; `[n, C, 1, 1]` each.
 
-    `kernels/reference.py` is the definition. This is PyTorch's, for training and for what is traced: the whole map is
-    not sliced, as the slice would be an operator of the graph. `powers`, for "gem", is one a region.
+    `tests/emulator/reference.py` is the definition. This is PyTorch's, for training and for what is traced: the whole
+    map is not sliced, as the slice would be an operator of the graph. `powers`, for "gem", is one a region.
     """
     regions = [feature_map]
     if stripes > 1:
@@ -214,6 +214,24 @@ def fold_batch_norms(model: MGN) -> MGN:
                 setattr(module, conv_name, _fold_second_half(conv, norm))
                 norm.BN = nn.Identity()
     return folded
+
+
+def head_numbers(folded: MGN) -> dict[str, Tensor]:
+    """The heads' numbers of a model with folded norms: weight `[F, R, C]` and bias `[F, R]`; where it has them powers
+    `[F]`, and the second norm's scale and shift `[F, R]`."""
+    reductions = [reduction for branch in folded.branches for reduction in branch.reductions]
+    numbers = {
+        "weight": torch.stack([reduction[0].weight.flatten(1) for reduction in reductions]),
+        "bias": torch.stack([reduction[0].bias for reduction in reductions]),
+    }
+    if folded.config.pooling == "gem":
+        numbers["powers"] = torch.cat([branch.powers for branch in folded.branches])
+    if folded.config.neck == "relu_norm":
+        norms = [reduction[3] for reduction in reductions]
+        scales = [norm.weight / torch.sqrt(norm.running_var + norm.eps) for norm in norms]
+        shifts = [norm.bias - norm.running_mean * scale for norm, scale in zip(norms, scales, strict=True)]
+        numbers |= {"scale": torch.stack(scales), "shift": torch.stack(shifts)}
+    return {name: tensor.detach() for name, tensor in numbers.items()}
 
 
 def _fold_second_half(conv: nn.Conv2d, norm: IBN) -> nn.Conv2d:
