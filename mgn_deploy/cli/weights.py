@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,7 @@ def import_checkpoint(
     )
     _tell(report)
     if json:
-        print_json({"weights": str(folder), **report.json()})
+        print_json({"weights": str(folder), **asdict(report)})
     else:
         print(folder)
 
