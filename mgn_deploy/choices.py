@@ -24,6 +24,9 @@ Device = Literal["auto", "cpu", "cuda"]
 # Of a bundle's graph.
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
+# What decodes images; nvimagecodec: NVIDIA's, on a GPU.
+Decoder = Literal["pillow", "nvimagecodec"]
+
 MAX_SEED = 2**63 - 1  # PyTorch's
 
 # Images a call of an engine: beyond, activations take more memory than GPUs have.
@@ -37,8 +40,6 @@ Metric = Literal["cosine", "euclidean"]
 
 # In which the products of embeddings are computed; sums are float32's in all of them.
 Compute = Literal["float32", "tf32", "float16"]
-
-# Who is on queries that are images: nobody knows, or their names say it. Folders and tables number people on their own.
 
 # Of the images that a multiple query stands for.
 QueryPooling = Literal["avg", "max"]

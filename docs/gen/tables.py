@@ -20,11 +20,10 @@ from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
-BARE, EMBED, EAGER = "bare engine", "embed (files to store)", "PyTorch eager"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 _MARKED = re.compile(r"(<!-- table: ([a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-KINDS = "throughput|bench|peers|retrieval|growth|precision|plans|training"  # as the results' file names have them
+KINDS = "bench|peers|retrieval|growth|training"  # as the results' file names have them
 _NAME = re.compile(rf"(\d{{4}}-\d{{2}}-\d{{2}})-(.+)-({KINDS})-(.+)\.(json|csv)")
 
 
@@ -198,19 +197,32 @@ def _type(annotation: Any) -> str:
 
 
 def throughput() -> str:
-    """The rows of the latest day, of each model and engine the fastest batch."""
-    measured = _rates()
-    return _throughput([one for one in measured if one.date == max(other.date for other in measured)], fastest=True)
+    """Images a second of the largest model in the latest results of `bench`: of each engine the fastest batch."""
+    columns = ["model", "engine", "mirror", "batch", "bare engine", "`embed`", "PyTorch eager", "engine / eager"]
+    found = results("bench")
+    latest = (one.content() for one in found if one.date == found[0].date)
+    content = min(latest, key=lambda content: content["rows"][0]["offline"]["median"])
+    hardware, cpus = content["environment"]["hardware"], content["environment"]["cpus"]
+    machine = f"{hardware['gpu'] or hardware['cpu']}, {cpus} CPUs ({' '.join(hardware['instruction_sets'])})"
+    engines = [row for row in content["rows"] if row["embed"] and row["over_reference"]]
+    engines.sort(key=lambda row: row["offline"]["median"])
+    fastest = {(row["bundle"], row["engine"]): row for row in engines}  # later ones are faster
+    table = _table(columns, [_throughput_row(row) for row in fastest.values()])
+    return f"{found[0].date}, {machine}; images/s:\n\n{table}"
 
 
-def all_throughput() -> str:
-    """The rows of every day, the latest first."""
-    return _throughput(_rates())
-
-
-def _rates() -> list[Result]:
-    """Of `bench`, and of the bench of images/s that it replaced."""
-    return sorted([*results("bench"), *results("throughput")], key=lambda one: one.date, reverse=True)
+def _throughput_row(row: dict[str, Any]) -> list[str]:
+    rate = row["offline"]["median"]
+    return [
+        f"{row['model']} {row['precision']}",
+        f"{row['engine']} {row['version'].split('-')[0]}",
+        "yes" if row["mirror"] else "no",
+        str(row["batch"]),
+        _rate(rate),
+        f"{_rate(row['embed']['median'])} ({row['embed_of_offline']:.2f})",
+        _rate(rate / row["over_reference"]),
+        f"{row['over_reference']:.1f}",
+    ]
 
 
 def bench() -> str:
@@ -250,64 +262,6 @@ def _peer_row(row: dict[str, Any]) -> list[str]:
         f"{distance:.1e}" if distance is not None else "",
         row.get("left_out") or row.get("failed") or row["remark"],
     ]
-
-
-def _throughput(measured: Sequence[Result], fastest: bool = False) -> str:
-    columns = ["model", "engine", "mirror", "batch", "bare engine", "`embed`", "PyTorch eager", "engine / eager"]
-    parts = []
-    for (date, machine), some in _grouped(measured):
-        if fastest:  # later ones of a group are faster
-            some = list({(one["model"], one["backend"], one["mirror_average"]): one for one in some}.values())
-        rows = [_throughput_row(one) for one in some]
-        parts.append(f"{date}, {machine}; images/s:\n\n{_table(columns, rows)}")
-    return "\n\n".join(parts)
-
-
-def _grouped(measured: Sequence[Result]) -> Iterator[tuple[tuple[str, str], list[dict[str, Any]]]]:
-    """What was measured on one day on one machine, the largest model first."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in measured:
-        for content in _contents(one):
-            groups.setdefault((one.date, content["machine"]), []).append(content)
-    for key, some in groups.items():
-        yield key, sorted(some, key=lambda content: content["images_per_second"][BARE]["median"])
-
-
-def _contents(one: Result) -> Iterator[dict[str, Any]]:
-    """What a file has of images/s, a row each."""
-    content = one.content()
-    if one.kind == "throughput":
-        yield content
-        return
-    environment = content["environment"]
-    hardware = environment["hardware"]
-    sets = " ".join(hardware["instruction_sets"])
-    for row in content["rows"]:
-        if row["embed"]:
-            rates = {BARE: {"median": row["offline"]["median"], "of_bare_engine": 1.0}}
-            rates[EMBED] = {"median": row["embed"]["median"], "of_bare_engine": row["embed_of_offline"]}
-            if row["over_reference"]:
-                eager = row["offline"]["median"] / row["over_reference"]
-                rates[EAGER] = {"median": eager, "of_bare_engine": 1 / row["over_reference"]}
-            yield {
-                "model": f"{row['model']} {row['precision']}",
-                "mirror_average": row["mirror"],
-                "backend": f"{row['engine']} {row['version']}",
-                "batch": row["batch"],
-                "machine": f"{hardware['gpu'] or hardware['cpu']}, {environment['cpus']} CPUs ({sets})",
-                "images_per_second": rates,
-            }
-
-
-def _throughput_row(content: dict[str, Any]) -> list[str]:
-    rates = content["images_per_second"]
-    name, version = content["backend"].split()[:2]
-    cells = [_rate(rates[BARE]["median"])]
-    cells += [f"{_rate(rates[EMBED]['median'])} ({rates[EMBED]['of_bare_engine']:.2f})"]
-    eager = rates.get(EAGER)
-    cells += [_rate(eager["median"]), f"{1 / eager['of_bare_engine']:.1f}"] if eager else ["", ""]
-    mirror = "yes" if content.get("mirror_average", True) else "no"
-    return [content["model"], f"{name} {version.split('-')[0]}", mirror, str(content["batch"]), *cells]
 
 
 def retrieval() -> str:
@@ -351,61 +305,6 @@ def growth() -> str:
     return "\n\n".join(parts)
 
 
-def precision() -> str:
-    """Precisions and engines of a small model, by a bench that `mgn-deploy bench` has replaced."""
-    columns = ["", "rank-1", "mAP", "mean / worst cosine", "top-10 agreement", "graph, MB", "batch 1", "batch 8"]
-    parts = []
-    for one in results("precision"):
-        content = one.content()
-        rows = [_precision_row(row) for row in content["rows"]]
-        parts.append(f"{one.date}, {content['machine']}; {content['model']}:\n\n{_table(columns, rows)}")
-    return "\n\n".join(parts)
-
-
-def _precision_row(row: dict[str, Any]) -> list[str]:
-    reference = row["engine"] == "torch"
-    speeds = [
-        _rate(row[f"img/s b{batch}"]) + ("" if reference else f" ({row[f'x torch b{batch}']:.1f}x)") for batch in (1, 8)
-    ]
-    if reference:
-        closeness = ["", "", ""]
-    else:
-        closeness = [f"{row['mean cosine']:.5f} / {row['worst cosine']:.5f}", f"{row['top-10']:.3f}", f"{row['MB']}"]
-    accuracy = [f"{row['rank-1']:.2f}", f"{row['mAP']:.2f}"] if "mAP" in row else ["", ""]
-    return [f"{row['engine']} {row['precision']}", *accuracy, *closeness, *speeds]
-
-
-def plans() -> str:
-    """TensorRT-RTX plans: sizes and what their layer tables say; of several GPUs the range."""
-    columns = ["graph", "plan, MB", "weights, MB", "built in", "convolutions", "additions in them", "moved, MB"]
-    parts = []
-    for one in results("plans"):
-        content = one.content()
-        by_graph: dict[str, list[dict[str, Any]]] = {}
-        for plan in content["plans"]:
-            by_graph.setdefault(plan["graph"], []).append(plan)
-        rows = [[graph, *_plan_cells(same)] for graph, same in by_graph.items()]
-        gpus = ", ".join(
-            dict.fromkeys(f"sm_{plan['compute_capability'].replace('.', '')}" for plan in content["plans"])
-        )
-        what = f"{content['model']}, TensorRT-RTX {content['version']}, plans for {gpus}"
-        parts.append(f"{one.date}, {what}, built on {content['machine']}:\n\n{_table(columns, rows)}")
-    return "\n\n".join(parts)
-
-
-def _plan_cells(same: Sequence[dict[str, Any]]) -> list[str]:
-    first = same[0]
-    kinds = ", ".join(f"{count} {name}" for name, count in first["convolutions"].items())
-    return [
-        _range([plan["bytes"] / 1e6 for plan in same], ".1f"),
-        f"{first['weights_bytes'] / 1e6:.1f}",
-        _range([plan["seconds"] for plan in same], ".1f") + " s",
-        kinds,
-        f"{first['additions_in_convolutions']} of {first['additions']}",
-        _range([plan["moved_bytes"] / 1e6 for plan in same], ".0f"),
-    ]
-
-
 def training() -> str:
     """Accuracy by time of a training run, about every tenth epoch that was evaluated."""
     (one,) = results("training")
@@ -427,11 +326,6 @@ def training() -> str:
     return _table(["minutes", "epoch", "rank-1", "mAP"], rows)
 
 
-def _range(values: Sequence[float], form: str) -> str:
-    least, most = format(min(values), form), format(max(values), form)
-    return least if least == most else f"{least} to {most}"
-
-
 def _rate(value: float) -> str:
     return f"{value:.1f}" if value < 20 else f"{value:.0f}"
 
@@ -450,13 +344,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench result": bench_result,
     "recipes": recipes,
     "throughput": throughput,
-    "all throughput": all_throughput,
     "bench": bench,
     "peers": peers,
     "retrieval": retrieval,
     "growth": growth,
-    "precision": precision,
-    "plans": plans,
     "training": training,
 }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mgn_deploy.choices import MAX_BATCH, MAX_THREADS, Dtype
+from mgn_deploy.choices import MAX_BATCH, MAX_THREADS, Decoder, Dtype
 from mgn_deploy.cli.options import AllowUnproven, Backend, BoxClass, BoxesFile, Json, MinScore, Video, out
 from mgn_deploy.console import percent, print_json, print_table, progress, say
 from mgn_deploy.errors import UserError
@@ -80,6 +80,10 @@ def embed(
     verify_content: Annotated[
         bool, typer.Option("--verify-content", help="Read known images too, and embed those whose bytes have changed.")
     ] = False,
+    decoder: Annotated[
+        Decoder,
+        typer.Option(help="Of photos; nvimagecodec: on a GPU, proven on the first images before any is embedded."),
+    ] = "pillow",
     max_failures: Annotated[
         int | None, typer.Option(min=0, help="Stop after more unreadable images than this.")
     ] = None,
@@ -96,7 +100,8 @@ def embed(
 
     batch_size = _number("--batch", batch, MAX_BATCH)
     decoding = None if threads is None else _number("--threads", threads, MAX_THREADS)
-    engines = _cluster(cluster, workers, batch_size, server, profile or decoding is not None)
+    of_one_process = profile or decoding is not None or decoder != "pillow"
+    engines = _cluster(cluster, workers, batch_size, server, of_one_process)
     source = open_inputs(
         images or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video, part=shard
     )
@@ -114,6 +119,7 @@ def embed(
                 progress=update,
                 **({"profile": True} if profile else {}),
                 **({"threads": decoding} if decoding is not None else {}),
+                **({"decoder": decoder} if decoder != "pillow" else {}),
             )
     except KeyboardInterrupt:
         say(f"interrupted: what was embedded is in {store}, and the same command goes on from there")
@@ -165,7 +171,7 @@ def _cluster(
         return None
     for given, option in (
         (server is not None, "--server"),
-        (of_one_process, "--profile or --threads"),
+        (of_one_process, "--profile, --threads or --decoder"),
         (batch_size == "auto", "--batch auto"),
     ):
         if given:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mgn_deploy.choices import MAX_THREADS, Dtype
+from mgn_deploy.choices import MAX_THREADS, Decoder, Dtype
 from mgn_deploy.datasets.labels import LARGEST, Label, Labels, read_labels
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UserError
@@ -28,6 +28,10 @@ from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.images.listing import ImageFile
 from mgn_deploy.images.prefetch import decoding_threads
 from mgn_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from mgn_deploy.gallery.on_device import DecoderProof
+    from mgn_deploy.images.nvimagecodec import NvImageCodec
 
 LOGGED_FAILURES = 10
 TRACK = "track"  # the rule of --labels by which a track is a person
@@ -46,6 +50,7 @@ def embed_folder(
     max_failures: int | None = None,
     verify_content: bool = False,
     profile: bool = False,
+    decoder: Decoder = "pillow",
     progress: Progress | None = None,
 ) -> GalleryReport:
     """Embed every image of a folder or another source that `store` does not hold yet.
@@ -69,11 +74,16 @@ def embed_folder(
         max_failures: stop after more bad files than this; None: never.
         verify_content: read the files that are in the store already, and embed again those whose SHA-256 is another.
         profile: measure where the time goes; the report's `profile` has it.
+        decoder: of photos; nvimagecodec's pixels are not Pillow's to the last bit: the store has another preprocessing
+            id, and before anything is embedded the run's first images are compared (`on_device.prove_codec`).
         progress: called after each batch with the files done and to do.
 
     Raises:
-        UserError: no such folder, no image in it, a store of something else, a store in use, a full disk.
-        GateFailed: more than `max_failures` bad files, or not one good one. What was embedded is committed.
+        UserError: no such folder, no image in it, a store of something else, a store in use, a full disk; another
+            decoder for a video.
+        CannotRun: the decoder is not installed.
+        GateFailed: more than `max_failures` bad files, or not one good one. What was embedded is committed. Or the
+            decoder's pixels move embeddings too far.
     """
     if batch_size != AUTO:
         check_batch_size(batch_size)
@@ -81,6 +91,10 @@ def embed_folder(
         raise UserError(f"{threads} threads: give auto or a number from 1 to {MAX_THREADS}")
     source = folder if isinstance(folder, Source) else open_source(folder)
     report = GalleryReport(skipped=source.skipped, profile=Profile() if profile else None)
+    codec = None
+    if decoder == "nvimagecodec":
+        codec, report.decoder = _proven_codec(source, embedder)
+        source = replace(source, codec=codec)
 
     def work(writer: StoreWriter, todo: list[ImageFile], rule: Labels) -> None:
         backend, tuning = embedder.backend, report.tuning
@@ -101,14 +115,30 @@ def embed_folder(
     manifest = StoreManifest(
         bundle_id=embedder.bundle_id,
         backend=embedder.backend.name,
-        preprocessing=PREPROCESSING,
+        preprocessing=codec.preprocessing if codec else PREPROCESSING,
         dim=embedder.dim,
         dtype=dtype,
         bundle_path=embedder.bundle_path,
         source=source.uri,
     )
     fill_store(source, store, manifest, work, report, labels, max_failures, verify_content)
+    if codec and report.decoder:
+        report.decoder.by_pillow = codec.by_pillow
+        if codec.by_pillow:
+            _log.warning(f"{codec.by_pillow} images are no whole JPEG and were decoded by Pillow")
     return report
+
+
+def _proven_codec(source: Source, embedder: Embedder) -> tuple[NvImageCodec, DecoderProof]:
+    from mgn_deploy.gallery.on_device import prove_codec
+    from mgn_deploy.images.nvimagecodec import NvImageCodec
+
+    if type(source).decode is not Source.decode:
+        raise UserError(f"--decoder nvimagecodec is of photos, and {source.title} is a video: leave it out")
+    codec = NvImageCodec()
+    if codec.device == "cpu":
+        _log.warning("no GPU is there: nvImageCodec decodes on the CPU, where it is no faster than Pillow")
+    return codec, prove_codec(codec, source, embedder)
 
 
 def fill_store(

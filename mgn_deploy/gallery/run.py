@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from mgn_deploy.gallery.tuning import Tuning
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.interrupt import DeferredInterrupt, Stopped
 from mgn_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from mgn_deploy.gallery.on_device import DecoderProof
 
 COMMIT_SECONDS = 30.0  # at most so much work is lost by a power cut
 
@@ -39,6 +42,7 @@ class GalleryReport:
         tuning: how `batch_size` and `threads` were chosen, where they were auto.
         seconds: how long it took, without the trials of `tuning`.
         profile: where the time went, where that was asked for.
+        decoder: of another decoder than Pillow, and its proof.
     """
 
     embedded: int = 0
@@ -53,6 +57,7 @@ class GalleryReport:
     tuning: dict[str, Tuning] = field(default_factory=dict)
     seconds: float = 0.0
     profile: Profile | None = None
+    decoder: DecoderProof | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -68,11 +73,13 @@ class GalleryReport:
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 2),
         }
-        del values["tuning"], values["profile"]
+        del values["tuning"], values["profile"], values["decoder"]
         if self.tuning:
             values["tuning"] = {name: tuning.to_dict() for name, tuning in self.tuning.items()}
         if self.profile is not None:
             values["profile"] = self.profile.to_dict()
+        if self.decoder is not None:
+            values["decoder"] = asdict(self.decoder)
         return values
 
 

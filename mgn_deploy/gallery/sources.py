@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,9 @@ from mgn_deploy.images.formats import skipped_sentence, why_not_listed
 from mgn_deploy.images.listing import ImageFile, image_file, list_images
 from mgn_deploy.images.memory import reading
 from mgn_deploy.images.prefetch import in_order
+
+if TYPE_CHECKING:
+    from mgn_deploy.images.nvimagecodec import NvImageCodec
 
 MOST_FILE_BYTES = 512 * 2**20  # 64 megapixels of 16-bit RGB, uncompressed, are less
 MOST_CROP_SIDE = 2000  # pixels: a larger image is a photo with somebody in it
@@ -58,6 +62,7 @@ class Source:
         labels: who is on them, where the source says it.
         complete: whether images that a store holds besides are gone; a choice of files does not tell.
         threads: that decode them; None: `prefetch.decoding_threads()`.
+        codec: that decodes photos in place of Pillow.
     """
 
     uri: str
@@ -67,11 +72,17 @@ class Source:
     labels: Labels | None = None
     complete: bool = True
     threads: int | None = None
+    codec: NvImageCodec | None = None
 
     def decode(
         self, files: Sequence[ImageFile], height: int, width: int, profile: Profile | None = None
     ) -> Iterator[Decoded]:
         """Read some of the files, in their order, on threads ahead of the caller; a photo once for its boxes."""
+        if self.codec:
+            from mgn_deploy.gallery.on_device import decode_on
+
+            yield from decode_on(self.codec, files, height, width, profile, self.threads)
+            return
         photos = photos_of(files)
         for crops in in_order(lambda photo: _crops(photo, height, width, profile), photos, threads=self.threads):
             yield from crops
@@ -246,8 +257,13 @@ def crop_of(file: ImageFile, image: Image.Image, height: int, width: int, digest
         crop = cut(image, file.box)
     except UnreadableImage as problem:
         return Decoded(file, error=str(problem))
-    unlike = file.box is None and (image.width > image.height or max(image.size) > MOST_CROP_SIDE)
+    unlike = is_unlike_crop(file, *image.size)
     return Decoded(file, resize_crop(crop, height, width), sha256=digest, unlike_crop=unlike)
+
+
+def is_unlike_crop(file: ImageFile, width: int, height: int) -> bool:
+    """Whether a whole image is wider than high or larger than any crop of a person."""
+    return file.box is None and (width > height or max(width, height) > MOST_CROP_SIDE)
 
 
 def cut(image: Image.Image, box: tuple[float, float, float, float] | None) -> Image.Image:
@@ -260,15 +276,18 @@ def cut(image: Image.Image, box: tuple[float, float, float, float] | None) -> Im
     Raises:
         UnreadableImage: less than 4x4 pixels of it are inside.
     """
+    return image if box is None else image.crop(clipped(box, *image.size))
+
+
+def clipped(box: tuple[float, float, float, float] | None, width: int, height: int) -> tuple[int, int, int, int]:
+    """The left, top, right and bottom edge of `cut` in an image of that size."""
     if box is None:
-        return image
-    left, top, width, height = box
-    edges = (round(left), round(top), round(left + width), round(top + height))
-    clipped = (max(edges[0], 0), max(edges[1], 0), min(edges[2], image.width), min(edges[3], image.height))
-    if clipped[2] - clipped[0] < MIN_SIDE or clipped[3] - clipped[1] < MIN_SIDE:
-        size = f"{image.width}x{image.height}"
-        raise UnreadableImage(f"the box has less than {MIN_SIDE}x{MIN_SIDE} pixels inside the {size} image")
-    return image.crop(clipped)
+        return 0, 0, width, height
+    left, top, wide, tall = box
+    right, bottom = min(round(left + wide), width), min(round(top + tall), height)
+    if right - max(round(left), 0) < MIN_SIDE or bottom - max(round(top), 0) < MIN_SIDE:
+        raise UnreadableImage(f"the box has less than {MIN_SIDE}x{MIN_SIDE} pixels inside the {width}x{height} image")
+    return max(round(left), 0), max(round(top), 0), right, bottom
 
 
 def file_bytes(file: ImageFile) -> bytes:

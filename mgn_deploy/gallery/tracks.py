@@ -25,6 +25,7 @@ from mgn_deploy.gallery.crops import crops, sequence_of
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
+from mgn_deploy.images.resize import resized
 from mgn_deploy.progress import Progress
 
 TAKEN = "taken.parquet"  # beside a store of tracks: the images of each
@@ -114,7 +115,7 @@ def pool_tracks(
 
 def quality(image: Image.Image) -> tuple[int, float]:
     """The area of a crop in pixels, and its sharpness: the variance of the Laplacian of its grey at 64x128 pixels."""
-    grey = np.asarray(image.convert("L").resize(_GREY_SIZE, Image.Resampling.BILINEAR), np.float32)
+    grey = np.asarray(resized(image.convert("L"), _GREY_SIZE, Image.Resampling.BILINEAR), np.float32)
     middle = grey[1:-1, 1:-1]
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * middle
     return image.width * image.height, float(laplacian.var())

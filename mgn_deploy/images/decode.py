@@ -23,6 +23,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from mgn_deploy.errors import UnreadableImage
 from mgn_deploy.images.formats import HEIF_HINT, content_format, readable_formats
 from mgn_deploy.images.memory import decoding, silence_libtiff
+from mgn_deploy.images.resize import resized
 
 # Part of a store's identity: embeddings made by different pixel paths must not be mixed. Change it with the code below.
 # Pillow-SIMD, which replaces Pillow under its name, resizes to other pixels.
@@ -95,7 +96,7 @@ def read_crop(source: str | os.PathLike[str] | bytes | Image.Image, height: int,
 def resize_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
     """Resize an RGB image to uint8 `[height, width, 3]` by Pillow's antialiased bicubic filter."""
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = resized(image, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8)
 
 

@@ -37,20 +37,7 @@ def test_every_result_is_in_a_table_and_has_its_command():
         assert f"*-{kind[1]}-{kind[2]}`" in commands, f"bench/results/README.md has no command of {path.name}"
 
 
-def test_a_throughput_row_is_the_files_numbers(tmp_path, monkeypatch):
-    (tmp_path / "2030-01-02-machine-throughput-model.json").write_text(
-        '{"model": "m", "mirror_average": false, "backend": "openvino 2026.4.1-22982", "batch": 4, "machine": "here",'
-        ' "images_per_second": {"bare engine": {"median": 40.04, "of_bare_engine": 1.0},'
-        ' "embed (files to store)": {"median": 39.2, "of_bare_engine": 0.979},'
-        ' "PyTorch eager": {"median": 9.96, "of_bare_engine": 0.25}}}'
-    )
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    heading, _, _, _, row = tables.throughput().splitlines()
-    assert heading == "2030-01-02, here; images/s:"
-    assert row == "| m | openvino 2026.4.1 | no | 4 | 40 | 39 (0.98) | 10.0 | 4.0 |"
-
-
-def test_a_result_of_bench_is_in_the_same_table_and_in_one_of_its_own(tmp_path, monkeypatch):
+def test_a_result_of_bench_is_in_both_tables(tmp_path, monkeypatch):
     from mgn_deploy.bench.environment import environment
     from mgn_deploy.bench.result import Latency, Result, Row
     from mgn_deploy.bench.timing import Limits, quantile, spread

@@ -10,6 +10,8 @@ import numpy
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from mgn_deploy.images.resize import resized
+
 Colour = tuple[int, int, int]
 Floats = NDArray[numpy.float32]
 
@@ -72,9 +74,8 @@ def camera_of(number: int, seed: int) -> Camera:
 def _weathered(picture: Image.Image, rng: numpy.random.Generator, strength: float) -> Image.Image:
     """Muted, with fine grain over broad stains as on asphalt, plaster and grass."""
     width, height = picture.size
-    stains = Image.fromarray(rng.integers(0, 255, (8, 16), dtype=numpy.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
+    coarse = Image.fromarray(rng.integers(0, 255, (8, 16), dtype=numpy.uint8))
+    stains = resized(coarse, (width, height), Image.Resampling.BICUBIC)
     grain = (
         rng.normal(0, strength, (height, width, 1))
         + (numpy.asarray(stains, numpy.float32)[..., None] - 127) * strength / 90
@@ -177,7 +178,7 @@ def background(view: Camera, size: tuple[int, int], rng: numpy.random.Generator)
         tall, wide = round((bottom - top) * scale), round(width * scale)
         x = int(rng.integers(0, SCENE_WIDTH - wide))
         y = SCENE_HEIGHT - tall if part is view.far else 0
-        cut = part.resize((width, bottom - top), Image.Resampling.BILINEAR, box=(x, y, x + wide, y + tall))
+        cut = resized(part, (width, bottom - top), Image.Resampling.BILINEAR, (x, y, x + wide, y + tall))
         picture.paste(cut, (0, top))
     return numpy.asarray(picture, numpy.float32) * numpy.float32(rng.uniform(0.7, 1.25))
 
@@ -197,8 +198,8 @@ def expose(view: Camera, scene: Floats, rng: numpy.random.Generator) -> Image.Im
     if rng.random() < 0.2:  # far away: few pixels, enlarged by the detector's crop
         scale = rng.uniform(0.36, 0.58)
         small = picture.reduce(2) if scale < 0.45 else picture
-        small = small.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BILINEAR)
-        picture = small.resize(picture.size, Image.Resampling.BILINEAR)
+        few = (round(picture.width * scale), round(picture.height * scale))
+        picture = resized(resized(small, few, Image.Resampling.BILINEAR), picture.size, Image.Resampling.BILINEAR)
     picture = picture.filter(ImageFilter.BoxBlur(preset.blur * rng.uniform(0.6, 1.4)))
     noise = rng.standard_normal((picture.height, picture.width, 1), dtype=numpy.float32) * rng.uniform(1.5, 6.0)
     noisy = Image.fromarray((numpy.asarray(picture) + noise).clip(0, 255).astype(numpy.uint8))

@@ -11,6 +11,7 @@ from mgn_deploy.datasets.drawn.appearance import Appearance, appearance_of
 from mgn_deploy.datasets.drawn.camera import FACINGS, Camera, Floats, background, camera_of, expose
 from mgn_deploy.datasets.drawn.person import Pose, draw_body
 from mgn_deploy.errors import UserError
+from mgn_deploy.images.resize import resized
 
 Feet = tuple[float, float]
 
@@ -93,7 +94,7 @@ def _cast_shadow(scene: Floats, feet: Feet, unit: float, light: float) -> None:
 def _shading(size: tuple[int, int], axis: float, unit: float, light: float, rng: numpy.random.Generator) -> Floats:
     """Float32 [height, width, 1] factors: lit from one side, folds, sometimes a shadow's edge."""
     width, height = size
-    folds = Image.fromarray(rng.integers(0, 255, (14, 7), dtype=numpy.uint8)).resize(size, Image.Resampling.BICUBIC)
+    folds = resized(Image.fromarray(rng.integers(0, 255, (14, 7), dtype=numpy.uint8)), size, Image.Resampling.BICUBIC)
     sideways = numpy.clip((numpy.arange(width, dtype=numpy.float32) - axis) / (0.15 * unit), -1, 1)
     factors = (1 + 0.2 * light * sideways - 0.1 * sideways**2) + (numpy.asarray(folds, numpy.float32) - 127) / 1100
     if rng.random() < 0.2:
