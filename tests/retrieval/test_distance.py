@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.retrieval import distance
 from mgn_deploy.retrieval.arrays import Arrays
 from mgn_deploy.retrieval.distance import distance_matrix, distance_rows, measured_error, write_distance_matrix
 
@@ -52,7 +53,8 @@ def test_euclidean_of_equal_rows_is_never_nan():
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("tile_bytes", [1, 700, 5000])
-def test_tiles_give_what_one_tile_gives(metric, tile_bytes):
+def test_tiles_give_what_one_tile_gives(metric, tile_bytes, monkeypatch):
+    monkeypatch.setattr(distance, "DIRECT_TILE_BYTES", 0)
     query, gallery = unit_rows(23, 16, 1), unit_rows(41, 16, 2)
     whole = distance_matrix(query, gallery, metric)
     tiled = distance_matrix(query, gallery, metric, tile_bytes=tile_bytes)
@@ -130,7 +132,14 @@ def test_memory_beyond_out_stays_below_tile_bytes():
     assert peak_bytes(lambda: distance_matrix(query, gallery, out=out, tile_bytes=300_000)) < 300_000
 
 
-def test_progress_ends_at_all_distances_and_never_goes_back():
+def test_products_of_float32_rows_go_straight_into_out():
+    query, gallery = unit_rows(600, 64, 7), unit_rows(5000, 64, 8)
+    out = np.empty((600, 5000), np.float32)
+    assert peak_bytes(lambda: distance_matrix(query, gallery, out=out)) < 100_000
+
+
+def test_progress_ends_at_all_distances_and_never_goes_back(monkeypatch):
+    monkeypatch.setattr(distance, "DIRECT_TILE_BYTES", 0)
     seen: list[tuple[int, int]] = []
     query, gallery = unit_rows(23, 16, 1), unit_rows(41, 16, 2)
     distance_matrix(query, gallery, tile_bytes=2000, progress=lambda step, done, total: seen.append((done, total)))
