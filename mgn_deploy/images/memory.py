@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from threading import Condition
 
@@ -61,5 +61,6 @@ def silence_libtiff() -> None:
         paths = {line.split()[-1] for line in maps if "libtiff" in line}
     for path in paths:
         library = ctypes.CDLL(path)
-        library.TIFFSetErrorHandler(None)
-        library.TIFFSetWarningHandler(None)
+        with suppress(AttributeError):  # another library of such a name, as nvImageCodec's libtiff_ext
+            library.TIFFSetErrorHandler(None)
+            library.TIFFSetWarningHandler(None)

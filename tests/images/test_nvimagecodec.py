@@ -72,11 +72,11 @@ def test_crops_are_pillows_to_a_rounding(codec, size):
 
 def test_what_is_no_jpeg_is_pillows_and_counted(codec):
     codec.by_pillow = 0
-    contents = [JPEGS["baseline"], encoded("PNG"), JPEGS["odd"], encoded("GIF")]
+    contents = [JPEGS["baseline"], encoded("PNG"), JPEGS["odd"], encoded("GIF"), encoded("TIFF")]
     images = list(codec.decode(contents))
     assert [tuple(image.shape) for image in images] == [np.asarray(load_rgb(content)).shape for content in contents]
     assert np.array_equal(images[1].cpu().numpy(), np.asarray(draw_crop(1, 1, 0)))
-    assert codec.by_pillow == 2
+    assert codec.by_pillow == 3
 
 
 def test_broken_images_have_pillows_reasons_and_spoil_no_other(codec):
