@@ -58,7 +58,7 @@ def relocate(store: str | os.PathLike[str], source: str) -> tuple[int, int]:
     with StoreWriter(folder, manifest) as writer:
         there = len(writer.known)
         if now is not None:
-            paths = [now / row.file for row in writer.known.values()]
+            paths = (now / row.file for row in writer.known.values())
             there = sum(os.path.lexists(path) or archive_of(path) is not None for path in paths)
             if writer.known and not there:
                 raise UserError(

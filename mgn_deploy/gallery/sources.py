@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -22,10 +20,10 @@ from mgn_deploy.datasets.labels import Labels
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.archives import archive_images, is_archive
 from mgn_deploy.gallery.profile import Profile
-from mgn_deploy.gallery.shards import SHARD_ROWS, folder_uri
+from mgn_deploy.gallery.shards import folder_uri
 from mgn_deploy.images.decode import MIN_SIDE, open_rgb, resize_crop
-from mgn_deploy.images.formats import skipped_sentence, why_not_listed
-from mgn_deploy.images.listing import ImageFile, image_file, image_paths, list_images
+from mgn_deploy.images.formats import skipped_sentence
+from mgn_deploy.images.listing import ImageFile, image_file
 from mgn_deploy.images.memory import reading
 from mgn_deploy.images.prefetch import in_order
 
@@ -34,10 +32,6 @@ if TYPE_CHECKING:
 
 MOST_FILE_BYTES = 512 * 2**20  # 64 megapixels of 16-bit RGB, uncompressed, are less
 MOST_CROP_SIDE = 2000  # pixels: a larger image is a photo with somebody in it
-_VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
-_GLOB = frozenset("*?[")
-_NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}", re.ASCII)
-MOST_NUMBERED = 100_000
 
 
 @dataclass(frozen=True)
@@ -102,62 +96,6 @@ def photos_of(files: Sequence[ImageFile]) -> list[list[ImageFile]]:
     return [list(group) for _, group in groupby(files, key=lambda file: file.path or file.read or file.name)]
 
 
-def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Source:
-    """The images of a folder (searched recursively), of files and patterns (`cam1/*.jpg`) together, or of a list.
-
-    Args:
-        places: one folder; or files, tar archives, folders and patterns; or a list, as `lists.list_source` takes it; or
-            URLs, as `remote.remote_source` takes them. `x-{000..009}.tar` stands for ten names.
-        root: what the names of several places are below; by default the folder that all are in. Of a list what its
-            relative paths are below.
-
-    Raises:
-        UserError: one of them is missing or no image, or lies outside `root`.
-    """
-    from mgn_deploy.gallery.lists import is_list, list_source
-    from mgn_deploy.gallery.remote import is_remote, remote_source
-
-    paths = [path for place in places for path in _numbered(os.fspath(place))]
-    remote = [path for path in paths if is_remote(path)]
-    if remote:
-        if len(remote) < len(paths):
-            raise UserError(
-                f"{remote[0]!r} is given beside paths of this machine: embed them into a store of their own"
-            )
-        return remote_source(remote, None if root is None else os.fspath(root))
-    lists = [path for path in paths if is_list(path)]
-    if lists and len(paths) > 1:
-        raise UserError(f"{lists[0]!r} is a list of images and is given among others: give it alone")
-    if lists:
-        return list_source(lists[0], root)
-    if len(paths) == 1 and root is None and os.path.isdir(paths[0]):
-        folder = Path(paths[0])
-        listing = list_images(folder)
-        return Source(folder_uri(folder), repr(str(folder)), listing.files, listing.skipped)
-    found: list[Path] = []
-    skipped: Counter[str] = Counter()
-    for path in paths:
-        found.extend(_files_of(path, skipped))
-    return files_source(found, root, skipped)
-
-
-def part_of(source: Source, part: str) -> Source:
-    """One part of a source, for many machines: `3/16` is every sixteenth block of a whole shard's images.
-
-    Blocks, so that the joined parts have the shards that one run over the source writes.
-
-    Raises:
-        UserError: the part is not like 3/16.
-    """
-    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
-    if not match or int(match[1]) > int(match[2]):
-        raise UserError(f"--shard {part}: give the part's number and their count, as in 3/16")
-    number, count = int(match[1]) - 1, int(match[2])
-    files = [file for index, file in enumerate(source.files) if index // SHARD_ROWS % count == number]
-    whole = [file.name for file in source.files]
-    return replace(source, files=files, title=f"part {part} of {source.title}", whole=whole, complete=False)
-
-
 def files_source(
     paths: Sequence[str | os.PathLike[str]],
     root: str | os.PathLike[str] | None = None,
@@ -191,43 +129,6 @@ def name_below(path: str, folder: str) -> str | None:
     """A file's path below a folder, with slashes, both absolute; None where it is not below it."""
     start = folder.rstrip(os.sep) + os.sep
     return path[len(start) :].replace(os.sep, "/") if path.startswith(start) and len(path) > len(start) else None
-
-
-def _numbered(place: str) -> list[str]:
-    """The names that `shard-{000..009}.tar` stands for, as WebDataset writes it; another name alone."""
-    match = _NUMBERS.search(place)
-    if not match or os.path.lexists(place):
-        return [place]
-    first, last = sorted(match.groups(), key=int)
-    if int(last) - int(first) >= MOST_NUMBERED:
-        raise UserError(f"{place!r} stands for more than {MOST_NUMBERED:,} names")
-    names = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
-    return [path for name in names for path in _numbered(place[: match.start()] + name + place[match.end() :])]
-
-
-def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
-    if os.path.isdir(path):
-        yield from image_paths([path], skipped)
-    elif os.path.lexists(path):
-        if path.lower().endswith(_VIDEOS):
-            raise UserError(f"{path!r} is a video: give it by --video, with a tracker's or detector's boxes by --boxes")
-        yield Path(path)
-    elif _GLOB & set(path):
-        matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
-        if not matches:
-            raise UserError(f"no file matches {path!r}: check the pattern and the folder that it starts from")
-        for match in matches:
-            if os.path.isdir(match):
-                continue  # `**` names them besides their files
-            reason = None if is_archive(match) else why_not_listed(match, os.path.basename(match))
-            if reason is None:
-                yield Path(match)
-            else:
-                skipped[reason] += 1
-    else:
-        raise UserError(
-            f"{path!r} does not exist: give a folder of images, image files, or a pattern such as 'a/*.jpg'"
-        )
 
 
 def _crops(files: Sequence[ImageFile], height: int, width: int, profile: Profile) -> list[Decoded]:

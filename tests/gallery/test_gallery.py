@@ -27,10 +27,11 @@ from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import GateFailed, UserError
+from mgn_deploy.gallery import inputs, sources, writer
 from mgn_deploy.gallery import run as gallery_run
-from mgn_deploy.gallery import sources, writer
 from mgn_deploy.gallery.embed import embed_folder
-from mgn_deploy.gallery.sources import Source, open_source
+from mgn_deploy.gallery.inputs import open_source
+from mgn_deploy.gallery.sources import Source
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.images import memory
 from mgn_deploy.images.listing import ImageFile
@@ -170,7 +171,7 @@ def test_no_more_files_are_in_memory_at_once_than_fit(images, monkeypatch):
         return read(file)
 
     monkeypatch.setattr(sources, "file_bytes", slow)
-    source = replace(sources.open_source(images), threads=4)
+    source = replace(open_source(images), threads=4)
     assert len(list(source.decode(source.files, 96, 32))) == len(source.files) > 1
     assert set(most) == {1}
 
@@ -324,8 +325,8 @@ def test_file_replaced_by_a_folder_after_listing_is_a_row(images, tmp_path, embe
         (images / "c.jpg").unlink()
         return files
 
-    list_images = sources.list_images
-    monkeypatch.setattr(sources, "list_images", listed_then_replaced)
+    list_images = inputs.list_images
+    monkeypatch.setattr(inputs, "list_images", listed_then_replaced)
     report = embed_folder(images, tmp_path / "s", embedder)
     assert report.failed == [("b.jpg", "not a regular file"), ("c.jpg", "No such file or directory")]
     assert names(tmp_path / "s") == ["a.jpg", "d.jpg", "e.jpg", "f.jpg"]

@@ -15,7 +15,7 @@ from conftest import mgn_deploy
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.embed import embed_folder
-from mgn_deploy.gallery.sources import open_source
+from mgn_deploy.gallery.inputs import open_source
 from mgn_deploy.gallery.store import Store
 
 KEYS = ["a", "b", "c", "d"]

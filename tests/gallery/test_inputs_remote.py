@@ -19,8 +19,7 @@ from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery import remote
 from mgn_deploy.gallery.embed import embed_folder
-from mgn_deploy.gallery.inputs import open_inputs
-from mgn_deploy.gallery.sources import open_source
+from mgn_deploy.gallery.inputs import open_inputs, open_source
 from mgn_deploy.gallery.store import Store
 
 NAMES = ["a.jpg", "b.jpg", "cam 2/c.jpg"]

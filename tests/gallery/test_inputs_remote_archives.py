@@ -20,7 +20,7 @@ from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.gallery import remote
 from mgn_deploy.gallery.embed import embed_folder
-from mgn_deploy.gallery.sources import open_source
+from mgn_deploy.gallery.inputs import open_source
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.decode import load_rgb
 

@@ -15,20 +15,20 @@ import pytest
 from conftest import mgn_deploy
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.gallery import inputs
 from mgn_deploy.gallery import shards as shards_module
-from mgn_deploy.gallery import sources
 from mgn_deploy.gallery import writer as writer_module
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.export import export_store
+from mgn_deploy.gallery.inputs import open_source, part_of
 from mgn_deploy.gallery.maintain import compact, merge, prune, repair, verify
 from mgn_deploy.gallery.relocate import relocate
-from mgn_deploy.gallery.sources import open_source, part_of
 from mgn_deploy.gallery.store import Store
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch) -> None:
-    for module in (shards_module, writer_module, sources):
+    for module in (shards_module, writer_module, inputs):
         monkeypatch.setattr(module, "SHARD_ROWS", 8)
 
 

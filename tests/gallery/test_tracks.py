@@ -18,8 +18,7 @@ from PIL import Image, ImageFilter
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.embed import embed_folder
-from mgn_deploy.gallery.inputs import open_inputs
-from mgn_deploy.gallery.sources import open_source
+from mgn_deploy.gallery.inputs import open_inputs, open_source
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.tracks import TAKEN, pool_tracks, quality
 

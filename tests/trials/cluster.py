@@ -19,7 +19,8 @@ from mgn_deploy.embedder import Embedder
 from mgn_deploy.gallery import writer
 from mgn_deploy.gallery.cluster import Cluster, embed_on_cluster
 from mgn_deploy.gallery.embed import embed_folder
-from mgn_deploy.gallery.sources import Source, open_source
+from mgn_deploy.gallery.inputs import open_source
+from mgn_deploy.gallery.sources import Source
 from tests.cluster_kills import Killer, two_nodes
 from tests.trials.kills import contents
 
