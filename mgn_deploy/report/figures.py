@@ -138,7 +138,6 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
 
 def _short(name: str) -> str:
     """A name that can be drawn: bytes that are no UTF-8 and line breaks spelled out, cut if long."""
-    name = name.encode("utf-8", "backslashreplace").decode()
     name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     return name if len(name) <= 16 else name[:13] + "..."
 
