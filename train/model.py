@@ -23,7 +23,7 @@ from torchvision.models import ResNet
 
 from mgn_deploy.choices import Neck, Pooling
 from mgn_deploy.config import GEM_EPSILON, ModelConfig, features_of, stripe_rows
-from mgn_deploy.train.resnet import IBN, build_resnet, feature_channels, remove_stride
+from mgn_deploy.train.resnet import IBN, build_resnet
 
 GEM_POWER = 3.0  # Radenovic et al. 2019, section 3.2: where training starts, and what a fixed GeM uses
 
@@ -92,11 +92,13 @@ class Branch(nn.Module):
         self.layer3 = copy.deepcopy(resnet.layer3[1:])
         self.layer4 = copy.deepcopy(resnet.layer4)
         if stripes > 1 or config.global_stride == 1:
-            remove_stride(self.layer4[0])
+            for module in self.layer4[0].modules():  # whichever convolution strides, and the downsample's
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
         features = features_of(stripes)
         if config.pooling == "gem":
             self.powers = nn.Parameter(torch.full((features,), GEM_POWER))
-        channels = feature_channels(resnet)
+        channels = resnet.fc.in_features  # of the last map: 2048 for ResNet-50, 512 for ResNet-18
         self.reductions = nn.ModuleList(Reduction(channels, config.reduced_width, config.neck) for _ in range(features))
 
     def feature_map(self, shared: Tensor) -> Tensor:
@@ -127,14 +129,13 @@ class MGN(nn.Module):
     def __init__(self, config: ModelConfig, resnet: ResNet | None = None) -> None:
         super().__init__()
         self.config = config
-        resnet = resnet_of(config) if resnet is None else resnet
+        resnet = build_resnet(config) if resnet is None else resnet
         self.trunk = nn.Sequential(
             resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2, resnet.layer3[0]
         )
         self.branches = nn.ModuleList(Branch(resnet, stripes, config) for stripes in config.branches)
-        channels = feature_channels(resnet)
         parts = sum(stripes for stripes in config.branches if stripes > 1)
-        widths = [channels] * len(config.branches) + [config.reduced_width] * parts
+        widths = [resnet.fc.in_features] * len(config.branches) + [config.reduced_width] * parts
         # Equation 1 is a softmax over W^T f alone: no bias.
         self.classifiers = nn.ModuleList(
             nn.Linear(width, config.num_classes, bias=False) for width in widths if config.num_classes
@@ -187,15 +188,6 @@ class Embedding(nn.Module):
         if self.flip:
             features = (features[: len(images)] + features[len(images) :]) / 2
         return nn.functional.normalize(features.float(), dim=1)
-
-
-def resnet_of(config: ModelConfig) -> ResNet:
-    """Make the ResNet, with random weights, that an MGN of this config starts from.
-
-    Raises:
-        UserError: torchvision has no ResNet of that name.
-    """
-    return build_resnet(config.backbone, config.base_width, config.ibn, config.stem_pool)
 
 
 def fold_batch_norms(model: MGN) -> MGN:

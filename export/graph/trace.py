@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from itertools import chain
 
 import numpy as np
 import onnx
@@ -100,16 +101,9 @@ def _head_tensors(folded: MGN) -> dict[str, np.ndarray]:
 def _strip_debug_information(graph: onnx.ModelProto) -> None:
     """The tracer notes file paths and source lines of the machine that it ran on, which would change the graph's
     hash."""
-    del graph.metadata_props[:]
-    del graph.graph.metadata_props[:]
-    for item in (
-        *graph.graph.node,
-        *graph.graph.input,
-        *graph.graph.output,
-        *graph.graph.value_info,
-        *graph.graph.initializer,
-    ):
+    del graph.graph.value_info[:]
+    parts = (graph.graph.node, graph.graph.input, graph.graph.output, graph.graph.initializer)
+    for item in (graph, graph.graph, *chain.from_iterable(parts)):
         del item.metadata_props[:]
     for node in graph.graph.node:
         node.doc_string = ""
-    del graph.graph.value_info[:]

@@ -115,7 +115,7 @@ def test_residual_additions_are_fused_into_the_convolutions(graph: onnx.ModelPro
 def test_a_half_precision_graph_computes_its_convolutions_in_half(graph: onnx.ModelProto, ranges) -> None:
     from mgn_deploy.export.precision.half import to_half
 
-    half, _ = to_half(graph, "fp16", ranges)
+    half = to_half(graph, "fp16", ranges)
     plan = build(half)
     summary = layer_table.summary(layers_from_log(plan.layers), half)
     assert summary["convolutions"] == {"Half": convolutions_of(graph)}
