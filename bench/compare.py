@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal, NamedTuple
 
 from mgn_deploy.bench.result import Result, Row
@@ -25,7 +26,7 @@ class Compared(NamedTuple):
     remark: str
 
 
-def compare(old: Result, new: Result, tolerance: float = TOLERANCE) -> list[Compared]:
+def compare(old: Result, new: Result) -> list[Compared]:
     """Compare what both runs have: single-stream latency, offline rate and `embed`'s rate of each row.
 
     Raises:
@@ -35,11 +36,11 @@ def compare(old: Result, new: Result, tolerance: float = TOLERANCE) -> list[Comp
     if not machines[0][0].is_same_device(machines[1][0]) or machines[0][1] != machines[1][1]:
         described = " and ".join(f"{hardware}, {cpus} CPUs" for hardware, cpus in machines)
         raise UserError(f"these are of different machines, whose speeds tell nothing of the code: {described}")
-    known = {row.name: row for row in old.rows if row.offline}
-    both = [(known[row.name], row) for row in new.rows if row.offline and row.name in known]
+    known, found = _measured(old), _measured(new)
+    both = [key for key in found if key in known]
     if not both:
         raise UserError("no row is in both: an engine, a precision and a batch of the same model")
-    return [one for before, after in both for one in _rows(before, after, tolerance)]
+    return [one for key in both for one in _rows(known[key], found[key])]
 
 
 def require_no_slower(compared: list[Compared]) -> None:
@@ -51,7 +52,18 @@ def require_no_slower(compared: list[Compared]) -> None:
         raise GateFailed("slower: " + "; ".join(slower))
 
 
-def _rows(old: Row, new: Row, tolerance: float) -> list[Compared]:
+def _measured(result: Result) -> dict[tuple[str, int], Row]:
+    """Rows by name; of several bundles that it fits, as two INT8 ones of a model, by their number as well."""
+    seen = Counter[str]()
+    rows = {}
+    for row in result.rows:
+        if row.offline:
+            rows[row.name, seen[row.name]] = row
+            seen[row.name] += 1
+    return rows
+
+
+def _rows(old: Row, new: Row) -> list[Compared]:
     figures = [("offline images/s", old.offline, new.offline), ("embed images/s", old.embed, new.embed)]
     if old.pixels and new.pixels:
         figures.insert(0, ("latency ms", old.pixels.rounds, new.pixels.rounds))
@@ -62,19 +74,18 @@ def _rows(old: Row, new: Row, tolerance: float) -> list[Compared]:
     for figure, before, after in figures:
         if before and after:
             speed = before.median / after.median if figure == "latency ms" else after.median / before.median
-            verdict = _verdict(before, after, speed, tolerance, disturbed)
+            verdict = _verdict(before, after, speed, disturbed)
             medians = before.median, after.median
             found.append(Compared(new.name, figure, *medians, round(speed, 4), verdict, ", ".join(remarks)))
     return found
 
 
-def _verdict(old: Spread, new: Spread, speed: float, tolerance: float, disturbed: bool) -> Verdict:
+def _verdict(old: Spread, new: Spread, speed: float, disturbed: bool) -> Verdict:
     """Medians within the tolerance are the same. Beyond it a difference is one where the intervals do not meet, both
     are of four rounds at least, and nobody else used the machine."""
-    if abs(speed - 1) <= tolerance:
+    if abs(speed - 1) <= TOLERANCE:
         return "SAME"
-    if old.low <= new.high and new.low <= old.high:
-        return "UNSURE"
-    if disturbed or min(len(old.rounds), len(new.rounds)) < FEWEST_ROUNDS:
+    meet = old.low <= new.high and new.low <= old.high
+    if meet or disturbed or min(len(old.rounds), len(new.rounds)) < FEWEST_ROUNDS:
         return "UNSURE"
     return "FASTER" if speed > 1 else "SLOWER"

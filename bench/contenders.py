@@ -41,23 +41,21 @@ class Images:
 
 
 def read_images(folder: Path, height: int, width: int, count: int, batch: int) -> Images:
-    """Read up to `count` files; those that cannot be read are passed over, with a warning that counts them.
+    """Read up to `count` files, and a batch at least; those that cannot be read are passed over, with a warning that
+    counts them.
 
     Raises:
         UserError: no such folder, or fewer readable images than a batch.
     """
     paths, crops, unreadable = list[Path](), list[np.ndarray](), 0
-    for file in list_images(folder):
-        if len(paths) == count:
+    for path in filter(None, (file.path for file in list_images(folder))):
+        if len(paths) == max(count, batch):
             break
-        if file.path is None:
-            continue
         try:
-            crops.append(read_crop(file.path, height, width))
+            crops.append(read_crop(path, height, width))
+            paths.append(path)
         except UnreadableImage:
             unreadable += 1
-            continue
-        paths.append(file.path)
     if unreadable:
         _log.warning(f"{unreadable} images of {folder} cannot be read and are not measured")
     if len(paths) < batch:
@@ -105,14 +103,7 @@ class Contender:
         }
         if self.row.engine in ENGINES and self.row.engine != REFERENCE:
             tasks["embed"] = self._embed
-        return {name: self._metered(task) for name, task in tasks.items()}
-
-    def _metered(self, task: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with self.meter:
-                return task()
-
-        return run
+        return {name: self.meter(task) for name, task in tasks.items()}
 
     def _batch(self, at: int) -> np.ndarray:
         return self.images.crops[at : at + self.row.batch]
@@ -128,7 +119,7 @@ class Contender:
         for _ in self.embedder.backend.stream(self._batch(at) for at in range(0, self.row.images, self.row.batch)):
             pass
         took, after = time.perf_counter() - start, joules()
-        if before and after:
+        if before and after and after[0] >= before[0]:  # RAPL's counters begin again at their range
             self.energy += after[0] - before[0]
             self.embedded += self.row.images
         return self.row.images / took
@@ -215,13 +206,11 @@ def _open(
             else:
                 embedder = Embedder.open(bundle, engine, allow_unproven=allow_unproven)
             embedder.backend(np.zeros((1, config.height, config.width, 3), np.uint8))
-    except UserError as error:
-        if engine == REFERENCE:
-            raise
-        row.not_measured["engine"] = str(error)
-        return None, row
     except Exception as error:  # an engine's own: the other rows are worth having
-        row.not_measured["engine"] = sentence(error)
+        refused = isinstance(error, UserError)
+        if refused and engine == REFERENCE:
+            raise
+        row.not_measured["engine"] = str(error) if refused else sentence(error)
         return None, row
     backend = embedder.backend
     row.version, row.device, row.fused_heads = backend.version, backend.device, backend.fused_heads

@@ -6,14 +6,14 @@ import os
 import platform
 import subprocess
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ContextDecorator, suppress
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from mgn_deploy.cuda.device import gpu_problem
+from mgn_deploy.cuda.device import gpu_problem, this_gpu
 from mgn_deploy.cuda.management import nvml
 from mgn_deploy.machine import Hardware, cpu_features, cpu_name, this_cpu, usable_cpus
 
@@ -52,28 +52,21 @@ class Environment(Strict, frozen=True):
 
 def environment() -> Environment:
     """Describe this machine, its GPU where the driver shows one, and the versions of what is installed."""
-    from mgn_deploy.cuda.device import this_gpu
-
     hardware = this_cpu()
     if gpu_problem() is None:
         with suppress(Exception):  # cuda-core is not installed: the CPU is described all the same
             hardware = this_gpu().hardware()
+    packages = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return Environment(
         hardware=hardware, cpus=usable_cpus(), cores=os.cpu_count() or 1, memory_bytes=pages,
         governor=_read(_SYSTEM / "cpu0/cpufreq/scaling_governor") or "unknown",
         virtual=" hypervisor" in _read(Path("/proc/cpuinfo")),
-        system=platform.platform(), python=platform.python_version(), packages=versions(), git_commit=_commit(),
+        system=platform.platform(), python=platform.python_version(), packages=packages, git_commit=_commit(),
     )  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """The installed packages that bear on speed, by distribution."""
-    found = {}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def cpu() -> str:
@@ -87,8 +80,11 @@ def sentence(error: BaseException) -> str:
 
 
 def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
     try:
+        # Not tracked: it is installed, in an environment that may lie in a repository of something else.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, timeout=10, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], timeout=10, check=False).returncode
     except (OSError, subprocess.SubprocessError):
@@ -103,23 +99,14 @@ def _read(path: Path) -> str:
         return ""
 
 
-@dataclass
-class Sample:
-    """Counters that only grow: seconds of the wall, of all CPUs' work, of theft by other guests, and of our own."""
-
-    wall: float
-    busy: float
-    steal: float
-    own: float
-    throttled: int
-
-    @classmethod
-    def now(cls) -> Sample:
-        fields = [int(field) / _TICKS for field in _read(Path("/proc/stat")).partition("\n")[0].split()[1:9]]
-        user, nice, kernel, _, _, interrupts, soft, steal = fields or [0.0] * 8
-        throttles = [_read(path) or "0" for path in _SYSTEM.glob("cpu*/thermal_throttle/core_throttle_count")]
-        busy = user + nice + kernel + interrupts + soft
-        return cls(time.perf_counter(), busy, steal, sum(os.times()[:4]), sum(map(int, throttles)))
+def counters() -> np.ndarray:
+    """What only grows, float64 `[5]`: seconds of the wall, of all CPUs' work, of theft by other guests and of our own
+    work; how often the CPU was throttled."""
+    fields = [int(field) / _TICKS for field in _read(Path("/proc/stat")).partition("\n")[0].split()[1:9]]
+    user, nice, kernel, _, _, interrupts, soft, steal = fields or [0.0] * 8
+    throttles = [_read(path) or "0" for path in _SYSTEM.glob("cpu*/thermal_throttle/core_throttle_count")]
+    busy = user + nice + kernel + interrupts + soft
+    return np.array([time.perf_counter(), busy, steal, sum(os.times()[:4]), sum(map(int, throttles))])
 
 
 class Noise(Strict):
@@ -139,34 +126,28 @@ class Noise(Strict):
     flags: list[str] = []
 
 
-class Meter:
-    """Adds up what others did while a row was measured, over its slices."""
+class Meter(ContextDecorator):
+    """Adds up in `grown` what others did while a row was measured, over its slices, by `counters`."""
 
     def __init__(self) -> None:
-        self._sums = [0.0] * 4
-        self._throttled = 0
+        self.grown = np.zeros(5)
         self._clocks: set[str] = set()
 
     def __enter__(self) -> Meter:
-        self._start = Sample.now()
+        self._start = counters()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.add(self._start, Sample.now())
-
-    def add(self, start: Sample, end: Sample) -> None:
-        for index, name in enumerate(("wall", "busy", "steal", "own")):
-            self._sums[index] += getattr(end, name) - getattr(start, name)
-        self._throttled += end.throttled - start.throttled
+        self.grown += counters() - self._start
         self._clocks |= set(gpu.slowed() if (gpu := nvml()) else [])
 
     def noise(self, variation: float | None) -> Noise:
-        wall, busy, steal, own = self._sums
+        wall, busy, steal, own, throttled = self.grown.tolist()
         others = max(0.0, busy - own) / wall if wall else 0.0
         stolen = steal / wall / (os.cpu_count() or 1) if wall else 0.0
         flags = [f"other processes used {others:.2f} CPUs"] if others > OTHERS else []
         flags += [f"the hypervisor took {stolen:.1%} of the time"] if stolen > STEAL else []
-        flags += ["the CPU was throttled"] if self._throttled else []
+        flags += ["the CPU was throttled"] if throttled else []
         flags += [f"the GPU's clocks were held down: {', '.join(sorted(self._clocks))}"] if self._clocks else []
         varies = [f"the rounds vary by {variation:.1%}"] if variation is not None and variation > VARIATION else []
         load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0

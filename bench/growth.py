@@ -79,9 +79,7 @@ def exponent(rows: list[dict[str, Any]]) -> dict[str, float] | None:
     """CPU seconds = a N^b, fitted to the two largest galleries; what that gives for 500,000 images. Not measured."""
     if len(rows) < 2:
         return None
-    (n, s), (more, t) = (
-        (row["images"], row["cpu_seconds"]) for row in sorted(rows, key=lambda row: row["images"])[-2:]
-    )
+    (n, s), (more, t) = sorted((row["images"], row["cpu_seconds"]) for row in rows)[-2:]
     power = float(np.log(t / s) / np.log(more / n))
     return {"exponent": power, "cpu_seconds_at_500000": t * (500_000 / more) ** power}
 
@@ -95,7 +93,7 @@ def measure(sizes: list[int], dim: int, largest: dict[str, int], folder: Path) -
             for task in TASKS:
                 if images > largest.get(task, images):
                     continue
-                rows.append(in_own_process(__spec__.name, run=task, folder=f"{made}/store"))
+                rows.append(in_own_process(run, task, Path(made) / "store"))
                 print(json.dumps(rows[-1]), file=sys.stderr)  # what a run that is stopped has found
     reranked = [row for row in rows if row["task"] == "rerank"]
     asked = {"machine": cpu(), "dim": dim, "queries": QUERIES, "k": K}
@@ -126,11 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--largest-index", type=int, default=100_000, help="HNSW takes hours for a million")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where stores are made")
     parser.add_argument("--plot", type=Path, help="a figure to draw of it")
-    parser.add_argument("--run", choices=TASKS, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.run:
-        print(json.dumps(run(given.run, given.folder)))
-        return
     largest = {"rerank": given.largest_rerank, "index": given.largest_index}
     found = measure(given.sizes, given.dim, largest, given.folder)
     print(json.dumps(found, indent=2))

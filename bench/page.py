@@ -32,9 +32,7 @@ def write_result(result: Result, folder: Path) -> None:
 def table(result: Result, bounds: bool = True) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for people; columns that no row has a figure for are left out, and so is a model that all rows
     have. What the noise of a row is, `remarks` says; without `bounds` the table is as narrow as a terminal."""
-    rows = [_cells(row) for row in result.rows]
-    for cells in rows:
-        cells[0] = cells[0].removeprefix(f"{result.models} ")
+    rows = [[row.name.removeprefix(f"{result.models} "), *_cells(row)] for row in result.rows]
     if not bounds:
         rows = [[_PLAIN.sub("", cell) for cell in cells] for cells in rows]
     kept = [index for index in range(len(COLUMNS)) if index == 0 or any(row[index] for row in rows)]
@@ -42,20 +40,15 @@ def table(result: Result, bounds: bool = True) -> tuple[list[str], list[list[str
 
 
 def _cells(row: Row) -> list[str]:
-    if "engine" in row.not_measured:
-        return [row.name, *[""] * (len(COLUMNS) - 1)]
-    assert row.pixels is not None
-    assert row.image_bytes is not None
-    assert row.offline is not None
     pixels = row.pixels
-    server = row.server and f"{row.server.held:.1f}"
+    if pixels is None or row.image_bytes is None or row.offline is None:  # it could not run
+        return [""] * (len(COLUMNS) - 1)
     return [
-        row.name,
         *(_bounded(one) for one in (pixels.p50, pixels.p90, pixels.p99, pixels.p999, row.image_bytes.p50)),
         f"{row.offline.median:.1f} [{row.offline.low:.1f}, {row.offline.high:.1f}]",
         f"{row.over_reference:.2f}" if row.over_reference else "",
         f"{row.embed.median:.1f} ({row.embed_of_offline:.2f})" if row.embed else "",
-        server or "",
+        f"{row.server.held:.1f}" if row.server else "",
         f"{100 * row.accuracy.mAP:.2f}" if row.accuracy else "",
         f"{row.of_matrix_rate:.0%}" if row.of_matrix_rate else "",
         f"{row.host_bytes / 1e6:.0f}" if row.host_bytes is not None else "",
@@ -119,15 +112,10 @@ def _pareto(rows: list[Row]) -> dict[str, Any]:
     xs, ys = ([point[axis] for point in points] for axis in "xy")
     margin = max(max(ys) - min(ys), 1.0) * 0.1
     low, high = min(ys) - margin, max(ys) + margin
-    points.sort(key=lambda point: point["x"])
+    points.sort(key=lambda point: (point["x"], -point["y"]))
     ends = list[float]()  # of the labels above each other: where the last one is
-    for point in points:
-        point["best"] = not any(
-            other["x"] <= point["x"]
-            and other["y"] >= point["y"]
-            and (other["x"], other["y"]) != (point["x"], point["y"])
-            for other in points
-        )
+    for number, point in enumerate(points):
+        point["best"] = all(faster["y"] < point["y"] for faster in points[:number])
         point["at_x"], point["at_y"] = point["x"] / (1.1 * max(xs)), (point["y"] - low) / (high - low)
         at = point["at_x"]
         point["level"] = next((level for level, end in enumerate(ends) if at - end > LABEL), len(ends))

@@ -13,12 +13,11 @@ import json
 import os
 import runpy
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +100,13 @@ def torchreid_file() -> Path | None:
     return None
 
 
-def run(name: str, queries: int, images: int, dim: int, out: Path) -> dict[str, Any]:
-    """Run one contender in this process, and keep what it found."""
+def run(name: str, queries: int, images: int, dim: int) -> dict[str, Any]:
+    """Run one contender in this process; its figures, and of a re-ranking in `found` what it gives."""
     rows, people = drawn_people(images, dim)
     few, whose = drawn_people(WARM_UP, dim)
     CONTENDERS[name](few[: WARM_UP // 4], few[WARM_UP // 4 :], whose)  # imports and threads
     found, figures = measured(lambda: CONTENDERS[name](rows[:queries], rows[queries:], people))
-    np.save(out, found)
-    return {"contender": name, **figures}
+    return {"contender": name, **figures, **({"found": found} if name.startswith("reranked") else {})}
 
 
 def measured(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -121,28 +119,22 @@ def measured(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     return found, {"seconds": seconds, "cpu_seconds": cpu_seconds, "gigabytes": peak.host / 1e9}
 
 
-def in_own_process(module: str, **options: object) -> dict[str, Any]:
-    """The JSON that a module prints, and in `load` the machine's load average (1 minute) as it began: beyond 0.2 others
-    were at work, too."""
+def in_own_process(call: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """What a function of a module returns, and in `load` the machine's load average (1 minute) as it began: beyond 0.2
+    others were at work, too."""
     load = os.getloadavg()[0]
-    command = [sys.executable, "-m", module, *(f"--{name}={value}" for name, value in options.items())]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return {**json.loads(done.stdout), "load": round(load, 2)}
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return {**process.submit(call, *arguments).result(), "load": round(load, 2)}
 
 
 def measure(names: list[str], queries: int, images: int, dim: int, rounds: int = 1) -> dict[str, Any]:
     """Run contenders one after the other, each in a process, several times in turn; JSON-ready."""
-    with tempfile.TemporaryDirectory() as folder:
-        kept = {name: Path(folder) / f"{name}.npy" for name in names}
-        rows = [
-            in_own_process(__spec__.name, run=name, out=kept[name], queries=queries, images=images, dim=dim)
-            for name in names * rounds
-        ]
-        largest, share = None, None
-        if {"reranked", "reranked_by_torchreid"} <= set(names):
-            ours, theirs = (np.load(kept[name], mmap_mode="r") for name in ("reranked", "reranked_by_torchreid"))
-            apart = np.abs(ours - theirs)
-            largest, share = float(apart.max()), float((apart > 1e-5).mean())
+    rows = [in_own_process(run, name, queries, images, dim) for name in names * rounds]
+    kept = {row["contender"]: row.pop("found", None) for row in rows}
+    largest, share = None, None
+    if {"reranked", "reranked_by_torchreid"} <= set(names):
+        apart = np.abs(kept["reranked"] - kept["reranked_by_torchreid"])
+        largest, share = float(apart.max()), float((apart > 1e-5).mean())
     return {
         "machine": cpu(),
         "queries": queries,
@@ -161,20 +153,12 @@ def measure(names: list[str], queries: int, images: int, dim: int, rounds: int =
 def main(arguments: list[str] | None = None) -> None:
     """Measure, and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(CONTENDERS)}; by default all that can run")
+    parser.add_argument("names", nargs="*", choices=CONTENDERS, help="which; by default all that can run")
     parser.add_argument("--queries", type=int, default=3368)
     parser.add_argument("--images", type=int, default=23_100, help="queries and gallery together")
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=1, help="how often each contender runs, in turn")
-    parser.add_argument("--run", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.run:
-        print(json.dumps(run(given.run, given.queries, given.images, given.dim, given.out)))
-        return
-    unknown = set(given.names) - set(CONTENDERS)
-    if unknown:
-        parser.error(f"no contender {', '.join(sorted(unknown))}: choose of {', '.join(CONTENDERS)}")
     every = [name for name in CONTENDERS if name != "reranked_by_torchreid" or torchreid_file()]
     print(json.dumps(measure(given.names or every, given.queries, given.images, given.dim, given.rounds), indent=2))
 

@@ -15,16 +15,16 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, cycle, islice
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import numpy as np
 
-from mgn_deploy.bench.contenders import read_images
+from mgn_deploy.bench.contenders import Images, read_images
 from mgn_deploy.bench.timing import calls
 from mgn_deploy.embedder import Embedder
 
@@ -33,40 +33,29 @@ _QUEUE = re.compile(r"queue;dur=([\d.]+)")
 _CPU = re.compile(rb"^process_cpu_seconds_total (\S+)", re.MULTILINE)
 
 
-def bare(embedder: Embedder, pixels: np.ndarray, seconds: float) -> dict[str, float]:
-    """The engine's median seconds a call, and its seconds of CPU an image."""
-    start = time.process_time()
-    took = calls(lambda: embedder.backend(pixels), seconds)
-    cpu = time.process_time() - start
-    return {"batch_seconds": statistics.median(took), "bare_cpu": cpu / len(took) / len(pixels)}
-
-
-def call(netloc: str, contents: list[bytes], first: int, stop: threading.Event, answers: list[Answer]) -> None:
-    """Send images until it is told to stop; a refusal counts as no answer."""
-    connection = http.client.HTTPConnection(netloc)
-    while not stop.is_set():
+def call(address: str, contents: list[bytes], first: int, until: float) -> list[Answer]:
+    """Send images one after the other, until then (of `time.monotonic()`); a refusal counts as no answer."""
+    connection, answers = http.client.HTTPConnection(urlsplit(address).netloc), list[Answer]()
+    for content in islice(cycle(contents), first, None):
         start = time.monotonic()
-        connection.request("POST", "/embed", contents[(first + len(answers)) % len(contents)])
+        if start > until:
+            break
+        connection.request("POST", "/embed", content)
         response = connection.getresponse()
         response.read()
         end = time.monotonic()
         queued = _QUEUE.search(response.headers.get("server-timing", ""))
         if response.status == 200 and queued:
             answers.append((end, end - start, float(queued[1]) / 1000))
+    return answers
 
 
 def served(address: str, contents: list[bytes], callers: int, seconds: float) -> dict[str, float]:
     """The rate and latencies of a server, its first batches left out."""
-    stop, netloc = threading.Event(), urlsplit(address).netloc
-    each: list[list[Answer]] = [[] for _ in range(callers)]
-    cpu = cpu_seconds(address)
+    cpu, until = cpu_seconds(address), time.monotonic() + seconds
     with ThreadPoolExecutor(callers) as pool:
-        work = [pool.submit(call, netloc, contents, 7 * number, stop, mine) for number, mine in enumerate(each)]
-        time.sleep(seconds)
-        stop.set()
-    for one in work:
-        one.result()
-    answers = sorted(answer for mine in each for answer in mine)
+        each = pool.map(lambda number: call(address, contents, 7 * number, until), range(callers))
+    answers = sorted(chain.from_iterable(each))
     cpu = (cpu_seconds(address) - cpu) / len(answers)
     steady = answers[callers:-callers]  # from one batch's end to another's, while every caller was waiting
     latency, queue = np.array([answer[1:] for answer in steady]).T
@@ -80,6 +69,19 @@ def served(address: str, contents: list[bytes], callers: int, seconds: float) ->
 def cpu_seconds(address: str) -> float:
     found = _CPU.search(urlopen(f"{address}/metrics").read())
     return float(found[1]) if found else float("nan")
+
+
+def turn(embedder: Embedder, images: Images, batch: int, address: str, seconds: float) -> dict[str, float]:
+    """The engine's median seconds a call and its seconds of CPU an image, then what its server does, and the shares."""
+    start = time.process_time()
+    took = calls(lambda: embedder.backend(images.crops[:batch]), seconds)
+    cpu = time.process_time() - start
+    one = {"batch_seconds": statistics.median(took), "bare_cpu": cpu / len(took) / batch}
+    one |= served(address, images.encoded, 3 * batch, seconds)
+    one["share"] = one["rate"] * one["batch_seconds"] / batch
+    one["cpu_share"] = one["bare_cpu"] / one["served_cpu"]
+    one["batches_beyond_queue"] = one["p99_beyond_queue"] / one["batch_seconds"]
+    return one
 
 
 def main() -> None:
@@ -97,17 +99,12 @@ def main() -> None:
     command += ["--backend", embedder.backend.name, "--batch", str(batch)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout
-        address = server.stdout.readline().strip()
-        turns: list[dict[str, float]] = []
-        for _ in range(asked.turns):
-            one = bare(embedder, images.crops[:batch], asked.seconds)
-            one |= served(address, images.encoded, 3 * batch, asked.seconds)
-            one["share"] = one["rate"] * one["batch_seconds"] / batch
-            one["cpu_share"] = one["bare_cpu"] / one["served_cpu"]
-            one["batches_beyond_queue"] = one["p99_beyond_queue"] / one["batch_seconds"]
-            turns.append(one)
-        server.terminate()
-    medians = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+        try:
+            address = server.stdout.readline().strip()
+            turns = [turn(embedder, images, batch, address, asked.seconds) for _ in range(asked.turns)]
+        finally:
+            server.terminate()
+    medians = {name: statistics.median(one[name] for one in turns) for name in turns[0]}
     print(json.dumps({"backend": embedder.backend.name, "medians": medians, "turns": turns}, indent=2))
 
 

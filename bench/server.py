@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mgn_deploy.bench.environment import sentence
 from mgn_deploy.bench.result import Server
 from mgn_deploy.errors import CannotRun
 from mgn_deploy.packages import import_problem
@@ -50,7 +51,7 @@ def held_rate(
         until: of `time.monotonic()`: no trial is begun that would end after it.
 
     Raises:
-        CannotRun: LoadGen is not installed, or there is no time for one trial.
+        CannotRun: LoadGen is not installed, there is no time for one trial, or the engine breaks.
     """
     problem = import_problem("mlperf_loadgen", "bench")
     if problem:
@@ -92,7 +93,20 @@ def _trial(embed: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, batch: 
     settings.server_target_qps, settings.min_query_count = rate, REQUESTS
     settings.min_duration_ms = int(1000 * TRIAL_SECONDS)
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    worker = threading.Thread(target=_answer, args=(waiting, embed, crops, batch, loadgen), daemon=True)
+    broken: list[Exception] = []
+
+    def answer() -> None:
+        while (first := waiting.get()) is not None:
+            samples = [first]
+            while len(samples) < batch and not waiting.empty():
+                samples.append(waiting.get())
+            try:
+                embed(crops[[sample.index for sample in samples]])
+            except Exception as error:  # LoadGen waits for every answer, for ever
+                broken.append(error)
+            loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(sample.id, 0, 0) for sample in samples])
+
+    worker = threading.Thread(target=answer, daemon=True)
     worker.start()
 
     def issue(samples: list[Any]) -> None:
@@ -109,23 +123,10 @@ def _trial(embed: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, batch: 
     worker.join()
     loadgen.DestroyQSL(library)
     loadgen.DestroySUT(system)
+    if broken:
+        raise CannotRun(sentence(broken[0]))
     p99 = re.search(r"99\.00 percentile latency \(ns\)\s*:\s*(\d+)", summary)
     processed = re.search(r"Processed (\d+) queries", summary)
     if p99 is None:
         raise CannotRun(f"LoadGen gave no percentiles: {' '.join(summary.split())[-200:]}")
     return round(int(p99[1]) / 1e6, 3), int(processed[1]) if processed else REQUESTS
-
-
-def _answer(
-    waiting: queue.SimpleQueue[Any],
-    embed: Callable[[np.ndarray], np.ndarray],
-    crops: np.ndarray,
-    batch: int,
-    loadgen: Any,
-) -> None:
-    while (first := waiting.get()) is not None:
-        samples = [first]
-        while len(samples) < batch and not waiting.empty() and (more := waiting.get()) is not None:
-            samples.append(more)
-        embed(crops[[sample.index for sample in samples]])
-        loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(sample.id, 0, 0) for sample in samples])

@@ -17,8 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from mgn_deploy.bench.contenders import REFERENCE, Contender, Rivals, open_contenders, read_images
 from mgn_deploy.bench.environment import environment, joules, process_peak, sentence
 from mgn_deploy.bench.result import Accuracy, Latency, Result
@@ -69,7 +67,7 @@ def measure(
         engines: backends; none: all that are installed and proven.
         batches: images a call.
         images: folder of images; drawn people without it.
-        count: of them.
+        count: of them; a batch at least.
         data: KIND:DIR: each engine also ranks its query and gallery.
         p99: milliseconds: also find the highest rate of random requests that 99% of are answered in time.
         minutes: of the whole run.
@@ -97,7 +95,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-bench-") as scratch:
         folder = Path(images) if images else Path(scratch) / "drawn"
         if images is None:
-            draw_market1501(folder, train_identities=max(2, count // 8), test_identities=2)
+            draw_market1501(folder, train_identities=max(2, max(count, *batches) // 8), test_identities=2)
         pixels = cache(lambda height, width: read_images(folder, height, width, count, max(batches)))
         contenders, left_out = open_contenders(opened, engines, batches, pixels, reference, allow_unproven, rivals)
         slice_ = _warm_up(contenders, end, Path(scratch))
@@ -252,10 +250,12 @@ def _finish(contender: Contender, machine: Limits, references: Sequence[Contende
     for other in references:
         if other is not contender and other.reference == contender.reference and other.row.offline:
             row.over_reference = median_ratio(row.offline.rounds, other.row.offline.rounds)
-    rate = machine.operations_per_second.get(DTYPES[row.precision])
-    if rate and row.operations_per_image:
+    rates = machine.operations_per_second
+    if DTYPES[row.precision] in rates and row.operations_per_image:
+        # A CPU without arithmetic for half precision has float32's, and engines use it.
+        rate = max(rates[DTYPES[row.precision]], rates.get("float32", 0.0))
         row.of_matrix_rate = round(row.offline.median * row.operations_per_image / rate, 4)
-    if contender.embedded and np.isfinite(contender.energy):
+    if contender.embedded:
         row.joules_per_image = round(contender.energy / contender.embedded, 4)
     else:
         row.not_measured["joules_per_image"] = "not readable"

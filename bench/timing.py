@@ -20,6 +20,7 @@ from mgn_deploy.bench.environment import Strict
 
 CONFIDENCE = 0.95
 WINDOW, SETTLED = 5, 0.03  # warm-up: calls whose medians are compared, and the most that these may differ by
+LIMIT_TURNS = 9
 SLOW_PRODUCT = 0.2  # seconds: a type that takes longer (emulated, as float16 on most CPUs) has small matrices
 _HEAD_START = 200_000  # cycles of a GPU, some 0.1 ms: what the host may run ahead, so that no launch is waited for
 Key = TypeVar("Key")
@@ -72,9 +73,9 @@ def spread(rounds: Sequence[float], digits: int = 4) -> Spread:
     below = _binomial(count, 0.5)
     rank = max(0, int(np.searchsorted(below, (1 - CONFIDENCE) / 2, side="right")) - 1)
     confidence = 1 - 2 * float(below[rank]) if count > 1 else 0.0
-    figures = [round(one, digits) for one in (statistics.median(rounds), ordered[rank], ordered[-1 - rank])]
-    bounds = dict(zip(("median", "low", "high"), figures, strict=True))
-    return Spread(**bounds, confidence=round(confidence, 3), rounds=[round(one, digits) for one in rounds])
+    figures = (statistics.median(rounds), ordered[rank], ordered[-1 - rank], *rounds)
+    median, low, high, *every = (round(one, digits) for one in figures)
+    return Spread(median=median, low=low, high=high, confidence=round(confidence, 3), rounds=every)
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -178,13 +179,6 @@ class Clock:
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
 
-    def median(self, run: Callable[[], object], turns: int, cold: bool) -> float:
-        return statistics.median(self(run, cold) for _ in range(turns))
-
-    def least(self, run: Callable[[], object], turns: int, cold: bool) -> float:
-        """What other work on the machine disturbed least: for what the machine can do."""
-        return min(self(run, cold) for _ in range(turns))
-
 
 class Limits(Strict):
     """What the machine can do, measured in the run: operations/s of a matrix product by type (a multiply-add being
@@ -196,20 +190,23 @@ class Limits(Strict):
 
 
 @cache
-def limits(device: str = "cpu", turns: int = 9) -> Limits:
-    """Measure the limits of a device, the best of `turns`: by PyTorch, or without it by NumPy in float32 alone."""
+def limits(device: str) -> Limits:
+    """Measure the limits of a device, the best of some turns: by PyTorch, or without it by NumPy in float32 alone."""
     try:
         import torch
     except ImportError:
-        return _limits_by_numpy(turns)
+        return _limits_by_numpy()
     clock = Clock(device)
     sizes, words = ((1024, 8192), 1 << 29) if device == "cuda" else ((128, 1024), 1 << 25)
     found: dict[str, float] = {}
 
+    def least(run: Callable[[], object], cold: bool) -> float:  # what other work on the machine disturbed least
+        return min(clock(run, cold) for _ in range(LIMIT_TURNS))
+
     def rate(dtype: Any, size: int) -> float:
         a, b = (torch.randn(size, size, device=device).mul(9).to(dtype) for _ in range(2))
         product: Any = torch._int_mm if dtype == torch.int8 else torch.matmul
-        return 2 * size**3 / clock.least(lambda: product(a, b), turns, False)
+        return 2 * size**3 / least(lambda: product(a, b), cold=False)
 
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
@@ -221,14 +218,14 @@ def limits(device: str = "cpu", turns: int = 9) -> Limits:
                 continue
         source = torch.ones(words, device=device)
         target = torch.empty_like(source)
-        copied = 2 * source.nbytes / clock.least(lambda: target.copy_(source), turns, True)
+        copied = 2 * source.nbytes / least(lambda: target.copy_(source), cold=True)
     return Limits(by=f"torch {torch.__version__}", copy_bytes_per_second=copied, operations_per_second=found)
 
 
-def _limits_by_numpy(turns: int) -> Limits:
+def _limits_by_numpy() -> Limits:
     a, source = np.ones((1024, 1024), np.float32), np.ones(1 << 25, np.float32)
     target = np.empty_like(source)
-    product = min(calls(lambda: a @ a, 1.0, turns))
-    copy = min(calls(lambda: np.copyto(target, source), 1.0, turns))
+    product = min(calls(lambda: a @ a, 1.0, LIMIT_TURNS))
+    copy = min(calls(lambda: np.copyto(target, source), 1.0, LIMIT_TURNS))
     moved, rates = 2 * source.nbytes / copy, {"float32": 2 * 1024**3 / product}
     return Limits(by=f"numpy {np.__version__}", copy_bytes_per_second=moved, operations_per_second=rates)

@@ -78,6 +78,14 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
+def print_result(as_json: bool, value: object, text: object) -> None:
+    """A result to stdout: for machines, or in a line for people."""
+    if as_json:
+        print_json(value)
+    else:
+        print(text)
+
+
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, *, stderr: bool = False
 ) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 
 from mgn_deploy.choices import Neck, Pooling
-from mgn_deploy.config import GEM_EPSILON, ModelConfig, features_of, region_rows
+from mgn_deploy.config import GEM_EPSILON, ModelConfig, features_of, stripe_rows
 from mgn_deploy.train.resnet import IBN, build_resnet
 
 GEM_POWER = 3.0  # Radenovic et al. 2019, section 3.2: where training starts, and what a fixed GeM uses
@@ -63,9 +63,12 @@ def stripe_pool(
 ) -> list[Tensor]:
     """Pool a map `[n, C, H, W]`: the whole of it, then (for more than one) each stripe; `[n, C, 1, 1]` each.
 
-    `kernels/reference.py` is the definition; this is PyTorch's, for training. `powers`, for "gem", is one a region.
+    `tests/emulator/reference.py` is the definition. This is PyTorch's, for training and for what is traced: the whole
+    map is not sliced, as the slice would be an operator of the graph. `powers`, for "gem", is one a region.
     """
-    regions = [feature_map[:, :, first:last] for first, last in region_rows(feature_map.shape[2], stripes)]
+    regions = [feature_map]
+    if stripes > 1:
+        regions += [feature_map[:, :, first:last] for first, last in stripe_rows(feature_map.shape[2], stripes)]
     if pooling == "max":
         return [region.amax((2, 3), keepdim=True) for region in regions]
     if pooling == "avg":
@@ -203,6 +206,24 @@ def fold_batch_norms(model: MGN) -> MGN:
                 setattr(module, conv_name, _fold_second_half(conv, norm))
                 norm.BN = nn.Identity()
     return folded
+
+
+def head_numbers(folded: MGN) -> dict[str, Tensor]:
+    """The heads' numbers of a model with folded norms: weight `[F, R, C]` and bias `[F, R]`; where it has them powers
+    `[F]`, and the second norm's scale and shift `[F, R]`."""
+    reductions = [reduction for branch in folded.branches for reduction in branch.reductions]
+    numbers = {
+        "weight": torch.stack([reduction[0].weight.flatten(1) for reduction in reductions]),
+        "bias": torch.stack([reduction[0].bias for reduction in reductions]),
+    }
+    if folded.config.pooling == "gem":
+        numbers["powers"] = torch.cat([branch.powers for branch in folded.branches])
+    if folded.config.neck == "relu_norm":
+        norms = [reduction[3] for reduction in reductions]
+        scales = [norm.weight / torch.sqrt(norm.running_var + norm.eps) for norm in norms]
+        shifts = [norm.bias - norm.running_mean * scale for norm, scale in zip(norms, scales, strict=True)]
+        numbers |= {"scale": torch.stack(scales), "shift": torch.stack(shifts)}
+    return {name: tensor.detach() for name, tensor in numbers.items()}
 
 
 def _fold_second_half(conv: nn.Conv2d, norm: IBN) -> nn.Conv2d:

@@ -128,9 +128,11 @@ def _in_process(name: str, chosen: argparse.Namespace, scratch: Path, limit: flo
         try:
             return "passed" if process.wait(1.1 * limit + 5) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return "out of time"
+        finally:  # also of Ctrl-C, which does not reach another session
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def run_here(name: str, setup: Setup, path: Path) -> bool:

@@ -49,8 +49,3 @@ def rivals(cuda: bool) -> dict[str, Callable[[Bundle], Backend]]:
         device="cuda" if cuda else "cpu",
     )  # fmt: skip
     return ways
-
-
-def compiled(bundle: Bundle) -> Backend:
-    """The network by `torch.compile` in float16: it takes up to minutes to open, so it is no contender of all runs."""
-    return TorchRival(bundle, "fp16", "compiled")

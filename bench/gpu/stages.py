@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -206,7 +207,7 @@ def engines(setup: Setup) -> Rows:
     """Measure the engines beside PyTorch in several ways, by the code of `mgn-deploy bench`; what is slow to open last,
     beside the engine alone, so that a stage that is ended before has the rest."""
     from mgn_deploy.bench.gpu.bundles import bundles
-    from mgn_deploy.bench.gpu.rivals import compiled, rivals
+    from mgn_deploy.bench.gpu.rivals import TorchRival, rivals
 
     others, first = rivals(setup.cuda), None
     for precision, bundle in bundles(setup, ("fp16", "fp32", "int8") if setup.cuda else ("fp32",)):
@@ -218,7 +219,7 @@ def engines(setup: Setup) -> Rows:
         yield from _measured(setup, bundle, (64, 1, 8, 32) if setup.cuda else (1, 4), share, others)
         others = {}
     if setup.cuda and first:
-        ways = {"torch.compile fp16": compiled}
+        ways = {"torch.compile fp16": lambda bundle: TorchRival(bundle, "fp16", "compiled")}
         yield from _measured(setup, first, (64, 1), setup.left, ways, engines=("torch-cuda",))
 
 
@@ -256,7 +257,7 @@ def _measured(
     wanted = "GPU" if setup.cuda else "CPU"
     names = [name for name, row in ENGINES.items() if wanted in row.device and name != "torch"]
     result = measure(
-        [bundle], engines=engines or names, batches=batches, images=images, count=max(count, *batches), rivals=rivals,
+        [bundle], engines=engines or names, batches=batches, images=images, count=count, rivals=rivals,
         minutes=max(seconds - 1, 1) / 60, allow_unproven=True,
     )  # fmt: skip
     for row in result.rows:
@@ -282,7 +283,8 @@ def distances(setup: Setup) -> Rows:
     wrong = {"failed": f"off by {error:.1e}"} if error > 1e-4 else {}
     yield {"row": "distances, host to host", "pairs_per_second": queries * rows / took, "error": error, **wrong}
     left, right = query.to(setup.device), gallery.to(setup.device)
-    alone = Clock(setup.device).median(lambda: left @ right.T, 5, False)
+    clock = Clock(setup.device)
+    alone = statistics.median(clock(lambda: left @ right.T, cold=False) for _ in range(5))
     yield {"row": "product alone, on the device", "pairs_per_second": queries * rows / alone}
 
 
@@ -341,7 +343,8 @@ def _train_step(setup: Setup, amp: str, people: int, images: int) -> dict[str, A
 
     if setup.cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds = Clock(setup.device).median(step, 10 if setup.cuda else 2, False)
+    clock = Clock(setup.device)
+    seconds = statistics.median(clock(step, cold=False) for _ in range(10 if setup.cuda else 2))
     row = {"row": f"train-step amp={amp}", "batch": people * images}
     wrong = {} if bool(torch.stack(losses).isfinite().all()) else {"failed": "the loss is not finite"}
     memory = {"device_bytes": torch.cuda.max_memory_allocated()} if setup.cuda else {}

@@ -96,11 +96,6 @@ def random_inputs(case: Case, device: str, seed: int) -> Inputs:
     return Inputs(maps, weight, drawn(case.features, case.reduced).float())
 
 
-def tolerance(case: Case, roundings: int) -> float:
-    """Bound the error of a result whose numbers were rounded that often to the maps' type on their way."""
-    return EXACT + roundings * ROUNDING[case.dtype]
-
-
 def right_answer(case: Case, inputs: Inputs) -> Tensor:
     """Compute the result in float64: `[rows, F * R]` features or `[images, F * R]` embeddings.
 

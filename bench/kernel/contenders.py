@@ -7,7 +7,7 @@ A contender is made for one case and its inputs, and then run again and again ov
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Contender:
 
     run: Callable[[], Tensor]
     poison: Callable[[], object] = lambda: None
-    facts: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
     roundings: int = 3
 
 
@@ -160,7 +160,7 @@ def graphed(contender: Contender) -> Contender:
         contender.poison()
         result.fill_(torch.nan)
 
-    return Contender(run, poison, contender.facts, contender.roundings)
+    return replace(contender, run=run, poison=poison)
 
 
 def makers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Contender]]:

@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peers", default="", help="only those with one of these words, as in nncf,compile")
     show_log()
     chosen = parser.parse_args(arguments)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: before PyTorch is loaded
     wanted = chosen.peers.lower().split(",")
     peers = [peer for peer in PEERS if peer.name == OURS or any(word in peer.name.lower() for word in wanted)]
@@ -78,10 +79,11 @@ def run(chosen: argparse.Namespace, bundle: Bundle, peers: Sequence[Peer]) -> di
     calibration = chosen.calib and read_images(chosen.calib, config.height, config.width, chosen.calib_count, 1).crops
     expected = Embedder.open_reference(bundle).embed(list(images.crops), batch_size=chosen.batch)
     minutes = chosen.minutes / len(chosen.bundle)
-    of = manifest.source_weights_sha256, manifest.flip
-    int8 = [
-        one for one in map(Bundle.open, chosen.int8) if (one.manifest.source_weights_sha256, one.manifest.flip) == of
-    ]
+
+    def network(one: Bundle) -> tuple[str, bool]:
+        return one.manifest.source_weights_sha256, one.manifest.flip
+
+    int8 = next((one for one in map(Bundle.open, chosen.int8) if network(one) == network(bundle)), None)
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory(prefix="mgn-deploy-peers-") as scratch:
@@ -103,11 +105,9 @@ def run(chosen: argparse.Namespace, bundle: Bundle, peers: Sequence[Peer]) -> di
             tasks = {name: _rate(way, len(images.paths)) for name, way in runs.items()}
             rates = in_turns(tasks, until=time.monotonic() + 60 * minutes, fewest=1, most=ROUNDS, seed=0)
     for name, figures in rates.items():
-        ours = rates.get(OURS_FROM_FILES if "from files" in name else OURS, figures)
-        rows[name] |= {
-            "images_per_second": spread(figures, 3).model_dump(),
-            "of_ours": median_ratio(figures, ours),
-        }
+        rows[name]["images_per_second"] = spread(figures, 3).model_dump()
+        if ours := rates.get(OURS_FROM_FILES if "from files" in name else OURS):  # else it was left out
+            rows[name]["of_ours"] = median_ratio(figures, ours)
     mirror = f"{'with' if manifest.flip else 'without'} the mirror average"
     return {
         "model": f"{config.backbone} MGN {config.height}x{config.width}, {mirror}, batch {chosen.batch}",

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Given:
     images a call, seconds of a run for a tool that times itself, and a folder."""
 
     bundle: Bundle
-    int8: Sequence[Bundle]
+    int8: Bundle | None
     paths: list[Path]
     crops: np.ndarray
     calibration: np.ndarray | None
@@ -75,19 +76,15 @@ def _require(package: str, extra: str) -> None:
         raise CannotRun(problem)
 
 
-def _ours(given: Given) -> Run:
-    return _streamed(given, given.bundle)
+def _ours(given: Given, bundle: Bundle | None = None) -> Run:
+    backend = Embedder.open(bundle or given.bundle).backend
+    return lambda: np.concatenate(list(backend.stream(given.batches())))
 
 
 def _ours_int8(given: Given) -> Run:
-    if not given.int8:
+    if given.int8 is None:
         raise CannotRun("give --int8 BUNDLE, which `export --precision int8` made of the same weights and mirror")
-    return _streamed(given, given.int8[0])
-
-
-def _streamed(given: Given, bundle: Bundle) -> Run:
-    backend = Embedder.open(bundle).backend
-    return lambda: np.concatenate(list(backend.stream(given.batches())))
+    return _ours(given, given.int8)
 
 
 def _ours_from_files(given: Given) -> Run:
@@ -215,23 +212,17 @@ def _openvino(model: Any) -> Callable[[np.ndarray], np.ndarray]:
 def _quantize_static(given: Given) -> Run:
     _require("onnxruntime", "cpu")
     _require("onnx", "cpu")
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self._left = iter(given.to_calibrate())
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            one = next(self._left, None)
-            return None if one is None else {"images": one[None]}
-
+    left = ({"images": one[None]} for one in given.to_calibrate())
+    reader = SimpleNamespace(get_next=lambda: next(left, None))  # all that it takes of a CalibrationDataReader
     source, target = given.scratch / "float.onnx", given.scratch / "static.onnx"
     source.write_bytes(given.graph)
     vnni = any("vnni" in name for name in cpu_features())
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     # With zero points and 8 bits AVX2 kernels add two products in 16 bits: `reduce_range` is what its guide advises.
     quantize_static(
-        source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=not vnni, **kinds
+        source, target, reader, quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=not vnni, **kinds
     )
     session = _session(str(target))
     return _in_batches(given, lambda images: session.run(None, {"images": images})[0])

@@ -56,6 +56,8 @@ def run(
     from mgn_deploy.bench.page import remarks, table, write_result
     from mgn_deploy.bench.speed import measure
 
+    if out:  # refused now, not after minutes of work
+        out.mkdir(parents=True, exist_ok=True)
     with progress("s") as update:
         result = measure(
             bundles,

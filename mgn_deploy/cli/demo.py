@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -40,16 +38,9 @@ def demo(
     require_training()
     made = run_demo(folder, train_seconds=seconds, seed=seed)
     if json:
-        print_json(
-            {
-                **made.validation.to_dict(),
-                "untrained": made.untrained.to_dict(),
-                "chance": made.chance,
-                "seconds": round(made.seconds, 1),
-                "page": str(made.page),
-                "bundle": str(made.bundle),
-            }
-        )
+        paths = {"page": str(made.page), "bundle": str(made.bundle)}
+        figures = {"untrained": made.untrained.to_dict(), "chance": made.chance, "seconds": round(made.seconds, 1)}
+        print_json({**made.validation.to_dict(), **figures, **paths})
     else:
         _print(made)
     made.validation.require()
@@ -76,12 +67,9 @@ def _print(made: Demo) -> None:
     print("  mgn-deploy init -o weights-r50 --init random && mgn-deploy export weights-r50 -o bundle-r50")
 
 
-@dataclass(frozen=True)
-class Demo:
+class Demo(NamedTuple):
     """What was made, and the figures. `chance` is rank-1 of guessing an identity."""
 
-    people: Path
-    weights: Path
     bundle: Path
     query_store: Path
     gallery_store: Path
@@ -92,12 +80,7 @@ class Demo:
     seconds: float
 
 
-def run_demo(
-    out: str | os.PathLike[str],
-    *,
-    train_seconds: float = 150,
-    seed: int = 0,
-) -> Demo:
+def run_demo(out: Path, *, train_seconds: float = 150, seed: int = 0) -> Demo:
     """Make everything below `out`; an earlier demo there is replaced.
 
     Args:
@@ -127,8 +110,9 @@ def run_demo(
     from mgn_deploy.train.weights import new_model
 
     start = time.monotonic()
-    out = _fresh_folder(Path(out))
-    people, weights, bundle = out / "people", out / "run" / WEIGHTS, out / "bundle"
+    _make_folder(out)
+    people, bundle, page = out / "people", out / "bundle", out / "ranks.html"
+    query, gallery = out / "store-query", out / "store-gallery"
 
     _log.info("1/6 drawing people: 4 cameras, their own light and background, poses, occlusion, junk and distractors")
     drawn = draw_market1501(people, seed=seed)
@@ -147,36 +131,26 @@ def run_demo(
     train(data, recipe, out / "run")
 
     _log.info("3/6 exporting to ONNX, and proving every engine that is installed against PyTorch")
-    export_bundle(weights, bundle, ExportOptions(proof_images=people / "query"))
+    export_bundle(out / "run" / WEIGHTS, bundle, ExportOptions(proof_images=people / "query"))
 
     _log.info("4/6 embedding query and gallery from their files")
     embedder = Embedder.open(bundle)
-    for subset, store in (("query", "store-query"), ("bounding_box_test", "store-gallery")):
-        made = embed_folder(people / subset, out / store, embedder, labels="market1501")
+    for subset, store in (("query", query), ("bounding_box_test", gallery)):
+        made = embed_folder(people / subset, store, embedder, labels="market1501")
         _log.info(f"    {made.embedded} images of {subset} with {embedder.backend.name}")
 
     _log.info("5/6 validating by the Market-1501 protocol, the engine beside PyTorch")
     validation = validate(data, embedder, Embedder.open_reference(bundle))
 
     _log.info("6/6 writing the page of rank lists")
-    gallery = Store.open(out / "store-gallery")
-    lists = search(Queries.open(out / "store-query"), gallery, exclude_same_camera=True)
-    write_rank_page(out / "ranks.html", lists, title="Drawn people", facts=gallery_facts(gallery))
-    return Demo(
-        people,
-        weights,
-        bundle,
-        out / "store-query",
-        out / "store-gallery",
-        out / "ranks.html",
-        1 / drawn.test_identities,
-        untrained,
-        validation,
-        time.monotonic() - start,
-    )
+    opened = Store.open(gallery)
+    lists = search(Queries.open(query), opened, exclude_same_camera=True)
+    write_rank_page(page, lists, title="Drawn people", facts=gallery_facts(opened))
+    chance, seconds = 1 / drawn.test_identities, time.monotonic() - start
+    return Demo(bundle, query, gallery, page, chance, untrained, validation, seconds)
 
 
-def _fresh_folder(out: Path) -> Path:
+def _make_folder(out: Path) -> None:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
         raise UserError(f"{out} exists and is no earlier demo's: choose another folder with -o")
     try:
@@ -185,5 +159,4 @@ def _fresh_folder(out: Path) -> Path:
         out.mkdir(parents=True)
         (out / MARKER).touch()
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from error
-    return out
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error

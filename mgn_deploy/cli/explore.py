@@ -9,7 +9,7 @@ import typer
 
 from mgn_deploy.choices import ClusterDistance, Projection
 from mgn_deploy.cli.options import Json, Seed, out
-from mgn_deploy.console import print_json, progress, say
+from mgn_deploy.console import print_json, print_result, progress, say
 
 if TYPE_CHECKING:
     from mgn_deploy.identity.clusters import Clusters
@@ -75,13 +75,11 @@ def map_embeddings(
     if export is not None:
         write_map_table(made, export, labels)
         say(f"{export}: {len(opened)} rows")
-    if json:
-        files = {"page": str(page), "table": None if export is None else str(export)}
-        print_json(
-            {**files, "images": len(opened), "shown": shown, "projection": projection, "explained": made.explained}
-        )
-    else:
-        print(f"{page}: {shown} of {len(opened)} images by {projection}")
+    drawn = {
+        "page": str(page), "table": None if export is None else str(export), "images": len(opened), "shown": shown,
+        "projection": projection, "explained": made.explained,
+    }  # fmt: skip
+    print_result(json, drawn, f"{page}: {shown} of {len(opened)} images by {projection}")
 
 
 def _print_clusters(made: Clusters, table: Path) -> None:

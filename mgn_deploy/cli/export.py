@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,16 +20,9 @@ if TYPE_CHECKING:
     from mgn_deploy.bundle.manifest import Proof
 
 
-def _precision(*names: str, **options: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="Precision", **options)
-
-
-def _plans(*names: str, **options: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="Engine and TensorRT plans", **options)
-
-
-def _content(*names: str, **options: Any) -> Any:
-    return typer.Option(*names, rich_help_panel="What the bundle holds", **options)
+_precision = partial(typer.Option, rich_help_panel="Precision")
+_plans = partial(typer.Option, rich_help_panel="Engine and TensorRT plans")
+_content = partial(typer.Option, rich_help_panel="What the bundle holds")
 
 
 def export(

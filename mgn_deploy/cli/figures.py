@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mgn_deploy.cli.options import Bundle, Json, out
-from mgn_deploy.console import print_json
+from mgn_deploy.console import print_result
 from mgn_deploy.packages import require_training
 
 app = typer.Typer(help="Draw training curves, a calibration or attention maps as PNG.", no_args_is_help=True)
@@ -26,10 +26,7 @@ def curves(
     from mgn_deploy.report.figures import draw_curves
 
     draw_curves(run, figure)
-    if json:
-        print_json({"figure": str(figure), "run": str(run)})
-    else:
-        print(figure)
+    print_result(json, {"figure": str(figure), "run": str(run)}, figure)
 
 
 @app.command(epilog="Example:\n\nmgn-deploy figures calibration --bundle bundle -o calibration.png")
@@ -42,10 +39,7 @@ def calibration(
     from mgn_deploy.report.figures import draw_calibration
 
     draw_calibration(Calibration.open(Opened.open(bundle)), figure)
-    if json:
-        print_json({"figure": str(figure), "bundle": str(bundle)})
-    else:
-        print(figure)
+    print_result(json, {"figure": str(figure), "bundle": str(bundle)}, figure)
 
 
 @app.command(epilog="Example:\n\nmgn-deploy figures attention weights photos -o attention.png")
@@ -61,7 +55,4 @@ def attention(
     from mgn_deploy.train.attention import draw_attention_on
 
     drawn = draw_attention_on(weights, images, figure, limit)
-    if json:
-        print_json({"figure": str(figure), "images": drawn})
-    else:
-        print(figure)
+    print_result(json, {"figure": str(figure), "images": drawn}, figure)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Data, Json, Seed
-from mgn_deploy.console import percent, print_json, print_table, progress, say
+from mgn_deploy.console import print_json, print_result, print_table, progress, say
 
 if TYPE_CHECKING:
-    from mgn_deploy.identity.calibration import Calibration, Interval
+    from mgn_deploy.identity.calibration import Calibration
     from mgn_deploy.identity.identify import Identification
+    from mgn_deploy.identity.rates import Interval
 
 Far = Annotated[float, typer.Option("--far", help="Share of strangers that may be accepted, as in 1e-3.")]
 PeopleFolder = Annotated[Path, typer.Option("--people", help="The folder of enrolled people.")]
@@ -92,16 +93,14 @@ def compare(
     result = compare_images(first, second, embedder, far=far, prior=prior)
     if result.note:
         say(result.note)
-    if json:
-        print_json(result.to_dict())
-    elif result.probability is None:
-        print(f"similarity {result.similarity:.4f}")
-    else:
+    told = f"similarity {result.similarity:.4f}"
+    if result.probability is not None:
         verdict = "the same person" if result.same else "not the same person"
-        print(
-            f"{verdict}: similarity {result.similarity:.4f}, threshold {result.threshold:.4f} at FAR {result.far:g}; "
+        told = (
+            f"{verdict}: {told}, threshold {result.threshold:.4f} at FAR {result.far:g}; "
             f"probability {result.probability:.3g} where {result.prior:.0%} of pairs are one person"
         )
+    print_result(json, result.to_dict(), told)
 
 
 def enrol(
@@ -123,10 +122,8 @@ def enrol(
 
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     result = enrol_images(name, images, people, embedder, batch_size=batch)
-    if json:
-        print_json(result.to_dict())
-    else:
-        print(f"{result.person.name}: {len(result.person.embeddings)} images, {result.added} of them new, in {people}")
+    told = f"{result.person.name}: {len(result.person.embeddings)} images, {result.added} of them new, in {people}"
+    print_result(json, result.to_dict(), told)
 
 
 def identify(
@@ -199,10 +196,7 @@ def rename(
     from mgn_deploy.identity.people import People
 
     person = People.open(people).rename(name, new_name)
-    if json:
-        print_json(person.to_dict())
-    else:
-        print(f"{name} is {person.name}")
+    print_result(json, person.to_dict(), f"{name} is {person.name}")
 
 
 @people.command(epilog="Example:\n\nmgn-deploy people remove Anna --people people")
@@ -213,39 +207,37 @@ def remove(
     from mgn_deploy.identity.people import People
 
     person = People.open(people).remove(name)
-    if json:
-        print_json(person.to_dict())
-    else:
-        print(f"{person.name} is no longer enrolled in {people}")
+    print_result(json, person.to_dict(), f"{person.name} is no longer enrolled in {people}")
 
 
 def _print_calibration(made: Calibration) -> None:
-    def spread(value: Interval, form: str) -> str:
-        return f"{value.value:{form}} ({value.low:{form}} to {value.high:{form}})"
+    def spread(value: Interval, form: str, times: int = 100) -> str:
+        low, middle, high = (f"{times * one:{form}}" for one in (value.low, value.value, value.high))
+        return f"{middle} ({low} to {high})"
 
     data = made.data
     kind = "" if data.same_camera else " by two cameras"
     print_table(
-        ["cameras", "FAR", "threshold", "TAR, percent", "measured FAR, percent"],
+        ["pairs", "FAR", "threshold", "TAR, percent", "measured FAR, percent"],
         [
             [
-                cameras,
-                f"{rate.far:g}",
-                spread(rate.threshold, ".4f"),
-                f"{percent(rate.tar.value)} ({percent(rate.tar.low)} to {percent(rate.tar.high)})",
-                f"{100 * rate.measured_far.value:.3g} ({100 * rate.measured_far.low:.3g} to "
-                f"{100 * rate.measured_far.high:.3g})",
+                pairs,
+                f"{rate.far:g}" + (" (few people)" if rate.problem else ""),
+                spread(rate.threshold, ".4f", times=1),
+                spread(rate.tar, ".2f"),
+                spread(rate.measured_far, ".3g"),
             ]
-            for cameras, rates in [
+            for pairs, rates in [
                 ("all", made.rates),
-                *((f"{pair.cameras[0]}, {pair.cameras[1]}", pair.rates) for pair in made.camera_pairs),
+                *((f"means over {one.images} images", one.rates) for one in made.pooled),
+                *((f"cameras {pair.cameras[0]}, {pair.cameras[1]}", pair.rates) for pair in made.camera_pairs),
             ]
             for rate in rates
         ],
         title=f"{data.source}: {data.people} people, {data.images} images of {', '.join(data.subsets)}, "
         f"{data.genuine:,} pairs of one person and {data.impostor:,} of two{kind}; 95% intervals over people",
     )
-    print(f"equal error rate {percent(made.eer.value)} ({percent(made.eer.low)} to {percent(made.eer.high)}) percent")
+    print(f"equal error rate {spread(made.eer, '.2f')} percent")
     print_table(
         ["probability", "mean", "share of one person", "pairs"],
         [

@@ -9,7 +9,7 @@ import typer
 
 from mgn_deploy.choices import IndexKind
 from mgn_deploy.cli.options import Json, Seed, out
-from mgn_deploy.console import print_json, progress
+from mgn_deploy.console import print_result, progress
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Build indexes for approximate search.")
 
@@ -41,10 +41,9 @@ def build(
 
     with progress("rows") as update:
         made = build_index(Store.open(store), index, kind, recall=recall, seed=seed, progress=update)
-    if json:
-        print_json({"index": index, **made.model_dump()})
-    else:
-        print(
-            f"{index}: {made.kind} of {made.rows:,} rows, recall@10 {made.recall_at_10:.4f} against exact search over "
-            f"{made.recall_queries:,} rows"
-        )
+    print_result(
+        json,
+        {"index": index, **made.model_dump()},
+        f"{index}: {made.kind} of {made.rows:,} rows, recall@10 {made.recall_at_10:.4f} against exact search over "
+        f"{made.recall_queries:,} rows",
+    )

@@ -6,6 +6,7 @@ refuses any other value with exit code 2 and a sentence that names the choices.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -23,6 +24,8 @@ else:
     EngineName = Literal[EXPORT_ENGINES]
 
 _BACKENDS = ", ".join(ENGINES)
+_boxes = partial(typer.Option, rich_help_panel="Boxes")
+_proof = partial(typer.Option, rich_help_panel="Proof")
 
 
 def out(help: str) -> Any:
@@ -38,38 +41,25 @@ Backend = Annotated[
     typer.Option("--backend", metavar="ENGINE", help=f"auto (the first that is installed and proven) or {_BACKENDS}."),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, max=MAX_BATCH, help="Images a call of the engine.")]
-BoxClass = Annotated[
-    list[str],
-    typer.Option("--box-class", help="Name or number of a class that is taken, or all.", rich_help_panel="Boxes"),
-]
+BoxClass = Annotated[list[str], _boxes("--box-class", help="Name or number of a class that is taken, or all.")]
 BoxesFile = Annotated[
     Path | None,
-    typer.Option(
+    _boxes(
         "--boxes",
         help="A row for each box in the images: MOTChallenge's text, YOLO's folder, COCO's JSON, or a table of path, "
         "left, top, width and height.",
-        rich_help_panel="Boxes",
     ),
 ]
 Bundle = Annotated[Path, typer.Option("--bundle", help="The bundle: a folder that `export` wrote.")]
 Data = Annotated[str, typer.Option("--data", help=f"Labelled people as KIND:DIR; KIND is {', '.join(DATA_KINDS)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-MinScore = Annotated[float, typer.Option("--min-score", help="Of boxes that have a score.", rich_help_panel="Boxes")]
+MinScore = Annotated[float, _boxes("--min-score", help="Of boxes that have a score.")]
 ProofData = Annotated[
     str | None,
-    typer.Option(
-        "--data",
-        rich_help_panel="Proof",
-        help="Labelled people as KIND:DIR (see validate): the proof also ranks them beside PyTorch.",
-    ),
+    _proof("--data", help="Labelled people as KIND:DIR (see validate): the proof also ranks them beside PyTorch."),
 ]
 ProofImages = Annotated[
-    Path | None,
-    typer.Option(
-        "--proof-images",
-        rich_help_panel="Proof",
-        help="Folder of images to prove the engines on; drawn people without it.",
-    ),
+    Path | None, _proof("--proof-images", help="Folder of images to prove the engines on; drawn people without it.")
 ]
 QueryBundle = Annotated[
     Path | None,
@@ -79,7 +69,4 @@ RankDevice = Annotated[
     Device, typer.Option("--device", help="Where distances are computed; auto: on a CUDA device if there is one.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Of all random numbers.")]
-Video = Annotated[
-    Path | None,
-    typer.Option("--video", help="A video, in place of images, that --boxes is about.", rich_help_panel="Boxes"),
-]
+Video = Annotated[Path | None, _boxes("--video", help="A video, in place of images, that --boxes is about.")]

@@ -10,7 +10,7 @@ import typer
 
 from mgn_deploy.choices import Compute, Metric
 from mgn_deploy.cli.options import AllowUnproven, Backend, Json, QueryBundle, RankDevice, out
-from mgn_deploy.console import print_json, print_table, progress, say
+from mgn_deploy.console import print_json, print_result, print_table, progress, say
 
 if TYPE_CHECKING:
     from mgn_deploy.retrieval.rank_list import RankList
@@ -129,11 +129,12 @@ def distmat(
             rows, columns, matrix, metric, tile_bytes=memory << 20, device=arrays, progress=update
         )
     error = measured_error(rows.embeddings(), columns.embeddings(), metric, device=arrays)
-    if json:
-        made = {"matrix": str(matrix), "shape": shape, "dtype": "float32", "metric": metric}
-        print_json({**made, "device": arrays.name, "compute": compute, "largest_error_on_a_sample": error})
-    else:
-        print(f"{matrix}: float32 {list(shape)}, {metric} distance by {arrays.name} in {compute}, error {error:.1e}")
+    made = {
+        "matrix": str(matrix), "shape": shape, "dtype": "float32", "metric": metric, "device": arrays.name,
+        "compute": compute, "largest_error_on_a_sample": error,
+    }  # fmt: skip
+    told = f"{matrix}: float32 {list(shape)}, {metric} distance by {arrays.name} in {compute}, error {error:.1e}"
+    print_result(json, made, told)
 
 
 def _print_lists(lists: list[RankList]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,9 @@ import typer
 
 from mgn_deploy.choices import MAX_BATCH
 from mgn_deploy.cli.options import AllowUnproven, Backend, Bundle, Json
-from mgn_deploy.console import print_json, say
+from mgn_deploy.console import print_result, say
+
+_limit = partial(typer.Option, rich_help_panel="Limits")
 
 
 def serve(
@@ -24,24 +27,12 @@ def serve(
     ] = False,
     backend: Backend = "auto",
     allow_unproven: AllowUnproven = False,
-    batch: Annotated[
-        int, typer.Option(min=1, max=MAX_BATCH, rich_help_panel="Limits", help="Most images a call of the engine.")
-    ] = 8,
-    max_wait: Annotated[
-        float, typer.Option(min=0, rich_help_panel="Limits", help="Most ms that an image waits for others.")
-    ] = 5,
-    max_queue: Annotated[
-        int, typer.Option(min=1, rich_help_panel="Limits", help="Most images taken and not answered; then 503.")
-    ] = 256,
-    max_upload: Annotated[
-        float, typer.Option(min=0.001, rich_help_panel="Limits", help="Most MiB a request; then 413.")
-    ] = 32,
-    max_images: Annotated[
-        int, typer.Option(min=1, rich_help_panel="Limits", help="Most images a request, boxes counted; then 413.")
-    ] = 64,
-    max_pixels: Annotated[
-        float, typer.Option(min=0.001, rich_help_panel="Limits", help="Most megapixels an image; then 413.")
-    ] = 40,
+    batch: Annotated[int, _limit(min=1, max=MAX_BATCH, help="Most images a call of the engine.")] = 8,
+    max_wait: Annotated[float, _limit(min=0, help="Most ms that an image waits for others.")] = 5,
+    max_queue: Annotated[int, _limit(min=1, help="Most images taken and not answered; then 503.")] = 256,
+    max_upload: Annotated[float, _limit(min=0.001, help="Most MiB a request; then 413.")] = 32,
+    max_images: Annotated[int, _limit(min=1, help="Most images a request, boxes counted; then 413.")] = 64,
+    max_pixels: Annotated[float, _limit(min=0.001, help="Most megapixels an image; then 413.")] = 40,
     json: Json = False,
 ) -> None:
     """Serve embeddings, searches and a page over HTTP.
@@ -71,10 +62,7 @@ def serve(
 
     def started() -> None:
         say(f"the page: {server.address}/ (Ctrl-C ends it)")
-        if json:
-            print_json({"address": server.address})
-        else:
-            print(server.address)
+        print_result(json, {"address": server.address}, server.address)
         sys.stdout.flush()  # whoever started it waits for the address
 
     server.run(started)

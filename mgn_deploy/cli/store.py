@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mgn_deploy.cli.options import AllowUnproven, BoxClass, BoxesFile, Json, MinScore, Video, out
-from mgn_deploy.console import print_json, print_table, progress
+from mgn_deploy.console import print_json, print_result, print_table, progress
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Look at embedding stores, check, mend, join and export them."
@@ -119,10 +119,7 @@ def prune(
 
     found = open_inputs(source or [], root=root, boxes=boxes, classes=box_class, min_score=min_score, video=video)
     removed = run(store, [file.name for file in found.files])
-    if json:
-        print_json({"store": str(store), "removed": removed})
-    else:
-        print(f"{store}: {removed} images removed")
+    print_result(json, {"store": str(store), "removed": removed}, f"{store}: {removed} images removed")
 
 
 @app.command(epilog="Example:\n\nmgn-deploy store relocate store /mnt/photos")
@@ -135,10 +132,8 @@ def relocate(
     from mgn_deploy.gallery.relocate import relocate as run
 
     there, total = run(store, source)
-    if json:
-        print_json({"store": str(store), "source": source, "found": there, "images": total})
-    else:
-        print(f"{store}: its source is {source}, where {there} of its {total} images are")
+    made = {"store": str(store), "source": source, "found": there, "images": total}
+    print_result(json, made, f"{store}: its source is {source}, where {there} of its {total} images are")
 
 
 @app.command(epilog="Example:\n\nmgn-deploy store merge part-0 part-1 -o store")
@@ -151,10 +146,7 @@ def merge(
     from mgn_deploy.gallery.maintain import merge as run
 
     rows = run(stores, merged)
-    if json:
-        print_json({"store": str(merged), "rows": rows})
-    else:
-        print(f"{merged}: {rows} rows of {len(stores)} stores")
+    print_result(json, {"store": str(merged), "rows": rows}, f"{merged}: {rows} rows of {len(stores)} stores")
 
 
 @app.command("pool-tracks", epilog="Example:\n\nmgn-deploy store pool-tracks store -o tracks")
@@ -172,10 +164,8 @@ def pool_tracks(
 
     with progress() as update:
         pooled = run(store, tracks, best=best, progress=update)
-    if json:
-        print_json({"store": str(tracks), **pooled.to_dict()})
-    else:
-        print(f"{tracks}: {pooled.tracks} tracks, of {pooled.taken} of {pooled.images} images")
+    made = {"store": str(tracks), **vars(pooled)}
+    print_result(json, made, f"{tracks}: {pooled.tracks} tracks, of {pooled.taken} of {pooled.images} images")
 
 
 @app.command(epilog="Example:\n\nmgn-deploy store compact store")
@@ -184,10 +174,8 @@ def compact(store: StoreFolder, json: Json = False) -> None:
     from mgn_deploy.gallery.maintain import compact as run
 
     before, after = run(store)
-    if json:
-        print_json({"store": str(store), "rows_before": before, "rows": after})
-    else:
-        print(f"{store}: {after} rows, {before - after} replaced ones removed")
+    made = {"store": str(store), "rows_before": before, "rows": after}
+    print_result(json, made, f"{store}: {after} rows, {before - after} replaced ones removed")
 
 
 @app.command(epilog="Example:\n\nmgn-deploy store export store -o gallery.parquet")
@@ -201,8 +189,6 @@ def export(
     from mgn_deploy.gallery.store import Store
 
     opened = Store.open(store)
-    path = export_store(opened, file)
-    if json:
-        print_json({"file": str(path), "rows": len(opened), "dim": opened.manifest.dim, "dtype": opened.manifest.dtype})
-    else:
-        print(f"{path}: {len(opened)} embeddings of {opened.manifest.dim} {opened.manifest.dtype}")
+    path, rows, dim, dtype = export_store(opened, file), len(opened), opened.manifest.dim, opened.manifest.dtype
+    made = {"file": str(path), "rows": rows, "dim": dim, "dtype": dtype}
+    print_result(json, made, f"{path}: {rows} embeddings of {dim} {dtype}")

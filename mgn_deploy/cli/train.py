@@ -9,7 +9,7 @@ import typer
 
 from mgn_deploy.choices import Device
 from mgn_deploy.cli.options import Data, Json, out
-from mgn_deploy.console import is_first_process, print_json, progress
+from mgn_deploy.console import is_first_process, print_result, progress
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def train(
         )
     if not is_first_process():
         return
-    if json:
-        best = str(run / BEST) if (run / BEST).is_dir() else None
-        made = {"weights": str(run / WEIGHTS), "best": best, "log": str(run / CSV), "notes": notes}
-        print_json({**made, "identities": model.config.num_classes, "model": model.config.model_dump(mode="json")})
-    else:
-        print(run / WEIGHTS)
+    best = str(run / BEST) if (run / BEST).is_dir() else None
+    made = {
+        "weights": str(run / WEIGHTS), "best": best, "log": str(run / CSV), "notes": notes,
+        "identities": model.config.num_classes, "model": model.config.model_dump(mode="json"),
+    }  # fmt: skip
+    print_result(json, made, run / WEIGHTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,38 +28,21 @@ def _refuse_index(index: str | None) -> None:
         )
 
 
-_RANKING, _MORE = "Ranking", "More figures"
+_ranking = partial(typer.Option, rich_help_panel="Ranking")
+_more = partial(typer.Option, rich_help_panel="More figures")
 
-MetricOption = Annotated[Metric, typer.Option("--metric", rich_help_panel=_RANKING, help="Of the distances.")]
+MetricOption = Annotated[Metric, _ranking("--metric", help="Of the distances.")]
 Cameras = Annotated[
-    bool,
-    typer.Option(
-        "--cameras/--no-cameras", rich_help_panel=_RANKING, help="Leave out the query's person by the query's camera."
-    ),
+    bool, _ranking("--cameras/--no-cameras", help="Leave out the query's person by the query's camera.")
 ]
-Rerank = Annotated[bool, typer.Option("--rerank", rich_help_panel=_RANKING, help="Also after k-reciprocal re-ranking.")]
-Aqe = Annotated[
-    int, typer.Option("--aqe", min=0, rich_help_panel=_RANKING, help="Neighbours that expand a query; 0: none.")
-]
-Dba = Annotated[
-    int,
-    typer.Option("--dba", min=0, rich_help_panel=_RANKING, help="Neighbours that augment a gallery image; 0: none."),
-]
-RocOption = Annotated[
-    bool, typer.Option("--roc", rich_help_panel=_MORE, help="TPR at FPR 1e-2 to 1e-5, and EER, over all pairs.")
-]
-SingleShotOption = Annotated[
-    bool, typer.Option("--single-shot", rich_help_panel=_MORE, help="CUHK03's classic protocol, 100 draws.")
-]
-Intervals = Annotated[bool, typer.Option("--ci", rich_help_panel=_MORE, help="95% bootstrap intervals over queries.")]
-NoIndex = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=_RANKING, callback=_refuse_index, help="Refused: figures depend on every neighbour."),
-]
-PerQuery = Annotated[
-    Path | None,
-    typer.Option("--per-query", rich_help_panel=_MORE, help="Write each query's figures to a Parquet file."),
-]
+Rerank = Annotated[bool, _ranking("--rerank", help="Also after k-reciprocal re-ranking.")]
+Aqe = Annotated[int, _ranking("--aqe", min=0, help="Neighbours that expand a query; 0: none.")]
+Dba = Annotated[int, _ranking("--dba", min=0, help="Neighbours that augment a gallery image; 0: none.")]
+RocOption = Annotated[bool, _more("--roc", help="TPR at FPR 1e-2 to 1e-5, and EER, over all pairs.")]
+SingleShotOption = Annotated[bool, _more("--single-shot", help="CUHK03's classic protocol, 100 draws.")]
+Intervals = Annotated[bool, _more("--ci", help="95% bootstrap intervals over queries.")]
+NoIndex = Annotated[str | None, _ranking(callback=_refuse_index, help="Refused: figures depend on every neighbour.")]
+PerQuery = Annotated[Path | None, _more("--per-query", help="Write each query's figures to a Parquet file.")]
 
 
 def validate(
@@ -76,13 +60,7 @@ def validate(
         typer.Option(help="Pool each query with gt_bbox's images of its person and camera (Market-1501)."),
     ] = None,
     reference_sample: Annotated[
-        int | None,
-        typer.Option(
-            "--reference-sample",
-            min=2,
-            rich_help_panel=_MORE,
-            help="Run the reference only on people with so many images.",
-        ),
+        int | None, _more("--reference-sample", min=2, help="Run the reference only on people with so many images.")
     ] = None,
     store: Annotated[
         Path | None,
@@ -98,10 +76,7 @@ def validate(
     single_shot: SingleShotOption = False,
     ci: Intervals = False,
     open_set: Annotated[
-        bool,
-        typer.Option(
-            "--open-set", rich_help_panel=_MORE, help="Enrol half of the people and measure DIR at FPIR, 100 draws."
-        ),
+        bool, _more("--open-set", help="Enrol half of the people and measure DIR at FPIR, 100 draws.")
     ] = False,
     per_query: PerQuery = None,
     index: NoIndex = None,

@@ -10,7 +10,7 @@ import typer
 
 from mgn_deploy.choices import GlobalStride, Pooling, SourceName, StemPool
 from mgn_deploy.cli.options import Json, Seed, out
-from mgn_deploy.console import print_json, say
+from mgn_deploy.console import print_result, say
 from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
@@ -42,10 +42,8 @@ def init(
     from mgn_deploy.train.weights import weights_hash, write_untrained_weights
 
     write_untrained_weights(folder, config, start, seed)
-    if json:
-        print_json({"weights": str(folder), "sha256": weights_hash(folder), "model": config.model_dump(mode="json")})
-    else:
-        print(folder)
+    made = {"weights": str(folder), "sha256": weights_hash(folder), "model": config.model_dump(mode="json")}
+    print_result(json, made, folder)
 
 
 def import_checkpoint(
@@ -72,10 +70,7 @@ def import_checkpoint(
         checkpoint, folder, source, pooling=pool, global_stride=global_stride, stem_pool=stem_pool, size=pixels
     )
     _tell(report)
-    if json:
-        print_json({"weights": str(folder), **asdict(report)})
-    else:
-        print(folder)
+    print_result(json, {"weights": str(folder), **asdict(report)}, folder)
 
 
 def _tell(report: Report) -> None:

@@ -10,12 +10,12 @@ import onnxruntime
 import pytest
 import torch
 from emulator.host import HostKernel, build_host
+from emulator.reference import embed, stripe_pool_reduce
 from layer_table import layers_from_log
 from onnx import TensorProto
 
 from mgn_deploy.backends.heads.cuda import map_type
-from mgn_deploy.backends.heads.cut import check_heads, cut_heads
-from mgn_deploy.backends.heads.fused import FusedHeads
+from mgn_deploy.backends.heads.cut import FusedHeads, check_heads, cut_heads
 from mgn_deploy.backends.opening import open_backend
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, build_plans
@@ -27,7 +27,6 @@ from mgn_deploy.export.exporter import export_bundle
 from mgn_deploy.export.graph.trace import build_graph
 from mgn_deploy.export.options import ExportOptions
 from mgn_deploy.export.precision.half import to_half
-from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
 from mgn_deploy.train.weights import load_weights, new_model
 
 SMALL = ModelConfig(backbone="resnet18", base_width=16, reduced_width=16, height=96, width=32)

@@ -16,11 +16,11 @@ import pytest
 from conftest import mgn_deploy
 
 from mgn_deploy.backends.onnxruntime.cpu import OnnxRuntimeBackend
-from mgn_deploy.bench import contenders, server, speed, timing
+from mgn_deploy.bench import contenders, environment, server, speed, timing
 from mgn_deploy.bench import page as page_module
 from mgn_deploy.bench.compare import compare
 from mgn_deploy.bench.contenders import operations
-from mgn_deploy.bench.environment import Meter, Noise, Sample
+from mgn_deploy.bench.environment import Meter, Noise
 from mgn_deploy.bench.page import page, table
 from mgn_deploy.bench.result import Result, read_result
 from mgn_deploy.bench.server import search
@@ -127,10 +127,8 @@ def test_what_is_null_has_a_reason(result):
 def test_the_json_is_read_back_and_names_machine_and_packages(result, tmp_path):
     (tmp_path / "bench.json").write_text(result.model_dump_json())
     assert read_result(tmp_path) == result
-    environment = result.environment
-    assert environment.hardware.cpu
-    assert environment.packages["onnxruntime"]
-    assert environment.packages["torch"]
+    assert result.environment.hardware.cpu
+    assert {"onnxruntime", "torch"} <= set(result.environment.packages)
     assert result.limits.operations_per_second["float32"] > 1e8
     assert result.limits.copy_bytes_per_second > 1e8
 
@@ -214,7 +212,9 @@ def slowed(bundle_folder, crops):
 
 
 def test_a_run_compared_with_itself_says_same(slowed, result):
-    for one in (*slowed, result):
+    """Also of two bundles whose rows have one name."""
+    two = slowed[0].model_copy(update={"rows": [one.rows[0] for one in slowed]})
+    for one in (*slowed, two, result):
         assert {compared.verdict for compared in compare(one, one)} == {"SAME"}
 
 
@@ -277,7 +277,7 @@ def test_a_busy_loop_beside_is_reported_as_noise(bundle_folder, crops):
 def test_work_of_others_and_theft_are_told_and_our_own_work_is_not(monkeypatch, busy, steal, own, flags):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     meter = Meter()
-    meter.add(Sample(0, 0, 0, 0, 0), Sample(1.0, busy, steal, own, 0))
+    meter.grown = np.array([1.0, busy, steal, own, 0])
     noise = meter.noise(0.01)
     assert (noise.flags, noise.disturbed) == (flags, bool(flags))
 
@@ -293,6 +293,31 @@ def test_clocks_that_are_held_down_are_told_by_any_driver(monkeypatch, named):
     monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(**calls))
     assert Management().slowed() == ["power cap", "thermal"]
     assert Management().joules() is None
+
+
+def test_energy_is_not_counted_where_the_counter_began_again(embedder, monkeypatch):
+    readings = iter([10.0, 25.0, 262_000.0, 5.0])
+    monkeypatch.setattr(contenders, "joules", lambda: (next(readings), "CPU package-0"))
+    images = SimpleNamespace(crops=np.zeros((1, embedder.height, embedder.width, 3), np.uint8))
+    contender = contenders.Contender(SimpleNamespace(batch=1, images=1), embedder, images, ())
+    for _ in range(2):
+        assert contender._offline() > 0
+    assert (contender.energy, contender.embedded) == (15.0, 1)
+
+
+def test_a_copy_that_somebody_elses_repository_does_not_track_has_no_commit(tmp_path, monkeypatch):
+    def git(*words):
+        command = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "environment.py").touch()
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    git("init")
+    git("commit", "--allow-empty", "-m", "theirs")
+    assert environment._commit() is None
+    git("add", ".")
+    git("commit", "-m", "with it")
+    assert environment._commit() == git("rev-parse", "HEAD")
 
 
 def test_where_cupti_shows_no_kernel_a_gpus_time_is_not_zero(embedder, monkeypatch):
@@ -324,6 +349,21 @@ def test_without_time_for_a_trial_the_server_is_not_measured():
         search(lambda rate: (1.0, 100), 50.0, 100.0, time.monotonic())
 
 
+@pytest.mark.timeout(60)
+def test_an_engine_that_breaks_under_requests_ends_the_trial():
+    pytest.importorskip("mlperf_loadgen")
+    left = [3]
+
+    def embed(images):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("the GPU is lost")
+        return images
+
+    with pytest.raises(CannotRun, match="RuntimeError: the GPU is lost"):
+        server.held_rate(embed, np.zeros((4, 1, 1, 3), np.uint8), 1, 100.0, 100.0, FOREVER)
+
+
 def test_loadgen_finds_what_an_engine_holds(embedder, bundle_folder, crops):
     pytest.importorskip("mlperf_loadgen")
     with short(rounds=2) as patch:
@@ -348,6 +388,18 @@ def test_the_command_writes_table_json_and_page(bundle_folder, crops, tmp_path):
         assert words in " ".join(done.stdout.split())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.html", "bench.json"]
     assert read_result(tmp_path / "out").rows[0].engine == "openvino"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "measure", lambda *_, **__: pytest.fail("minutes of work are lost"))
+    (tmp_path / "file").touch()
+    done = mgn_deploy("bench", "bundle", "--out", tmp_path / "file")
+    assert done.exit_code == 2
+    assert "File exists" in done.stderr
+
+
+def test_a_batch_larger_than_the_count_has_its_images(crops):
+    assert [len(contenders.read_images(crops, 96, 32, 4, batch).paths) for batch in (1, 8)] == [4, 8]
 
 
 def test_without_the_reference_weights_the_sentence_names_the_way_out(bundle_folder, tmp_path):

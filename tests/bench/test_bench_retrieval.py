@@ -42,4 +42,4 @@ def test_each_contender_says_seconds_and_memory_and_re_rankings_are_compared(mon
 def test_an_unknown_contender_is_refused(capsys):
     with pytest.raises(SystemExit):
         retrieval.main(["abacus"])
-    assert "no contender abacus: choose of matrix_product" in capsys.readouterr().err
+    assert "invalid choice: 'abacus' (choose from" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from mgn_deploy.bench.peers.ways import PEERS
+from mgn_deploy.bench.peers.ways import PEERS, Peer
+from mgn_deploy.bundle.bundle import Bundle
 
 pytestmark = pytest.mark.slow
 QUANTISED = [peer.name for peer in PEERS if "quant" in peer.name.lower()]
@@ -44,6 +46,18 @@ def test_every_peer_has_a_rate_or_says_why_not(result):
             assert row["of_ours"] > 0
     assert rows_of(result)["mgn-deploy"]["of_ours"] == 1
     assert "--int8 BUNDLE" in rows_of(result)["mgn-deploy INT8"]["left_out"]
+
+
+def test_where_ours_did_not_run_nothing_is_said_of_it(bundle_folder, crops):
+    from mgn_deploy.bench.peers.__main__ import run
+
+    chosen = argparse.Namespace(
+        images=crops, count=4, batch=4, calib=None, minutes=0.001, bundle=[bundle_folder], int8=[]
+    )
+    peer = Peer("another's loop, from files", "", lambda given: lambda: 10.0)
+    [row] = run(chosen, Bundle.open(bundle_folder), [peer])["rows"]
+    assert row["images_per_second"]["median"] == 10
+    assert "of_ours" not in row
 
 
 def test_float_peers_give_the_reference_embeddings(result):

@@ -58,7 +58,7 @@ def test_warm_up_that_never_settles_ends_with_its_time_and_says_so(monkeypatch):
 
 
 def test_without_pytorch_the_limits_are_numpys():
-    found = timing._limits_by_numpy(2)
+    found = timing._limits_by_numpy()
     assert found.by.startswith("numpy")
     assert set(found.operations_per_second) == {"float32"}
     assert found.copy_bytes_per_second > 1e7

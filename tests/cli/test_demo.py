@@ -83,6 +83,14 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_link_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / demo.MARKER).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(UserError, match=r"link cannot be written: .*symbolic link"):
+        demo.run_demo(tmp_path / "link")
+
+
 def test_a_file_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes").write_text("words")
     with pytest.raises(UserError, match="choose another folder"):
