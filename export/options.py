@@ -10,7 +10,7 @@ from typing import TypeAlias, get_args
 
 from mgn_deploy.backends.registry import ENGINES, EXPORT_ENGINES
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, check_batch
-from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH
+from mgn_deploy.bundle.manifest import DEFAULT_BATCH
 from mgn_deploy.bundle.signature import read_private_key
 from mgn_deploy.choices import Precision
 from mgn_deploy.datasets import Dataset

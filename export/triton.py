@@ -16,8 +16,7 @@ from pathlib import Path
 from string import Template
 
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.engine_entry import EngineEntry
-from mgn_deploy.bundle.manifest import GRAPH
+from mgn_deploy.bundle.manifest import GRAPH, EngineEntry
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_folder
 from mgn_deploy.images.decode import PREPROCESSING

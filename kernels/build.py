@@ -23,6 +23,11 @@ _log = logging.getLogger("mgn_deploy")
 
 # 8.7 is Jetson Orin (JetPack 6 and 7), 11.0 Jetson Thor, which CUDA 12 called 10.1.
 ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "110", "120")
+_ENTRY = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,8 @@ def compile_for(arch: str, kernels: Sequence[str]) -> dict[str, Use]:
 
 def read_report(report: str) -> dict[str, Use]:
     """What the lines of ptxas's -v say, by the kernels' symbols."""
-    uses = {}
-    for part in report.split("Compiling entry function")[1:]:
-        symbol = re.search(r"'(\w+)'", part)
-        registers = re.search(r"Used (\d+) registers", part)
-        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        if symbol and registers and memory:
-            uses[symbol[1]] = Use(int(registers[1]), sum(map(int, memory.groups())))
-    return uses
+    found = _ENTRY.findall(report)
+    return {symbol: Use(int(registers), sum(map(int, memory))) for symbol, *memory, registers in found}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,15 +1,11 @@
 """`stripe_pool_reduce.cu` on a GPU without a compiler at the user's: NVRTC compiles the kernels of a problem on first
-use, by `cuda-core`, and the machine code is kept on disk.
-
-$XDG_CACHE_HOME/mgn-deploy/kernels/KEY.cubin   machine code of one problem's kernels for one architecture
-$XDG_CACHE_HOME/mgn-deploy/kernels/KEY.json    its SHA-256 and the kernels' names in it
+use, by `cuda-core`, and the machine code of one problem's kernels for one architecture is kept on disk
+(`mgn_deploy/cached.py`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,9 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from mgn_deploy.cached import load_entry, save_entry
 from mgn_deploy.cuda.errors import cuda_sentence
 from mgn_deploy.errors import CannotRun, UserError
-from mgn_deploy.files import cache_folder, write_bytes, write_text
+from mgn_deploy.files import sha256_bytes
 from mgn_deploy.kernels.params import Params, Pointers, params_of
 from mgn_deploy.kernels.plan import Device, Launch, Plan, Problem, fused_launch, launches, may_be_fused, plan_on
 
@@ -51,14 +48,15 @@ def compile_kernels(kernels: tuple[str, ...], arch: str) -> MachineCode:
 
     Raises:
         CannotRun: NVRTC is not installed.
-        UserError: it does not compile for that architecture, or the cache folder cannot be written.
+        UserError: it does not compile for that architecture.
     """
-    compiler = ".".join(map(str, _version()))
-    key = hashlib.sha256("\0".join([*kernels, arch, compiler, SOURCE.read_text()]).encode()).hexdigest()
-    code = _load(key)
-    if code is None:
-        code = compile_uncached(kernels, arch)
-        _save(key, code)
+    key = sha256_bytes("\0".join([*kernels, arch, _version(), SOURCE.read_text()]).encode())
+    found = load_entry("kernels", key, "cubin")
+    if found:
+        cubin, record = found
+        return MachineCode(cubin, record["symbols"])
+    code = compile_uncached(kernels, arch)
+    save_entry("kernels", key, "cubin", code.cubin, {"symbols": code.symbols})
     return code
 
 
@@ -74,7 +72,7 @@ def compile_uncached(kernels: tuple[str, ...], arch: str, log: TextIO | None = N
         CannotRun: NVRTC is not installed.
         UserError: it does not compile for that architecture.
     """
-    compiler = ".".join(map(str, _version()))
+    compiler = _version()
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
@@ -88,18 +86,21 @@ def compile_uncached(kernels: tuple[str, ...], arch: str, log: TextIO | None = N
             f"NVRTC {compiler} does not compile the kernels for {arch} ({reason}): install one that "
             "is as new as the GPU"
         ) from error
-    return MachineCode(bytes(built.code), {name: _text(symbol) for name, symbol in built.symbol_mapping.items()})
+    symbols = {
+        name: symbol.decode() if isinstance(symbol, bytes) else symbol for name, symbol in built.symbol_mapping.items()
+    }
+    return MachineCode(bytes(built.code), symbols)
 
 
-def _version() -> tuple[int, int]:
-    """Of NVRTC; CannotRun where it is not installed."""
+def _version() -> str:
+    """Of NVRTC, as "13.0"; CannotRun where it is not installed."""
     problem = nvrtc_problem()
     if problem:
         raise CannotRun(problem)
     from cuda.bindings import nvrtc
 
     _, major, minor = nvrtc.nvrtcVersion()
-    return major, minor
+    return f"{major}.{minor}"
 
 
 def nvrtc_problem() -> str | None:
@@ -110,40 +111,12 @@ def nvrtc_problem() -> str | None:
         import_module("cuda.core")
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
-        return f"the CUDA kernels are compiled on first use, which needs NVRTC ({error}): {INSTALL}"
+        reason = " ".join(str(error).split())
+        return f"the CUDA kernels are compiled on first use, which needs NVRTC ({reason}): {INSTALL}"
     installed = version("cuda-core")
     if int(installed.split(".")[0]) < int(CUDA_CORE.split(".")[0]):
         return f"cuda-core {installed} is older than {CUDA_CORE}, whose interface the CUDA kernels need: {INSTALL}"
     return None
-
-
-def _text(symbol: bytes | str) -> str:
-    return symbol.decode() if isinstance(symbol, bytes) else symbol
-
-
-def _load(key: str) -> MachineCode | None:
-    """Read from the cache; None where there is none or it is damaged: then it is compiled again."""
-    folder = cache_folder("kernels")
-    try:
-        record = json.loads((folder / f"{key}.json").read_bytes())
-        cubin = (folder / f"{key}.cubin").read_bytes()
-        intact = record["sha256"] == hashlib.sha256(cubin).hexdigest()
-        return MachineCode(cubin, dict(record["symbols"])) if intact else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _save(key: str, code: MachineCode) -> None:
-    folder = cache_folder("kernels")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME to a folder that can be written"
-        ) from None
-    write_bytes(folder / f"{key}.cubin", code.cubin)
-    record = {"sha256": hashlib.sha256(code.cubin).hexdigest(), "symbols": code.symbols}
-    write_text(folder / f"{key}.json", json.dumps(record))
 
 
 class PlannedKernel:

@@ -6,7 +6,7 @@ import ctypes
 from typing import NamedTuple
 
 from mgn_deploy.config import region_rows
-from mgn_deploy.kernels.plan import MAX_BRANCHES, MAX_REGIONS, MAX_RUNS, NECKS, OUTPUTS, Plan, Problem
+from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_BRANCHES, MAX_REGIONS, MAX_RUNS, NECKS, OUTPUTS, Plan, Problem
 
 
 class Branch(ctypes.Structure):
@@ -67,7 +67,7 @@ def params_of(problem: Problem, plan: Plan, pointers: Pointers) -> Params:
         **{name: getattr(problem, name) for name in ("batch", "channels", "reduced", "features")},
         **{name: getattr(pointers, name) for name in ("weight", "bias", "scale", "shift", "power", "output")},
         barrier=pointers.workspace,
-        pooled=pointers.workspace + plan.pooled_offset,
+        pooled=pointers.workspace + BARRIER_BYTES,
         partial=pointers.workspace + plan.partial_offset,
         branches=len(problem.branches),
         neck=list(NECKS).index(problem.neck),
@@ -112,11 +112,9 @@ def _branch(problem: Problem, index: int) -> Branch:
     for number, (first, last) in enumerate(runs):
         branch.run_begin[number], branch.run_end[number] = first * width, last * width
     for number, (first, last) in enumerate(regions):
-        own = [number] if problem.pooling == "gem" else _runs_inside(runs, first, last)
+        own = [number]  # of a generalised mean; other regions may have several runs, and share them
+        if problem.pooling != "gem":
+            own = [run for run, (begin, end) in enumerate(runs) if first <= begin and end <= last]
         branch.region_begin[number], branch.region_end[number] = own[0], own[-1] + 1
         branch.region_pixels[number] = (last - first) * width
     return branch
-
-
-def _runs_inside(runs: list[tuple[int, int]], first: int, last: int) -> list[int]:
-    return [number for number, (begin, end) in enumerate(runs) if first <= begin and end <= last]

@@ -18,6 +18,7 @@ POOLINGS = {"max": "kMax", "avg": "kAvg", "gem": "kGem"}
 NECKS = {"relu": "kRelu", "linear": "kLinear", "relu_norm": "kReluNorm"}
 OUTPUTS = {"features": "kFeatures", "embeddings": "kEmbeddings", "mirror_embeddings": "kMirrorEmbeddings"}
 PATHS = ("auto", "fused", "rows", "tiles")
+CHOICES = {"dtype": TYPES, "layout": LAYOUTS, "pooling": POOLINGS, "neck": NECKS, "output": OUTPUTS, "path": PATHS}
 
 MAX_BRANCHES, MAX_STRIPES, MAX_BATCH = 4, 8, 1024
 MAX_REGIONS, MAX_RUNS = 1 + MAX_STRIPES, 2 * MAX_STRIPES - 1
@@ -80,15 +81,7 @@ class Problem:
             raise ValueError(f"stripe_pool_reduce: {wrong}")
 
     def _wrong(self) -> str | None:
-        choices = {
-            "dtype": TYPES,
-            "layout": LAYOUTS,
-            "pooling": POOLINGS,
-            "neck": NECKS,
-            "output": OUTPUTS,
-            "path": PATHS,
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 return f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}"
         if not 1 <= self.batch <= MAX_BATCH:
@@ -159,7 +152,8 @@ class Plan:
     `path` is never "auto". In "tiles" the sum over channels has `splits` parts of `depth` channels, each by its own
     block, on `tensor_cores` or not. `fused_blocks` is the grid of "fused". Where `overlapped`, the second and third of
     three launches start while the one before ends, and `row_blocks` blocks, a cluster, share a row of the epilogue;
-    else the launches are plain. Offsets are in bytes from the start of the workspace.
+    else the launches are plain. `partial_offset` is in bytes from the start of the workspace, where the barrier is and
+    then, at `BARRIER_BYTES`, the pooled vectors.
     """
 
     path: str
@@ -169,7 +163,6 @@ class Plan:
     fused_blocks: int
     overlapped: bool
     row_blocks: int
-    pooled_offset: int
     partial_offset: int
     workspace_bytes: int
 
@@ -207,7 +200,6 @@ def plan_on(problem: Problem, device: Device) -> Plan:
         fused_blocks=fused_blocks,
         overlapped=overlapped,
         row_blocks=row_blocks,
-        pooled_offset=BARRIER_BYTES,
         partial_offset=partial_offset,
         workspace_bytes=partial_offset + _round_up(4 * splits * problem.batch * dim, 256),
     )

@@ -99,15 +99,9 @@ def pointers_to(
     shift: Any = None,
     powers: Any = None,
 ) -> Pointers:
-    """Find the addresses of arrays that have `__cuda_array_interface__`, as `GPUArray`s do.
+    """Find the addresses of arrays that have `__cuda_array_interface__`, as `GPUArray`s do, beside the workspace's.
 
-    Args:
-        problem: what to compute.
-        workspace: address of the plan's workspace.
-        maps: and all after it: as `PycudaKernel.launch` takes them.
-
-    Raises:
-        ValueError: an array has another shape, type or order, or begins off 16 bytes.
+    Arguments and errors are those of `PycudaKernel.launch`.
     """
     if len(maps) != len(problem.branches):
         raise ValueError(f"stripe_pool_reduce: {len(maps)} maps are not the {len(problem.branches)} of the problem")

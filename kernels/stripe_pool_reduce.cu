@@ -1,7 +1,7 @@
 // Stripe-pool-reduce: the heads of an MGN (section 3.1 of Wang et al. 2018), from the branches' last maps to features
-// or unit embeddings. `kernels/reference.py` is the definition; `kernels/plan.py` says which of these kernels run for a
-// problem, over what grids and with which Params; `kernels/nvrtc.py` compiles and launches them. `tests/emulator` runs
-// them on a CPU.
+// or unit embeddings. `tests/emulator/reference.py` is the definition; `kernels/plan.py` says which of these kernels run
+// for a problem, over what grids and with which Params; `kernels/nvrtc.py` compiles and launches them. `tests/emulator`
+// runs them on a CPU.
 //
 //   map of branch b              pooled                  partial                     output
 //   [n, C, H, W] or              [F, n, C]               [splits, n, F * R]          [n or n / 2, F * R]

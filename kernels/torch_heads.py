@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mgn_deploy.config import GEM_EPSILON, features_of, region_rows
 from mgn_deploy.kernels.params import Pointers
@@ -62,9 +61,11 @@ class Heads:
                     f"stripe_pool_reduce: {name} is on {tensor.device}, needs {maps[0].device} as map 0 is"
                 )
 
-    def features(self) -> Tensor:
-        """Compute the operator's result by PyTorch's operators: `[n, F * R]`."""
-        reduced = self.products(self.pooled(places=False)[0])
+    def features(self, *, graded: bool = False) -> Tensor:
+        """Compute the operator's result by PyTorch's operators: `[n, F * R]`. Where `graded`, a maximum's gradient goes
+        to the first pixel that has it."""
+        pooled = wide(torch.stack(self._pooled(graded)))  # [F, n, C]
+        reduced = torch.baddbmm(wide(self.bias).unsqueeze(1), pooled, wide(self.weight).transpose(1, 2))
         if self.neck != "linear":
             reduced = reduced.relu()
         if self.neck == "relu_norm":
@@ -73,36 +74,24 @@ class Heads:
             reduced = reduced * self.scale.unsqueeze(1) + self.shift.unsqueeze(1)
         return reduced.transpose(0, 1).flatten(1).to(self.maps[0].dtype)
 
-    def pooled(self, *, places: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """Pool all regions: vectors `[F, n, C]`, and for "max" where in its map each maximum is, `[n, C]` each, as
-        row * W + column. Without `places` they are not looked for, and maps that are channels last are not copied.
-
-        Unlike `train.model.stripe_pool`, which networks run, it sums in float32 or wider and finds what a gradient of a
-        maximum goes to.
-        """
+    def _pooled(self, graded: bool) -> list[Tensor]:
+        """Pool all regions, `[n, C]` each. Unlike `train.model.stripe_pool`, which networks run, it sums in float32 or
+        wider."""
         vectors: list[Tensor] = []
-        found: list[Tensor] = []
         for map_, stripes in zip(self.maps, self.branches, strict=True):
             for first, last in region_rows(map_.shape[2], stripes):
                 region = map_[:, :, first:last]
-                if self.pooling == "max" and not places:
-                    vector = region.amax((2, 3))
-                elif self.pooling == "max":
-                    vector, place = functional.adaptive_max_pool2d(region, 1, return_indices=True)
-                    found.append(place.flatten(1) + first * map_.shape[3])
-                    vector = vector.flatten(1)
+                if self.pooling == "max":
+                    # The second spreads the gradient over all that are equal, and copies no map that is channels last.
+                    vector = region.flatten(2).max(2).values if graded else region.amax((2, 3))
                 elif self.pooling == "avg":
                     vector = wide(region).mean((2, 3))
                 else:
                     assert self.powers is not None
                     power = self.powers[len(vectors)]
                     vector = wide(region).clamp(min=GEM_EPSILON).pow(power).mean((2, 3)).pow(1 / power)
-                vectors.append(wide(vector))
-        return torch.stack(vectors), found
-
-    def products(self, pooled: Tensor) -> Tensor:
-        """Reduce pooled vectors to `[F, n, R]`, before what the neck adds."""
-        return torch.baddbmm(wide(self.bias).unsqueeze(1), pooled, wide(self.weight).transpose(1, 2))
+                vectors.append(vector)
+        return vectors
 
     @property
     def channels_last(self) -> bool:
@@ -110,19 +99,14 @@ class Heads:
 
     def arranged(self) -> Heads:
         """Return what the kernels read: dense, aligned, the small ones in float32; copies where they differ."""
-
-        def float32(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.float().contiguous()
-
+        given = {name: getattr(self, name) for name in ("bias", "powers", "scale", "shift")}
+        small = {name: tensor.float().contiguous() for name, tensor in given.items() if tensor is not None}
         format_ = torch.channels_last if self.channels_last else torch.contiguous_format
         return replace(
             self,
             maps=[_aligned(map_.contiguous(memory_format=format_)) for map_ in self.maps],
             weight=_aligned(self.weight.contiguous()),
-            bias=self.bias.float().contiguous(),
-            powers=float32(self.powers),
-            scale=float32(self.scale),
-            shift=float32(self.shift),
+            **small,
         )
 
     def problem(self, output: str = "features", path: str = "auto") -> Problem:

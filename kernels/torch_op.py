@@ -2,7 +2,7 @@
 
 On CUDA it is the kernels of `stripe_pool_reduce.cu`, compiled on first use; on the CPU it is PyTorch's operators. It
 has a gradient in every tensor argument, that of a maximum going to the first pixel that has it, and works under
-`torch.compile` and `torch.export`. `kernels/reference.py` is the definition.
+`torch.compile` and `torch.export`. `tests/emulator/reference.py` is the definition.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mgn_deploy.config import GEM_EPSILON, region_rows
 from mgn_deploy.kernels.nvrtc import PlannedKernel
-from mgn_deploy.kernels.plan import BARRIER_BYTES, Problem
+from mgn_deploy.kernels.plan import BARRIER_BYTES
 from mgn_deploy.kernels.torch_heads import Heads, wide
 
 
@@ -66,53 +65,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    """Compute the gradients of all arguments.
+    """Compute the gradients of all arguments, by PyTorch's operators in float32 or wider, rounded once.
 
-    The pooled vectors are computed again: keeping them would cost memory that training is short of, and computing them
-    is one pass over the maps.
+    The features are computed again: keeping what they are made from would cost memory that training is short of, and
+    computing it is one pass over the maps.
     """
-    maps = list(ctx.saved_tensors[: ctx.maps])
-    weight, bias, powers, scale, _ = ctx.saved_tensors[ctx.maps :]
-    heads = Heads(maps, ctx.branches, weight, bias, ctx.pooling, ctx.neck, powers, scale)
-    pooled, places = heads.pooled()
-    products = heads.products(pooled)
-    of_reduced = wide(gradient).reshape(-1, *weight.shape[:2]).transpose(0, 1)  # [F, n, R]
-    of_scale = of_shift = of_powers = None
-    if ctx.neck == "relu_norm":
-        of_scale, of_shift = (of_reduced * products.relu()).sum(1), of_reduced.sum(1)
-        of_reduced = of_reduced * scale.unsqueeze(1)
-    if ctx.neck != "linear":
-        of_reduced = torch.where(products > 0, of_reduced, 0)
-    of_pooled = torch.bmm(of_reduced, wide(weight))  # [F, n, C]
-    of_weight = torch.bmm(of_reduced.transpose(1, 2), pooled).to(weight.dtype)
-    of_bias = of_reduced.sum(1).to(bias.dtype)
-
-    of_maps, feature = [], 0
-    of_power: list[Tensor] = []
-    for map_, stripes in zip(maps, ctx.branches, strict=True):
-        width = map_.shape[3]
-        of_map = of_pooled.new_zeros(map_.shape)
-        for first, last in region_rows(map_.shape[2], stripes):
-            of_vector = of_pooled[feature]
-            if ctx.pooling == "max":
-                # One region at a time: a pixel may be the maximum of several, and sums keep their order.
-                at = places[feature].unsqueeze(2)
-                of_map = of_map.flatten(2).scatter_add(2, at, of_vector.unsqueeze(2)).reshape(map_.shape)
-            elif ctx.pooling == "avg":
-                of_map[:, :, first:last] += (of_vector / ((last - first) * width))[:, :, None, None]
-            else:
-                region, power = wide(map_[:, :, first:last]), powers[feature]
-                bounded, vector = region.clamp(min=GEM_EPSILON), pooled[feature]
-                steep = (of_vector * vector.pow(1 - power) / ((last - first) * width))[:, :, None, None]
-                of_map[:, :, first:last] += torch.where(region >= GEM_EPSILON, steep * bounded.pow(power - 1), 0)
-                # ln y = ln(mean x^p) / p, differentiated in p
-                logs = (bounded.pow(power) * bounded.log()).mean((2, 3)) / vector.pow(power)
-                of_power.append((of_vector * vector * (logs - vector.log()) / power).sum())
-            feature += 1
-        of_maps.append(of_map.to(map_.dtype))
-    if of_power:
-        of_powers = torch.stack(of_power)
-    gradients = of_maps, None, of_weight, of_bias, None, None, of_powers, of_scale, of_shift
+    given = ctx.saved_tensors
+    exact: list[Any] = [None if tensor is None else wide(tensor).detach().requires_grad_() for tensor in given]
+    maps, (weight, bias, *optional) = exact[: ctx.maps], exact[ctx.maps :]
+    with torch.enable_grad():
+        features = Heads(maps, ctx.branches, weight, bias, ctx.pooling, ctx.neck, *optional).features(graded=True)
+    leaves = [tensor for tensor in exact if tensor is not None]
+    found = iter(torch.autograd.grad(features, leaves, wide(gradient), allow_unused=True))
+    of = [None if leaf is None else next(found) for leaf in exact]
+    of = [None if one is None else one.to(tensor.dtype) for one, tensor in zip(of, given, strict=True)]
+    of_weight, of_bias, *of_optional = of[ctx.maps :]
+    gradients = of[: ctx.maps], None, of_weight, of_bias, None, None, *of_optional
     # PyTorch 2.11 drops trailing arguments that have their defaults from the inputs that it wants gradients of.
     return gradients[: len(ctx.needs_input_grad)]
 
@@ -165,6 +133,4 @@ def _launched(given: Heads, output: str) -> Tensor:
     return made
 
 
-@lru_cache(maxsize=256)
-def _planned(problem: Problem, device_id: int) -> PlannedKernel:
-    return PlannedKernel(problem, device_id)
+_planned = lru_cache(maxsize=256)(PlannedKernel)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from mgn_deploy.choices import GlobalStride, Ibn, Neck, Pooling, StemPool
 from mgn_deploy.errors import UserError, first_problem
@@ -12,6 +12,7 @@ from mgn_deploy.errors import UserError, first_problem
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 GEM_EPSILON = 1e-6  # the least value that a generalised mean takes, as in fast-reid
+_Deviation = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class ModelConfig(BaseModel):
@@ -41,8 +42,8 @@ class ModelConfig(BaseModel):
     reduced_width: int = Field(256, ge=1, le=8192)
     height: int = Field(384, ge=32, le=4096)
     width: int = Field(128, ge=16, le=4096)
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = IMAGENET_MEAN
+    std: tuple[_Deviation, _Deviation, _Deviation] = IMAGENET_STD
     num_classes: int = Field(0, ge=0, le=10**7)
     ibn: Ibn = "none"
     stem_pool: StemPool = "padded"

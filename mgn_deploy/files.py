@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import fnmatch
 import hashlib
 import os
 import shutil
@@ -13,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -111,7 +111,8 @@ def atomic_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))  # a link stays, and leads to the new folder
     with _explained(path):
-        if path.exists() and not (path.is_dir() and all(_named(name, names) for name in os.listdir(path))):
+        own = path.is_dir() and all(any(fnmatchcase(name, one) for one in names) for name in os.listdir(path))
+        if path.exists() and not own:
             raise UserError(f"{path} exists and holds what this command did not write: choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
@@ -190,10 +191,6 @@ def _remove_leftovers(folder: Path) -> None:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
                 finally:
                     os.close(descriptor)
-
-
-def _named(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _umask() -> int:

@@ -60,8 +60,8 @@ def cpu_features() -> list[str]:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may run on: fewer than the machine's under `taskset`, in most containers and batch
-    systems."""
+    """CPUs that this process may run on: fewer than the machine's under `taskset`, in batch systems and in containers
+    with a set of CPUs (`--cpuset-cpus`). A quota of CPU time (`--cpus`) does not show."""
     if hasattr(os, "sched_getaffinity"):  # not on Windows and macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -59,7 +59,7 @@ def trace() -> Iterator[Callable[..., Any]]:
             traced[key] = build_graph(model, flip).SerializeToString()
         return onnx.load_from_string(traced[key])
 
-    with patch("mgn_deploy.export.exporter.build_graph", trace):
+    with patch("mgn_deploy.export.precision.convert.build_graph", trace):
         yield trace
 
 

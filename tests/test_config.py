@@ -38,6 +38,9 @@ def test_branches_that_are_none_are_one_sentence(text):
         ),
         ({"pooling": "median"}, "pooling: Input should be 'max', 'avg' or 'gem'"),
         ({"global_stride": 3}, "global_stride: Input should be 1 or 2"),
+        ({"std": (0.2, 0, 0.2)}, "std.1: Input should be greater than 0"),
+        ({"std": (0.2, 0.2, float("nan"))}, "std.2: Input should be a finite number"),
+        ({"mean": (float("inf"), 0, 0)}, "mean.0: Input should be a finite number"),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
     ],
 )

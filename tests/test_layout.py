@@ -17,7 +17,7 @@ FOLDERS = {"mgn_deploy": "mgn_deploy"} | {
 # From what everyone stands on to what stands on everything. A room may import its own modules and those of earlier
 # lines.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("", "choices", "errors", "progress", "config", "machine", "files", "packages", "interrupt", "telemetry"),
+    ("", "choices", "errors", "progress", "config", "machine", "files", "cached", "packages", "interrupt", "telemetry"),
     ("console",),
     ("images", "bundle", "cuda"),
     ("datasets",),
@@ -43,7 +43,6 @@ UPWARD = {
     ("backends.torch", "train.model"),
     ("backends.torch", "train.weights"),
     ("backends.torch_cuda.backend", "train.weights"),
-    ("backends.torch_cuda.backend", "kernels.nvrtc"),
     ("backends.torch_cuda.network", "train.model"),
     ("backends.torch_cuda.network", "kernels.torch_heads"),
     ("backends.torch_cuda.network", "kernels.torch_op"),

@@ -47,34 +47,15 @@ class State:
     position: Position
 
 
-def save_checkpoint(
-    folder: Path,
-    started: Started,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    at: Position,
-) -> None:
-    """Write `last.pt`, whole or not at all.
-
-    Args:
-        folder: the run's.
-        started: what the run was started with.
-        model, optimizer, scaler: whose state is saved.
-        at: where the run is.
+def save_checkpoint(folder: Path, state: State) -> None:
+    """Write `last.pt` into the run's folder, whole or not at all.
 
     Raises:
         UserError: the folder is not writable or the disk is full.
     """
-    state = {
-        "started": started.to_json(),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "position": asdict(at),
-    }
-    content = io.BytesIO()
-    torch.save(state, content)  # into memory: of a full disk it would raise something that is no OSError
+    plain = {"started": json.dumps(asdict(state.started)), "position": asdict(state.position)}
+    content = io.BytesIO()  # in memory: of a full disk torch.save would raise something that is no OSError
+    torch.save(vars(state) | plain, content)
     write_bytes(folder / LAST, content.getbuffer())
 
 
@@ -90,7 +71,7 @@ def load_checkpoint(folder: Path) -> State | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         started, at = Started(**json.loads(state["started"])), Position(**state["position"])
-        return State(started, state["model"], state["optimizer"], state["scaler"], at)
+        return State(**state | {"started": started, "position": at})
     except Exception as error:  # torch.load raises nearly anything on a damaged file; the reason goes into the sentence
         raise UserError(
             f"{path} is damaged, or of another release ({type(error).__name__}): delete it to start the run again"

@@ -15,14 +15,13 @@ from mgn_deploy.train.model import MGN, Embedding
 
 
 def evaluate_model(
-    model: MGN, data: Dataset, *, flip: bool = True, batch_size: int = 64, progress: Progress | None = None
+    model: MGN, data: Dataset, *, batch_size: int = 64, progress: Progress | None = None
 ) -> RankingMetrics:
-    """Embed query and gallery on the model's device, and rank.
+    """Embed query and gallery on the model's device, features of image and mirror averaged (section 4.1), and rank.
 
     Args:
         model: is left in the mode that it was in.
         data: with query and gallery.
-        flip: average the features of image and mirror (section 4.1).
         batch_size: images a forward pass.
         progress: called as ("evaluating", images done, images) after each pass.
 
@@ -31,7 +30,7 @@ def evaluate_model(
     """
     training = model.training
     device = next(model.parameters()).device
-    embedding = Embedding(model, flip).to(device)
+    embedding = Embedding(model).to(device)
     images = [*data.query, *data.gallery]
     crops = in_order(lambda image: read_labelled(image, model.config.height, model.config.width), images)
     rows: list[np.ndarray] = []

@@ -13,12 +13,11 @@ from torch.nn import functional as F
 from mgn_deploy.train.model import MGNOutput
 from mgn_deploy.train.recipe import Loss
 
-MARGIN = 1.2
 PAPER = Loss()
 
 
 def batch_hard_triplet(
-    features: Tensor, identities: Tensor, margin: float = MARGIN, *, soft_margin: bool = False
+    features: Tensor, identities: Tensor, margin: float = PAPER.margin, *, soft_margin: bool = False
 ) -> Tensor:
     """Average max(0, margin + farthest same identity - nearest other identity), Euclidean, over the batch.
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mgn_deploy.errors import UserError
 
@@ -17,11 +16,6 @@ CHOOSE = (
     "choose smaller batches (batch.identities or batch.images, with batch.accumulate to make up for it), smaller "
     "images (model.height, width) or a smaller network (model.base_width, branches, reduced_width)"
 )
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Count the bytes of a model's parameters; it may be on the device "meta"."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
 
 
 def require_memory(needed: int) -> None:

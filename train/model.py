@@ -23,7 +23,7 @@ from torchvision.models import ResNet
 
 from mgn_deploy.choices import Neck, Pooling
 from mgn_deploy.config import GEM_EPSILON, ModelConfig, features_of, stripe_rows
-from mgn_deploy.train.resnet import IBN, build_resnet, feature_channels, remove_stride
+from mgn_deploy.train.resnet import IBN, build_resnet
 
 GEM_POWER = 3.0  # Radenovic et al. 2019, section 3.2: where training starts, and what a fixed GeM uses
 
@@ -63,8 +63,8 @@ def stripe_pool(
 ) -> list[Tensor]:
     """Pool a map `[n, C, H, W]`: the whole of it, then (for more than one) each stripe; `[n, C, 1, 1]` each.
 
-    `kernels/reference.py` is the definition. This is PyTorch's, for training and for what is traced: the whole map is
-    not sliced, as the slice would be an operator of the graph. `powers`, for "gem", is one a region.
+    `tests/emulator/reference.py` is the definition. This is PyTorch's, for training and for what is traced: the whole
+    map is not sliced, as the slice would be an operator of the graph. `powers`, for "gem", is one a region.
     """
     regions = [feature_map]
     if stripes > 1:
@@ -92,11 +92,13 @@ class Branch(nn.Module):
         self.layer3 = copy.deepcopy(resnet.layer3[1:])
         self.layer4 = copy.deepcopy(resnet.layer4)
         if stripes > 1 or config.global_stride == 1:
-            remove_stride(self.layer4[0])
+            for module in self.layer4[0].modules():  # whichever convolution strides, and the downsample's
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
         features = features_of(stripes)
         if config.pooling == "gem":
             self.powers = nn.Parameter(torch.full((features,), GEM_POWER))
-        channels = feature_channels(resnet)
+        channels = resnet.fc.in_features  # of the last map: 2048 for ResNet-50, 512 for ResNet-18
         self.reductions = nn.ModuleList(Reduction(channels, config.reduced_width, config.neck) for _ in range(features))
 
     def feature_map(self, shared: Tensor) -> Tensor:
@@ -127,14 +129,13 @@ class MGN(nn.Module):
     def __init__(self, config: ModelConfig, resnet: ResNet | None = None) -> None:
         super().__init__()
         self.config = config
-        resnet = resnet_of(config) if resnet is None else resnet
+        resnet = build_resnet(config) if resnet is None else resnet
         self.trunk = nn.Sequential(
             resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2, resnet.layer3[0]
         )
         self.branches = nn.ModuleList(Branch(resnet, stripes, config) for stripes in config.branches)
-        channels = feature_channels(resnet)
         parts = sum(stripes for stripes in config.branches if stripes > 1)
-        widths = [channels] * len(config.branches) + [config.reduced_width] * parts
+        widths = [resnet.fc.in_features] * len(config.branches) + [config.reduced_width] * parts
         # Equation 1 is a softmax over W^T f alone: no bias.
         self.classifiers = nn.ModuleList(
             nn.Linear(width, config.num_classes, bias=False) for width in widths if config.num_classes
@@ -189,15 +190,6 @@ class Embedding(nn.Module):
         return nn.functional.normalize(features.float(), dim=1)
 
 
-def resnet_of(config: ModelConfig) -> ResNet:
-    """Make the ResNet, with random weights, that an MGN of this config starts from.
-
-    Raises:
-        UserError: torchvision has no ResNet of that name.
-    """
-    return build_resnet(config.backbone, config.base_width, config.ibn, config.stem_pool)
-
-
 def fold_batch_norms(model: MGN) -> MGN:
     """Copy a model, in eval mode, with its batch norms folded into the convolutions before them (Identity is left).
 
@@ -214,6 +206,24 @@ def fold_batch_norms(model: MGN) -> MGN:
                 setattr(module, conv_name, _fold_second_half(conv, norm))
                 norm.BN = nn.Identity()
     return folded
+
+
+def head_numbers(folded: MGN) -> dict[str, Tensor]:
+    """The heads' numbers of a model with folded norms: weight `[F, R, C]` and bias `[F, R]`; where it has them powers
+    `[F]`, and the second norm's scale and shift `[F, R]`."""
+    reductions = [reduction for branch in folded.branches for reduction in branch.reductions]
+    numbers = {
+        "weight": torch.stack([reduction[0].weight.flatten(1) for reduction in reductions]),
+        "bias": torch.stack([reduction[0].bias for reduction in reductions]),
+    }
+    if folded.config.pooling == "gem":
+        numbers["powers"] = torch.cat([branch.powers for branch in folded.branches])
+    if folded.config.neck == "relu_norm":
+        norms = [reduction[3] for reduction in reductions]
+        scales = [norm.weight / torch.sqrt(norm.running_var + norm.eps) for norm in norms]
+        shifts = [norm.bias - norm.running_mean * scale for norm, scale in zip(norms, scales, strict=True)]
+        numbers |= {"scale": torch.stack(scales), "shift": torch.stack(shifts)}
+    return {name: tensor.detach() for name, tensor in numbers.items()}
 
 
 def _fold_second_half(conv: nn.Conv2d, norm: IBN) -> nn.Conv2d:

@@ -13,6 +13,7 @@ from mgn_deploy.errors import UnreadableImage, UserError, first_names
 from mgn_deploy.images.check import ImageFacts, check_image
 from mgn_deploy.images.prefetch import in_order
 from mgn_deploy.progress import Progress
+from mgn_deploy.retrieval.truth import Truth
 from mgn_deploy.train.recipe import Batch
 
 _log = logging.getLogger("mgn_deploy")
@@ -70,15 +71,10 @@ def prepare(data: Dataset, batch: Batch, evaluate: bool = True, progress: Progre
     )
     found = _check(data, progress)
     names = {number: name for name, number in data.people.items()}
-    facts: dict[str, list[int | str]] = {
-        os.path.relpath(image.path, data.root): [
-            names.get(image.identity, image.identity),
-            image.camera,
-            one.size,
-            one.crc,
-        ]
-        for image, one in zip(data.train, found, strict=False)
-    }
+    facts: dict[str, list[int | str]] = {}
+    for image, one in zip(data.train, found, strict=False):
+        person = names.get(image.identity, image.identity)
+        facts[os.path.relpath(image.path, data.root)] = [person, image.camera, one.size, one.crc]
     identities = sorted({image.identity for image in data.train})
     return Prepared(data, facts, [names.get(identity, identity) for identity in identities])
 
@@ -102,11 +98,7 @@ def _can_be_evaluated(data: Dataset) -> bool:
     if not data.query or not data.gallery:
         _log.warning("the run is not evaluated: there are no queries, or no gallery to find them in")
         return False
-    cameras: dict[int, set[int]] = {}
-    for image in data.gallery:
-        if data.is_person(image.identity):
-            cameras.setdefault(image.identity, set()).add(image.camera if data.has_cameras else -1)  # no query's
-    alone = sum(not cameras.get(query.identity, set()) - {query.camera} for query in data.query)
+    alone = len(Truth.of_dataset(data).unmatched())
     if alone == len(data.query):
         _log.warning("the run is not evaluated: no query has an image of the same person by another camera in gallery")
     elif alone:

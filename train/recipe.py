@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 Finite = Annotated[float, Field(ge=0, le=1e30)]  # float32, which the network computes in, ends at 3e38
 Count = Annotated[int, Field(ge=1, le=10**9)]
+# TOML's are lists, and the tables take no other type than their own elsewhere.
+Branches = Annotated[tuple[int, ...], Field(strict=False)]
+Steps = Annotated[tuple[Count, ...], Field(strict=False)]
 
 
 class _Table(BaseModel):
@@ -36,7 +40,7 @@ class ModelTable(_Table):
 
     backbone: str = "resnet50"
     base_width: int = 64
-    branches: tuple[int, ...] = (1, 2, 3)
+    branches: Branches = (1, 2, 3)
     reduced_width: int = 256
     height: int = 384
     width: int = 128
@@ -62,7 +66,7 @@ class Batch(_Table):
 
 
 class Optim(_Table):
-    """The optimizer."""
+    """The optimizer, over every parameter: SGD with momentum is the paper's (section 4.1)."""
 
     name: Literal["sgd", "adam"] = "sgd"
     lr: float = Field(0.01, gt=0, le=1e30)
@@ -75,10 +79,19 @@ class Schedule(_Table):
 
     epochs: Count = 80
     kind: Literal["steps", "cosine"] = "steps"
-    steps: tuple[Count, ...] = ()
+    steps: Steps = ()
     gamma: float = Field(0.1, gt=0, le=1)
     warm_up: float = Field(0.0, ge=0, lt=1)  # share of the run over which the rate rises linearly
     max_seconds: Finite = 0.0  # end by then, the schedule squeezed to fit; 0: no limit
+
+    def rate_factor(self, done: float) -> float:
+        """Return what the learning rate is multiplied by when the share `done` (0 to 1) of the run is over."""
+        if done < self.warm_up:
+            return max(0.01, done / self.warm_up)
+        if self.kind == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (done - self.warm_up) / (1 - self.warm_up)))
+        epoch = done * self.epochs + 1e-9  # 40/80 * 80 must not be 39.999
+        return self.gamma ** sum(epoch >= step for step in self.steps)
 
 
 class Loss(_Table):
@@ -154,7 +167,7 @@ def load_recipe(
         _apply(content, "model", "init", os.fspath(init))
     _refuse_unknown(content, str(name))
     try:
-        recipe = Recipe.model_validate(_with_tuples(content))
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise UserError(f"recipe {name}: {first_problem(error).replace('tuple', 'list')}") from None
     try:
@@ -179,14 +192,6 @@ def _parse(override: str) -> tuple[str, str, Any]:
 def _apply(content: dict[str, Any], table: str, name: str, value: Any) -> None:
     if isinstance(content.setdefault(table, {}), dict):  # what is no table is refused later, by its name
         content[table][name] = value
-
-
-def _with_tuples(content: dict[str, Any]) -> dict[str, Any]:
-    """Turn TOML's lists into tuples: the tables take no other type than their own."""
-    return {
-        table: {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
-        for table, keys in content.items()
-    }
 
 
 def _refuse_unknown(content: dict[str, Any], where: str) -> None:

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
-from mgn_deploy.choices import Ibn, StemPool
+from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError
 
 PUBLISHED_WIDTH = 64
@@ -32,14 +32,15 @@ class IBN(nn.Module):
         return torch.cat([self.IN(maps[:, : self.first]), self.BN(maps[:, self.first :])], dim=1)
 
 
-def build_resnet(
-    name: str, base_width: int = PUBLISHED_WIDTH, ibn: Ibn = "none", stem_pool: StemPool = "padded"
-) -> ResNet:
-    """Make a torchvision ResNet with random weights; another `base_width` than 64 scales the channels of every stage.
+def build_resnet(config: ModelConfig) -> ResNet:
+    """Make the ResNet, with random weights, that an MGN of this config starts from.
+
+    Another `base_width` than 64 scales the channels of every stage.
 
     Raises:
         UserError: torchvision has no ResNet of that name, or none of that width.
     """
+    name, base_width = config.backbone, config.base_width
     if not name.startswith(("resnet", "resnext", "wide_resnet")) or name not in torchvision.models.list_models():
         known = [model for model in torchvision.models.list_models(torchvision.models) if "resne" in model]
         raise UserError(f"backbone {name!r} is none of torchvision's ResNets: choose one of {', '.join(known)}")
@@ -49,24 +50,12 @@ def build_resnet(
         if base_width < least:
             raise UserError(f"base_width {base_width}: a {name} takes {least} or more")
         _scale_width(resnet, base_width)
-    if ibn == "a":
+    if config.ibn == "a":
         for block in (*resnet.layer1, *resnet.layer2, *resnet.layer3):
             block.bn1 = IBN(block.bn1.num_features)
-    if stem_pool == "ceil":
+    if config.stem_pool == "ceil":
         resnet.maxpool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
     return resnet
-
-
-def feature_channels(resnet: ResNet) -> int:
-    """Return the number of channels of the last map: 2048 for ResNet-50, 512 for ResNet-18."""
-    return resnet.fc.in_features
-
-
-def remove_stride(block: nn.Module) -> None:
-    """Set stride 1 in a residual block: in whichever convolution strides, and in the downsample."""
-    for module in block.modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
 
 
 def _scale_width(resnet: ResNet, base_width: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,16 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import first_names
+from mgn_deploy.interrupt import DeferredInterrupt
+from mgn_deploy.progress import Progress
 from mgn_deploy.train.checkpoint import Position, State, load_checkpoint, restore, save_checkpoint
 from mgn_deploy.train.data import BATCHES_AHEAD, TrainingSet
 from mgn_deploy.train.distributed import Group
 from mgn_deploy.train.log import RunLog
-from mgn_deploy.train.memory import model_bytes, require_memory
+from mgn_deploy.train.memory import require_memory
 from mgn_deploy.train.model import MGN, Embedding
 from mgn_deploy.train.prepare import Prepared
-from mgn_deploy.train.recipe import Recipe
+from mgn_deploy.train.recipe import Optim, Recipe
 from mgn_deploy.train.sampler import IdentitySampler
-from mgn_deploy.train.schedule import make_optimizer
 from mgn_deploy.train.started import Started, require_same
 from mgn_deploy.train.weights import TENSORS, fine_tuned_model, new_model, save_weights
 
@@ -30,10 +33,42 @@ _log = logging.getLogger("mgn_deploy")
 WEIGHTS, BEST = "weights", "best"
 
 
-class Run:
-    """Model, data, optimizer and log of a run, and where it is (`at`)."""
+@dataclass(frozen=True)
+class Step:
+    """One batch that is done, number `batch` of `batches` in `epoch` of `epochs`, counted from 1.
 
-    def __init__(self, prepared: Prepared, recipe: Recipe, out: Path, group: Group, allow_data_change: bool) -> None:
+    `loss`, `softmax` and `triplet` are this batch's, of rank 0; `images_per_second` is over all ranks since this start
+    of the run, and `seconds_left` is until the run's end at that pace.
+    """
+
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    loss: float
+    softmax: float
+    triplet: float
+    images_per_second: float
+    seconds_left: float
+
+
+OnStep = Callable[[Step], None]
+
+
+class Run:
+    """Model, data, optimizer and log of a run, where it is (`at`), who stops it and who is told of it."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        recipe: Recipe,
+        out: Path,
+        group: Group,
+        allow_data_change: bool,
+        interrupt: DeferredInterrupt,
+        on_step: OnStep,
+        progress: Progress | None,
+    ) -> None:
         """Start a run, or take up the one that `out` holds.
 
         Raises:
@@ -42,9 +77,13 @@ class Run:
         """
         out.mkdir(parents=True, exist_ok=True)
         self.data, self.recipe, self.out, self.group = prepared.data, recipe, out, group
-        num_classes = len({image.identity for image in self.data.train})
+        self.interrupt, self.on_step, self.progress = interrupt, on_step, progress
+        num_classes = len(prepared.people)
         state = load_checkpoint(out)
-        model = _model_of(state, num_classes) if state else _first_model(recipe, num_classes)
+        if state:  # whose tensors the model gets below
+            model = new_model(ModelConfig.checked(**{**state.started.model, "num_classes": num_classes}))
+        else:
+            model = _first_model(recipe, num_classes)
         self.started = Started.of(recipe, model.config, group.ranks, prepared)
         if state:
             require_same(out, state.started, self.started, allow_data_change)
@@ -56,7 +95,7 @@ class Run:
         self.sampler = IdentitySampler(
             self.training.classes, batch.identities, batch.images, seed=seed, rank=group.rank, ranks=group.ranks
         )
-        self.optimizer = make_optimizer(self.model, recipe.optim)
+        self.optimizer = _optimizer(self.model, recipe.optim)
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.loop.amp == "fp16")
         self.at = self._restored(state) if state else Position()
         self.network: nn.Module = DistributedDataParallel(self.model) if group.ranks > 1 else self.model
@@ -87,7 +126,8 @@ class Run:
         """Write the state, on rank 0."""
         self.at.seconds = self.seconds()
         if self.group.is_first:
-            save_checkpoint(self.out, self.started, self.model, self.optimizer, self.scaler, self.at)
+            model, optimizer, scaler = (part.state_dict() for part in (self.model, self.optimizer, self.scaler))
+            save_checkpoint(self.out, State(self.started, model, optimizer, scaler, self.at))
 
     def write_weights(self) -> None:
         """Write the weights as they are, on rank 0, unless that is done."""
@@ -129,9 +169,12 @@ def _first_model(recipe: Recipe, num_classes: int) -> MGN:
     return new_model(table.config(num_classes), init, seed)
 
 
-def _model_of(state: State, num_classes: int) -> MGN:
-    """Make the network of a run that goes on; its weights are in the state."""
-    return new_model(ModelConfig.checked(**{**state.started.model, "num_classes": num_classes}))
+def _optimizer(model: nn.Module, options: Optim) -> torch.optim.Optimizer:
+    if options.name == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        )
+    return torch.optim.Adam(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
 
 
 def _bytes(model: MGN, recipe: Recipe) -> int:
@@ -140,4 +183,5 @@ def _bytes(model: MGN, recipe: Recipe) -> int:
     copies = 3 if recipe.optim.name == "sgd" else 4  # weights, gradients, momentum or Adam's two
     pixels = batch.identities * batch.images * config.height * config.width
     # uint8 batches ahead, a float32 one, and what the stem's convolution and norm keep of it at half its size
-    return copies * model_bytes(model) + pixels * (3 * BATCHES_AHEAD + 12 + 2 * config.base_width)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return copies * weights + pixels * (3 * BATCHES_AHEAD + 12 + 2 * config.base_width)

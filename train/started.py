@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError, first_names
+from mgn_deploy.files import sha256_bytes
 from mgn_deploy.train.prepare import Prepared
 from mgn_deploy.train.recipe import Recipe
 
@@ -49,12 +48,8 @@ class Started:
             ranks,
             prepared.facts,
             prepared.people,
-            hashlib.sha256(repr(evaluated).encode("utf-8", "surrogateescape")).hexdigest(),
+            sha256_bytes(repr(evaluated).encode("utf-8", "surrogateescape")),
         )
-
-    def to_json(self) -> str:
-        """Write it as JSON; `Started(**json.loads(text))` reads it."""
-        return json.dumps(asdict(self))
 
 
 def require_same(folder: Path, before: Started, now: Started, allow_data_change: bool = False) -> None:

@@ -13,7 +13,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,37 +28,14 @@ from mgn_deploy.train.evaluate import evaluate_model
 from mgn_deploy.train.losses import mgn_loss
 from mgn_deploy.train.memory import explained_memory
 from mgn_deploy.train.model import MGN
-from mgn_deploy.train.prepare import Prepared, prepare
+from mgn_deploy.train.prepare import prepare
 from mgn_deploy.train.recipe import Recipe
-from mgn_deploy.train.run import BEST, Run
-from mgn_deploy.train.schedule import rate_factor
+from mgn_deploy.train.run import BEST, OnStep, Run, Step
 from mgn_deploy.train.weights import save_weights
 
 _log = logging.getLogger("mgn_deploy")
 
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One batch that is done, number `batch` of `batches` in `epoch` of `epochs`, counted from 1.
-
-    `loss`, `softmax` and `triplet` are this batch's, of rank 0; `images_per_second` is over all ranks since this start
-    of the run, and `seconds_left` is until the run's end at that pace.
-    """
-
-    epoch: int
-    epochs: int
-    batch: int
-    batches: int
-    loss: float
-    softmax: float
-    triplet: float
-    images_per_second: float
-    seconds_left: float
-
-
-OnStep = Callable[[Step], None]
 
 
 def train(
@@ -115,21 +91,8 @@ def train(
 class _Loop(Run):
     """A run that is trained."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        recipe: Recipe,
-        out: Path,
-        group: Group,
-        allow_data_change: bool,
-        interrupt: DeferredInterrupt,
-        on_step: OnStep,
-        progress: Progress | None,
-    ) -> None:
-        super().__init__(prepared, recipe, out, group, allow_data_change)
-        self.interrupt, self.on_step, self.progress = interrupt, on_step, progress
-        self.images_here = 0
-        self.seconds_left = 0.0  # as of the last batch
+    images_here = 0
+    seconds_left = 0.0  # as of the last batch
 
     def epoch(self) -> None:
         """Train for the rest of the epoch that the run is in, and end it.
@@ -146,7 +109,7 @@ class _Loop(Run):
             if share >= 1:
                 break
             for parameters in self.optimizer.param_groups:
-                parameters["lr"] = recipe.optim.lr * rate_factor(recipe.schedule, share)
+                parameters["lr"] = recipe.optim.lr * recipe.schedule.rate_factor(share)
             losses = self._forward_backward(crops, classes)
             at.batch += 1
             whole_step = at.batch % recipe.batch.accumulate == 0 or at.batch == len(self.sampler)

@@ -19,10 +19,10 @@ from mgn_deploy.choices import MAX_SEED
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import atomic_folder, sha256_file
-from mgn_deploy.train.importers.reading import read_checkpoint
-from mgn_deploy.train.memory import explained_memory, model_bytes, require_memory
-from mgn_deploy.train.model import MGN, resnet_of
-from mgn_deploy.train.tensor_file import read_tensor_file
+from mgn_deploy.train.memory import explained_memory, require_memory
+from mgn_deploy.train.model import MGN
+from mgn_deploy.train.resnet import build_resnet
+from mgn_deploy.train.tensor_file import read_checkpoint, read_tensor_file
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -118,10 +118,10 @@ def new_model(config: ModelConfig, init: str | os.PathLike[str] = "random", seed
     """
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed {seed}: seeds are 0 to {MAX_SEED}")
-    require_memory(model_bytes(empty_model(config)))
+    require_memory(sum(parameter.nbytes for parameter in empty_model(config).parameters()))
     with explained_memory(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        resnet = resnet_of(config)
+        resnet = build_resnet(config)
         if str(init) != "random":
             _load_resnet(resnet, config.backbone, init)
         return MGN(config, resnet)
@@ -178,8 +178,7 @@ def fine_tuned_model(folder: str | os.PathLike[str], num_classes: int, height: i
     state = trained.state_dict()
     if before != num_classes:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("classifiers.")}
-        state |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("classifiers.")}
-    model.load_state_dict(state)
+    model.load_state_dict(model.state_dict() | state)
     heads = "kept" if before == num_classes else f"dropped, new ones for {num_classes} people take their place"
     _log.info(
         f"starting from {os.fspath(folder)}: {trained.config.backbone} MGN {trained.config.branches}"
@@ -220,19 +219,15 @@ def _download_imagenet(backbone: str) -> dict[str, Tensor]:
 def _model_with(tensors: dict[str, Tensor], config: ModelConfig, wrong: str) -> MGN:
     """Make a config's model of these tensors; they are compared before it takes memory."""
     model = empty_model(config)
-    problem = _first_difference(model, tensors)
-    if problem:
-        raise UserError(f"{wrong}: {problem}")
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise UserError(f"{wrong}: tensor {name!r} is missing")
+        found, needed = list(tensors[name].shape), list(tensor.shape)
+        if found != needed:
+            raise UserError(f"{wrong}: tensor {name!r} has shape {found}, the model needs {needed}")
+    extra = sorted(tensors.keys() - own.keys())
+    if extra:
+        raise UserError(f"{wrong}: tensor {extra[0]!r} is not the model's")
     model.to_empty(device="cpu").load_state_dict(tensors)
     return model.eval()
-
-
-def _first_difference(model: MGN, tensors: dict[str, Tensor]) -> str | None:
-    own = model.state_dict()
-    for name in own:
-        if name not in tensors:
-            return f"tensor {name!r} is missing"
-        if own[name].shape != tensors[name].shape:
-            return f"tensor {name!r} has shape {list(tensors[name].shape)}, the model needs {list(own[name].shape)}"
-    extra = sorted(tensors.keys() - own.keys())
-    return f"tensor {extra[0]!r} is not the model's" if extra else None

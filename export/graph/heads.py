@@ -1,6 +1,6 @@
 """The branch heads (section 3.1) as standard ONNX operators: stripe pools, reductions, mirror average, L2.
 
-`kernels/reference.py` defines what they compute; here it is written again because an ONNX graph has to hold it.
+`tests/emulator/reference.py` defines what they compute; here it is written again because an ONNX graph has to hold it.
 
     map_0 .. map_{B-1}     float32 [n, C, H_b, W_b], one a branch
     heads.weight           float32 [F, C, R], one reduction for each of the F pooled vectors, batch norms folded

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from mgn_deploy.backends.heads.cut import map_names
 
@@ -27,23 +29,33 @@ def pixels_name(graph: onnx.ModelProto) -> str:
     return next(node for node in graph.graph.node if node.op_type == "Conv").input[0]
 
 
-def tensor_names_between(graph: onnx.ModelProto) -> list[str]:
-    """Every activation from the first convolution's input to the maps."""
-    return [pixels_name(graph), *(output for node in trunk_nodes(graph) for output in node.output)]
+class GraphWriter:
+    """Makes a copy of a graph with other `nodes` instead of its own, and with those of the constants that they read."""
 
+    def __init__(self, graph: onnx.ModelProto) -> None:
+        self._graph = graph
+        self._constants = {tensor.name: tensor for tensor in graph.graph.initializer}
+        self.nodes: list[onnx.NodeProto] = []
 
-def with_nodes(
-    graph: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], constants: Iterable[onnx.TensorProto]
-) -> onnx.ModelProto:
-    """A copy of the graph with these nodes instead of its own, and with those of the constants that they read."""
-    result = onnx.ModelProto()
-    result.CopyFrom(graph)
-    del result.graph.node[:]
-    result.graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    del result.graph.initializer[:]
-    result.graph.initializer.extend(tensor for tensor in constants if tensor.name in used)
-    return result
+    def values(self, name: str) -> np.ndarray:
+        """What a constant holds."""
+        return numpy_helper.to_array(self._constants[name])
+
+    def constant(self, name: str, values: np.ndarray) -> str:
+        """Add a constant, and return its name."""
+        self._constants[name] = numpy_helper.from_array(values, name)
+        return name
+
+    def result(self) -> onnx.ModelProto:
+        """The copy."""
+        result = onnx.ModelProto()
+        result.CopyFrom(self._graph)
+        del result.graph.node[:]
+        result.graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in node.input}
+        del result.graph.initializer[:]
+        result.graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in used)
+        return result
 
 
 def group_of(weight_name: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from itertools import chain
 
 import numpy as np
 import onnx
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from mgn_deploy.backends.heads.cut import FEATURE_MAPS, MIRROR_AVERAGE
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.export.graph.heads import OPSET, head_nodes
-from mgn_deploy.train.model import MGN, Embedding, fold_batch_norms
+from mgn_deploy.train.model import MGN, Embedding, fold_batch_norms, head_numbers
 
 # What tools of 2024 and later read; opset 18 needs 8.
 IR_VERSION = 10
@@ -87,36 +88,22 @@ def _trace_trunk(embedding: Embedding, config: ModelConfig) -> onnx.ModelProto:
 
 
 def _head_tensors(folded: MGN) -> dict[str, np.ndarray]:
-    """The heads' weights by their names in the graph; the reductions of all branches are stacked."""
-    reductions = [reduction for branch in folded.branches for reduction in branch.reductions]
-    tensors = {
-        "heads.weight": torch.stack([reduction[0].weight.flatten(1).T for reduction in reductions]),
-        "heads.bias": torch.stack([reduction[0].bias[None] for reduction in reductions]),
-    }
-    if folded.config.pooling == "gem":
-        tensors["heads.power"] = torch.cat([branch.powers for branch in folded.branches])
-    if folded.config.neck == "relu_norm":
-        norms = [reduction[3] for reduction in reductions]
-        scales = [norm.weight / torch.sqrt(norm.running_var + norm.eps) for norm in norms]
-        shifts = [norm.bias - norm.running_mean * scale for norm, scale in zip(norms, scales, strict=True)]
-        tensors["heads.scale"] = torch.stack([scale[None] for scale in scales])
-        tensors["heads.shift"] = torch.stack([shift[None] for shift in shifts])
-    return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
+    """The heads' numbers by their names in the graph, in the shapes that its operators take."""
+    numbers = {name: tensor.numpy() for name, tensor in head_numbers(folded).items()}
+    tensors = {"heads.weight": numbers["weight"].transpose(0, 2, 1), "heads.bias": numbers["bias"][:, None]}
+    if "powers" in numbers:
+        tensors["heads.power"] = numbers["powers"]
+    if "scale" in numbers:
+        tensors |= {f"heads.{name}": numbers[name][:, None] for name in ("scale", "shift")}
+    return tensors
 
 
 def _strip_debug_information(graph: onnx.ModelProto) -> None:
     """The tracer notes file paths and source lines of the machine that it ran on, which would change the graph's
     hash."""
-    del graph.metadata_props[:]
-    del graph.graph.metadata_props[:]
-    for item in (
-        *graph.graph.node,
-        *graph.graph.input,
-        *graph.graph.output,
-        *graph.graph.value_info,
-        *graph.graph.initializer,
-    ):
+    del graph.graph.value_info[:]
+    parts = (graph.graph.node, graph.graph.input, graph.graph.output, graph.graph.initializer)
+    for item in (graph, graph.graph, *chain.from_iterable(parts)):
         del item.metadata_props[:]
     for node in graph.graph.node:
         node.doc_string = ""
-    del graph.graph.value_info[:]

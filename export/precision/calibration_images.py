@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -13,24 +12,17 @@ import numpy as np
 
 from mgn_deploy.datasets.market1501 import parse_name
 from mgn_deploy.errors import UnreadableImage, UserError
+from mgn_deploy.export.proof.proof import Pixels
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
+
+_log = logging.getLogger("mgn_deploy")
 
 COUNT = 500
 FEW = 100
 FEWEST = 10
 # Of a channel's pixels, in levels of 255: below it the image shows nothing (it is black, or of one colour).
 LEAST_SPREAD = 2.0
-
-
-@dataclass(frozen=True)
-class CalibrationImages:
-    """`crops` uint8 `[n, height, width, 3]` in random order; `sha256` of their pixels; `warnings` to be said."""
-
-    crops: np.ndarray
-    source: str
-    sha256: str
-    warnings: list[str]
 
 
 def read_calibration_images(
@@ -41,13 +33,13 @@ def read_calibration_images(
     *,
     count: int = COUNT,
     seed: int = 0,
-) -> CalibrationImages:
-    """At most `count` images below a folder, drawn by seed, from every camera as many where the names tell it.
+) -> Pixels:
+    """At most `count` images below a folder, drawn by seed, from every camera as many where the names tell it; in
+    random order.
 
     Args:
         folder: searched recursively.
-        height: of the model's input.
-        width: of the model's input.
+        height, width: of the model's input, in pixels.
         proof_crops: what the bundle is proven on, uint8 `[m, height, width, 3]`: a set that looks otherwise is warned
             of.
         count: images wanted.
@@ -76,16 +68,16 @@ def read_calibration_images(
             f"calibrated on at least {FEWEST}, better {COUNT}, like those that it will see (--calib DIR)"
         )
     pixels = np.stack([crops[index] for index in rng.permutation(len(crops))])
-    warnings = [f"{blank} calibration images of one colour are left out"] if blank else []
+    if blank:
+        _log.warning(f"{blank} calibration images of one colour are left out")
     if len(pixels) < FEW:
-        warnings.append(f"{len(pixels)} calibration images are few: give {COUNT} if you can")
+        _log.warning(f"{len(pixels)} calibration images are few: give {COUNT} if you can")
     difference = _looks_unlike(pixels, proof_crops)
     if difference:
-        warnings.append(
+        _log.warning(
             f"the calibration images look unlike the proof images ({difference}): calibrate on images like yours"
         )
-    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-    return CalibrationImages(pixels, Path(os.path.abspath(folder)).name, digest, warnings)
+    return Pixels(pixels, Path(os.path.abspath(folder)).name)
 
 
 def _by_cameras_in_turn(paths: list[Path], rng: np.random.Generator) -> Iterator[Path]:

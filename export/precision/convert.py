@@ -14,91 +14,91 @@ from mgn_deploy.config import ModelConfig
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun
-from mgn_deploy.export.precision.calibration_images import CalibrationImages
+from mgn_deploy.export.graph.trace import build_graph
+from mgn_deploy.export.options import ExportOptions
 from mgn_deploy.export.precision.half import to_half
 from mgn_deploy.export.precision.int8 import Drop, agreement_drop, build_int8
 from mgn_deploy.export.precision.profile import block_milliseconds
 from mgn_deploy.export.precision.ranges import measure_ranges
 from mgn_deploy.export.proof.agreement import run_in_batches
+from mgn_deploy.export.proof.proof import Pixels
+from mgn_deploy.files import sha256_bytes
 from mgn_deploy.retrieval.validate import validate
+from mgn_deploy.train.model import MGN
 
 _log = logging.getLogger("mgn_deploy")
 
 RANGE_IMAGES = 64
+BUDGET_IMAGES = 128  # of the calibration images, where there are no real ones to prove on
 
 
-def to_half_precision(graph: onnx.ModelProto, precision: str, crops: np.ndarray) -> onnx.ModelProto:
-    """The graph in fp16 or bf16; ranges are looked at on at most 64 of the crops."""
-    if precision == "bf16":
-        return to_half(graph, precision, {})[0]
-    seen = crops[:: -(-len(crops) // RANGE_IMAGES)]
-    _log.info(f"looking at the activations' ranges on {len(seen)} images")
-    return to_half(graph, precision, measure_ranges(graph, seen))[0]
-
-
-def to_int8(
-    graph: onnx.ModelProto,
-    plain: onnx.ModelProto,
-    config: ModelConfig,
-    engine: str,
-    images: CalibrationImages,
-    budget_crops: np.ndarray,
-    data: Dataset | None,
-    max_drop: float,
-) -> tuple[onnx.ModelProto, Quantisation]:
-    """Make the INT8 graph for an engine within the accuracy budget.
+def graph_in_precision(
+    model: MGN, options: ExportOptions, pixels: Pixels, calibration: Pixels | None
+) -> tuple[onnx.ModelProto, Quantisation | None]:
+    """Make the graph of a model in the precision that the options name, and tell how an INT8 one was made.
 
     Args:
-        graph: float32, of the bundle.
-        plain: the same without the mirror average.
-        config: of the model.
-        engine: one with a placement in the table of engines.
-        images: to calibrate on.
-        budget_crops: uint8 `[n, height, width, 3]`: without `data` the budget is about top-10 agreement on these.
-        data: labelled queries and gallery: the budget is about their mAP.
-        max_drop: points.
+        model: trained weights; not changed.
+        options: of the export.
+        pixels: that the bundle is proven on; without `data` INT8's budget is about their top-10 agreement.
+        calibration: images to calibrate INT8 on; FP16's ranges are measured on them too, without them on `pixels`.
 
     Raises:
-        CannotRun: the engine that runs the candidates is not installed.
-        UserError: the budget cannot be kept.
+        CannotRun: the engine that runs the INT8 candidates is not installed.
+        UserError: the INT8 budget cannot be kept.
     """
-    row = ENGINES[engine]
+    graph = build_graph(model, options.flip)
+    if options.precision == "fp32":
+        return graph, None
+    if options.precision == "bf16":
+        return to_half(graph, "bf16", {}), None
+    if options.precision == "int8":
+        assert calibration is not None  # ExportOptions refuses INT8 without
+        return _to_int8(graph, model, options, pixels, calibration)
+    crops = (calibration or pixels).crops
+    seen = crops[:: -(-len(crops) // RANGE_IMAGES)]
+    _log.info(f"looking at the activations' ranges on {len(seen)} images")
+    return to_half(graph, "fp16", measure_ranges(graph, seen)), None
+
+
+def _to_int8(
+    graph: onnx.ModelProto, model: MGN, options: ExportOptions, pixels: Pixels, images: Pixels
+) -> tuple[onnx.ModelProto, Quantisation]:
+    row = ENGINES[options.int8_engine]
     assert row.placement is not None
     runner = ENGINES[row.calibrated_by].load()
     reason = runner.missing()
     if reason:
-        raise CannotRun(f"INT8 for {engine} is calibrated with {row.calibrated_by}: {reason}")
+        raise CannotRun(f"INT8 for {row.name} is calibrated with {row.calibrated_by}: {reason}")
 
-    def open_graph(model: onnx.ModelProto) -> Backend:
-        return runner.open_graph(model.SerializeToString(), config)
+    def open_graph(candidate: onnx.ModelProto) -> Backend:
+        return runner.open_graph(candidate.SerializeToString(), model.config)
 
-    def milliseconds(model: onnx.ModelProto, pixels: np.ndarray) -> dict[str, float]:
-        return block_milliseconds(model, pixels, row.calibrated_by)
+    def milliseconds(candidate: onnx.ModelProto, crops: np.ndarray) -> dict[str, float]:
+        return block_milliseconds(candidate, crops, row.calibrated_by)
 
     reference = open_graph(graph)
-    drop = _map_drop(data, config, reference) if data else _agreement_drop(budget_crops, reference)
-    made = build_int8(graph, plain, images.crops, row.placement, open_graph, drop, max_drop, milliseconds)
-    drop_of = "mAP" if data else "top-10 agreement"
+    if options.data:
+        drop, drop_of = _map_drop(options.data, model.config, reference), "mAP"
+    else:
+        crops = images.crops[:BUDGET_IMAGES] if pixels.drawn else pixels.crops
+        _log.info(f"INT8's budget is about the neighbours of {len(crops)} images: --data holds it on labelled people")
+        drop, drop_of = agreement_drop(crops, run_in_batches(reference, crops)), "top-10 agreement"
+    plain = build_graph(model, flip=False) if options.flip else graph
+    budget = options.int8_budget
+    made = build_int8(graph, plain, images.crops, row.placement, open_graph, drop, budget, milliseconds)
     _log.info(
         f"INT8 by {made.method}: {made.drop:.2f} points of {drop_of} lost, {len(made.in_float)} blocks left in float"
     )
     return made.graph, Quantisation(
-        engine=engine,
-        method=made.method,
-        errors=made.errors,
+        engine=row.name,
         images=len(images.crops),
         image_source=images.source,
-        images_sha256=images.sha256,
-        max_drop=max_drop,
-        drop=made.drop,
+        images_sha256=sha256_bytes(images.crops.tobytes()),
+        max_drop=budget,
         drop_of=drop_of,
-        sweep=made.sweep,
-        in_float=made.in_float,
+        **{key: value for key, value in vars(made).items() if key != "graph"},
     )
-
-
-def _agreement_drop(crops: np.ndarray, reference: Backend) -> Drop:
-    return agreement_drop(crops, run_in_batches(reference, crops))
 
 
 def _map_drop(data: Dataset, config: ModelConfig, reference: Backend) -> Drop:

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mgn_deploy.backends.heads.cut import map_names
 from mgn_deploy.export.graph.heads import PREFIX
-from mgn_deploy.export.graph.rewrite import trunk_nodes, with_nodes
+from mgn_deploy.export.graph.rewrite import GraphWriter, trunk_nodes
 from mgn_deploy.export.precision.ranges import TensorRange
 
 LARGEST_FLOAT16 = 65504.0
@@ -31,11 +31,8 @@ BFLOAT16_OPSET = 22
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
-def to_half(
-    graph: onnx.ModelProto, precision: str, ranges: Mapping[str, TensorRange]
-) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy of the graph in half precision, and the names of the nodes that stay in float32 because they would
-    overflow.
+def to_half(graph: onnx.ModelProto, precision: str, ranges: Mapping[str, TensorRange]) -> onnx.ModelProto:
+    """A copy of the graph in half precision; nodes that would overflow stay in float32 (`float32_nodes`).
 
     Args:
         graph: float32, as `build_graph` or `quantise` makes it.
@@ -64,7 +61,7 @@ def to_half(
         for imported in result.opset_import:
             imported.version = BFLOAT16_OPSET
     onnx.checker.check_model(result, full_check=True)
-    return result, overflowing
+    return result
 
 
 def overflowing_nodes(graph: onnx.ModelProto, ranges: Mapping[str, TensorRange]) -> list[str]:
@@ -90,17 +87,16 @@ def _too_large(ranges: Mapping[str, TensorRange]) -> set[str]:
     return {name for name, one in ranges.items() if one.largest > LIMIT}
 
 
-class _Rewriter:
+class _Rewriter(GraphWriter):
     """Collects nodes whose float inputs are cast to a wanted type; each tensor is cast once, constants are
     converted."""
 
     def __init__(self, graph: onnx.ModelProto, half: int) -> None:
-        self._graph, self._half = graph, half
-        self._constants = {tensor.name: tensor for tensor in graph.graph.initializer}
+        super().__init__(graph)
+        self._half = half
         self._types = {
             name: TensorProto.FLOAT for name, tensor in self._constants.items() if tensor.data_type == TensorProto.FLOAT
         }
-        self.nodes: list[onnx.NodeProto] = []
 
     def add(self, node: onnx.NodeProto, wanted: int) -> None:
         """Append the node with its float inputs in the wanted type; its outputs are of that type."""
@@ -127,15 +123,8 @@ class _Rewriter:
         if other not in self._types:
             self._types[other] = wanted
             if name in self._constants:
-                self._constants[other] = _constant(numpy_helper.to_array(self._constants[name]), other, wanted)
+                kind = helper.tensor_dtype_to_np_dtype(wanted)  # ml_dtypes' for bfloat16
+                self.constant(other, self.values(name).astype(kind))
             else:
                 self.nodes.append(helper.make_node("Cast", [name], [other], name=f"cast/{other}", to=wanted))
         return other
-
-    def result(self) -> onnx.ModelProto:
-        return with_nodes(self._graph, self.nodes, self._constants.values())
-
-
-def _constant(values: np.ndarray, name: str, data_type: int) -> TensorProto:
-    kind = helper.tensor_dtype_to_np_dtype(data_type)  # ml_dtypes' for bfloat16
-    return numpy_helper.from_array(values.astype(kind), name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx
@@ -38,7 +39,8 @@ CORRECTED = "+bias"  # after a method's name: with corrected biases
 
 @dataclass
 class Int8:
-    """An INT8 graph and how it came about: `errors` is the mean 1 - cosine on held-out images by method."""
+    """An INT8 graph and how it came about, as in `Quantisation`; in `sweep` those blocks come first that err most for
+    each millisecond that they save."""
 
     graph: onnx.ModelProto
     method: str
@@ -86,8 +88,8 @@ def build_int8(
         by, corrected = method.removesuffix(CORRECTED), method.endswith(CORRECTED)
         return quantise(source, ranges, limits[by], placement, in_float, correct_bias=corrected)
 
-    def error(model: onnx.ModelProto) -> float:
-        return float(1 - cosines(run_in_batches(open_graph(model), held_out), reference).mean())
+    def error(model: onnx.ModelProto, images: int = len(held_out)) -> float:
+        return float(1 - cosines(run_in_batches(open_graph(model), held_out[:images]), reference[:images]).mean())
 
     errors = {method: error(candidate(plain, method)) for method in METHODS}
     best = min(errors, key=lambda name: errors[name])
@@ -103,44 +105,26 @@ def build_int8(
             f"INT8 everywhere loses {result.drop:.2f} points, more than {max_drop}: looking for the blocks that lose "
             "most for the time that they save"
         )
-        result.sweep = _sweep(
-            plain, lambda in_float: candidate(plain, method, in_float), open_graph, held_out, reference, milliseconds
-        )
+        groups, timed = conv_groups(plain), held_out[:TIMED_IMAGES]
+        before, after = milliseconds(plain, timed), milliseconds(candidate(plain, method), timed)
+        for name in groups:
+            alone = candidate(plain, method, [other for other in groups if other != name])
+            saved = before.get(name, 0.0) - after.get(name, 0.0)
+            result.sweep.append(BlockError(block=name, error=error(alone, SWEEP_IMAGES), milliseconds=saved))
+        result.sweep.sort(key=lambda row: -row.error / max(row.milliseconds, LEAST_MILLISECONDS))
         for row in result.sweep:
             _log.info(
                 f"  {row.block} alone in INT8: 1 - cosine {row.error:.1e}, saves {row.milliseconds:.2f} ms an image"
             )
-        _put_back(result, max_drop, lambda in_float: candidate(graph, method, in_float), open_graph, drop)
+        _put_back(result, max_drop, partial(candidate, graph, method), lambda graph: drop(open_graph(graph)))
     return result
-
-
-def _sweep(
-    plain: onnx.ModelProto,
-    candidate: Callable[[Collection[str]], onnx.ModelProto],
-    open_graph: OpenGraph,
-    held_out: np.ndarray,
-    reference: np.ndarray,
-    milliseconds: Milliseconds,
-) -> list[BlockError]:
-    """Every block alone in INT8; first those that err most for each millisecond that they save."""
-    held_out, reference = held_out[:SWEEP_IMAGES], reference[:SWEEP_IMAGES]
-    timed = held_out[:TIMED_IMAGES]
-    groups = conv_groups(plain)
-    before, after = milliseconds(plain, timed), milliseconds(candidate([]), timed)
-    rows = []
-    for name in groups:
-        engine = open_graph(candidate([other for other in groups if other != name]))
-        error = float(1 - cosines(run_in_batches(engine, held_out), reference).mean())
-        rows.append(BlockError(block=name, error=error, milliseconds=before.get(name, 0.0) - after.get(name, 0.0)))
-    return sorted(rows, key=lambda row: -row.error / max(row.milliseconds, LEAST_MILLISECONDS))
 
 
 def _put_back(
     result: Int8,
     max_drop: float,
     candidate: Callable[[Collection[str]], onnx.ModelProto],
-    open_graph: OpenGraph,
-    drop: Drop,
+    points: Callable[[onnx.ModelProto], float],
 ) -> None:
     """The fewest of the first blocks in float with which the budget holds, by bisection over how many."""
     worst = [row.block for row in result.sweep]
@@ -148,7 +132,7 @@ def _put_back(
     while high - low > 1:
         middle = (low + high) // 2
         graph = candidate(worst[:middle])
-        lost = drop(open_graph(graph))
+        lost = points(graph)
         _log.info(f"{middle} of {len(worst)} blocks in float: {lost:.2f} points lost")
         if lost <= max_drop:
             high, result.graph, result.drop, result.in_float = middle, graph, lost, worst[:middle]

@@ -23,10 +23,10 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from mgn_deploy.backends.registry import Placement
-from mgn_deploy.export.graph.rewrite import group_of, trunk_nodes, with_nodes
+from mgn_deploy.export.graph.rewrite import GraphWriter, group_of, trunk_nodes
 from mgn_deploy.export.precision.half import LIMIT, to_half
 from mgn_deploy.export.precision.ranges import TensorRange
 
@@ -73,7 +73,7 @@ def quantise(
         writer.nodes.append(copy)
     result = writer.result()
     if placement.half:
-        result, _ = to_half(result, "fp16", writer.ranges)
+        result = to_half(result, "fp16", writer.ranges)
     onnx.checker.check_model(result, full_check=True)
     return result
 
@@ -92,7 +92,7 @@ def _block(addition: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) ->
     return group_of(producers[addition.input[1 - _skip_side(addition, producers)]].input[1])
 
 
-class _Writer:
+class _Writer(GraphWriter):
     """Collects nodes, constants and the new tensors' ranges; each activation is quantised once, whoever reads it."""
 
     def __init__(
@@ -103,18 +103,16 @@ class _Writer:
         placement: Placement,
         correct_bias: bool,
     ) -> None:
-        self._graph, self._thresholds, self._placement = graph, thresholds, placement
-        self._correct_bias = correct_bias
+        super().__init__(graph)
+        self._thresholds, self._placement, self._correct_bias = thresholds, placement, correct_bias
         self.ranges = dict(ranges)
-        self._constants = {tensor.name: tensor for tensor in graph.graph.initializer}
         self._quantised: dict[str, str] = {}
-        self.nodes: list[onnx.NodeProto] = []
 
     def activation(self, name: str) -> str:
         """The activation rounded to 8 bits, as float32 again."""
         if name not in self._quantised:
             scale, zero = self._activation_scale(name)
-            inputs = [self._constant(f"{name}/scale", scale), self._constant(f"{name}/zero", zero)]
+            inputs = [self.constant(f"{name}/scale", scale), self.constant(f"{name}/zero", zero)]
             self.nodes.append(
                 helper.make_node("QuantizeLinear", [name, *inputs], [f"{name}/q"], name=f"quantise/{name}")
             )
@@ -129,7 +127,7 @@ class _Writer:
         """Append the convolution with its activation and weight quantised; `added`: a residual addition reads it."""
         activation, weight = node.input[0], node.input[1]
         node.input[0] = self.activation(activation)
-        values = numpy_helper.to_array(self._constants[weight])
+        values = self.values(weight)
         levels = self._placement.weight_levels
         largest = np.abs(values).reshape(len(values), -1).max(axis=1).clip(1e-12)
         if self._placement.one_scale and added:
@@ -138,15 +136,15 @@ class _Writer:
         integers = np.round(values / scale.reshape(-1, 1, 1, 1)).clip(-levels, levels).astype(np.int8)
         if self._correct_bias and len(node.input) > 2:
             lost = values - integers * scale.reshape(-1, 1, 1, 1)
-            bias = numpy_helper.to_array(self._constants[node.input[2]])
+            bias = self.values(node.input[2])
             corrected = (bias + self._mean_output(node, activation, lost)).astype(np.float32)
-            node.input[2] = self._constant(f"{node.input[2]}/corrected", corrected)
+            node.input[2] = self.constant(f"{node.input[2]}/corrected", corrected)
         by_shares = self._placement.one_scale and not added
         shared = self._within_half(scale.max(), integers, activation) if by_shares else scale.max()
         node.input[1] = self._dequantised(weight, integers, shared if self._placement.one_scale else scale)
         self.ranges[node.input[1]] = TensorRange(float(np.abs(values).max()))
         if self._placement.integer_bias and len(node.input) > 2:
-            bias = numpy_helper.to_array(self._constants[node.input[2]])
+            bias = self.values(node.input[2])
             steps = (scale * self._activation_scale(activation)[0]).astype(np.float32)
             limit = np.iinfo(np.int32).max
             rounded = np.round(bias.astype(np.float64) / steps).clip(-limit, limit).astype(np.int32)
@@ -169,6 +167,7 @@ class _Writer:
             torch.from_numpy(image)[None],
             torch.from_numpy(weight.astype(np.float64)),
             stride=tuple(given.get("strides", (1, 1))),
+            groups=given.get("group", 1),
         )
         return output.mean((0, 2, 3)).numpy()
 
@@ -184,15 +183,13 @@ class _Writer:
     def _append_shares(self, node: onnx.NodeProto, shares: np.ndarray) -> None:
         """What a scale for each channel would have done: its share of the one scale by a Mul, and the bias after
         that."""
-        bias = (
-            numpy_helper.to_array(self._constants[node.input.pop()]) if len(node.input) > 2 else np.zeros_like(shares)
-        )
+        bias = self.values(node.input.pop()) if len(node.input) > 2 else np.zeros_like(shares)
         output = node.output[0]
         raw, scaled = f"{output}/raw", f"{output}/scaled"
         node.output[0] = raw
         self.ranges[scaled] = TensorRange(self.ranges[output].largest + float(np.abs(bias).max()))
         for operator, source, values, target in (("Mul", raw, shares, scaled), ("Add", scaled, bias, output)):
-            constant = self._constant(f"{source}/{operator}", values.reshape(1, -1, 1, 1))
+            constant = self.constant(f"{source}/{operator}", values.reshape(1, -1, 1, 1))
             self.nodes.append(helper.make_node(operator, [source, constant], [target], name=f"{node.name}/{operator}"))
 
     def _activation_scale(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -206,18 +203,11 @@ class _Writer:
     def _dequantised(self, name: str, integers: np.ndarray, scale: np.ndarray) -> str:
         """A constant of integers with one scale, or one a channel of axis 0, as float32."""
         inputs = [
-            self._constant(f"{name}/q", integers),
-            self._constant(f"{name}/scale", scale),
-            self._constant(f"{name}/zero", np.zeros(scale.shape, integers.dtype)),
+            self.constant(f"{name}/q", integers),
+            self.constant(f"{name}/scale", scale),
+            self.constant(f"{name}/zero", np.zeros(scale.shape, integers.dtype)),
         ]
         self.nodes.append(
             helper.make_node("DequantizeLinear", inputs, [f"{name}/dq"], name=f"dequantise/{name}", axis=0)
         )
         return f"{name}/dq"
-
-    def _constant(self, name: str, values: np.ndarray) -> str:
-        self._constants[name] = numpy_helper.from_array(values, name)
-        return name
-
-    def result(self) -> onnx.ModelProto:
-        return with_nodes(self._graph, self.nodes, self._constants.values())

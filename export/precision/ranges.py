@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.export.graph.rewrite import tensor_names_between
+from mgn_deploy.export.graph.rewrite import pixels_name, trunk_nodes
 
 BINS = 2048
 BATCH = 8
@@ -49,7 +49,7 @@ def measure_ranges(
     Raises:
         UserError: with `histograms`, activations that are not finite.
     """
-    names = tensor_names_between(graph)
+    names = [pixels_name(graph), *(output for node in trunk_nodes(graph) for output in node.output)]
     ranges = {name: TensorRange() for name in names}
     for values in _run(graph, names, crops):
         for name, value in zip(names, values, strict=True):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from scipy.special import rel_entr
 
 from mgn_deploy.export.precision.ranges import BINS, TensorRange
 
@@ -27,10 +28,6 @@ def thresholds(ranges: Mapping[str, TensorRange], method: str) -> dict[str, floa
         method: one of `METHODS`.
     """
     return {name: max(METHODS[method](one), 1e-8) for name, one in ranges.items()}
-
-
-def _max(one: TensorRange) -> float:
-    return one.largest
 
 
 def _percentile(one: TensorRange) -> float:
@@ -80,10 +77,7 @@ def _divergence(original: np.ndarray, quantised: np.ndarray) -> float:
     if not original.sum() or not quantised.sum():
         return np.inf
     p, q = original / original.sum(), quantised / quantised.sum()
-    lost = (p > 0) & (q == 0)
-    q = np.where(lost, 1e-9, q)
-    there = p > 0
-    return float((p[there] * np.log(p[there] / q[there])).sum())
+    return float(rel_entr(p, np.where((p > 0) & (q == 0), 1e-9, q)).sum())
 
 
 def _counts(one: TensorRange) -> np.ndarray:
@@ -93,7 +87,7 @@ def _counts(one: TensorRange) -> np.ndarray:
 
 
 METHODS: dict[str, Callable[[TensorRange], float]] = {
-    "max": _max,
+    "max": lambda one: one.largest,
     "percentile": _percentile,
     "mse": _mse,
     "entropy": _entropy,

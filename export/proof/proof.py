@@ -6,18 +6,17 @@ import datetime
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.bundle.manifest import Proof, Ranking
 from mgn_deploy.choices import Precision
-from mgn_deploy.datasets import Dataset
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.export.proof.agreement import BATCH, cosines, run_in_batches, top_agreement
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
-from mgn_deploy.retrieval.ranking import RankingMetrics
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -41,6 +40,14 @@ BATCHES = (1, 3, BATCH, 13)
 DRIFT_IMAGES = 13
 
 
+class Pixels(NamedTuple):
+    """Crops, uint8 `[n, height, width, 3]`, what the manifest calls them, and whether they were drawn."""
+
+    crops: np.ndarray
+    source: str
+    drawn: bool = False
+
+
 def proof_crops(folder: Path, height: int, width: int) -> np.ndarray:
     """At most 256 crops of a folder, evenly spread over its sorted names: uint8 `[n, height, width, 3]`.
 
@@ -62,10 +69,9 @@ def proof_crops(folder: Path, height: int, width: int) -> np.ndarray:
     return np.stack(crops)
 
 
-def prove(
-    backend: Backend, crops: np.ndarray, reference: np.ndarray, precision: Precision, *, image_source: str, drawn: bool
-) -> Proof:
-    """Compare a backend with the reference's embeddings `[n, dim]` of the same crops `[n, height, width, 3]`."""
+def prove(backend: Backend, pixels: Pixels, reference: np.ndarray, precision: Precision) -> Proof:
+    """Compare a backend with the reference's embeddings `[n, dim]` of the same pixels."""
+    crops = pixels.crops
     embeddings = run_in_batches(backend, crops)
     drift = batch_drift(backend, crops, embeddings, sorted({*BATCHES, *(backend.batch_limits or ())}))
     finite = bool(np.isfinite(embeddings).all() and np.isfinite(drift))
@@ -84,8 +90,8 @@ def prove(
         misses.append(f"embeddings move by {drift:.2g} with the batch, more than {most_drift}")
     return Proof(
         images=len(crops),
-        image_source=image_source,
-        drawn=drawn,
+        image_source=pixels.source,
+        drawn=pixels.drawn,
         worst_cosine=float(cosine.min()),
         mean_cosine=float(cosine.mean()),
         max_abs_error=float(np.abs(embeddings - reference).max()) if finite else -1.0,
@@ -99,27 +105,6 @@ def prove(
         fused_heads=backend.fused_heads,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
-
-
-def add_ranking(
-    proof: Proof,
-    measured: RankingMetrics,
-    reference: RankingMetrics,
-    data: Dataset,
-    precision: Precision,
-    allowed: float = 0.0,
-) -> Proof:
-    """`with_ranking` of what was measured, beside the reference's."""
-    ranking = Ranking(
-        data=data.name,
-        queries=len(data.query),
-        gallery=len(data.gallery),
-        rank1=measured.rank[1],
-        mAP=measured.mAP,
-        reference_rank1=reference.rank[1],
-        reference_mAP=reference.mAP,
-    )
-    return with_ranking(proof, ranking, precision, allowed)
 
 
 def with_ranking(proof: Proof, ranking: Ranking, precision: Precision, allowed: float = 0.0) -> Proof:

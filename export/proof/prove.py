@@ -6,21 +6,20 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from mgn_deploy.backends.base import Backend
 from mgn_deploy.backends.registry import ENGINES, Engine
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.manifest import Manifest, Proof, Quantisation, write_manifest
+from mgn_deploy.bundle.manifest import Manifest, Proof, Quantisation, Ranking, write_manifest
 from mgn_deploy.bundle.signature import SIGNATURE, read_private_key, sign
 from mgn_deploy.datasets import Dataset
 from mgn_deploy.datasets.drawn import draw_people
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun, GateFailed, UserError
 from mgn_deploy.export.proof.agreement import run_in_batches
-from mgn_deploy.export.proof.proof import add_ranking, proof_crops, prove, with_ranking
+from mgn_deploy.export.proof.proof import Pixels, proof_crops, prove, with_ranking
 from mgn_deploy.export.proof.record import recorded_embeddings
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.retrieval.ranking import RankingMetrics
@@ -29,14 +28,6 @@ from mgn_deploy.retrieval.validate import validate
 _log = logging.getLogger("mgn_deploy")
 
 DRAWN_IMAGES = 96
-
-
-class ProofPixels(NamedTuple):
-    """Crops to prove on, uint8 `[n, height, width, 3]`, what the proof calls them, and whether they were drawn."""
-
-    crops: np.ndarray
-    source: str
-    drawn: bool
 
 
 def prove_again(
@@ -96,27 +87,27 @@ def require_passed(folder: str | os.PathLike[str], proofs: Mapping[str, Proof]) 
         raise GateFailed(f"{os.fspath(folder)} is not proven for {'; '.join(failed)}")
 
 
-def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int) -> ProofPixels:
+def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int) -> Pixels:
     """Of a folder, or of drawn people.
 
     Raises:
         UserError: no such folder, or too few readable images.
     """
     if folder is not None:
-        return ProofPixels(proof_crops(Path(folder), height, width), Path(os.path.abspath(folder)).name, False)
+        return Pixels(proof_crops(Path(folder), height, width), Path(os.path.abspath(folder)).name)
     _log.info("the proof is on drawn people: --proof-images DIR proves on yours")
     return drawn_pixels(height, width)
 
 
-def drawn_pixels(height: int, width: int) -> ProofPixels:
+def drawn_pixels(height: int, width: int) -> Pixels:
     """Drawn people, the same pixels everywhere."""
     from PIL import Image
 
     people = [read_crop(Image.fromarray(pixels), height, width) for pixels in draw_people(DRAWN_IMAGES)]
-    return ProofPixels(np.stack(people), "drawn people", True)
+    return Pixels(np.stack(people), "drawn people", drawn=True)
 
 
-def _reference(bundle: Bundle, pixels: ProofPixels, *, with_backend: bool) -> tuple[np.ndarray, Backend | None]:
+def _reference(bundle: Bundle, pixels: Pixels, *, with_backend: bool) -> tuple[np.ndarray, Backend | None]:
     """The reference's embeddings of the crops, recorded or made here, and PyTorch opened where it is here.
 
     `with_backend`: it is needed in any case.
@@ -138,7 +129,7 @@ def _reference(bundle: Bundle, pixels: ProofPixels, *, with_backend: bool) -> tu
         return embed_reference(backend, pixels), backend
 
 
-def embed_reference(backend: Backend, *pixels: ProofPixels) -> np.ndarray:
+def embed_reference(backend: Backend, *pixels: Pixels) -> np.ndarray:
     """The reference's embeddings `[n, dim]` of crops; it is PyTorch with the source weights, batch norms not folded.
 
     Raises:
@@ -154,7 +145,7 @@ def embed_reference(backend: Backend, *pixels: ProofPixels) -> np.ndarray:
 
 def prove_backends(
     bundle: Bundle,
-    pixels: ProofPixels,
+    pixels: Pixels,
     reference: np.ndarray,
     reference_backend: Backend | None,
     data: Dataset | None,
@@ -212,19 +203,28 @@ def _candidates(manifest: Manifest) -> list[Engine]:
 def _prove_one(
     bundle: Bundle,
     backend: Backend,
-    pixels: ProofPixels,
+    pixels: Pixels,
     reference: np.ndarray,
     data: Dataset | None,
     ranked: RankingMetrics | None,
 ) -> Proof:
     """One backend's proof, with its ranking of `data` beside the reference's, `ranked`."""
     manifest = bundle.manifest
-    proof = prove(backend, pixels.crops, reference, manifest.precision, image_source=pixels.source, drawn=pixels.drawn)
+    proof = prove(backend, pixels, reference, manifest.precision)
     if not data or not ranked:
         return proof
     is_reference = backend.name == "torch"
     measured = ranked if is_reference else validate(data, Embedder(backend, bundle.config), None).measured
-    return add_ranking(proof, measured, ranked, data, manifest.precision, allowed_map(manifest.quantisation))
+    ranking = Ranking(
+        data=data.name,
+        queries=len(data.query),
+        gallery=len(data.gallery),
+        rank1=measured.rank[1],
+        mAP=measured.mAP,
+        reference_rank1=ranked.rank[1],
+        reference_mAP=ranked.mAP,
+    )
+    return with_ranking(proof, ranking, manifest.precision, allowed_map(manifest.quantisation))
 
 
 def allowed_map(quantisation: Quantisation | None) -> float:

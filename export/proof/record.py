@@ -59,4 +59,4 @@ def _read(bundle: Bundle) -> Mapping[bytes, np.ndarray]:
 
 
 def _digest(crop: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(crop).tobytes()).digest()
+    return hashlib.sha256(crop.tobytes()).digest()

@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.config import ModelConfig
@@ -40,9 +41,9 @@ class Backend(ABC):
     fused_heads: bool = False  # the heads run as the kernel of `kernels/` instead of the graph's operators
 
     @classmethod
-    @abstractmethod
     def missing(cls) -> str | None:
         """Say why this backend cannot run here and what to install; None where it can. Imports the engine."""
+        return ENGINES[cls.name].import_problem()
 
     @classmethod
     @abstractmethod
@@ -83,9 +84,12 @@ class Backend(ABC):
         return self.hardware.gpu or "CPU"
 
 
-def refuse_fused_heads(name: str) -> None:
-    """Raise CannotRun: of a backend that runs the whole graph."""
-    raise CannotRun(f"{name} runs the whole graph: fused heads are a property of GPU engines, leave out --fused-heads")
+def refuse_fused_heads(name: str, asked: bool) -> None:
+    """Raise CannotRun where they are asked of a backend that runs the whole graph."""
+    if asked:
+        raise CannotRun(
+            f"{name} runs the whole graph: fused heads are a property of GPU engines, leave out --fused-heads"
+        )
 
 
 def refuse_shapes(shapes: Sequence[Sequence[object]], config: ModelConfig) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.backends.base import Backend, refuse_fused_heads, refuse_shapes
-from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun
 from mgn_deploy.machine import this_cpu
@@ -57,13 +56,8 @@ class OpenVinoBackend(Backend):
         self._request = compiled.create_infer_request()
 
     @classmethod
-    def missing(cls) -> str | None:
-        return ENGINES[cls.name].import_problem()
-
-    @classmethod
     def open_graph(cls, graph: bytes, config: ModelConfig, *, fused_heads: bool = False) -> OpenVinoBackend:
-        if fused_heads:
-            refuse_fused_heads(cls.name)
+        refuse_fused_heads(cls.name, fused_heads)
         return cls(graph, config)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -67,8 +67,7 @@ class Engine:
     def load(self) -> type[Backend]:
         """Import the backend's class; its engine is imported by `missing` and `open`."""
         module, _, name = self.backend.partition(":")
-        backend: type[Backend] = getattr(import_module(module), name)
-        return backend
+        return getattr(import_module(module), name)
 
 
 MEASURED = "measured on CPUs"

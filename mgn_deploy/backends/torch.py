@@ -48,8 +48,7 @@ class TorchBackend(Backend):
 
     @classmethod
     def open(cls, bundle: Bundle, *, fused_heads: bool = False) -> TorchBackend:
-        if fused_heads:
-            refuse_fused_heads(cls.name)
+        refuse_fused_heads(cls.name, fused_heads)
         if REFERENCE not in bundle.manifest.files:
             raise CannotRun(f"{bundle.folder} was exported with --no-reference: the torch backend needs the weights")
         return cls(bundle.read(REFERENCE), bundle.config, bundle.manifest.flip)

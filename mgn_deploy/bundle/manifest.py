@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mgn_deploy.bundle.engine_entry import EngineEntry
 from mgn_deploy.choices import Precision
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError, first_problem
@@ -21,6 +20,10 @@ MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 GRAPH = "graph.onnx"
 REFERENCE = "reference.safetensors"
+
+TensorRtName = Literal["tensorrt", "tensorrt-rtx"]
+Batch = Annotated[int, Field(ge=1)]
+DEFAULT_BATCH = (1, 8, 64)  # min, opt and max images a call
 
 
 class _Strict(BaseModel):
@@ -98,6 +101,25 @@ class Quantisation(_Strict):
     drop_of: str
     sweep: list[BlockError] = []
     in_float: list[str] = []
+
+
+class EngineEntry(_Strict):
+    """One built TensorRT plan. Its hash is in the manifest's `files`, under `file`.
+
+    `compute_capability` ("8.6") is what the plan was built for; None: any GPU from Ampere on. `gpu` is the name of the
+    GPU that a `tensorrt` plan was timed on; TensorRT-RTX times nothing, so its plans have none. `batch` is the profile:
+    min, opt and max images a call. A plan with `fused_heads` ends with the feature maps.
+    """
+
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.plan$")
+    engine: TensorRtName
+    version: str
+    compute_capability: str | None = Field(default=None, pattern=r"^\d+\.\d+$")
+    gpu: str | None = None
+    batch: tuple[Batch, Batch, Batch]
+    fused_heads: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
 
 class Manifest(_Strict):

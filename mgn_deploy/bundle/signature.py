@@ -34,11 +34,11 @@ def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> None:
 
     Raises:
         CannotRun: cryptography is not installed.
-        UserError: no such key, or a key of another kind.
+        UserError: no such key, a key of another kind, or no manifest there.
     """
     private = read_private_key(key)
     folder = Path(folder)
-    write_bytes(folder / SIGNATURE, private.sign((folder / MANIFEST).read_bytes()))
+    write_bytes(folder / SIGNATURE, private.sign(_content(folder / MANIFEST, most=-1)))
 
 
 def require_signature(folder: Path, manifest: bytes, key: str | os.PathLike[str]) -> None:
@@ -46,15 +46,10 @@ def require_signature(folder: Path, manifest: bytes, key: str | os.PathLike[str]
     from cryptography.exceptions import InvalidSignature
 
     public = _read_public_key(key)
+    if not (folder / SIGNATURE).exists():
+        raise UserError(f"{folder} is not signed, and {key} is the trusted key: `mgn-deploy export --sign KEY` signs")
     try:
-        with open(folder / SIGNATURE, "rb") as file:
-            signature = file.read(65)
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} is not signed, and {key} is the trusted key: `mgn-deploy export --sign KEY` signs"
-        ) from None
-    try:
-        public.verify(signature, manifest)
+        public.verify(_content(folder / SIGNATURE), manifest)
     except InvalidSignature:
         raise UserError(f"{folder} is not signed by the trusted key {key}, or was changed since: beware") from None
 
@@ -72,13 +67,14 @@ def read_private_key(path: str | os.PathLike[str]) -> Ed25519PrivateKey:
         UserError: no such file, or no Ed25519 private key.
     """
     require("cryptography", "sign", "signatures need cryptography")
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     passphrase = os.environ.get(PASSPHRASE)
     try:
         key = load_pem_private_key(_content(path), passphrase.encode() if passphrase else None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise UserError(f"{path} is no private key that can be read ({error}): {PASSPHRASE} opens one") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise UserError(f"{path} is no Ed25519 private key: `openssl genpkey -algorithm ed25519` makes one")
@@ -87,21 +83,22 @@ def read_private_key(path: str | os.PathLike[str]) -> Ed25519PrivateKey:
 
 def _read_public_key(path: str | os.PathLike[str]) -> Ed25519PublicKey:
     require("cryptography", "sign", "signatures need cryptography")
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
         key = load_pem_public_key(_content(path))
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise UserError(f"{path} is no public key in PEM ({error})") from None
     if not isinstance(key, Ed25519PublicKey):
         raise UserError(f"{path} is no Ed25519 public key: `openssl pkey -in key.pem -pubout` writes one")
     return key
 
 
-def _content(path: str | os.PathLike[str]) -> bytes:
+def _content(path: str | os.PathLike[str], most: int = 2**16) -> bytes:
     try:
         with open(path, "rb") as file:
-            return file.read(2**16)
+            return file.read(most)
     except OSError as error:
         raise UserError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None

@@ -11,8 +11,9 @@ from mgn_deploy.cli.options import AllowUnproven, Backend, Batch, Bundle, Data, 
 from mgn_deploy.console import print_json, print_result, print_table, progress, say
 
 if TYPE_CHECKING:
-    from mgn_deploy.identity.calibration import Calibration, Interval
+    from mgn_deploy.identity.calibration import Calibration
     from mgn_deploy.identity.identify import Identification
+    from mgn_deploy.identity.rates import Interval
 
 Far = Annotated[float, typer.Option("--far", help="Share of strangers that may be accepted, as in 1e-3.")]
 PeopleFolder = Annotated[Path, typer.Option("--people", help="The folder of enrolled people.")]
@@ -217,18 +218,19 @@ def _print_calibration(made: Calibration) -> None:
     data = made.data
     kind = "" if data.same_camera else " by two cameras"
     print_table(
-        ["cameras", "FAR", "threshold", "TAR, percent", "measured FAR, percent"],
+        ["pairs", "FAR", "threshold", "TAR, percent", "measured FAR, percent"],
         [
             [
-                cameras,
-                f"{rate.far:g}",
+                pairs,
+                f"{rate.far:g}" + (" (few people)" if rate.problem else ""),
                 spread(rate.threshold, ".4f", times=1),
                 spread(rate.tar, ".2f"),
                 spread(rate.measured_far, ".3g"),
             ]
-            for cameras, rates in [
+            for pairs, rates in [
                 ("all", made.rates),
-                *((f"{pair.cameras[0]}, {pair.cameras[1]}", pair.rates) for pair in made.camera_pairs),
+                *((f"means over {one.images} images", one.rates) for one in made.pooled),
+                *((f"cameras {pair.cameras[0]}, {pair.cameras[1]}", pair.rates) for pair in made.camera_pairs),
             ]
             for rate in rates
         ],

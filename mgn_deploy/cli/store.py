@@ -164,7 +164,7 @@ def pool_tracks(
 
     with progress() as update:
         pooled = run(store, tracks, best=best, progress=update)
-    made = {"store": str(tracks), **pooled.to_dict()}
+    made = {"store": str(tracks), **vars(pooled)}
     print_result(json, made, f"{tracks}: {pooled.tracks} tracks, of {pooled.taken} of {pooled.images} images")
 
 

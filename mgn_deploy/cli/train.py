@@ -14,7 +14,7 @@ from mgn_deploy.packages import require_training
 
 if TYPE_CHECKING:
     from mgn_deploy.datasets import Dataset
-    from mgn_deploy.train.trainer import Step
+    from mgn_deploy.train.run import Step
 
 
 def train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +70,7 @@ def import_checkpoint(
         checkpoint, folder, source, pooling=pool, global_stride=global_stride, stem_pool=stem_pool, size=pixels
     )
     _tell(report)
-    print_result(json, {"weights": str(folder), **report.json()}, folder)
+    print_result(json, {"weights": str(folder), **asdict(report)}, folder)
 
 
 def _tell(report: Report) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 
 from mgn_deploy.choices import DATA_KINDS
 from mgn_deploy.datasets.cuhk03 import open_cuhk03
@@ -21,6 +22,13 @@ __all__ = ["Dataset", "LabelledImage", "Subset", "open_data"]
 
 _log = logging.getLogger("mgn_deploy")
 
+# Of the kinds that have no layout like Market-1501's.
+_OPENERS: dict[str, Callable[[str, Collection[Subset]], Dataset]] = {
+    "msmt17": open_msmt17,
+    "cuhk03-labeled": partial(open_cuhk03, crops="labeled"),
+    "cuhk03-detected": partial(open_cuhk03, crops="detected"),
+    "identities": open_identities,
+}
 # What names nobody, and in which kinds. -1 is nobody's number in a folder either, but 0 may well be somebody's.
 _JUNK = {"market1501": frozenset({JUNK}), "folder": frozenset({JUNK})}
 _DISTRACTORS = {"market1501": frozenset({DISTRACTOR})}
@@ -43,18 +51,9 @@ def open_data(spec: str, subsets: Collection[Subset] = ("query", "gallery")) -> 
     kind, _, folder = spec.partition(":")
     _check_kind(spec, kind, folder)
     folder = os.path.expanduser(folder)
-    if "multi-query" in subsets and kind.startswith(("cuhk03", "msmt17", "identities")):
+    if "multi-query" in subsets and kind in _OPENERS:
         raise UserError(f"--data {spec}: {kind} has no multiple queries; Market-1501 has, in gt_bbox")
-    if kind == "msmt17":
-        data = open_msmt17(folder, subsets)
-    elif kind == "cuhk03-labeled":
-        data = open_cuhk03(folder, subsets, crops="labeled")
-    elif kind == "cuhk03-detected":
-        data = open_cuhk03(folder, subsets, crops="detected")
-    elif kind == "identities":
-        data = open_identities(folder, subsets)
-    else:
-        data = open_market1501(folder, subsets)
+    data = _OPENERS.get(kind, open_market1501)(folder, subsets)
     data = replace(data, name=kind, junk=_JUNK.get(kind, frozenset()), distractors=_DISTRACTORS.get(kind, frozenset()))
     notes = count_notes(kind, data, subsets)
     people = [image for image in data.train if data.is_person(image.identity)]

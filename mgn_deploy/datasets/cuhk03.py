@@ -14,7 +14,6 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -58,13 +57,13 @@ def open_cuhk03(root: str | os.PathLike[str], subsets: Collection[Subset], *, cr
     config, folder = root / _config(crops), root / f"images_{crops}"
     if not os.path.isfile(config):
         return open_market1501(root, subsets)
-    split = _Split.read(config)
+    split = _read_split(config)
     if not os.path.isdir(folder) or not list_folder(folder):
         _extract(root, folder, crops)
     present = {path.name for path in list_folder(folder)}
 
     def labelled(subset: Subset) -> list[LabelledImage]:
-        images = [LabelledImage(folder / name, identity, camera) for name, identity, camera in split.rows(subset)]
+        images = [LabelledImage(folder / name, identity, camera) for name, identity, camera in split[subset]]
         missing = [image.path for image in images if image.path.name not in present]
         if missing:
             raise UserError(
@@ -89,45 +88,32 @@ def _is_cuhk03(crops: Crops, folder: Path) -> bool:
     return is_market1501(folder) and (own in name or other not in name)
 
 
-@dataclass(frozen=True)
-class _Split:
-    """The file of the split: names and labels (int64 `[n]`, from 1) of all crops, and each subset's indices, from 0."""
+def _read_split(path: Path) -> dict[Subset, list[tuple[str, int, int]]]:
+    """Name, identity and camera of each crop of the subsets."""
+    require("scipy", "train", f"{path.name} is read with SciPy")
+    import scipy.io
 
-    names: list[str]
-    labels: np.ndarray
-    indices: dict[Subset, np.ndarray]
-
-    @classmethod
-    def read(cls, path: Path) -> _Split:
-        require("scipy", "train", f"{path.name} is read with SciPy")
-        import scipy.io
-
-        keys: dict[Subset, str] = {"train": "train_idx", "query": "query_idx", "gallery": "gallery_idx"}
-        try:
-            content = scipy.io.loadmat(path, squeeze_me=True, variable_names=["filelist", "labels", *keys.values()])
-            names = [str(name) for name in np.atleast_1d(content["filelist"])]
-            labels = np.atleast_1d(content["labels"]).astype(np.int64)
-            indices = {subset: np.atleast_1d(content[key]).astype(np.int64).ravel() - 1 for subset, key in keys.items()}
-        except Exception as error:  # SciPy raises whatever its parser comes to
-            raise UserError(f"{path} cannot be read as the new protocol's split ({error!r}): get it again") from error
-        wrong = next((name for name in names if not _NAME.fullmatch(name)), None)
-        if wrong is not None:
-            raise UserError(f"{path}: {wrong!r} in its file list is not like 1_001_1_01.png")
-        if labels.shape != (len(names),) or labels.min(initial=1) < 1:
-            raise UserError(
-                f"{path} has {len(names)} files and {labels.size} labels, which have to be one a file, from 1"
-            )
-        for subset, rows in indices.items():
-            if not rows.size or rows.min() < 0 or rows.max() >= len(names):
-                raise UserError(f"{path}: {keys[subset]} has to hold numbers from 1 to {len(names)}, of its file list")
-        return cls(names, labels, indices)
-
-    def rows(self, subset: Subset) -> Iterator[tuple[str, int, int]]:
-        """Yield name, identity and camera of each crop of a subset."""
-        for index in self.indices[subset]:
-            match = _NAME.fullmatch(self.names[index])
-            assert match is not None  # `read` looked
-            yield self.names[index], int(self.labels[index]), int(match[1])
+    keys: dict[Subset, str] = {"train": "train_idx", "query": "query_idx", "gallery": "gallery_idx"}
+    try:
+        content = scipy.io.loadmat(path, squeeze_me=True, variable_names=["filelist", "labels", *keys.values()])
+        names = [str(name) for name in np.atleast_1d(content["filelist"])]
+        labels = np.atleast_1d(content["labels"]).astype(np.int64)
+        indices = {subset: np.atleast_1d(content[key]).astype(np.int64).ravel() - 1 for subset, key in keys.items()}
+    except Exception as error:  # SciPy raises whatever its parser comes to
+        raise UserError(f"{path} cannot be read as the new protocol's split ({error!r}): get it again") from error
+    cameras = []
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise UserError(f"{path}: {name!r} in its file list is not like 1_001_1_01.png")
+        cameras.append(int(match[1]))
+    if labels.shape != (len(names),) or labels.min(initial=1) < 1:
+        raise UserError(f"{path} has {len(names)} files and {labels.size} labels, which have to be one a file, from 1")
+    for subset, rows in indices.items():
+        if not rows.size or rows.min() < 0 or rows.max() >= len(names):
+            raise UserError(f"{path}: {keys[subset]} has to hold numbers from 1 to {len(names)}, of its file list")
+    crops = list(zip(names, labels.tolist(), cameras, strict=True))
+    return {subset: [crops[index] for index in rows] for subset, rows in indices.items()}
 
 
 def _extract(root: Path, folder: Path, crops: Crops) -> None:

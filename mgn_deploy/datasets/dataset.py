@@ -101,9 +101,4 @@ class Dataset:
 
     def images(self, subset: Subset) -> list[LabelledImage]:
         """The images of a subset."""
-        return {
-            "train": self.train,
-            "query": self.query,
-            "gallery": self.gallery,
-            "multi-query": self.multi_query,
-        }[subset]
+        return getattr(self, subset.replace("-", "_"))

@@ -58,9 +58,10 @@ def open_identities(root: str | os.PathLike[str], subsets: Collection[Subset]) -
         notes.append(f"{without:,} of {len(images):,} images name no camera (cam_1), so that cameras are not used")
     if without:
         images = [LabelledImage(image.path, image.identity, NO_CAMERA) for image in images]
-    train, (query, gallery) = list[LabelledImage](), _divided(images)
+    query, gallery = _divided(images)
+    divided: dict[Subset, list[LabelledImage]] = {"query": query, "gallery": gallery}
     if "train" in subsets:
-        train, query, gallery = images, [], []
+        divided = {"train": images}
         if len(subsets) > 1:
             notes.append("everybody is trained on: there is nobody left to evaluate with")
     elif not query:
@@ -69,7 +70,7 @@ def open_identities(root: str | os.PathLike[str], subsets: Collection[Subset]) -
         _log.warning(note)
     if files.skipped:
         notes.append(skipped_sentence(files.skipped))  # which was told as they were listed
-    data = Dataset.read("identities", root, subsets, {"train": train, "query": query, "gallery": gallery}.__getitem__)
+    data = Dataset.read("identities", root, subsets, lambda subset: divided.get(subset, []))
     return replace(data, notes=notes, people=dict(labels.people), has_cameras=not without)
 
 

@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from mgn_deploy.datasets.market1501 import parse_name
@@ -87,7 +86,7 @@ def read_labels(
     if kind == "folder":
         return _by_folder(names, people or {})
     if kind.lower().endswith(TABLE_SUFFIXES):
-        return _by_table(Path(kind), people or {})
+        return table_labels(kind, read_table(kind, ("path", "identity")), people)
     raise UserError(
         f"--labels {kind}: choose {', '.join(KINDS)} or a table ({', '.join(TABLE_SUFFIXES)}) with the columns path, "
         "identity and, if need be, camera"
@@ -115,10 +114,6 @@ def _by_folder(names: Iterable[str], known: Mapping[str, int]) -> Labels:
         return Label(people[person], None) if inside and person in people else None
 
     return Labels("folder", people, rule=rule)
-
-
-def _by_table(path: Path, known: Mapping[str, int]) -> Labels:
-    return table_labels(str(path), read_table(path, ("path", "identity")), known)
 
 
 def table_labels(title: str, rows: Sequence[TableRow], known: Mapping[str, int] | None = None) -> Labels:

@@ -149,13 +149,10 @@ def _lost(name: str, file: BinaryIO, start: int, stop: int) -> Iterator[ImageFil
     if not 0 < start < stop:
         return
     file.seek(start)
-    left = stop - start
-    while left > 0 and (part := file.read(min(left, 1 << 20))):
-        if part.count(0) < len(part):
-            problem = "the archive is broken here: what it had between two members, or at its end, is lost"
-            yield ImageFile(None, f"{name}/byte {start}", problem=problem)
-            return
-        left -= len(part)
+    parts = (file.read(min(stop - at, 1 << 20)) for at in range(start, stop, 1 << 20))
+    if any(part.count(0) < len(part) for part in parts):
+        problem = "the archive is broken here: what it had between two members, or at its end, is lost"
+        yield ImageFile(None, f"{name}/byte {start}", problem=problem)
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +32,7 @@ def boxed_source(source: Source, boxes: Boxes) -> Source:
     Raises:
         UserError: no box has its photo in the source.
     """
-    find = _Photos(source.files)
+    find = _photo_of(source.files)
     boxes_of: dict[int, list[Box]] = defaultdict(list)
     missing = []
     for box in boxes.boxes:
@@ -105,28 +105,23 @@ def _size(photo: ImageFile) -> tuple[int, int] | str:
         return str(problem)
 
 
-class _Photos:
-    """Finds the photo of a box."""
+def _photo_of(files: Sequence[ImageFile]) -> Callable[[Box], int | None]:
+    """What gives the index of a box's photo among the files."""
+    names = [file.name for file in files]
+    tails = [os.path.basename(name) for name in names]
+    by_name = {name: index for index, name in enumerate(names)}
+    by_stem, by_tail = _unique(os.path.splitext(name)[0] for name in names), _unique(tails)
+    by_tails_stem = _unique(os.path.splitext(tail)[0] for tail in tails)
+    by_number = _unique(_number(tail) for tail in tails)
 
-    def __init__(self, files: Sequence[ImageFile]) -> None:
-        names = [file.name for file in files]
-        self._ways: list[Mapping[str, int]] = [
-            {name: index for index, name in enumerate(names)},
-            _unique(os.path.splitext(name)[0] for name in names),
-            _unique(os.path.basename(name) for name in names),
-            _unique(os.path.splitext(os.path.basename(name))[0] for name in names),
-        ]
-        self._numbers = _unique(_number(name) for name in names)
-
-    def __call__(self, box: Box) -> int | None:
-        """The index of its photo among the files."""
+    def find(box: Box) -> int | None:
         if box.photo is None:
-            return self._numbers.get(str(box.frame))
+            return by_number.get(str(box.frame))
         tail = os.path.basename(box.photo)
-        for way, key in zip(self._ways, (box.photo, box.photo, tail, tail), strict=True):
-            if key in way:
-                return way[key]
-        return self._numbers.get(box.photo)
+        ways = [(by_name, box.photo), (by_stem, box.photo), (by_tail, tail), (by_tails_stem, tail)]
+        return next((way[key] for way, key in ways if key in way), by_number.get(box.photo))
+
+    return find
 
 
 def _unique(keys: Iterable[str]) -> dict[str, int]:
@@ -137,6 +132,6 @@ def _unique(keys: Iterable[str]) -> dict[str, int]:
 
 
 def _number(name: str) -> str:
-    """The number that a photo's name is, as frames are named (`img1/000123.jpg`); "" where it is none."""
-    stem = os.path.splitext(os.path.basename(name))[0]
+    """The number that a photo's name is, as frames are named (`000123.jpg`); "" where it is none."""
+    stem = os.path.splitext(name)[0]
     return str(int(stem)) if re.fullmatch(r"\d{1,18}", stem, re.ASCII) else ""

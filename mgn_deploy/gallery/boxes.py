@@ -1,8 +1,8 @@
 """A detector's or tracker's boxes, by the formats that tools write; which one a file has is told by its content.
 
 - MOTChallenge, det.txt or gt.txt (https://motchallenge.net/instructions): a line `frame, id, left, top, width, height,
-  conf, ...`. Frames, ids and pixels are counted from 1 there, so that 1 is taken from left and top. An id of -1 is
-  nobody's. A conf of 0 marks a box that is not to be considered. Where nine values are given, as in MOT16's gt.txt
+  conf, ...`. Frames, ids and pixels are counted from 1 there, so that 1 is taken from left and top. A conf of 0 marks a
+  box that is not to be considered. Where nine values are given, as in MOT16's gt.txt
   (https://arxiv.org/abs/1603.00831), the eighth is the class: 1, 2 and 7 are people.
 - YOLO: a folder with a .txt for each photo, a line `class x y width height [score [track]]`, the centre and size of a
   box as fractions of the photo; class 0 is a person, unless a classes.txt beside them lists the names.
@@ -10,16 +10,17 @@
   the photo's name without extension and whose category 1 is a person.
 - CSV, TSV or Parquet with the columns path (of a video: frame), left, top, width and height, in pixels from 0; class,
   score and track may be there, too.
+
+In all of them a negative track, as MOTChallenge's -1, is nobody's.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def read_boxes(path: str | os.PathLike[str], *, classes: Sequence[str] = (PERSON
     Args:
         path: what a tool wrote.
         classes: names or numbers of what is taken, where the file tells classes; `all` for each.
-        min_score: of boxes that have a score.
+        min_score: of boxes that have a score; 0: any, as some detectors' scores are negative.
 
     Raises:
         UserError: it cannot be read, has no such format, a line or entry of it is broken, or nothing is left of it.
@@ -95,10 +96,11 @@ def read_boxes(path: str | os.PathLike[str], *, classes: Sequence[str] = (PERSON
         numbers[box.photo, box.frame] += 1
         if box.kind is not None and ALL_CLASSES not in wanted and box.kind.lower() not in wanted:
             found.skipped["boxes of another class"] += 1
-        elif box.score is not None and box.score < min_score:
+        elif min_score and box.score is not None and box.score < min_score:
             found.skipped[f"boxes with a score below {min_score:g}"] += 1
         else:
-            found.boxes.append(replace(box, number=numbers[box.photo, box.frame]))
+            track = box.track if box.track is not None and box.track >= 0 else None
+            found.boxes.append(replace(box, number=numbers[box.photo, box.frame], track=track))
     left_out = "".join(f", {count:,} {why} left out" for why, count in sorted(found.skipped.items()))
     if not found.boxes:
         raise UserError(f"{path} holds no box that is taken{left_out}: --box-class names the classes, or `all`")
@@ -114,9 +116,12 @@ def _by_content(path: Path, content: bytes, classes: Sequence[str]) -> Boxes:
     if text[:1] in ("{", "["):
         return _coco(text, title, classes)
     first = text.partition("\n")[0]
-    values = first.replace(",", " ").split()
-    if values and all(map(_is_number, values)):
-        if 5 <= len(values) <= 7 and "," not in first and all(abs(float(value)) <= 1 for value in values[1:5]):
+    try:
+        values = [float(value) for value in first.replace(",", " ").split()]
+    except ValueError:
+        values = []
+    if values:
+        if 5 <= len(values) <= 7 and "," not in first and all(abs(value) <= 1 for value in values[1:5]):
             raise UserError(f"{title} is YOLO's boxes of one photo: give the folder that holds the .txt of every photo")
         return _mot(text, title)
     if "left" in columns_of(first):
@@ -153,9 +158,9 @@ def _mot(text: str, title: str) -> Boxes:
                 photo=None,
                 frame=frame,
                 edges=(left - 1, top - 1, width, height),
-                track=None if track < 0 else track,
+                track=track,
                 kind=PERSON if kind in _MOT_PEOPLE else kind,
-                score=rest[0] if rest and len(values) != 9 and rest[0] > 0 else None,  # of nine it is the flag
+                score=rest[0] if rest and len(values) != 9 and rest[0] != -1 else None,  # of nine it is the flag
             )
         )
     return boxes
@@ -214,7 +219,7 @@ def _coco(text: str, title: str, classes: Sequence[str]) -> Boxes:
                     photo=photos[entry["image_id"]] if photos else str(entry["image_id"]),
                     frame=None,
                     edges=(left, top, width, height),
-                    track=entry["track_id"] if isinstance(entry.get("track_id"), int) else None,
+                    track=_integer(entry["track_id"], where) if isinstance(entry.get("track_id"), int) else None,
                     kind=str(kind) if str(kind) in classes else names.get(kind, str(kind)),
                     score=None if score is None else _number(score, where),
                 )
@@ -231,18 +236,18 @@ def _table(content: bytes, title: str) -> Boxes:
         raise UserError(f"{title} lacks a column path, or frame for a video's boxes")
     boxes = Boxes(title, "a table, pixels counted from 0", [])
     for row in rows:
-        cell, where = row.cells.get, f"{title}, line {row.line}"
-        left, top, width, height = (_number(row.cells[name], where) for name in ("left", "top", "width", "height"))
-        if "path" in row.cells and not row.path:
+        cells, where = row.cells, f"{title}, line {row.line}"
+        left, top, width, height = (_number(cells[name], where) for name in ("left", "top", "width", "height"))
+        if "path" in cells and not row.path:
             raise UserError(f"{where}: the path is empty")
         boxes.boxes.append(
             Box(
-                photo=row.path if "path" in row.cells else None,
-                frame=None if "path" in row.cells else _integer(row.cells["frame"], where),
+                photo=row.path if "path" in cells else None,
+                frame=None if "path" in cells else _integer(cells["frame"], where),
                 edges=(left, top, width, height),
-                track=_optional(_integer, cell("track"), where),
-                kind=cell("class") or None,
-                score=_optional(_number, cell("score"), where),
+                track=_integer(cells["track"], where) if cells.get("track") else None,
+                kind=cells.get("class") or None,
+                score=_number(cells["score"], where) if cells.get("score") else None,
             )
         )
     return boxes
@@ -258,27 +263,15 @@ def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
 def _number(text: Any, where: str) -> float:
     try:
         value = float(text)
-        if math.isfinite(value):
+        if abs(value) < 2**53:  # NaN is not; a store's float32 takes these by any photo's size
             return value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
-    raise UserError(f"{where}: {text!r} is no number")
+    raise UserError(f"{where}: {text!r} is no number, or too large")
 
 
 def _integer(text: Any, where: str) -> int:
     value = _number(text, where)
-    if value != int(value) or abs(value) >= 2**53:
+    if value != int(value):
         raise UserError(f"{where}: {text!r} is no whole number")
     return int(value)
-
-
-def _optional(read: Callable[[Any, str], Any], text: str | None, where: str) -> Any:
-    return read(text, where) if text else None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -28,6 +28,7 @@ from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.gallery import writer as writing
 from mgn_deploy.gallery.embed import fill_store
+from mgn_deploy.gallery.profile import Profile
 from mgn_deploy.gallery.run import GalleryReport, Run
 from mgn_deploy.gallery.shards import ShardEntry, StoreManifest
 from mgn_deploy.gallery.sources import Decoded, Source, open_source
@@ -73,13 +74,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Written:
-    """A part's shard, how many of its images are unlike crops, and what the library warned of on the way."""
+    """A part's shard, how many of its images are unlike crops, and what the library logged on the way."""
 
     number: int
     folder: Path
     shard: ShardEntry
     unlike_crops: int
-    warnings: list[str]
+    said: list[tuple[int, str]]
 
 
 def embed_on_cluster(
@@ -145,9 +146,12 @@ def embed_on_cluster(
             folder = writer.folder.absolute() / PARTS
             folder.mkdir()
             decoder = _Decoder(
-                replace(source, files=[], labels=None, threads=1), opened.config.height, opened.config.width, folder
+                replace(source, files=[], labels=None, whole=(), threads=1),
+                opened.config.height,
+                opened.config.width,
+                folder,
             )
-            warnings = Counter[str]()
+            warned = Counter[str]()
             try:
                 done = 0
                 for written in _in_turn(_embedded(parts, decoder, engine, writer.manifest, folder, cluster, device)):
@@ -157,7 +161,7 @@ def embed_on_cluster(
                     report.failed += failed
                     report.embedded += len(rows) - len(failed)
                     report.unlike_crops += written.unlike_crops
-                    warnings.update(written.warnings)
+                    warned.update(sentence for level, sentence in written.said if level >= logging.WARNING)
                     done += len(rows)
                     if progress:
                         progress("embedding", done, len(todo))
@@ -165,7 +169,7 @@ def embed_on_cluster(
                         break
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-                for sentence, count in warnings.items():
+                for sentence, count in warned.items():
                     _log.warning(f"{sentence} (by workers of the cluster; how often: {count})")
 
         fill_store(source, store, manifest, work, report, labels, max_failures, verify_content)
@@ -198,10 +202,6 @@ def _heard() -> Iterator[list[tuple[int, str]]]:
         yield said
     finally:
         _log.removeHandler(keeper)
-
-
-def _warnings(said: list[tuple[int, str]]) -> list[str]:
-    return [sentence for level, sentence in said if level >= logging.WARNING]
 
 
 def _parts(files: Sequence[ImageFile], room: int, rule: Labels) -> Iterator[_Part]:
@@ -238,7 +238,9 @@ def _embedded(
 
     if not parts:
         return
-    least, most = cluster.workers or (1, _most_workers(device))
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    least, most = cluster.workers or (1, nodes if device == "CPU" else gpus)
     least, most = min(least, len(parts)), min(most, len(parts))
     _log.info(f"{engine.backend} ({device}) on {least} to {most} workers of {cluster.address}, {len(parts)} parts")
     rows = (
@@ -254,13 +256,6 @@ def _embedded(
         .iter_rows()
     )
     yield from (row["written"] for row in rows)
-
-
-def _most_workers(device: str) -> int:
-    import ray
-
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    return gpus if device != "CPU" else sum(node["Alive"] for node in ray.nodes())
 
 
 @dataclass(frozen=True)
@@ -309,7 +304,7 @@ class _Decoder:
         _attempt(self.folder, row["part"], "decode")
         with _heard() as said:
             images = list(self.source.decode(row["part"].files, self.height, self.width))
-        return {"part": row["part"], "images": images, "warnings": _warnings(said)}
+        return {"part": row["part"], "images": images, "said": said}
 
 
 class _Worker:
@@ -326,11 +321,10 @@ class _Worker:
         with _heard() as said, StoreWriter(_attempt(self._folder, part, "embed"), manifest) as writer:
             if self._embedder is None:
                 self._embedder = self._engine.open()
-            run = Run(writer, self._embedder, self._engine.batch_size, part.labels.get, report, None)
+            run = Run(writer, self._embedder, self._engine.batch_size, part.labels.get, report, None, Profile())
             run.embed(iter(images), len(images), None)
-        warnings = row["warnings"] + _warnings(said)
         shard = writer.manifest.shards[0]
-        return {"written": _Written(part.number, writer.folder, shard, report.unlike_crops, warnings)}
+        return {"written": _Written(part.number, writer.folder, shard, report.unlike_crops, row["said"] + said)}
 
 
 def _attempt(folder: Path, part: _Part, step: str) -> Path:

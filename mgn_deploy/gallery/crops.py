@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -36,7 +36,14 @@ def crops(store: Store, rows: Iterable[Row]) -> Iterator[tuple[Row, Image.Image 
     """
     for (_, is_frame), group in groupby(rows, key=lambda row: (row.file, row.frame is not None)):
         together = list(group)
-        yield from _frames(_path(store, together[0]), together) if is_frame else _photo(store, together)
+        pictures: Iterator[tuple[list[Row], Any]]
+        if is_frame:
+            pictures = frames_of(read_clip(_path(store, together[0])), together, lambda row: row.frame or 0)
+        else:
+            pictures = iter([(together, _photo(store, together[0]))])
+        for some, picture in pictures:
+            image = picture if isinstance(picture, (str, Image.Image)) else upright(picture)
+            yield from ((row, _cut(image, row)) for row in some)
 
 
 def row_crop(store: Store, row: Row) -> Image.Image:
@@ -58,17 +65,12 @@ def source_of(store: Store, rows: Sequence[Row]) -> Source:
     Raises:
         UserError: a row's name leads out of the store's source folder.
     """
-    uri = store.manifest.source
-    files: list[ImageFile] = []
-    for row in rows:
-        if row.frame is None:
-            read = partial(object_bytes, uri, row.file)
-            remote = ImageFile(None, row.file, row.size, row.mtime_ns, read=read)
-            file = _file(_path(store, row)) if uri.startswith("file:") else remote
-            files.append(replace(file, name=row.name, box=row.box, track=row.track))
+    files = [
+        replace(_file(store, row), name=row.name, box=row.box, track=row.track) for row in rows if row.frame is None
+    ]
     labels = {row.name: Label(row.identity, row.camera) for row in rows if row.identity is not None}
     rule = Labels("none", rule=labels.get)  # none for the rows that stayed: they keep theirs
-    return Source(uri, f"{store.folder}", files, labels=rule, complete=False)
+    return Source(store.manifest.source, f"{store.folder}", files, labels=rule, complete=False)
 
 
 def sequence_of(row: Row) -> str:
@@ -81,34 +83,26 @@ def _path(store: Store, row: Row) -> Path:
     return store.path(replace(row, name=row.file))
 
 
-def _photo(store: Store, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | str]]:
-    source = store.manifest.source
+def _photo(store: Store, row: Row) -> Image.Image | str:
     try:
-        on_disk = source.startswith("file:")
-        content = file_bytes(_file(_path(store, rows[0]))) if on_disk else object_bytes(source, rows[0].file)
-        image = load_rgb(content)
-    except UnreadableImage as problem:
-        yield from ((row, str(problem)) for row in rows)
-        return
-    for row in rows:
-        yield row, _cut(image, row)
-
-
-def _frames(path: Path, rows: list[Row]) -> Iterator[tuple[Row, Image.Image | str]]:
-    for together, picture in frames_of(read_clip(path), rows, lambda row: row.frame or 0):
-        image = picture if isinstance(picture, str) else upright(picture)
-        yield from ((row, image if isinstance(image, str) else _cut(image, row)) for row in together)
-
-
-def _cut(image: Image.Image, row: Row) -> Image.Image | str:
-    try:
-        return cut(image, row.box)
+        return load_rgb(file_bytes(_file(store, row)))
     except UnreadableImage as problem:
         return str(problem)
 
 
-def _file(path: Path) -> ImageFile:
-    """A photo, or a member of the archive that its path leads into."""
+def _cut(image: Image.Image | str, row: Row) -> Image.Image | str:
+    try:
+        return image if isinstance(image, str) else cut(image, row.box)
+    except UnreadableImage as problem:
+        return str(problem)
+
+
+def _file(store: Store, row: Row) -> ImageFile:
+    """A row's photo: a file here, a member of the archive that its path leads into, or an object elsewhere."""
+    source = store.manifest.source
+    if not source.startswith("file:"):
+        return ImageFile(None, row.file, row.size, row.mtime_ns, read=partial(object_bytes, source, row.file))
+    path = _path(store, row)
     archive = archive_of(path)
     if archive is None:
         return image_file(path, path.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ from mgn_deploy.choices import MAX_THREADS, Decoder, Dtype
 from mgn_deploy.datasets.labels import LARGEST, Label, Labels, read_labels
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UserError
-from mgn_deploy.gallery.profile import Profile, in_loop
+from mgn_deploy.gallery.profile import Profile
 from mgn_deploy.gallery.relocate import follow_source
 from mgn_deploy.gallery.run import GalleryReport, Run
 from mgn_deploy.gallery.shards import Row, StoreManifest
@@ -70,7 +70,7 @@ def embed_folder(
         dtype: of the stored embeddings.
         labels: who is on an image: none, market1501, folder or a table, as in `datasets.labels.read_labels`; `track`: a
             box's track is its person; None: what the source says, as a list with a column identity does, or else
-            nothing.
+            nothing. Images that only the store has keep theirs, unless the rule says another; `folder` numbers all.
         max_failures: stop after more bad files than this; None: never.
         verify_content: read the files that are in the store already, and embed again those whose SHA-256 is another.
         profile: measure where the time goes; the report's `profile` has it.
@@ -90,7 +90,8 @@ def embed_folder(
     if threads is not None and threads != AUTO and not 1 <= threads <= MAX_THREADS:
         raise UserError(f"{threads} threads: give auto or a number from 1 to {MAX_THREADS}")
     source = folder if isinstance(folder, Source) else open_source(folder)
-    report = GalleryReport(skipped=source.skipped, profile=Profile() if profile else None)
+    measured = Profile()
+    report = GalleryReport(skipped=source.skipped, profile=measured if profile else None)
     codec = None
     if decoder == "nvimagecodec":
         codec, report.decoder = _proven_codec(source, embedder)
@@ -105,11 +106,10 @@ def embed_folder(
             first = partial(_first_crops, source, todo, embedder)
             tuning["threads"] = choose_threads(lambda count: first(threads=count), backend, report.batch_size)
         report.threads = tuning["threads"].chosen if threads == AUTO else int(threads or decoding_threads())
-        if report.profile is not None:
-            report.profile.decoding_threads = report.threads
-        images = replace(source, threads=report.threads).decode(todo, embedder.height, embedder.width, report.profile)
-        run = Run(writer, embedder, report.batch_size, rule, report, max_failures)
-        with in_loop(report.profile, "other"):
+        measured.decoding_threads = report.threads
+        images = replace(source, threads=report.threads).decode(todo, embedder.height, embedder.width, measured)
+        with measured.stage("other"):
+            run = Run(writer, embedder, report.batch_size, rule, report, max_failures, measured)
             run.embed(images, len(todo), progress)
 
     manifest = StoreManifest(
@@ -163,25 +163,26 @@ def fill_store(
         UserError, GateFailed: as of `embed_folder`.
     """
     names = [file.name for file in source.files]
-    rule = _labels(labels, source)
+    rule = _labels(labels, source, names)
     rule.unlabelled(names)
     start = time.monotonic()
     follow_source(store, source.uri, names)
     with StoreWriter(store, manifest) as writer:
+        if rule.kind == "folder":  # who is in the store alone is numbered, too
+            rule = _labels(labels, source, [*names, *writer.known])
         report.gone = len(writer.known.keys() - set(names)) if source.complete else 0
         # Files never seen come first, so that a run that was killed and is run again orders them as one that was not.
         fresh = [file for file in source.files if file.name not in writer.known]
         seen = [file for file in source.files if file.name in writer.known]
-        again = [file for file in seen if not _is_done(file, writer.known[file.name])]
-        if verify_content:
-            digests = zip(seen, source.digests(seen), strict=True)
-            again = [
-                file
-                for file, digest in digests
-                if not _is_done(file, writer.known[file.name]) or digest != writer.known[file.name].sha256
-            ]
+        before = [writer.known[file.name] for file in seen]
+        digests = source.digests(seen) if verify_content else (row.sha256 for row in before)
+        again = [
+            file
+            for file, row, digest in zip(seen, before, digests, strict=True)
+            if row.error is not None or _what_was_embedded(row) != _what_was_embedded(file) or digest != row.sha256
+        ]
         report.unchanged = len(seen) - len(again)
-        report.relabelled = _relabel(writer, rule)
+        report.relabelled = _relabel(writer, rule, set(names))
         try:
             work(writer, fresh + again, rule)
         finally:
@@ -197,7 +198,7 @@ def fill_store(
         )
 
 
-def _labels(kind: str | os.PathLike[str] | None, source: Source) -> Labels:
+def _labels(kind: str | os.PathLike[str] | None, source: Source, names: Sequence[str]) -> Labels:
     if kind is None:
         return source.labels or read_labels("none")
     if kind == TRACK:
@@ -208,7 +209,7 @@ def _labels(kind: str | os.PathLike[str] | None, source: Source) -> Labels:
         if largest > LARGEST:
             raise UserError(f"--labels {TRACK}: track {largest} is larger than {LARGEST}, a person's largest number")
         return Labels(TRACK, rule=tracks.get)
-    return read_labels(kind, [file.name for file in source.files])
+    return read_labels(kind, [*names, *source.whole])
 
 
 def _first_crops(
@@ -236,22 +237,22 @@ def _log_losses(report: GalleryReport, title: str) -> None:
         )
 
 
-def _is_done(file: ImageFile, row: Row) -> bool:
-    return row.error is None and _what_was_embedded(row) == _what_was_embedded(file)
-
-
 def _what_was_embedded(image: Row | ImageFile) -> tuple[object, ...]:
     return image.size, image.mtime_ns, image.box, image.frame, image.track
 
 
-def _relabel(writer: StoreWriter, rule: Labels) -> int:
-    """Give the rows that are in the store the labels of this run, where it has any rule; how many changed."""
+def _relabel(writer: StoreWriter, rule: Labels, names: Collection[str]) -> int:
+    """Give the rows that are in the store the labels of this run, where it has any rule; how many changed.
+
+    Rows of other videos, lists or selections than `names`, of which the rule says nothing, keep theirs.
+    """
     if rule.kind == "none":
         return 0
     changed = {}
     for name, row in writer.known.items():
-        identity, camera = rule(name) or (None, None)
-        if (identity, camera) != (row.identity, row.camera):
+        label = rule(name)
+        identity, camera = label or (None, None)
+        if (label or name in names) and (identity, camera) != (row.identity, row.camera):
             changed[name] = (identity, camera)
     if changed:
         writer.relabel(changed)

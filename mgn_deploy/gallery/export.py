@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import atomic_file, printable
-from mgn_deploy.gallery.shards import ROWS, Row
+from mgn_deploy.files import atomic_file
+from mgn_deploy.gallery.shards import ROWS, rows_table
 from mgn_deploy.gallery.store import Store
 
 SUFFIXES = (".parquet", ".npy", ".csv")
-_COLUMNS = [name for name in ROWS.names if name not in ("path", "path_bytes", "status", "error", "sha256")]
+_COLUMNS = [name for name in ROWS.names if name not in ("path_bytes", "status", "error", "sha256")]
 
 
 def export_store(store: Store, out: str | os.PathLike[str]) -> Path:
@@ -41,25 +40,18 @@ def export_store(store: Store, out: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _blocks(store: Store) -> Iterator[tuple[list[Row], np.ndarray]]:
-    for rows, embeddings in store.blocks():
-        yield store.rows[rows], embeddings
-
-
 def _parquet(store: Store, file: io.BufferedWriter) -> None:
     element = pa.float16() if store.manifest.dtype == "float16" else pa.float32()
-    fields = [ROWS.field("path"), *(ROWS.field(name) for name in _COLUMNS)]
-    schema = pa.schema([*fields, pa.field("embedding", pa.list_(element, store.manifest.dim))])
+    embedding = pa.field("embedding", pa.list_(element, store.manifest.dim))
+    schema = pa.schema([*(ROWS.field(name) for name in _COLUMNS), embedding])
     schema = schema.with_metadata({"mgn_deploy.bundle_id": store.manifest.bundle_id, "source": store.manifest.source})
     # Of embeddings a dictionary and the least and largest values help nobody, and take five sixths of the time.
-    told = [field.name for field in fields]
-    with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=told, write_statistics=told) as writer:
-        for rows, embeddings in _blocks(store):
-            columns = [pa.array([printable(row.name) for row in rows])]
-            columns += [pa.array([getattr(row, name) for row in rows], ROWS.field(name).type) for name in _COLUMNS]
+    told = {"use_dictionary": _COLUMNS, "write_statistics": _COLUMNS}
+    with pq.ParquetWriter(file, schema, compression="zstd", **told) as writer:
+        for rows, embeddings in store.blocks():
             values = pa.array(np.ascontiguousarray(embeddings).reshape(-1), element)
-            columns.append(pa.FixedSizeListArray.from_arrays(values, store.manifest.dim))
-            writer.write_table(pa.table(columns, schema=schema))
+            column = pa.FixedSizeListArray.from_arrays(values, store.manifest.dim)
+            writer.write_table(rows_table(store.rows[rows], _COLUMNS).append_column(embedding, column))
 
 
 def _npy(store: Store, file: io.BufferedWriter) -> None:
@@ -67,7 +59,7 @@ def _npy(store: Store, file: io.BufferedWriter) -> None:
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.dtype(store.manifest.dtype).str, "fortran_order": False, "shape": shape}
     )
-    for _, embeddings in _blocks(store):
+    for _, embeddings in store.blocks():
         file.write(np.ascontiguousarray(embeddings).data)
 
 
@@ -75,9 +67,9 @@ def _csv(store: Store, file: io.BufferedWriter) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer = csv.writer(text)
     names = [name for name in _COLUMNS if name != "box"]
-    writer.writerow(["path", *names, *(f"e{number}" for number in range(store.manifest.dim))])
-    for rows, embeddings in _blocks(store):
-        for row, embedding in zip(rows, embeddings, strict=True):
+    writer.writerow([*names, *(f"e{number}" for number in range(store.manifest.dim))])
+    for rows, embeddings in store.blocks():
+        for row, embedding in zip(store.rows[rows], embeddings, strict=True):
             cells = ["" if (value := getattr(row, name)) is None else value for name in names]
-            writer.writerow([printable(row.name), *cells, *(f"{value:.9g}" for value in embedding.tolist())])
+            writer.writerow([*cells, *(f"{value:.9g}" for value in embedding.tolist())])
     text.detach()  # which flushes, and leaves the file open

@@ -16,7 +16,6 @@ from mgn_deploy.gallery.sources import Source, common_folder, files_source, name
 
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv", ".parquet")
 STDIN = "-"
-_TABLES = (".csv", ".tsv", ".parquet")
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -40,7 +39,8 @@ def list_source(place: str, root: str | os.PathLike[str] | None = None) -> Sourc
     title = "stdin" if place == STDIN else place
     content = sys.stdin.buffer.read() if place == STDIN else read_content(place)
     table: list[TableRow] = []
-    if content.startswith(PARQUET_MAGIC) or place.lower().endswith(_TABLES) or _has_header(content, title):
+    is_table = content.startswith(PARQUET_MAGIC) or place.lower().endswith((".csv", ".tsv", ".parquet"))
+    if is_table or "path" in columns_of(decode_text(content, title).partition("\n")[0]):
         table = parse_table(content, title)
         names = [row.path for row in table]
     else:
@@ -57,14 +57,13 @@ def list_source(place: str, root: str | os.PathLike[str] | None = None) -> Sourc
         skipped["named twice"] = twice
     source = replace(files_source(paths, base, skipped), title=f"list {title!r}")
     if table and "identity" in table[0].cells:
-        source.labels = table_labels(title, _renamed(table, paths, base))
+        named = [
+            row._replace(cells={**row.cells, "path": name_below(path, base) or ""})
+            for row, path in zip(table, paths, strict=True)
+        ]
+        source.labels = table_labels(title, named)
         _log.info(f"{title} gives the labels, of its column identity (`embed --labels` takes others)")
     return source
-
-
-def _has_header(content: bytes, title: str) -> bool:
-    first = decode_text(content, title).partition("\n")[0].rstrip("\r")
-    return "path" in columns_of(first)
 
 
 def _lines(text: str) -> list[str]:
@@ -84,11 +83,3 @@ def _check(names: Sequence[str], title: str) -> None:
     nul = next((name for name in names if "\0" in name), None)
     if nul:
         raise UserError(f"{title}: {nul!r} has a NUL character, which no path has")
-
-
-def _renamed(table: Sequence[TableRow], paths: Sequence[str], base: str) -> list[TableRow]:
-    """The rows with their images' names below the source in place of what the list has."""
-    return [
-        row._replace(cells={**row.cells, "path": name_below(path, base) or ""})
-        for row, path in zip(table, paths, strict=True)
-    ]

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.crops import source_of
@@ -135,7 +133,7 @@ def prune(store: str | os.PathLike[str], keep: Collection[str]) -> int:
             raise UserError(f"{writer.folder}: none of its {len(gone)} images would be left; was it another source's?")
         if gone:
             latest = latest_rows(open_shards(writer.folder, writer.manifest))
-            _rewrite(writer, [row for row in latest if row[0].name in names])
+            writer.rewrite([row for row in latest if row[0].name in names])
     return len(gone)
 
 
@@ -150,7 +148,7 @@ def compact(store: str | os.PathLike[str]) -> tuple[int, int]:
     """
     with StoreWriter(store, read_manifest(Path(store))) as writer:
         before = sum(shard.count or 0 for shard in writer.manifest.shards)
-        _rewrite(writer, latest_rows(open_shards(writer.folder, writer.manifest)))
+        writer.rewrite(latest_rows(open_shards(writer.folder, writer.manifest)))
         return before, sum(shard.count or 0 for shard in writer.manifest.shards)
 
 
@@ -176,7 +174,7 @@ def merge(stores: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
                 twice = rows.get(row[0].name)
                 if twice is None or twice[0].error is not None:
                     rows[row[0].name] = row
-        _rewrite(writer, sorted(rows.values(), key=lambda row: os.fsencode(row[0].name)))
+        writer.rewrite(sorted(rows.values(), key=lambda row: os.fsencode(row[0].name)))
     return len(rows)
 
 
@@ -190,19 +188,3 @@ def _judge(folder: Path, entry: ShardEntry, manifest: StoreManifest) -> Shard | 
         return shard
     except UserError as error:
         return Damage(entry.name, entry.count, str(error).partition(": `mgn-deploy store repair")[0], rows)
-
-
-def _rewrite(writer: StoreWriter, rows: Sequence[tuple[Row, Shard, int]]) -> None:
-    """Replace all shards by whole ones of these rows, reading one old shard at a time where they are in order."""
-    entries: list[ShardEntry] = []
-    size = writer.shard_rows
-    array: tuple[Shard | None, np.ndarray] = (None, np.empty(0))
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        embeddings = np.empty((len(part), writer.manifest.dim), writer.manifest.dtype)
-        for at, (_, shard, index) in enumerate(part):
-            if array[0] is not shard:
-                array = (shard, shard.array())
-            embeddings[at] = array[1][index]
-        entries.append(writer.write_shard(len(entries), [row for row, _, _ in part], embeddings))
-    writer.replace(entries)

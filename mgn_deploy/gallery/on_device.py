@@ -15,7 +15,7 @@ import numpy as np
 from mgn_deploy.choices import Precision
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import GateFailed, UnreadableImage
-from mgn_deploy.gallery.profile import Profile, on_thread
+from mgn_deploy.gallery.profile import Profile
 from mgn_deploy.gallery.sources import Decoded, Source, clipped, file_bytes, is_unlike_crop, photos_of
 from mgn_deploy.images.listing import ImageFile
 from mgn_deploy.images.memory import reading
@@ -66,17 +66,18 @@ def decode_on(
     The threads read files, and wait for each other at the device, which has one call at a time.
     """
     device, workers = Lock(), threads or decoding_threads()
+    profile = profile or Profile()
 
     def crops(photos: list[list[ImageFile]]) -> list[Decoded]:
         with ExitStack() as held:
             held.enter_context(reading(sum(photo[0].size or 0 for photo in photos)))
-            with on_thread(profile, "read"):
+            with profile.on_thread("read"):
                 contents = [_content(photo[0]) for photo in photos]
             held.enter_context(device)
-            with on_thread(profile, "decode"):
+            with profile.on_thread("decode"):
                 decoded = codec.decode([content for content in contents if isinstance(content, bytes)])
                 images = [next(decoded) if isinstance(content, bytes) else content for content in contents]
-            with on_thread(profile, "resize"):
+            with profile.on_thread("resize"):
                 return [
                     _crop(codec, file, image, content, height, width)
                     for photo, content, image in zip(photos, contents, images, strict=True)

@@ -6,10 +6,8 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
-
-from mgn_deploy.images.prefetch import decoding_threads
 
 LoopStage = Literal["wait for images", "decode video", "infer", "write", "other"]
 ThreadStage = Literal["read", "decode", "resize"]
@@ -37,12 +35,15 @@ class Profile:
     """Counts the seconds of a run's main loop, which are exclusive, and of the threads that decode beside it.
 
     The main loop is in one stage at any time, so that its stages add up to its wall time.
+
+    Attributes:
+        decoding_threads: how many threads decode.
     """
 
     def __init__(self) -> None:
         self._loop: dict[str, float] = defaultdict(float)
         self._threads: dict[str, float] = defaultdict(float)
-        self.decoding_threads = decoding_threads()
+        self.decoding_threads = 1
         self._lock = threading.Lock()
         self._stage: LoopStage | None = None
         self._since = 0.0
@@ -127,21 +128,6 @@ class Profile:
             "bottleneck": self.bottleneck,
             "advice": self.advice,
         }
-
-
-def on_thread(profile: Profile | None, stage: ThreadStage) -> AbstractContextManager[None]:
-    """`Profile.on_thread`, or nothing where nobody asked for a profile."""
-    return profile.on_thread(stage) if profile else nullcontext()
-
-
-def in_loop(profile: Profile | None, stage: LoopStage) -> AbstractContextManager[None]:
-    """`Profile.stage`, or nothing where nobody asked for a profile."""
-    return profile.stage(stage) if profile else nullcontext()
-
-
-def each(profile: Profile | None, stage: LoopStage, items: Iterable[T]) -> Iterator[T]:
-    """`Profile.each`, or the items where nobody asked for a profile."""
-    return profile.each(stage, items) if profile else iter(items)
 
 
 def _shares(seconds: dict[str, float]) -> dict[str, dict[str, float]]:

@@ -6,10 +6,10 @@ import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.archives import archive_of
+from mgn_deploy.gallery.remote import scheme_of
 from mgn_deploy.gallery.shards import MANIFEST, folder_of, folder_uri, open_shards, read_manifest
 from mgn_deploy.gallery.writer import StoreWriter
 
@@ -49,16 +49,17 @@ def relocate(store: str | os.PathLike[str], source: str) -> tuple[int, int]:
         machine all are taken to be there.
 
     Raises:
-        UserError: not a store, it is in use, or not one of its images is there.
+        UserError: not a store, it is in use, not one of its images is there, or what `scheme_of` refuses.
     """
     folder = Path(store)
     manifest = read_manifest(folder)
-    uri = source if urlsplit(source).scheme else folder_uri(source)
-    now = folder_of(uri)
+    now = folder_of(source) if scheme_of(source) else Path(os.path.abspath(source))
+    uri = source.rstrip("/") if now is None else folder_uri(now)
     with StoreWriter(folder, manifest) as writer:
         there = len(writer.known)
         if now is not None:
-            there = sum(_is_there(now / row.file) for row in writer.known.values())
+            paths = [now / row.file for row in writer.known.values()]
+            there = sum(os.path.lexists(path) or archive_of(path) is not None for path in paths)
             if writer.known and not there:
                 raise UserError(
                     f"not one of the {len(writer.known)} images of {folder} is in {now}: give the folder that "
@@ -66,7 +67,3 @@ def relocate(store: str | os.PathLike[str], source: str) -> tuple[int, int]:
                 )
         writer.replace(writer.manifest.shards, source=uri)
         return there, len(writer.known)
-
-
-def _is_there(path: Path) -> bool:
-    return os.path.lexists(path) or archive_of(path) is not None

@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
@@ -40,6 +39,27 @@ _log = logging.getLogger("mgn_deploy")
 def is_remote(place: str) -> bool:
     """Whether what `embed` is given is a URL."""
     return re.match(r"[a-z][a-z0-9+.-]*://", place, re.IGNORECASE) is not None
+
+
+def scheme_of(place: str) -> str:
+    """The scheme of a URL that a store may keep, in lower case; of a path "".
+
+    Raises:
+        UserError: it is broken, or has a password or a query.
+    """
+    shown = repr(place.partition("?")[0].rpartition("@")[2])
+    try:
+        parts = urlsplit(place)
+        if "\0" in place or "%00" in place:
+            raise ValueError("it has a NUL character")
+    except ValueError as error:
+        raise UserError(f"{shown} is no URL: {error}") from None
+    if "@" in parts.netloc or (parts.scheme[:4] == "http" and "?" in place):
+        raise UserError(
+            f"{shown}: a URL with a password or a query would be kept in the store; give a plain one and credentials "
+            "as fsspec takes them, by its configuration or the environment"
+        )
+    return parts.scheme
 
 
 def remote_source(places: Sequence[str], root: str | None = None) -> Source:
@@ -112,17 +132,11 @@ def _members(system: Any, url: str, name: str, *known: Any) -> dict[str, ImageFi
 
 
 def _file_system(places: Sequence[str]) -> Any:
-    scheme = urlsplit(places[0]).scheme.lower()
-    if any(urlsplit(place).scheme.lower() != scheme for place in places):
+    scheme, *others = map(scheme_of, places)
+    if any(other != scheme for other in others):
         raise UserError("the URLs that are given differ in their scheme: embed each by itself, into a store of its own")
     if scheme not in PACKAGES:
         raise UserError(f"{scheme}:// is not read: give {', '.join(f'{name}://' for name in PACKAGES)}, or paths")
-    secret = next((url for url in places if "@" in urlsplit(url).netloc or (scheme[:4] == "http" and "?" in url)), None)
-    if secret:
-        raise UserError(
-            f"{secret.partition('?')[0].rpartition('@')[2]!r}: a URL with a password or a query would be kept in the "
-            "store; give a plain one and credentials as fsspec takes them, by its configuration or the environment"
-        )
     require("fsspec", "remote", f"{scheme}:// is read by fsspec")
     import fsspec
 
@@ -189,11 +203,11 @@ def _files(system: Any, url: str, name: str, info: Mapping[str, Any]) -> tuple[l
 
 def _archive_files(system: Any, url: str, name: str, known: Any, skipped: Counter[str]) -> list[ImageFile]:
     def listed() -> list[ImageFile]:
-        opened = _opened(system, url, known)
+        file, lock = _opened(system, url, known)
         skipped.clear()  # of a try that failed
         try:
-            with opened.lock:
-                return images_of(opened.file, url, name, partial(_read_range, system, url, known), skipped)
+            with lock:
+                return images_of(file, url, name, partial(_read_range, system, url, known), skipped)
         except ValueError:  # fsspec's, where the server sends the whole file when it is asked for a part
             raise UnreadableImage(_NO_PARTS) from None
 
@@ -203,32 +217,25 @@ def _archive_files(system: Any, url: str, name: str, known: Any, skipped: Counte
         return [ImageFile(None, name, problem=str(problem))]
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """An archive whose blocks that were read last are kept: members follow each other."""
-
-    file: Any
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
 @lru_cache(maxsize=OPEN_ARCHIVES)
-def _opened(system: Any, url: str, known: Any) -> _Opened:
+def _opened(system: Any, url: str, known: Any) -> tuple[Any, threading.Lock]:
+    """An archive whose blocks that were read last are kept, as members follow each other, and a lock to seek in it."""
     # `known`, its size and time of change, opens it anew when it has changed.
     options = {"cache_type": "blockcache", "cache_options": {"maxblocks": BLOCKS}, "block_size": BLOCK_BYTES}
     file = system.open(url, "rb", **options)
     if not file.seekable():
         raise UnreadableImage(_NO_PARTS)
-    return _Opened(file)
+    return file, threading.Lock()
 
 
 def _read_range(system: Any, url: str, known: Any, offset: int, size: int) -> bytes:
     """A member of an archive."""
 
     def content() -> bytes:
-        opened = _opened(system, url, known)
-        with opened.lock:
-            opened.file.seek(offset)
-            return opened.file.read(size)
+        file, lock = _opened(system, url, known)
+        with lock:
+            file.seek(offset)
+            return file.read(size)
 
     found = _tried(content)
     if len(found) < size:
@@ -295,13 +302,12 @@ def _url(system: Any, name: str) -> str:
 
 def _common(urls: Mapping[str, Any]) -> str:
     """The deepest folder that all URLs are below; at least the bucket or the server."""
-    folders = [url.split("/")[:-1] for url in urls]
-    shared = 0
-    while all(len(folder) > shared and folder[shared] == folders[0][shared] for folder in folders):
-        shared += 1
-    if shared < 3:
+    from fsspec.utils import common_prefix
+
+    folder: str = common_prefix(url.rpartition("/")[0] for url in urls)
+    if folder.count("/") < 2:
         raise UserError("the URLs that are given are of different buckets or servers: embed each by itself")
-    return "/".join(folders[0][:shared])
+    return folder
 
 
 def _is_gone(error: Exception) -> bool:

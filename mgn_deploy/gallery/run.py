@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mgn_deploy.embedder import Embedder
-from mgn_deploy.gallery.profile import Profile, each, in_loop
+from mgn_deploy.gallery.profile import Profile
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.sources import Decoded
 from mgn_deploy.gallery.tuning import Tuning
@@ -83,39 +83,36 @@ class GalleryReport:
         return values
 
 
+@dataclass
 class Run:
     """The rows of one run and their embeddings, while a backend that may ask for batches ahead makes them."""
 
-    def __init__(
-        self,
-        writer: StoreWriter,
-        embedder: Embedder,
-        batch_size: int,
-        labels: Callable[[str], Any],
-        report: GalleryReport,
-        max_failures: int | None,
-    ) -> None:
-        self._writer, self._embedder, self._batch_size = writer, embedder, batch_size
-        self._labels, self._report, self._max_failures = labels, report, max_failures
-        self._rows: list[Row] = []  # that are not committed yet
-        self._embeddings: list[np.ndarray | None] = []  # theirs, where they are made
-        self._done = 0  # rows that are committed
-        self._crops: list[np.ndarray] = []  # of the batch that is being filled
-        self._filling: list[int] = []  # their rows, counted from the run's first
-        self._in_flight = deque[list[int]]()  # rows of each batch that the backend has
+    writer: StoreWriter
+    embedder: Embedder
+    batch_size: int
+    labels: Callable[[str], Any]
+    report: GalleryReport
+    max_failures: int | None
+    profile: Profile
+    _rows: list[Row] = field(default_factory=list)  # that are not committed yet
+    _embeddings: list[np.ndarray | None] = field(default_factory=list)  # theirs, where they are made
+    _done: int = 0  # rows that are committed
+    _crops: list[np.ndarray] = field(default_factory=list)  # of the batch that is being filled
+    _filling: list[int] = field(default_factory=list)  # their rows, counted from the run's first
+    _in_flight: deque[list[int]] = field(default_factory=deque)  # rows of each batch that the backend has
 
     def embed(self, images: Iterator[Decoded], total: int, progress: Progress | None) -> None:
         """Embed and commit `total` images."""
         committed = time.monotonic()
-        profile = self._report.profile
+        each = self.profile.each
         try:
-            batches = each(profile, "other", self._batches(each(profile, "wait for images", images)))
-            for embeddings in each(profile, "infer", self._embedder.backend.stream(batches)):
-                self._report.embedded += self._add(embeddings)
+            batches = each("other", self._batches(each("wait for images", images)))
+            for embeddings in each("infer", self.embedder.backend.stream(batches)):
+                self.report.embedded += self._add(embeddings)
                 if progress:
                     progress("embedding", self._complete(), total)
-                while self._complete() - self._done >= self._writer.room:
-                    self._commit(self._writer.room)
+                while self._complete() - self._done >= self.writer.room:
+                    self._commit(self.writer.room)
                     committed = time.monotonic()
                 if time.monotonic() - committed > COMMIT_SECONDS:
                     self._commit()
@@ -133,9 +130,9 @@ class Run:
             if image.pixels is not None:
                 self._crops.append(image.pixels)
                 self._filling.append(self._done + len(self._rows) - 1)
-            if len(self._crops) == self._batch_size:
+            if len(self._crops) == self.batch_size:
                 yield self._full_batch()
-            if self._max_failures is not None and len(self._report.failed) > self._max_failures:
+            if self.max_failures is not None and len(self.report.failed) > self.max_failures:
                 break
         if self._crops:
             yield self._full_batch()
@@ -143,9 +140,9 @@ class Run:
     def _row(self, image: Decoded) -> Row:
         file = image.file
         if image.error is not None:
-            self._report.failed.append((file.name, image.error))
-        self._report.unlike_crops += image.unlike_crop
-        identity, camera = self._labels(file.name) or (None, None)
+            self.report.failed.append((file.name, image.error))
+        self.report.unlike_crops += image.unlike_crop
+        identity, camera = self.labels(file.name) or (None, None)
         return Row(
             file.name, file.size, file.mtime_ns, image.error, identity, camera, image.sha256,
             file.frame, file.time_s, file.track, file.box,
@@ -153,8 +150,8 @@ class Run:
 
     def _full_batch(self) -> np.ndarray:
         # An engine may round differently at another batch size, and a resumed run must not: copies fill the last batch.
-        crops = self._crops + [self._crops[-1]] * (self._batch_size - len(self._crops))
-        batch = np.stack(crops, out=self._embedder.backend.buffer(len(crops), *crops[0].shape[:2]))
+        crops = self._crops + [self._crops[-1]] * (self.batch_size - len(self._crops))
+        batch = np.stack(crops, out=self.embedder.backend.buffer(len(crops), *crops[0].shape[:2]))
         self._in_flight.append(self._filling)
         self._filling = []
         self._crops.clear()
@@ -176,14 +173,14 @@ class Run:
     def _commit(self, most: int | None = None) -> None:
         """Commit the complete rows that say something new: a file that fails as before is in the store already."""
         count = min(self._complete() - self._done, most or len(self._rows))
-        nan = np.full(self._embedder.dim, np.nan, np.float32)
-        known = self._writer.known
+        nan = np.full(self.embedder.dim, np.nan, np.float32)
+        known = self.writer.known
         new = [index for index, row in enumerate(self._rows[:count]) if row.error is None or row != known.get(row.name)]
-        with in_loop(self._report.profile, "write"), DeferredInterrupt() as interrupt:
+        with self.profile.stage("write"), DeferredInterrupt() as interrupt:
             if new:
                 made = (self._embeddings[index] for index in new)
                 array = np.stack([nan if embedding is None else embedding for embedding in made])
-                self._writer.add([self._rows[index] for index in new], array)
+                self.writer.add([self._rows[index] for index in new], array)
             self._done += count
             del self._rows[:count], self._embeddings[:count]
         if interrupt.wanted:

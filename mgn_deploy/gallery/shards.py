@@ -125,6 +125,16 @@ class Row:
     box: tuple[float, float, float, float] | None = None
 
     @property
+    def path(self) -> str:
+        """The name as UTF-8 text."""
+        return printable(self.name)
+
+    @property
+    def path_bytes(self) -> bytes | None:
+        """The name itself, where it is not UTF-8."""
+        return None if is_utf8(self.name) else os.fsencode(self.name)
+
+    @property
     def status(self) -> str:
         """`ok` or `failed`."""
         return "ok" if self.error is None else "failed"
@@ -136,7 +146,12 @@ class Row:
 
 
 class Shard:
-    """One shard of a store: opened by its sizes, read when it is asked for, and checked when it is first read."""
+    """One shard of a store: opened by its sizes, read when it is asked for, and checked when it is first read.
+
+    Attributes:
+        rows: of images, failures too.
+        kept: the embeddings, where they are to stay in memory.
+    """
 
     def __init__(self, folder: Path, entry: ShardEntry, manifest: StoreManifest, *, check: bool = True) -> None:
         """Read the shard's rows.
@@ -149,10 +164,9 @@ class Shard:
         self.array_path = folder / f"{entry.name}.npy"
         self.rows_path = folder / f"{entry.name}.parquet"
         self.folder = folder
-        self._shape: tuple[int, int]
         self._dtype = np.dtype(manifest.dtype)
         self._checked = entry.array_sha256 is None
-        self._kept: np.ndarray | None = None
+        self.kept: np.ndarray | None = None
         self.rows = self._read_rows()
         self._shape = (len(self.rows), manifest.dim)
         if check:
@@ -164,20 +178,18 @@ class Shard:
         Raises:
             UserError: the file is damaged or cannot be read.
         """
-        if self._kept is not None:
-            return self._kept
+        if self.kept is not None:
+            return self.kept
         content = self._read(self.array_path)
-        self._check_content(content)
+        if not self._checked and sha256_bytes(content) != self.entry.array_sha256:
+            raise self._damaged(self.array_path, "its SHA-256 is not the manifest's")
+        self._checked = True
         return np.frombuffer(content, self._dtype, offset=len(content) - self._nbytes).reshape(self._shape)
-
-    def keep(self, kept: bool = True) -> None:
-        """Keep the embeddings in memory from now on, or no longer."""
-        self._kept = self.array() if kept else None
 
     def mapped(self) -> np.ndarray:
         """The embeddings, mapped from disk, after their hash is checked; those that are kept, from memory."""
-        if self._kept is not None:
-            return self._kept
+        if self.kept is not None:
+            return self.kept
         self.verify()
         return np.load(self.array_path, mmap_mode="r")
 
@@ -188,7 +200,7 @@ class Shard:
             UserError: they differ, or the file cannot be read.
         """
         if not self._checked:
-            self._check_content(self._read(self.array_path))
+            self.array()
 
     @property
     def _nbytes(self) -> int:
@@ -224,11 +236,6 @@ class Shard:
             raise self._damaged(
                 self.array_path, f"it is not {self._dtype} {list(self._shape)}, one row for each of its Parquet's"
             )
-
-    def _check_content(self, content: bytes) -> None:
-        if not self._checked and sha256_bytes(content) != self.entry.array_sha256:
-            raise self._damaged(self.array_path, "its SHA-256 is not the manifest's")
-        self._checked = True
 
     def _read(self, path: Path) -> bytes:
         try:
@@ -314,15 +321,16 @@ def array_bytes(embeddings: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def rows_table(rows: Sequence[Row], names: Sequence[str] = ROWS.names) -> pa.Table:
+    """Some columns of `ROWS`, by their names."""
+    columns = {name: [getattr(row, name) for row in rows] for name in names}
+    return pa.table(columns, schema=pa.schema([ROWS.field(name) for name in names]))
+
+
 def rows_bytes(rows: Sequence[Row]) -> bytes:
     """The Parquet file of rows."""
     buffer = io.BytesIO()
-    table = {
-        "path": [printable(row.name) for row in rows],
-        "path_bytes": [None if is_utf8(row.name) else os.fsencode(row.name) for row in rows],
-        **{name: [getattr(row, name) for row in rows] for name in ROWS.names if not name.startswith("path")},
-    }
-    pq.write_table(pa.table(table, schema=ROWS), buffer, compression="zstd")
+    pq.write_table(rows_table(rows), buffer, compression="zstd")
     return buffer.getvalue()
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +21,11 @@ from PIL import Image
 from mgn_deploy.datasets.labels import Labels
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.archives import archive_images, is_archive
-from mgn_deploy.gallery.profile import Profile, on_thread
+from mgn_deploy.gallery.profile import Profile
 from mgn_deploy.gallery.shards import SHARD_ROWS, folder_uri
 from mgn_deploy.images.decode import MIN_SIDE, open_rgb, resize_crop
 from mgn_deploy.images.formats import skipped_sentence, why_not_listed
-from mgn_deploy.images.listing import ImageFile, image_file, list_images
+from mgn_deploy.images.listing import ImageFile, image_file, image_paths, list_images
 from mgn_deploy.images.memory import reading
 from mgn_deploy.images.prefetch import in_order
 
@@ -60,6 +61,7 @@ class Source:
         files: the images, in the order of their rows.
         skipped: what is there and is no image, counted by kind.
         labels: who is on them, where the source says it.
+        whole: names of the images of all parts, where this is one part of a source: `folder` numbers their people.
         complete: whether images that a store holds besides are gone; a choice of files does not tell.
         threads: that decode them; None: `prefetch.decoding_threads()`.
         codec: that decodes photos in place of Pillow.
@@ -70,6 +72,7 @@ class Source:
     files: list[ImageFile]
     skipped: Counter[str] = field(default_factory=Counter)
     labels: Labels | None = None
+    whole: Sequence[str] = ()
     complete: bool = True
     threads: int | None = None
     codec: NvImageCodec | None = None
@@ -78,13 +81,14 @@ class Source:
         self, files: Sequence[ImageFile], height: int, width: int, profile: Profile | None = None
     ) -> Iterator[Decoded]:
         """Read some of the files, in their order, on threads ahead of the caller; a photo once for its boxes."""
+        profile = profile or Profile()
         if self.codec:
             from mgn_deploy.gallery.on_device import decode_on
 
             yield from decode_on(self.codec, files, height, width, profile, self.threads)
             return
-        photos = photos_of(files)
-        for crops in in_order(lambda photo: _crops(photo, height, width, profile), photos, threads=self.threads):
+        read = partial(_crops, height=height, width=width, profile=profile)
+        for crops in in_order(read, photos_of(files), threads=self.threads):
             yield from crops
 
     def digests(self, files: Sequence[ImageFile]) -> Iterator[bytes | None]:
@@ -150,7 +154,8 @@ def part_of(source: Source, part: str) -> Source:
         raise UserError(f"--shard {part}: give the part's number and their count, as in 3/16")
     number, count = int(match[1]) - 1, int(match[2])
     files = [file for index, file in enumerate(source.files) if index // SHARD_ROWS % count == number]
-    return replace(source, files=files, title=f"part {part} of {source.title}", complete=False)
+    whole = [file.name for file in source.files]
+    return replace(source, files=files, title=f"part {part} of {source.title}", whole=whole, complete=False)
 
 
 def files_source(
@@ -193,7 +198,7 @@ def _numbered(place: str) -> list[str]:
     match = _NUMBERS.search(place)
     if not match or os.path.lexists(place):
         return [place]
-    first, last = match.groups()
+    first, last = sorted(match.groups(), key=int)
     if int(last) - int(first) >= MOST_NUMBERED:
         raise UserError(f"{place!r} stands for more than {MOST_NUMBERED:,} names")
     names = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
@@ -202,9 +207,7 @@ def _numbered(place: str) -> list[str]:
 
 def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
     if os.path.isdir(path):
-        listing = list_images(path)
-        skipped.update(listing.skipped)
-        yield from (file.path for file in listing if file.path)
+        yield from image_paths([path], skipped)
     elif os.path.lexists(path):
         if path.lower().endswith(_VIDEOS):
             raise UserError(f"{path!r} is a video: give it by --video, with a tracker's or detector's boxes by --boxes")
@@ -227,20 +230,20 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         )
 
 
-def _crops(files: Sequence[ImageFile], height: int, width: int, profile: Profile | None) -> list[Decoded]:
+def _crops(files: Sequence[ImageFile], height: int, width: int, profile: Profile) -> list[Decoded]:
     """The crops of one photo's files."""
     with ExitStack() as held:
         held.enter_context(reading(files[0].size or 0))
         try:
-            with on_thread(profile, "read"):
+            with profile.on_thread("read"):
                 content = file_bytes(files[0])
                 digest = hashlib.sha256(content).digest()
-            with on_thread(profile, "decode"):
+            with profile.on_thread("decode"):
                 image = held.enter_context(open_rgb(content))
         except UnreadableImage as problem:
             error = str(problem).encode("utf-8", "backslashreplace").decode()  # as Parquet keeps it
             return [Decoded(file, error=error) for file in files]
-        with on_thread(profile, "resize"):
+        with profile.on_thread("resize"):
             return [crop_of(file, image, height, width, digest) for file in files]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,17 +49,19 @@ class Store:
         known = known or {}
         self._shards: list[Shard] = [known.get(entry) or Shard(folder, entry, manifest) for entry in manifest.shards]
         for shard in self._shards[:-1]:
-            shard.keep(False)
+            shard.kept = None
         if self._shards:
-            self._shards[-1].keep()  # the one whose files a writer replaces as it adds rows
+            self._shards[-1].kept = self._shards[-1].array()  # whose files a writer replaces as it adds rows
         number = {shard: number for number, shard in enumerate(self._shards)}
-        self._locations: list[tuple[int, int]] = []  # of each row's embedding: shard, index in it; ascending
+        where: list[tuple[int, int]] = []
         for row, shard, index in latest_rows(self._shards):
             if row.error is None:
                 self.rows.append(row)
-                self._locations.append((number[shard], index))
+                where.append((number[shard], index))
             else:
                 self.failures.append(row)
+        # Of each row's embedding: the shard, and the index in it; ascending.
+        self._where = np.array(where, np.int64).reshape(-1, 2)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, verify: bool = False) -> Store:
@@ -120,8 +122,7 @@ class Store:
         Raises:
             KeyError: no image of this name was embedded.
         """
-        shard, index = self._locations[self._index(name)]
-        return np.array(self._shards[shard].mapped()[index])
+        return self.take(np.array([self._index(name)]))[0]
 
     def row(self, name: str) -> Row:
         """The row of an embedded image by its name.
@@ -237,31 +238,16 @@ class Store:
         require("pandas", "pandas", "to_pandas makes a frame of pandas")
         import pandas as pd
 
+        # Texts as objects: pandas' own strings cannot hold a name that is not UTF-8.
+        types = dict.fromkeys(("name", "status", "error"), "object")
+        types |= dict.fromkeys(("identity", "camera", "size", "mtime_ns", "frame"), "Int64")
+        types |= {"time_s": "Float64", "track": "Int64"}
         rows = [*self.rows, *self.failures]
-
-        def integers(values: Iterable[int | None]) -> pd.Series:
-            return pd.Series(list(values), dtype="Int64")
-
-        return pd.DataFrame(
-            {
-                # As objects: pandas' own strings cannot hold a name that is not UTF-8.
-                "path": pd.Series([row.name for row in rows], dtype=object),
-                "status": pd.Series([row.status for row in rows], dtype=object),
-                "error": pd.Series([row.error for row in rows], dtype=object),
-                "identity": integers(row.identity for row in rows),
-                "camera": integers(row.camera for row in rows),
-                "size": integers(row.size for row in rows),
-                "mtime": pd.to_datetime(integers(row.mtime_ns for row in rows), unit="ns", utc=True),
-                "frame": integers(row.frame for row in rows),
-                "time_s": pd.Series([row.time_s for row in rows], dtype="Float64"),
-                "track": integers(row.track for row in rows),
-            }
+        frame = pd.DataFrame(
+            {name: pd.Series([getattr(row, name) for row in rows], dtype=kind) for name, kind in types.items()}
         )
-
-    @cached_property
-    def _where(self) -> np.ndarray:
-        """`_locations` as int64 `[len(store), 2]`."""
-        return np.array(self._locations, np.int64).reshape(-1, 2)
+        frame["mtime_ns"] = pd.to_datetime(frame["mtime_ns"], unit="ns", utc=True)
+        return frame.rename(columns={"name": "path", "mtime_ns": "mtime"})
 
     @cached_property
     def _indices(self) -> dict[str, int]:

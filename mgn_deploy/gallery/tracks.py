@@ -14,13 +14,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import printable, write_bytes
+from mgn_deploy.files import write_bytes
 from mgn_deploy.gallery.crops import crops, sequence_of
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
@@ -43,17 +43,6 @@ class PooledTracks:
     images: int
     taken: int
     unreadable: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return vars(self)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    index: int  # among the store's rows
-    area: int = 0
-    sharpness: float = -1.0
 
 
 def pool_tracks(
@@ -86,15 +75,18 @@ def pool_tracks(
         raise UserError(
             f"{store} has no tracks: `mgn-deploy embed --video CLIP --boxes` with a tracker's boxes gives them"
         )
-    measured = _measure(opened, progress)
-    taken = {track: _best([measured[index] for index in indices], best) for track, indices in tracks.items()}
-    unreadable = sum(one.sharpness < 0 for one in measured.values())
+    rows = opened.rows
+    images = [index for indices in tracks.values() for index in indices]
+    images.sort(key=lambda index: (sequence_of(rows[index]), rows[index].frame or 0, index))
+    area, sharpness = _measure(opened, images, progress)
+    unreadable = int((sharpness[images] < 0).sum())
     if unreadable:
         _log.warning(
-            f"{unreadable:,} of {len(measured):,} images cannot be read again: others of their tracks come first"
+            f"{unreadable:,} of {len(images):,} images cannot be read again: others of their tracks come first"
         )
-    rows, embeddings = opened.rows, opened.embeddings()
-    pooled = np.stack([_mean(embeddings[[one.index for one in images]]) for images in taken.values()])
+    taken = [_best(np.array(indices), area, sharpness)[:best] for indices in tracks.values()]
+    embeddings = opened.embeddings()
+    pooled = np.stack([_mean(embeddings[some]) for some in taken])
     made = opened.manifest
     manifest = made.model_copy(
         # Another preprocessing, so that no image is added by mistake.
@@ -107,10 +99,13 @@ def pool_tracks(
     with StoreWriter(out, manifest) as writer:
         if writer.manifest.shards:
             raise UserError(f"{out} holds rows already: pool tracks into a new folder")
-        write_bytes(Path(out) / TAKEN, _table(rows, taken.values()))
-        writer.add([_row(rows, taken[track], tracks[track]) for track in tracks], pooled)
-    count = sum(map(len, taken.values()))
-    return PooledTracks(len(tracks), len(measured), count, unreadable)
+        write_bytes(Path(out) / TAKEN, _table(rows, taken, area, sharpness))
+        pooled_rows = [
+            _row(rows[some[0]], [rows[index] for index in indices])
+            for some, indices in zip(taken, tracks.values(), strict=True)
+        ]
+        writer.add(pooled_rows, pooled)
+    return PooledTracks(len(tracks), len(images), sum(map(len, taken)), unreadable)
 
 
 def quality(image: Image.Image) -> tuple[int, float]:
@@ -121,31 +116,22 @@ def quality(image: Image.Image) -> tuple[int, float]:
     return image.width * image.height, float(laplacian.var())
 
 
-def _measure(store: Store, progress: Progress | None) -> dict[int, _Measured]:
-    """Each image that has a track, measured, by its index."""
-    indices = [index for index, row in enumerate(store.rows) if row.track is not None]
-    indices.sort(key=lambda index: (sequence_of(store.rows[index]), store.rows[index].frame or 0, index))
-    measured = {}
-    for done, (index, (_, image)) in enumerate(
-        zip(indices, crops(store, [store.rows[index] for index in indices]), strict=True), start=1
-    ):
-        measured[index] = _Measured(index) if isinstance(image, str) else _Measured(index, *quality(image))
+def _measure(store: Store, images: Sequence[int], progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
+    """Area and sharpness of the store's rows, as far as they are among `images` and can be read; else 0 and -1."""
+    area, sharpness = np.zeros(len(store), np.int64), np.full(len(store), -1.0)
+    found = zip(images, crops(store, [store.rows[index] for index in images]), strict=True)
+    for done, (index, (_, image)) in enumerate(found, start=1):
+        if not isinstance(image, str):
+            area[index], sharpness[index] = quality(image)
         if progress:
-            progress("measuring", done, len(indices))
-    return measured
+            progress("measuring", done, len(images))
+    return area, sharpness
 
 
-def _best(images: Sequence[_Measured], count: int) -> list[_Measured]:
-    """The best images of a track, best first; of equals the earlier one."""
-    by_area = _ranks([-image.area for image in images])
-    by_sharpness = _ranks([-image.sharpness for image in images])
-    order = sorted(range(len(images)), key=lambda i: (by_area[i] + by_sharpness[i], images[i].index))
-    return [images[i] for i in order[:count]]
-
-
-def _ranks(values: Sequence[float]) -> list[int]:
-    """How many values are less than each."""
-    return np.searchsorted(np.sort(values), values).tolist()
+def _best(images: np.ndarray, area: np.ndarray, sharpness: np.ndarray) -> np.ndarray:
+    """The images of a track, given in ascending order, best first; of equals the earlier one."""
+    larger, sharper = (np.searchsorted(np.sort(-values), -values) for values in (area[images], sharpness[images]))
+    return images[np.argsort(larger + sharper, kind="stable")]
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:
@@ -155,11 +141,9 @@ def _mean(rows: np.ndarray) -> np.ndarray:
     return mean / max(float(np.linalg.norm(mean)), 1e-12)
 
 
-def _row(rows: Sequence[Row], taken: Sequence[_Measured], indices: Sequence[int]) -> Row:
+def _row(first: Row, rows: Sequence[Row]) -> Row:
     return replace(
-        rows[taken[0].index],
-        identity=_agreed([rows[index].identity for index in indices]),
-        camera=_agreed([rows[index].camera for index in indices]),
+        first, identity=_agreed([row.identity for row in rows]), camera=_agreed([row.camera for row in rows])
     )
 
 
@@ -167,17 +151,17 @@ def _agreed(values: Sequence[T]) -> T | None:
     return values[0] if len(set(values)) == 1 else None
 
 
-def _table(rows: Sequence[Row], taken: Any) -> bytes:
+def _table(rows: Sequence[Row], taken: Sequence[np.ndarray], area: np.ndarray, sharpness: np.ndarray) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    lines = [(images[0].index, one, rank) for images in taken for rank, one in enumerate(images, start=1)]
+    images = np.concatenate(taken)
     table = {
-        "track_row": [printable(rows[first].name) for first, _, _ in lines],
-        "image": [printable(rows[one.index].name) for _, one, _ in lines],
-        "rank": pa.array([rank for _, _, rank in lines], pa.int32()),
-        "area": pa.array([one.area for _, one, _ in lines], pa.int64()),
-        "sharpness": [one.sharpness if one.sharpness >= 0 else None for _, one, _ in lines],
+        "track_row": [rows[some[0]].path for some in taken for _ in some],
+        "image": [rows[index].path for index in images],
+        "rank": pa.array([rank for some in taken for rank in range(1, len(some) + 1)], pa.int32()),
+        "area": area[images],
+        "sharpness": pa.array(sharpness[images], mask=sharpness[images] < 0),
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(table), buffer)

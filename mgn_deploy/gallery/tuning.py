@@ -17,7 +17,7 @@ from mgn_deploy.machine import usable_cpus
 
 AUTO: Final = "auto"
 SIZES = (1, 2, 4, 8, 16, 32)
-SECONDS = 2.0  # for all of them together
+SECONDS = 2.0  # for all of them together; the smallest is tried in any case
 ROUNDS = 2  # the better one counts: noise only ever slows down
 TOLERANCE = 0.03  # a rate within this share of the best is as good: a smaller batch has less memory and latency
 DEFAULT = 8  # where there is no image to try with
@@ -44,7 +44,7 @@ class Tuning:
         return {"chosen": self.chosen, "images_per_second": rates, "seconds": round(self.seconds, 3)}
 
 
-def choose_batch(backend: Backend, crops: Sequence[np.ndarray], *, seconds: float = SECONDS) -> Tuning:
+def choose_batch(backend: Backend, crops: Sequence[np.ndarray]) -> Tuning:
     """Try the sizes that the engine takes and choose the smallest that is within `TOLERANCE` of the fastest.
 
     Sizes are tried from small to large, each after a call that is not counted. One whose calls would not fit in what is
@@ -53,22 +53,20 @@ def choose_batch(backend: Backend, crops: Sequence[np.ndarray], *, seconds: floa
     Args:
         backend: an opened engine.
         crops: uint8 `[height, width, 3]`, repeated to fill batches; without any the answer is `DEFAULT`.
-        seconds: for all calls together; the calls of the smallest size are made in any case.
     """
     sizes = candidates(backend.batch_limits)
     if not crops:
         return Tuning(min(sizes, key=lambda size: abs(size - DEFAULT)), {}, 0.0)
     start = time.perf_counter()
     rates: dict[int, float] = {}
-    for _ in range(ROUNDS):
-        for size in sizes:
-            # As long as the last call of the next smaller size lets expect: one that is not counted, and one that is.
-            expected = 2 * size / rates.get(size, rates[max(rates)]) if rates else 0.0
-            if time.perf_counter() - start + expected > seconds:
-                break
-            if size not in rates:
-                _rate(backend, crops, size, 0.0)
-            rates[size] = max(rates.get(size, 0.0), _rate(backend, crops, size, seconds / len(sizes) / ROUNDS / 2))
+    for size in sizes * ROUNDS:
+        # As long as the last call of the next smaller size lets expect: one that is not counted, and one that is.
+        expected = 2 * size / rates.get(size, rates[max(rates)]) if rates else 0.0
+        if time.perf_counter() - start + expected > SECONDS:
+            continue
+        if size not in rates:
+            _rate(backend, crops, size, 0.0)
+        rates[size] = max(rates.get(size, 0.0), _rate(backend, crops, size, SECONDS / len(sizes) / ROUNDS / 2))
     tuning = Tuning(smallest_of_the_best(rates), rates, time.perf_counter() - start)
     tried = ", ".join(f"{rate:.1f} at {size}" for size, rate in rates.items())
     _log.info(
@@ -78,9 +76,7 @@ def choose_batch(backend: Backend, crops: Sequence[np.ndarray], *, seconds: floa
     return tuning
 
 
-def choose_threads(
-    decode: Callable[[int], Iterator[np.ndarray]], backend: Backend, batch_size: int, *, seconds: float = SECONDS
-) -> Tuning:
+def choose_threads(decode: Callable[[int], Iterator[np.ndarray]], backend: Backend, batch_size: int) -> Tuning:
     """Try numbers of decoding threads, with the engine beside them, and choose the smallest that is within `TOLERANCE`
     of the fastest.
 
@@ -88,19 +84,17 @@ def choose_threads(
         decode: the same first images of the run, by so many threads: uint8 `[height, width, 3]`.
         backend: an opened engine.
         batch_size: images a call of it.
-        seconds: for all runs together; the first number is tried in any case, after a run that is not counted.
     """
     start = time.perf_counter()
     rates: dict[int, float] = {}
     if any(True for _ in decode(decoding_threads())):  # files are in the cache from here on, as for all that follow
-        for _ in range(ROUNDS):
-            for threads in sorted({1, usable_cpus(), decoding_threads(), 2 * usable_cpus(), 4 * usable_cpus()}):
-                began = time.perf_counter()
-                if rates and began - start > seconds:
-                    break
-                batches = (np.stack(batch) for batch in batched(decode(threads), batch_size))
-                embedded = sum(len(rows) for rows in backend.stream(batches))
-                rates[threads] = max(rates.get(threads, 0.0), embedded / (time.perf_counter() - began))
+        for threads in sorted({1, usable_cpus(), decoding_threads(), 2 * usable_cpus(), 4 * usable_cpus()}) * ROUNDS:
+            began = time.perf_counter()
+            if rates and began - start > SECONDS:
+                break
+            batches = (np.stack(batch) for batch in batched(decode(threads), batch_size))
+            embedded = sum(len(rows) for rows in backend.stream(batches))
+            rates[threads] = max(rates.get(threads, 0.0), embedded / (time.perf_counter() - began))
     chosen = smallest_of_the_best(rates) if rates else decoding_threads()
     tuning = Tuning(chosen, rates, time.perf_counter() - start)
     tried = ", ".join(f"{rate:.1f} by {count}" for count, rate in rates.items())

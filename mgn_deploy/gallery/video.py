@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_right
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.files import sha256_file
 from mgn_deploy.gallery.boxed import pixels
 from mgn_deploy.gallery.boxes import Boxes
-from mgn_deploy.gallery.profile import Profile, each, on_thread
+from mgn_deploy.gallery.profile import Profile
 from mgn_deploy.gallery.shards import folder_uri
 from mgn_deploy.gallery.sources import Decoded, Source, crop_of
 from mgn_deploy.images.listing import ImageFile
@@ -80,26 +80,26 @@ class Clip:
 class VideoSource(Source):
     """The boxes of one video."""
 
-    clip: Clip | None = None
+    clip: Clip = field(kw_only=True)
 
     def decode(
         self, files: Sequence[ImageFile], height: int, width: int, profile: Profile | None = None
     ) -> Iterator[Decoded]:
         """The crops of some of the boxes, in their order; where that goes back in time the video is read again."""
+        profile = profile or Profile()
 
         def crops(frame: tuple[list[ImageFile], Any]) -> list[Decoded]:
             boxes, picture = frame
             if isinstance(picture, str):
                 return [Decoded(file, error=picture) for file in boxes]
-            with on_thread(profile, "decode"):
+            with profile.on_thread("decode"):
                 image = upright(picture)
-            with on_thread(profile, "resize"):
+            with profile.on_thread("resize"):
                 return [crop_of(file, image, height, width, digest) for file in boxes]
 
         if files:
             digest = self._digest
-            assert self.clip is not None
-            frames = each(profile, "decode video", frames_of(self.clip, files, lambda file: file.frame or 0))
+            frames = profile.each("decode video", frames_of(self.clip, files, lambda file: file.frame or 0))
             for some in in_order(crops, frames, FRAMES_AHEAD, self.threads):
                 yield from some
 
@@ -110,7 +110,6 @@ class VideoSource(Source):
 
     @cached_property
     def _digest(self) -> bytes:
-        assert self.clip is not None
         return bytes.fromhex(sha256_file(self.clip.path))
 
 
@@ -144,17 +143,20 @@ def video_source(path: str | os.PathLike[str], boxes: Boxes, root: str | os.Path
         tracks[box.frame].add(box.track)
         key = str(box.track) if by_track else f"box{box.number}"
         frame = box.frame or 0
-        file = ImageFile(
-            path,
-            f"{name}#{frame:06d}-{key}",
-            status.st_size,
-            status.st_mtime_ns,
-            box=pixels(box.edges),
-            frame=frame,
-            track=box.track,
-        )
         problem = clip.problem_of(frame)
-        files.append(replace(file, time_s=None if problem else clip.time_of(frame), problem=problem))
+        files.append(
+            ImageFile(
+                path,
+                f"{name}#{frame:06d}-{key}",
+                status.st_size,
+                status.st_mtime_ns,
+                problem,
+                box=pixels(box.edges),
+                frame=frame,
+                time_s=None if problem else clip.time_of(frame),
+                track=box.track,
+            )
+        )
     files.sort(key=lambda file: (file.frame, os.fsencode(file.name)))
     return VideoSource(
         uri=folder_uri(base),
@@ -191,11 +193,8 @@ def _read_clip(path: Path, size: int, mtime_ns: int) -> Clip:
                 for packet in container.demux(stream)
                 if packet.size and not packet.is_discard
             ]
-            seconds, rate, codec = (
-                float(stream.time_base or 0),
-                float(stream.average_rate or 0),
-                stream.codec_context.name,
-            )
+            seconds, rate = float(stream.time_base or 0), float(stream.average_rate or 0)
+            codec = stream.codec_context.name
         with _opened(path) as container:
             first = next((frame.pts for frame in container.decode(video=0)), None)
     except (av.error.FFmpegError, IndexError) as error:
@@ -226,20 +225,17 @@ def read_frames(clip: Clip, numbers: Sequence[int]) -> Iterator[av.VideoFrame | 
     if numbers and clip.stamps:
         key = bisect_right(clip.keys, clip.stamps[numbers[0] - 1]) - 1
         begin = clip.numbers[clip.keys[key]] if key > 0 else 1
-    waiting = iter(numbers)
-    wanted = next(waiting, None)
+    wanted = deque(numbers)
     for number, picture in _from(clip, begin):
-        while wanted is not None and wanted < number:
+        while wanted and wanted[0] < number:
+            wanted.popleft()
             yield BROKEN
-            wanted = next(waiting, None)
-        if wanted == number:
+        if wanted and wanted[0] == number:
+            wanted.popleft()
             yield picture
-            wanted = next(waiting, None)
-        if wanted is None:
+        if not wanted:
             return
-    while wanted is not None:
-        yield BROKEN if clip.stamps else _UNNUMBERED
-        wanted = next(waiting, None)
+    yield from [BROKEN if clip.stamps else _UNNUMBERED] * len(wanted)
 
 
 def frames_of(

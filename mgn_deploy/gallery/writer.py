@@ -139,10 +139,23 @@ class StoreWriter:
         self.replace(shards)
         self._go_on()
 
-    @property
-    def shard_rows(self) -> int:
-        """How many rows a whole shard has."""
-        return SHARD_ROWS
+    def rewrite(self, rows: Sequence[tuple[Row, Shard, int]]) -> None:
+        """Replace all shards by whole ones of these rows, reading one old shard at a time where they are in order.
+
+        Args:
+            rows: as `latest_rows` gives them.
+        """
+        entries: list[ShardEntry] = []
+        source, array = None, np.empty(0)
+        for start in range(0, len(rows), SHARD_ROWS):
+            part = rows[start : start + SHARD_ROWS]
+            embeddings = np.empty((len(part), self.manifest.dim), self.manifest.dtype)
+            for at, (_, shard, index) in enumerate(part):
+                if source is not shard:
+                    source, array = shard, shard.array()
+                embeddings[at] = array[index]
+            entries.append(self.write_shard(len(entries), [row for row, _, _ in part], embeddings))
+        self.replace(entries)
 
     def write_shard(self, number: int, rows: Sequence[Row], array: np.ndarray) -> ShardEntry:
         """Write the files of a shard, for `replace`."""

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import platform
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from itertools import pairwise
 
@@ -22,16 +22,14 @@ from mgn_deploy.identity.calibration import (
     Calibration,
     CalibrationData,
     CameraPair,
-    Interval,
     Pooled,
-    Rate,
     Reliability,
     Scores,
     check_prior,
 )
 from mgn_deploy.identity.fit import FITS, FOLDS, CrossValidated, Method, cross_validated
 from mgn_deploy.identity.pairs import Pairs, genuine_and_impostor, to_means
-from mgn_deploy.identity.rates import Measured, measure, needed_pairs, needed_people, threshold_at
+from mgn_deploy.identity.rates import measure, needed_pairs, threshold_at
 from mgn_deploy.progress import Progress
 
 FARS = (1e-2, 1e-3, 1e-4)
@@ -135,7 +133,7 @@ def calibrate_embeddings(
         embeddings, people, cameras, same_camera=same_camera, max_pairs=max_pairs, seed=seed, progress=progress
     )
     count = len(np.unique(people))
-    if count < MIN_PEOPLE or len(genuine) < MIN_GENUINE or len(impostor) < needed_pairs(FARS[0]):
+    if not _enough(count, genuine, impostor):
         raise UserError(
             f"{source} has {count} people, {len(genuine)} pairs of one person and {len(impostor)} of two"
             f"{'' if same_camera else ' by two cameras'}: a calibration needs at least {MIN_PEOPLE}, {MIN_GENUINE} and "
@@ -143,9 +141,14 @@ def calibrate_embeddings(
         )
     validated = cross_validated(genuine, impostor, int(people.max()) + 1, prior, seed)
     best: Method = min(validated, key=lambda name: (validated[name].log_loss, name != "platt"))
-    fars = tuple(far for far in FARS if len(impostor) >= needed_pairs(far))
-    rates, eer, eer_threshold = measure(genuine, impostor, fars, replicates=replicates, seed=seed, progress=progress)
-    notes = _notes(subsets, same_camera, len(impostor), impostor.total, count)
+    rates, eer, eer_threshold = measure(
+        genuine, impostor, FARS, count, replicates=replicates, seed=seed, progress=progress
+    )
+    pooled = list(_pooled(embeddings, people, cameras, best, same_camera, max_pairs, replicates, seed))
+    notes = _notes(subsets, same_camera, len(impostor), impostor.total)
+    for rate in (*rates, *(rate for one in pooled for rate in one.rates)):
+        if rate.problem:
+            notes.append(f"FAR {rate.far:g}: {rate.problem}")
     for note in notes:
         _log.warning(note)
     return Calibration(
@@ -169,13 +172,13 @@ def calibrate_embeddings(
         method=best,
         evidence=FITS[best](genuine.similarities, impostor.similarities),
         cross_validation={name: Scores(brier=one.brier, log_loss=one.log_loss) for name, one in validated.items()},
-        reliability=_reliability(validated[best], prior),
-        rates=_rates(fars, rates, count),
-        eer=_interval(eer),
-        eer_threshold=_interval(eer_threshold),
+        reliability=list(_reliability(validated[best], prior)),
+        rates=rates,
+        eer=eer,
+        eer_threshold=eer_threshold,
         tail=_tail(impostor.similarities),
-        pooled=_pooled(embeddings, people, cameras, best, same_camera, max_pairs, seed),
-        camera_pairs=_by_cameras(genuine, impostor, replicates, seed),
+        pooled=pooled,
+        camera_pairs=list(_by_cameras(genuine, impostor, replicates, seed)),
         notes=notes,
         tools={"mgn-deploy": __version__, "numpy": np.__version__, "python": platform.python_version()},
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -192,6 +195,11 @@ def checked_subsets(names: Sequence[str]) -> list[Subset]:
         if name not in SUBSETS:
             raise UserError(f"no subset {name!r}: there are {', '.join(SUBSETS)}")
     return [subset for subset in SUBSETS if subset in names]
+
+
+def _enough(people: int, genuine: Pairs, impostor: Pairs) -> bool:
+    """Whether so many people and pairs give a threshold."""
+    return people >= MIN_PEOPLE and len(genuine) >= MIN_GENUINE and len(impostor) >= needed_pairs(FARS[0])
 
 
 def _people_of(data: Dataset, subsets: Collection[Subset]) -> tuple[list[LabelledImage], np.ndarray]:
@@ -217,7 +225,7 @@ def _hash_of(data: Dataset, images: Sequence[LabelledImage]) -> str:
     return digest.hexdigest()
 
 
-def _notes(subsets: Sequence[str], same_camera: bool, used: int, total: int, people: int) -> list[str]:
+def _notes(subsets: Sequence[str], same_camera: bool, used: int, total: int) -> list[str]:
     notes = []
     if "train" in subsets:
         notes.append(
@@ -234,29 +242,7 @@ def _notes(subsets: Sequence[str], same_camera: bool, used: int, total: int, peo
                 f"no threshold for a false-accept rate of {far:g}: it needs {needed_pairs(far):,} impostor pairs, and "
                 f"there are {used:,}"
             )
-        elif people < needed_people(far):
-            notes.append(f"FAR {far:g}: {_few_people(far, people)}")
     return notes
-
-
-def _few_people(far: float, people: int) -> str:
-    return (
-        f"{people} people are few for so low a rate, {needed_people(far)} would be enough: the threshold may let more "
-        "through"
-    )
-
-
-def _rates(fars: Sequence[float], measured: Sequence[Measured], people: int) -> list[Rate]:
-    return [
-        Rate(
-            far=far,
-            threshold=_interval(one.threshold),
-            measured_far=_interval(one.far),
-            tar=_interval(one.tar),
-            problem=None if people >= needed_people(far) else _few_people(far, people),
-        )
-        for far, one in zip(fars, measured, strict=True)
-    ]
 
 
 def _tail(impostor: np.ndarray) -> list[tuple[float, float]]:
@@ -275,77 +261,59 @@ def _pooled(
     method: Method,
     same_camera: bool,
     max_pairs: int,
+    replicates: int,
     seed: int,
-) -> list[Pooled]:
+) -> Iterator[Pooled]:
     """For each number of images that enough people have."""
-    found = []
     for images in POOLED:
         genuine, impostor = to_means(
             embeddings, people, cameras, images, same_camera=same_camera, max_pairs=max_pairs, seed=seed
         )
         count = len(np.unique(impostor.second))
-        if count >= MIN_PEOPLE and len(genuine) >= MIN_GENUINE and len(impostor) >= needed_pairs(FARS[0]):
-            found.append(
-                Pooled(
-                    images=images,
-                    people=count,
-                    genuine=len(genuine),
-                    impostor=len(impostor),
-                    evidence=FITS[method](genuine.similarities, impostor.similarities),
-                    tail=_tail(impostor.similarities),
-                )
+        if _enough(count, genuine, impostor):
+            rates, _, _ = measure(genuine, impostor, FARS, count, images=images, replicates=replicates, seed=seed)
+            yield Pooled(
+                images=images,
+                people=count,
+                genuine=len(genuine),
+                impostor=len(impostor),
+                rates=rates,
+                evidence=FITS[method](genuine.similarities, impostor.similarities),
+                tail=_tail(impostor.similarities),
             )
-    return found
 
 
-def _reliability(held_out: CrossValidated, prior: float) -> list[Reliability]:
+def _reliability(held_out: CrossValidated, prior: float) -> Iterator[Reliability]:
     genuine, impostor = held_out.genuine, held_out.impostor
     edges = np.arange(BINS + 1) / BINS
-    rows = []
     for low, high in pairwise(edges.tolist()):
         same, other = (kind[(kind >= low) & ((kind < high) | (high == 1))] for kind in (genuine, impostor))
         weight_same, weight_other = prior * len(same) / len(genuine), (1 - prior) * len(other) / len(impostor)
         if not len(same) and not len(other):
             continue
         total = prior * same.sum() / len(genuine) + (1 - prior) * other.sum() / len(impostor)
-        rows.append(
-            Reliability(
-                low=low,
-                high=high,
-                mean_probability=float(total / (weight_same + weight_other)),
-                genuine_share=float(weight_same / (weight_same + weight_other)),
-                pairs=len(same) + len(other),
-            )
+        yield Reliability(
+            low=low,
+            high=high,
+            mean_probability=float(total / (weight_same + weight_other)),
+            genuine_share=float(weight_same / (weight_same + weight_other)),
+            pairs=len(same) + len(other),
         )
-    return rows
 
 
-def _by_cameras(genuine: Pairs, impostor: Pairs, replicates: int, seed: int) -> list[CameraPair]:
+def _by_cameras(genuine: Pairs, impostor: Pairs, replicates: int, seed: int) -> Iterator[CameraPair]:
     """Each pair of cameras whose pairs are enough for a threshold; none where there is only one pair of cameras."""
     together = Counter(map(tuple, impostor.cameras.tolist()))
-    if len(together) < 2:
-        return []
-    found = []
-    for first, second in sorted(together):
+    for first, second in sorted(together) if len(together) > 1 else ():
         same, other = (pairs.where((pairs.cameras == (first, second)).all(axis=1)) for pairs in (genuine, impostor))
         people = len(np.unique(np.concatenate([other.first, other.second])))
-        fars = tuple(far for far in FARS if len(other) >= needed_pairs(far))
-        if len(same) < MIN_GENUINE or not fars or people < MIN_PEOPLE:
-            continue
-        rates, eer, _ = measure(same, other, fars, replicates=replicates, seed=seed)
-        found.append(
-            CameraPair(
+        if _enough(people, same, other):
+            rates, eer, _ = measure(same, other, FARS, people, replicates=replicates, seed=seed)
+            yield CameraPair(
                 cameras=(first, second),
                 people=people,
                 genuine=len(same),
                 impostor=len(other),
-                eer=_interval(eer),
-                rates=_rates(fars, rates, people),
+                eer=eer,
+                rates=rates,
             )
-        )
-    return found
-
-
-def _interval(values: tuple[float, float, float]) -> Interval:
-    value, low, high = values
-    return Interval(value=value, low=low, high=high)

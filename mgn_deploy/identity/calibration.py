@@ -9,57 +9,26 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import write_text
 from mgn_deploy.identity.fit import Knots, Method, evidence, probability
-from mgn_deploy.identity.rates import needed_pairs
+from mgn_deploy.identity.rates import Interval, Rate, Strict, few_people, needed_pairs
 
 CALIBRATION = "calibration.json"
 DEFAULT_FAR = 1e-3
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Interval(_Strict):
-    """A measured value and the ends of its 95% interval over people."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Rate(_Strict):
-    """The threshold at one false-accept rate, and what it does on the calibration's own pairs.
-
-    Attributes:
-        far: the rate that was asked for.
-        threshold: at or above it two images are called the same person; its interval is of the threshold that other
-            people would have given.
-        measured_far: impostor pairs at or above the threshold, at most `far`.
-        tar: genuine pairs at or above the threshold.
-        problem: why the rate is uncertain, or None.
-    """
-
-    far: float
-    threshold: Interval
-    measured_far: Interval
-    tar: Interval
-    problem: str | None = None
-
-
-class Scores(_Strict):
+class Scores(Strict):
     """How good a method's probabilities are on people that it was not fitted on."""
 
     brier: float
     log_loss: float
 
 
-class Reliability(_Strict):
+class Reliability(Strict):
     """Held-out pairs whose probability was from `low` to `high`: the mean of it, and how many were genuine."""
 
     low: float
@@ -69,7 +38,7 @@ class Reliability(_Strict):
     pairs: int
 
 
-class CameraPair(_Strict):
+class CameraPair(Strict):
     """The same for the images of two cameras alone."""
 
     cameras: tuple[int, int]
@@ -80,18 +49,20 @@ class CameraPair(_Strict):
     rates: list[Rate]
 
 
-class Pooled(_Strict):
-    """What the mean similarity to `images` images of one person says; `evidence` and `tail` as a calibration's."""
+class Pooled(Strict):
+    """What the mean similarity to `images` images of one person says; `rates`, `evidence` and `tail` as a
+    calibration's."""
 
     images: int = Field(ge=2)
     people: int
     genuine: int
     impostor: int
+    rates: list[Rate] = Field([])
     evidence: Knots = Field(min_length=1)
     tail: list[tuple[float, float]] = Field(min_length=1)
 
 
-class CalibrationData(_Strict):
+class CalibrationData(Strict):
     """What a calibration was learned from. `genuine` and `impostor` are the pairs used, `..._total` those there are."""
 
     source: str
@@ -111,8 +82,8 @@ class CalibrationData(_Strict):
 class Decision(NamedTuple):
     """A threshold, and the false-accept rate that it stands for.
 
-    It is a higher rate than was asked for where there are too few pairs, as `problem` says. `images` are those whose
-    mean similarity the threshold was learned of.
+    It is a higher rate than was asked for where there are too few pairs; `problem` says so, or that there are too few
+    people. `images` are those whose mean similarity the threshold was learned of.
     """
 
     far: float
@@ -121,7 +92,7 @@ class Decision(NamedTuple):
     images: int = 1
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """What similarities of one bundle's embeddings say. It is immutable; any thread may use it.
 
     Attributes:
@@ -147,10 +118,10 @@ class Calibration(_Strict):
     eer: Interval
     eer_threshold: Interval
     tail: list[tuple[float, float]] = Field(min_length=1)
-    pooled: list[Pooled] = []
-    camera_pairs: list[CameraPair] = []
-    notes: list[str] = []
-    tools: dict[str, str] = {}
+    pooled: list[Pooled] = Field([])
+    camera_pairs: list[CameraPair] = Field([])
+    notes: list[str] = Field([])
+    tools: dict[str, str] = Field({})
     date: str
 
     @classmethod
@@ -233,7 +204,7 @@ class Calibration(_Strict):
         """The threshold for a false-accept rate, interpolated on its logarithm.
 
         Where the calibration has too few pairs for so low a rate, it is the strictest threshold that they support, and
-        `problem` says so.
+        `problem` says so, as it does where the pairs are enough and their people too few.
 
         Args:
             far: the rate.
@@ -244,10 +215,10 @@ class Calibration(_Strict):
             UserError: `far` is not between 0 and 1.
         """
         check_far(far)
-        of, tail = 1, self.tail
+        of, people, tail = 1, self.data.people, self.tail
         for one in self.pooled:
             if one.images <= images and one.tail[-1][0] * (1 - 1e-9) <= far:
-                of, tail = one.images, one.tail
+                of, people, tail = one.images, one.people, one.tail
         rates, thresholds = np.array(tail).T
         if far < rates[-1] * (1 - 1e-9):
             return Decision(
@@ -257,7 +228,7 @@ class Calibration(_Strict):
                 f"{self.data.impostor:,}: its strictest threshold stands for {rates[-1]:.3g}",
             )
         threshold = float(np.interp(-np.log(far), -np.log(rates), thresholds))
-        return Decision(far, threshold, next((rate.problem for rate in self.rates if rate.far == far), None), of)
+        return Decision(far, threshold, few_people(people, far, of), of)
 
 
 def how_to_calibrate(bundle: Bundle) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -225,15 +226,13 @@ def _dbscan(offsets: np.ndarray, columns: np.ndarray, values: np.ndarray, eps: f
     n = len(offsets) - 1
     graph = csr_matrix((values, columns, offsets), shape=(n, n))
     found = DBSCAN(eps=eps, min_samples=min_images, metric="precomputed").fit(graph).labels_
-    sizes = np.bincount(found[found >= 0])
-    rank = np.empty(len(sizes), np.int64)
-    rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
-    return np.where(found >= 0, rank[np.maximum(found, 0)] if len(sizes) else NOBODY, NOBODY).astype(np.int64)
+    largest_first = np.argsort(-np.bincount(found[found >= 0]), kind="stable")
+    rank = np.append(np.argsort(largest_first), NOBODY)  # DBSCAN says -1 of those in none, which is the last one
+    return rank[found]
 
 
 def appearances(clusters: Clusters, cluster: int) -> str:
     """In which cameras a cluster's images are: "camera 1: 3, camera 4: 2"; empty where none is known."""
-    rows: Sequence[int] = clusters.members(cluster)
-    cameras = [clusters.store.rows[row].camera for row in rows]
-    known = sorted({camera for camera in cameras if camera is not None})
-    return ", ".join(f"camera {camera}: {cameras.count(camera)}" for camera in known)
+    cameras = [clusters.store.rows[row].camera for row in clusters.members(cluster)]
+    counts = Counter(camera for camera in cameras if camera is not None)
+    return ", ".join(f"camera {camera}: {count}" for camera, count in sorted(counts.items()))

@@ -67,13 +67,18 @@ def fit_platt(genuine: np.ndarray, impostor: np.ndarray) -> Knots:
             factor /= 2
         slope, offset = slope - factor * step[0], offset - factor * step[1]
     slope = max(slope / scale, 1e-9)  # more alike is never evidence against
-    return _line(slope, offset - slope * centre, *_bounds(len(genuine), len(impostor)))
+    offset -= slope * centre
+    low, high = _bounds(len(genuine), len(impostor))
+    at = sorted({-1.0, 1.0, *(x for x in ((low - offset) / slope, (high - offset) / slope) if -1 < x < 1)})
+    return [(x, float(np.clip(slope * x + offset, low, high))) for x in at]
 
 
 def fit_isotonic(genuine: np.ndarray, impostor: np.ndarray) -> Knots:
     """A rising curve from similarities `[n]` and `[m]`, both kinds with half of the weight."""
     both = np.concatenate([genuine, impostor]).astype(np.float64)
-    edges = np.unique(np.quantile(np.concatenate([genuine, *_spread(impostor)]), np.linspace(0, 1, _BINS + 1)))
+    # As many impostors as are needed for bins, by rank: of millions the quantiles are those of some.
+    few = np.sort(impostor)[:: max(1, len(impostor) // 100_000)]
+    edges = np.unique(np.quantile(np.concatenate([genuine, few]), np.linspace(0, 1, _BINS + 1)))
     which = np.clip(np.searchsorted(edges, both, side="right") - 1, 0, len(edges) - 1)
     is_genuine = np.repeat([1.0, 0.0], [len(genuine), len(impostor)])
     counts = np.stack(
@@ -167,13 +172,3 @@ def cross_validated(
 def _bounds(genuine: int, impostor: int) -> tuple[float, float]:
     """No evidence is stronger than the pairs it was learned from: none of n is a share of about 1/n."""
     return -float(np.log(genuine + 1)), float(np.log(impostor + 1))
-
-
-def _line(slope: float, offset: float, low: float, high: float) -> Knots:
-    at = sorted({-1.0, 1.0, *(x for x in ((low - offset) / slope, (high - offset) / slope) if -1 < x < 1)})
-    return [(x, float(np.clip(slope * x + offset, low, high))) for x in at]
-
-
-def _spread(impostor: np.ndarray) -> list[np.ndarray]:
-    """As many impostors as are needed for bins, by rank: of millions the quantiles are those of some."""
-    return [np.sort(impostor)[:: max(1, len(impostor) // 100_000)]]

@@ -143,20 +143,47 @@ def identify(
         raise UserError("a query's embedding is not finite: embed the image again")
     if calibration is not None:
         check_same_id("the calibration", calibration.bundle_id, enrolled.bundle_id)
-    labels = [str(number) for number in range(len(queries))] if names is None else list(names)
+    labels = tuple(map(str, range(len(queries)))) if names is None else tuple(names)
+    groups = [labels] if together else [(label,) for label in labels]
     similarities = similarities_to_people(queries, enrolled)
-    groups = (
-        [(tuple(labels), similarities.mean(axis=0))]
-        if together
-        else [((label,), row) for label, row in zip(labels, similarities, strict=True)]
-    )
-    if calibration is None:
-        return [_most_similar(group, row, enrolled, candidates) for group, row in groups]
+    if together:
+        similarities = similarities.mean(axis=0, keepdims=True)
+    own = np.array([len(person.embeddings) for person in enrolled.people])
     # A mean over q x n pairs varies less than one over the larger of the two.
-    images = np.array([max(len(person.embeddings), len(groups[0][0])) for person in enrolled.people])
-    size = len(enrolled.people)
-    decisions = {one: decide_for_list(calibration, far, size, one) for one in np.unique(images).tolist()}
-    return [_answer(group, row, enrolled, calibration, images, decisions, prior, candidates) for group, row in groups]
+    images = np.maximum(own, len(groups[0]))
+    margins, decisions = similarities, dict[int, Decision]()
+    if calibration is not None:
+        decisions = {one: decide_for_list(calibration, far, len(own), one) for one in np.unique(images).tolist()}
+        margins = similarities - np.array([decisions[one].threshold for one in images.tolist()])
+
+    def answer(group: tuple[str, ...], row: np.ndarray, margin: np.ndarray) -> Identification:
+        """By how far each person is above the threshold for so many images; without a calibration by similarity."""
+        order = np.argsort(-margin, kind="stable").tolist()
+        chances: Sequence[float | None] = [None] * len(row)
+        if calibration is not None:
+            probabilities, nobody = posteriors(row, calibration, prior, images)
+            chances = probabilities.tolist()
+        listed = tuple(
+            Candidate(enrolled.people[one].name, float(row[one]), chances[one], len(group) * int(own[one]))
+            for one in order[:candidates]
+        )
+        if calibration is None:
+            return Identification(group, None, None, None, None, None, listed, note="no name without a calibration")
+        best, decision = order[0], decisions[int(images[order[0]])]
+        known = bool(margin[best] >= 0)
+        return Identification(
+            group,
+            listed[0].name if known else None,
+            chances[best] if known else nobody,
+            known,
+            decision.threshold,
+            decision.far,
+            listed,
+            decision.images,
+            decision.problem,
+        )
+
+    return list(map(answer, groups, similarities, margins))
 
 
 def posteriors(
@@ -172,56 +199,3 @@ def posteriors(
     shares = np.exp(everything - everything.max())
     shares /= shares.sum()
     return shares[:-1], float(shares[-1])
-
-
-def _answer(
-    queries: tuple[str, ...],
-    similarities: np.ndarray,
-    enrolled: Enrolled,
-    calibration: Calibration,
-    images: np.ndarray,
-    decisions: dict[int, Decision],
-    prior: float,
-    count: int,
-) -> Identification:
-    """By how far each person is above the threshold for so many images."""
-    margins = similarities - np.array([decisions[one].threshold for one in images.tolist()])
-    order = np.argsort(-margins, kind="stable")
-    probabilities, nobody = posteriors(similarities, calibration, prior, images)
-    best, decision = order[0], decisions[int(images[order[0]])]
-    known = bool(margins[best] >= 0)
-    return Identification(
-        queries,
-        enrolled.names[best] if known else None,
-        float(probabilities[best]) if known else nobody,
-        known,
-        decision.threshold,
-        decision.far,
-        _candidates(queries, similarities, enrolled, order[:count], probabilities),
-        decision.images,
-        decision.problem,
-    )
-
-
-def _most_similar(queries: tuple[str, ...], similarities: np.ndarray, enrolled: Enrolled, count: int) -> Identification:
-    order = np.argsort(-similarities, kind="stable")[:count]
-    found = _candidates(queries, similarities, enrolled, order, None)
-    return Identification(queries, None, None, None, None, None, found, note="no name without a calibration")
-
-
-def _candidates(
-    queries: tuple[str, ...],
-    similarities: np.ndarray,
-    enrolled: Enrolled,
-    order: np.ndarray,
-    probabilities: np.ndarray | None,
-) -> tuple[Candidate, ...]:
-    return tuple(
-        Candidate(
-            enrolled.names[one],
-            float(similarities[one]),
-            None if probabilities is None else float(probabilities[one]),
-            len(queries) * len(enrolled.people[one].embeddings),
-        )
-        for one in order.tolist()
-    )

@@ -117,55 +117,49 @@ def measure_open_set(
     similarities, images = _to_people(
         query, gallery, owners, np.asarray(query_cameras), np.asarray(gallery_cameras), len(people), progress
     )
-    place = np.searchsorted(people, query_ids)
-    found = np.minimum(place, len(people) - 1)
-    own = np.where(people[found] == np.asarray(query_ids), found, -1)  # -1: nobody of the gallery
-    own[
-        (own >= 0) & np.isinf(similarities[np.arange(len(query)), own])
-    ] = -2  # no image by another camera: not searched
+    query_ids = np.asarray(query_ids)
+    found = np.minimum(np.searchsorted(people, query_ids), len(people) - 1)
+    own = np.where(people[found] == query_ids, found, -1)  # -1: nobody of the gallery
+    # Somebody without an image by another camera is not searched for.
+    searched = (own < 0) | ~np.isinf(similarities[np.arange(len(query)), own])
+    if not (searched & (own >= 0)).any():
+        raise UserError("no query shows anybody of the gallery by another camera")
     enrolled = len(people) // 2
+    names = [f"FPIR {rate:g}" for rate in fpirs]
     # For each rate of the calibration: each similarity's threshold by the number of images, and why it is uncertain.
     decided: list[tuple[np.ndarray, str | None]] = []
-    for far in fars:
-        if calibration is None:
-            break
-        decisions = [decide_for_list(calibration, far, enrolled, 1 + one) for one in range(images.max())]
-        thresholds = np.array([one.threshold for one in decisions])
-        decided.append((thresholds[np.maximum(images, 1) - 1], decisions[0].problem))
-    if not (own >= 0).any():
-        raise UserError("no query shows anybody of the gallery by another camera")
+    if calibration is not None:
+        names += [f"calibration, FAR {far:g}" for far in fars]
+        for far in fars:
+            decisions = [decide_for_list(calibration, far, enrolled, 1 + one) for one in range(images.max())]
+            used = [decisions[one - 1].problem for one in np.unique(images[images > 0]).tolist()]
+            thresholds = np.array([one.threshold for one in decisions])
+            decided.append((thresholds[np.maximum(images, 1) - 1], next(filter(None, used), None)))
 
     generator = np.random.default_rng(seed)
-    drawn: list[list[tuple[float, float, float]]] = []
-    searches = []
+    drawn, searches = [], []
     for _ in range(draws):
         half = np.sort(generator.permutation(len(people))[:enrolled])
-        is_enrolled = np.zeros(len(people) + 1, bool)
+        is_enrolled = np.zeros(len(people) + 1, bool)  # the last one is nobody's
         is_enrolled[half] = True
-        mine = similarities[:, half]
-        best, at = mine.max(axis=1), half[mine.argmax(axis=1)]
-        mated = (own >= 0) & is_enrolled[own]
-        non_mated = (own == -1) | ((own >= 0) & ~is_enrolled[own])
+        mated, non_mated = searched & is_enrolled[own], searched & ~is_enrolled[own]
         if not mated.any() or not non_mated.any():
             continue
-        strangers = np.sort(best[non_mated])[::-1]
-        cuts = [(threshold_at(strangers, rate), best, at) for rate in fpirs]
-        for thresholds, _ in decided:
-            above = mine - thresholds[:, half]
-            cuts.append((0.0, above.max(axis=1), half[above.argmax(axis=1)]))
-        drawn.append(
-            [
-                (cut, float(np.mean(best[non_mated] >= cut)), float(np.mean((best >= cut)[mated] & (at == own)[mated])))
-                for cut, best, at in cuts
-            ]
-        )
-        searches.append((int(mated.sum()), int(non_mated.sum())))
+        mine = similarities[:, half]
+        strangers = np.sort(mine[non_mated].max(axis=1))[::-1]
+        cuts = [(threshold_at(strangers, rate), mine) for rate in fpirs]
+        cuts += [(0.0, mine - thresholds[:, half]) for thresholds, _ in decided]
+        rates = []
+        for cut, scores in cuts:
+            reached, first = scores.max(axis=1) >= cut, half[scores.argmax(axis=1)]
+            rates.append((cut, np.mean(reached[non_mated]), np.mean((reached & (first == own))[mated])))
+        drawn.append(rates)
+        searches.append((mated.sum(), non_mated.sum()))
     if not drawn:
         raise UserError("no draw of people had both a person who is enrolled and one who is not among the queries")
-    mated_searches, stranger_searches = np.mean(searches, axis=0)
-    values = np.array(drawn)
-    names = [f"FPIR {rate:g}" for rate in fpirs] + [f"calibration, FAR {far:g}" for far in fars[: len(decided)]]
-    cuts_of = [values[:, index, 0] for index in range(len(fpirs))] + [one[images > 0] for one, _ in decided]
+    mated_searches, stranger_searches = np.mean(searches, axis=0).tolist()
+    by_point = np.transpose(drawn, (1, 2, 0))  # cuts, FPIR and DIR of each draw
+    cuts_of = [*by_point[: len(fpirs), 0], *(thresholds[images > 0] for thresholds, _ in decided)]
     problems = [
         f"a false positive identification rate of {rate:g} needs {needed_pairs(rate):,} searches by strangers, and "
         f"there are {stranger_searches:.0f}"
@@ -174,16 +168,10 @@ def measure_open_set(
         for rate in fpirs
     ] + [problem for _, problem in decided]
     points = [
-        OperatingPoint(
-            name,
-            _spread(cuts_of[index]),
-            _spread(values[:, index, 1]),
-            _spread(values[:, index, 2]),
-            problem,
-        )
-        for index, (name, problem) in enumerate(zip(names, problems, strict=True))
+        OperatingPoint(name, _spread(cut), _spread(fpir), _spread(dir_), problem)
+        for name, cut, (_, fpir, dir_), problem in zip(names, cuts_of, by_point, problems, strict=True)
     ]
-    return OpenSet(len(people), enrolled, float(mated_searches), float(stranger_searches), len(drawn), points)
+    return OpenSet(len(people), enrolled, mated_searches, stranger_searches, len(drawn), points)
 
 
 def open_set_of(

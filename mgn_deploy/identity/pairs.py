@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,19 +65,27 @@ def genuine_and_impostor(
         UserError: an embedding is not finite, or there is no pair of one of the kinds.
     """
     if not np.isfinite(embeddings).all():
-        raise UserError(
-            f"{_bad_rows(embeddings)} of {len(embeddings)} embeddings are not finite: embed the images again"
-        )
+        broken = np.count_nonzero(~np.isfinite(embeddings).all(axis=1))
+        raise UserError(f"{broken} of {len(embeddings)} embeddings are not finite: embed the images again")
     generator = np.random.default_rng(seed)
     made = []
-    for step, index in (
-        ("genuine pairs", _genuine(people, cameras, same_camera)),
-        ("impostor pairs", _impostor(people, cameras, same_camera, max_pairs, generator)),
-    ):
-        pairs, total = index
+    for step, (pairs, total) in {
+        "genuine pairs": _genuine(people, cameras, same_camera),
+        "impostor pairs": _impostor(people, cameras, same_camera, max_pairs, generator),
+    }.items():
         if len(pairs) > max_pairs:
             pairs = pairs[generator.choice(len(pairs), max_pairs, replace=False)]
-        made.append(_measured(embeddings, people, cameras, pairs, total, step, progress))
+        similarities = np.empty(len(pairs), np.float32)
+        for start in range(0, len(pairs), _CHUNK):
+            first, second = pairs[start : start + _CHUNK].T
+            rows = np.einsum("ij,ij->i", embeddings[first], embeddings[second], dtype=np.float32)
+            similarities[start : start + _CHUNK] = rows
+            if progress:
+                progress(step, start + len(first), len(pairs))
+        order = np.argsort(-similarities, kind="stable")
+        first, second = people[pairs[order]].astype(np.int32).T
+        both = np.sort(cameras[pairs[order]], axis=1).astype(np.int32)
+        made.append(Pairs(similarities[order], first, second, both, total))
     return made[0], made[1]
 
 
@@ -149,14 +156,14 @@ def _pairs_within(groups: np.ndarray) -> int:
 def _genuine(people: np.ndarray, cameras: np.ndarray, same_camera: bool) -> tuple[np.ndarray, int]:
     order = np.argsort(people, kind="stable")
     starts = np.flatnonzero(np.diff(people[order], prepend=-1))
-    found = []
+    found = [np.empty((0, 2), np.int32)]
     for images in np.split(order, starts[1:]):
         first, second = np.triu_indices(len(images), 1)
         pairs = np.stack([images[first], images[second]], axis=1)
         if not same_camera:
             pairs = pairs[cameras[pairs[:, 0]] != cameras[pairs[:, 1]]]
         found.append(pairs.astype(np.int32))
-    pairs = np.concatenate(found) if found else np.empty((0, 2), np.int32)
+    pairs = np.concatenate(found)
     return pairs, len(pairs)
 
 
@@ -164,51 +171,21 @@ def _impostor(
     people: np.ndarray, cameras: np.ndarray, same_camera: bool, most: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, int]:
     total = count_impostor(people, cameras, same_camera)
-    wanted = min(total, most)
     if total <= most:
-        return np.concatenate([*_all_impostor(people, cameras, same_camera), np.empty((0, 2), np.int32)]), total
+        found = [np.empty((0, 2), np.int32)]
+        for one in range(len(people) - 1):
+            allowed = people[one + 1 :] != people[one]
+            if not same_camera:
+                allowed &= cameras[one + 1 :] != cameras[one]
+            others = one + 1 + np.flatnonzero(allowed)
+            found.append(np.stack([np.full(len(others), one), others], axis=1).astype(np.int32))
+        return np.concatenate(found), total
     keys = np.empty(0, np.int64)  # of the pairs that were drawn: first * n + second
-    while len(keys) < wanted:
-        first, second = generator.integers(len(people), size=(2, wanted + wanted // 4))
+    while len(keys) < most:
+        first, second = generator.integers(len(people), size=(2, most + most // 4))
         allowed = (first < second) & (people[first] != people[second])
         if not same_camera:
             allowed &= cameras[first] != cameras[second]
         keys = np.unique(np.concatenate([keys, first[allowed] * len(people) + second[allowed]]))
-    keys = generator.choice(keys, wanted, replace=False)
+    keys = generator.choice(keys, most, replace=False)
     return np.stack(np.divmod(keys, len(people)), axis=1).astype(np.int32), total
-
-
-def _all_impostor(people: np.ndarray, cameras: np.ndarray, same_camera: bool) -> Iterator[np.ndarray]:
-    for first in range(len(people) - 1):
-        allowed = people[first + 1 :] != people[first]
-        if not same_camera:
-            allowed &= cameras[first + 1 :] != cameras[first]
-        second = first + 1 + np.flatnonzero(allowed)
-        yield np.stack([np.full(len(second), first), second], axis=1).astype(np.int32)
-
-
-def _measured(
-    embeddings: np.ndarray,
-    people: np.ndarray,
-    cameras: np.ndarray,
-    pairs: np.ndarray,
-    total: int,
-    step: str,
-    progress: Progress | None,
-) -> Pairs:
-    similarities = np.empty(len(pairs), np.float32)
-    for start in range(0, len(pairs), _CHUNK):
-        first, second = pairs[start : start + _CHUNK].T
-        rows = np.einsum("ij,ij->i", embeddings[first], embeddings[second], dtype=np.float32)
-        similarities[start : start + _CHUNK] = rows
-        if progress:
-            progress(step, start + len(first), len(pairs))
-    order = np.argsort(-similarities, kind="stable")
-    pairs = pairs[order]
-    both = np.sort(cameras[pairs], axis=1).astype(np.int32)
-    first, second = people[pairs].astype(np.int32).T
-    return Pairs(similarities[order], first, second, both, total)
-
-
-def _bad_rows(embeddings: np.ndarray) -> int:
-    return int((~np.isfinite(embeddings).all(axis=1)).sum())

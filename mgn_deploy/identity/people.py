@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -172,10 +173,11 @@ class People:
             raise UserError(
                 f"embeddings of {self.dim} finite numbers are enrolled in {self.folder}, not {list(embeddings.shape)}"
             )
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         with self._writing():
             path, person = self._find(name) or (
                 self.folder / f"person-{uuid.uuid4().hex[:12]}.npz",
-                Person(name, np.empty((0, self.dim), np.float32), (), _now()),
+                Person(name, np.empty((0, self.dim), np.float32), (), started),
             )
             # The first of equal images that are not enrolled yet.
             new = [
@@ -289,8 +291,8 @@ def _read_manifest(folder: Path) -> PeopleManifest:
 
 
 def _files(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.glob("person-*.npz"))
+    try:  # `Path.glob` takes a folder that may not be listed for an empty one
+        return sorted(folder / name for name in os.listdir(folder) if fnmatch(name, "person-*.npz"))
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
 
@@ -342,7 +344,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)  # which releases the lock
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

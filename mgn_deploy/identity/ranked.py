@@ -74,14 +74,16 @@ def judge(
     return [judged(ranked) for ranked in lists], Judged(decision.far, decision.threshold, used, decision.problem)
 
 
-def estimate_prior(embeddings: np.ndarray, calibration: Calibration, *, images: int = 1500, seed: int = 0) -> float:
+def estimate_prior(
+    embeddings: np.ndarray | Store, calibration: Calibration, *, images: int = 1500, seed: int = 0
+) -> float:
     """Estimate the share of pairs of one person among all pairs of a gallery, without labels.
 
     By expectation maximisation: the share is the mean of the probabilities that it gives rise to (Saerens, Latinne and
     Decaestecker, "Adjusting the outputs of a classifier to new a priori probabilities", Neural Computation 2002).
 
     Args:
-        embeddings: unit rows `[n, d]`.
+        embeddings: unit rows `[n, d]`, or the store that holds them, of which no others than those drawn are read.
         calibration: of the bundle that made them.
         images: most rows that are compared with each other, drawn at random.
         seed: of the draw.
@@ -91,7 +93,7 @@ def estimate_prior(embeddings: np.ndarray, calibration: Calibration, *, images: 
     """
     n = len(embeddings)
     drawn = np.arange(n) if n <= images else np.sort(np.random.default_rng(seed).choice(n, images, replace=False))
-    rows = np.asarray(embeddings[drawn], np.float32)
+    rows = np.asarray(embeddings.take(drawn) if isinstance(embeddings, Store) else embeddings[drawn], np.float32)
     similarities = (rows @ rows.T)[np.triu_indices(len(rows), 1)]
     if not len(similarities):
         return 0.5
@@ -142,7 +144,7 @@ def judge_by_bundle(
         _log.warning("no probabilities: a calibration is of pairs of images, and the queries were expanded")
         return lists, None
     if prior is None:
-        prior = estimate_prior(gallery.embeddings(), calibration)
+        prior = estimate_prior(gallery, calibration)
     judged, by = judge(lists, calibration, far=far, prior=prior)
     if by.problem:
         _log.warning(by.problem)

@@ -30,7 +30,7 @@ _BMP_HEADERS = {12, 40, 52, 56, 64, 108, 124}  # sizes of the header that follow
 def readable_formats() -> tuple[str, ...]:
     """Pillow's names of the formats that this machine decodes. MPO, which cameras write as .jpg, is JPEG to Pillow."""
     formats = ["JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "TIFF", "GIF"]
-    if _has_avif():
+    if "avif" in features.modules and features.check_module("avif"):
         formats.append("AVIF")
     if find_spec("pillow_heif"):
         import pillow_heif
@@ -86,11 +86,8 @@ def why_no_image(name: str, head: Callable[[], bytes]) -> str | None:
         kind = content_format(head())
         if kind is None:
             return TAR if extension == ".tar" else extension or NO_EXTENSION
-    if kind == "HEIF" and kind not in readable_formats():
-        return f"{extension or NO_EXTENSION} ({HEIF_HINT})"
-    if kind == "AVIF" and kind not in readable_formats():
-        return f"{extension or NO_EXTENSION} ({AVIF_HINT})"
-    return None
+    hint = {"HEIF": HEIF_HINT, "AVIF": AVIF_HINT}.get(kind or "")
+    return f"{extension or NO_EXTENSION} ({hint})" if hint and kind not in readable_formats() else None
 
 
 def skipped_sentence(skipped: Mapping[str, int]) -> str:
@@ -108,7 +105,3 @@ def _head(path: str) -> bytes:
         return b""
     with open(path, "rb") as file:
         return file.read(HEAD_BYTES)
-
-
-def _has_avif() -> bool:
-    return "avif" in features.modules and bool(features.check_module("avif"))

@@ -20,7 +20,7 @@ from mgn_deploy.index.faiss_folder import FaissIndex, build_faiss
 from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.milvus import is_milvus
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval.rescore import Candidates
+from mgn_deploy.retrieval.nearest import Candidates
 
 _log = logging.getLogger("mgn_deploy")
 FLAT_ROWS = 50_000  # `auto` builds flat up to so many rows,

@@ -7,15 +7,16 @@ INDEX/manifest.json   `IndexManifest`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgn_deploy.errors import GateFailed, UserError
-from mgn_deploy.files import atomic_folder, printable, sha256_file
+from mgn_deploy.files import atomic_folder, sha256_file
+from mgn_deploy.gallery.shards import rows_table
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.recall import RecallSample
@@ -31,12 +32,12 @@ TRAINING_ROWS = 65_536
 LEAST_IVF_ROWS = 39 * 256  # FAISS wants 39 training rows for each of a code's 256 centroids
 
 
+@dataclass(frozen=True)
 class FaissIndex:
-    """A FAISS index that is in memory."""
+    """A FAISS index that is in memory, and how hard it searches: efSearch of hnsw, nprobe of ivf-pq."""
 
-    def __init__(self, index: Any, effort: int) -> None:
-        self._index = index
-        self._effort = effort
+    index: Any
+    effort: int
 
     @classmethod
     def open(cls, folder: Path, store: Store) -> FaissIndex:
@@ -70,13 +71,13 @@ class FaissIndex:
         """
         faiss = _faiss()
         chosen = None if only is None else faiss.IDSelectorBatch(only)
-        if isinstance(self._index, faiss.IndexHNSW):
-            parameters = faiss.SearchParametersHNSW(sel=chosen, efSearch=max(self._effort, n))
-        elif isinstance(self._index, faiss.IndexIVF):
-            parameters = faiss.SearchParametersIVF(sel=chosen, nprobe=self._effort)
+        if isinstance(self.index, faiss.IndexHNSW):
+            parameters = faiss.SearchParametersHNSW(sel=chosen, efSearch=max(self.effort, n))
+        elif isinstance(self.index, faiss.IndexIVF):
+            parameters = faiss.SearchParametersIVF(sel=chosen, nprobe=self.effort)
         else:
             parameters = faiss.SearchParameters(sel=chosen)
-        return self._index.search(asked, n, params=parameters)[1]
+        return self.index.search(asked, n, params=parameters)[1]
 
 
 def build_faiss(
@@ -117,7 +118,7 @@ def build_faiss(
         with open(folder / "index.faiss", "wb") as file:
             _faiss().write_index(index, _faiss().PyCallbackIOWriter(file.write))
         with open(folder / "rows.parquet", "wb") as file:
-            pq.write_table(_rows(store), file, compression="zstd")
+            pq.write_table(rows_table(store.rows, ["path", "identity", "camera"]), file, compression="zstd")
         manifest = IndexManifest.of(
             store,
             kind=kind,
@@ -161,13 +162,3 @@ def _faiss() -> Any:
     import faiss
 
     return faiss
-
-
-def _rows(store: Store) -> pa.Table:
-    return pa.table(
-        {
-            "path": [printable(row.name) for row in store],
-            "identity": pa.array([row.identity for row in store], pa.int32()),
-            "camera": pa.array([row.camera for row in store], pa.int32()),
-        }
-    )

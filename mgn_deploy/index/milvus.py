@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from mgn_deploy.errors import GateFailed, UserError
-from mgn_deploy.files import printable, sha256_bytes
+from mgn_deploy.files import sha256_bytes
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.recall import RecallSample
@@ -54,7 +54,7 @@ class MilvusIndex:
         self._store = store
         self._collection = urlsplit(target).fragment or COLLECTION
         self._state = f"{self._collection}_state"
-        self._rows = {sha256_bytes(printable(row.name).encode()): number for number, row in enumerate(store)}
+        self._rows = {sha256_bytes(row.path.encode()): number for number, row in enumerate(store)}
 
     def candidates(
         self,
@@ -191,21 +191,15 @@ class MilvusIndex:
             entries = []
             for number, embedding in enumerate(np.asarray(block, np.float32), rows.start):
                 row = self._store.rows[number]
-                time_s = NO_TIME if row.time_s is None else row.time_s
-                labels = (int(identities[number]), int(cameras[number]), time_s)
-                digest = sha256_bytes(embedding.tobytes() + repr(labels).encode())
+                entry: dict[str, Any] = {
+                    "identity": int(identities[number]),
+                    "camera": int(cameras[number]),
+                    "time_s": NO_TIME if row.time_s is None else row.time_s,
+                }
+                digest = sha256_bytes(embedding.tobytes() + repr(tuple(entry.values())).encode())
                 if there.get(keys[number]) != digest:
-                    entries.append(
-                        {
-                            "key": keys[number],
-                            "embedding": embedding,
-                            "path": printable(row.name),
-                            "digest": digest,
-                            "identity": labels[0],
-                            "camera": labels[1],
-                            "time_s": time_s,
-                        }
-                    )
+                    entry |= {"key": keys[number], "embedding": embedding, "path": row.path, "digest": digest}
+                    entries.append(entry)
             for start in range(0, len(entries), BATCH_ROWS):
                 self._call("upsert", self._collection, entries[start : start + BATCH_ROWS])
             upserted += len(entries)
@@ -243,10 +237,10 @@ def opened(target: str, store: Store, *, create: bool = False) -> Iterator[Milvu
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it also raises, with tracebacks
     if local:
         _check_local(Path(target), create)
-    elif urlsplit(target).username is not None:
-        raise UserError("a Milvus URL with a password is shown wherever it is used: set MILVUS_TOKEN=USER:PASSWORD")
     token = "" if local else os.environ.get("MILVUS_TOKEN", "")
     try:
+        if not local and urlsplit(target).username is not None:
+            raise UserError("a Milvus URL with a password is shown wherever it is used: set MILVUS_TOKEN=USER:PASSWORD")
         client = MilvusClient(target.partition("#")[0] if not local else target, token=token, timeout=CONNECT_SECONDS)
     except (MilvusException, OSError, ValueError) as error:
         raise UserError(f"Milvus cannot be reached at {target}: {_reason(error)}") from None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.retrieval.nearest import top_k
-from mgn_deploy.retrieval.rescore import Candidates, top_k_of_candidates
+from mgn_deploy.retrieval.nearest import Candidates, top_k, top_k_of_candidates
 
 NEIGHBOURS = 10
 SAMPLE = 1000

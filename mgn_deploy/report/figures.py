@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mgn_deploy.datasets.tables import read_table
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file, cache_folder
 from mgn_deploy.packages import require
@@ -38,14 +38,13 @@ def draw_curves(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Non
     table = Path(run) / "epochs.csv"
     if not table.is_file():
         raise UserError(f"{run} is no training run: it has no {table.name}, as `mgn-deploy train -o {run}` writes it")
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = [line.cells for line in read_table(table, ("epoch", "lr", "loss", "softmax", "triplet"))]
     if not rows:
         raise UserError(f"{table} has no finished epoch yet: draw it later")
 
     def column(name: str) -> tuple[list[int], list[float]]:
-        there = [row for row in rows if row.get(name)]
-        return [int(row["epoch"]) for row in there], [float(row[name]) for row in there]
+        there = [row for row in rows if row.get(name.lower())]
+        return [int(row["epoch"]) for row in there], [float(row[name.lower()]) for row in there]
 
     figure = _new_figure(12, 3.6)
     losses, rate, accuracy = figure.subplots(1, 3)
@@ -137,11 +136,11 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
     axes.set_axis_off()
 
 
-def _short(name: str, length: int = 16) -> str:
+def _short(name: str) -> str:
     """A name that can be drawn: bytes that are no UTF-8 and line breaks spelled out, cut if long."""
     name = name.encode("utf-8", "backslashreplace").decode()
     name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-    return name if len(name) <= length else name[: length - 3] + "..."
+    return name if len(name) <= 16 else name[:13] + "..."
 
 
 def _new_figure(width: float, height: float) -> Figure:

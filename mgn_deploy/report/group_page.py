@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mgn_deploy.gallery.crops import row_crop
 from mgn_deploy.identity.clusters import NOBODY, Clusters, appearances
-from mgn_deploy.report.pages import row_thumbnail, today, write_page
+from mgn_deploy.report.pages import read_thumbnail, today, write_page
 
 SHOWN_IMAGES = 60  # of a group: a page of thousands of one group helps nobody
 MAX_GROUPS = 500
@@ -51,7 +53,7 @@ def write_group_page(out: Path, clusters: Clusters, *, title: str, max_groups: i
         facts=facts,
         groups=_groups(clusters, max_groups),
         left_out=max(0, len(clusters) - max_groups),
-        thumbnail_of=lambda row: row_thumbnail(clusters.store, row),
+        thumbnail_of=lambda row: read_thumbnail(partial(row_crop, clusters.store, row)),
     )
 
 

@@ -16,10 +16,9 @@ from PIL import Image
 
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.files import atomic_file
-from mgn_deploy.gallery.crops import crops, row_crop
+from mgn_deploy.gallery.crops import crops
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.images.decode import load_rgb
 
 THUMBNAIL_SIDE = 192  # pixels; about twice what a page shows, for dense screens and print
 JPEG_QUALITY = 85
@@ -50,17 +49,15 @@ def today() -> str:
     return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
-def read_thumbnail(path: Path, side: int = THUMBNAIL_SIDE, quality: int = JPEG_QUALITY) -> dict[str, Any]:
+def read_thumbnail(load: Callable[[], Image.Image]) -> dict[str, Any]:
     """An image's `width`, `height` and `jpeg` (base64) as a page inlines it, or the `problem` of one that is gone.
 
     Args:
-        path: the image file.
-        side: most pixels of its longer side.
-        quality: of the JPEG.
+        load: gives the image; what it raises of UnreadableImage or UserError is the problem.
     """
     try:
-        return _inlined(load_rgb(path), side, quality)
-    except UnreadableImage as reason:
+        return _inlined(load(), THUMBNAIL_SIDE, JPEG_QUALITY)
+    except (UnreadableImage, UserError) as reason:
         return {"problem": str(reason)}
 
 
@@ -78,11 +75,6 @@ def shrunk_jpeg(image: Image.Image, side: int, quality: int) -> bytes:
     return jpeg.getvalue()
 
 
-def row_thumbnail(store: Store, row: Row) -> dict[str, Any]:
-    """`read_thumbnail` of a store's row."""
-    return crop_thumbnail(lambda: row_crop(store, row))
-
-
 def row_thumbnails(store: Store, rows: Iterable[Row], side: int, quality: int) -> Iterator[dict[str, Any]]:
     """`read_thumbnail` of each row; a photo or video is read once for its rows that follow each other."""
     for _, group in groupby(rows, key=lambda row: row.file):
@@ -95,14 +87,6 @@ def row_thumbnails(store: Store, rows: Iterable[Row], side: int, quality: int) -
             yield {"problem": image} if isinstance(image, str) else _inlined(image, side, quality)
 
 
-def crop_thumbnail(load: Callable[[], Image.Image]) -> dict[str, Any]:
-    """`read_thumbnail` of what `load` gives; the `problem` is what it raises of UnreadableImage or UserError."""
-    try:
-        return _inlined(load(), THUMBNAIL_SIDE, JPEG_QUALITY)
-    except (UnreadableImage, UserError) as reason:
-        return {"problem": str(reason)}
-
-
 def spelled_out(value: Any) -> Any:
     """Text of which every character can be seen; Jinja2 escapes it afterwards.
 
@@ -111,8 +95,6 @@ def spelled_out(value: Any) -> Any:
     """
     if not isinstance(value, str) or hasattr(value, "__html__") or value.isprintable():
         return value
-    return "".join(c if _has_glyph(c) else c.encode("unicode_escape").decode() for c in value)
-
-
-def _has_glyph(character: str) -> bool:
-    return character.isprintable() or unicodedata.category(character) == "Zs"
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode() for c in value
+    )

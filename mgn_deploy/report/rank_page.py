@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.identity.ranked import Judged
-from mgn_deploy.report.pages import THUMBNAIL_SIDE as THUMBNAIL_SIDE
-from mgn_deploy.report.pages import crop_thumbnail, read_thumbnail, today, write_page
-from mgn_deploy.retrieval.rank_list import RankedImage, RankList, verdict
+from mgn_deploy.images.decode import load_rgb
+from mgn_deploy.report.pages import read_thumbnail, today, write_page
+from mgn_deploy.retrieval.rank_list import RankList, verdict
 
 _SPECIAL_IDENTITIES = {-1: "junk"}  # Market-1501's; its 0, a distractor, may be a person elsewhere
 
@@ -64,7 +64,7 @@ def write_rank_page(
         judged=judged,
         cameras=list(names.values()),
         names_of_cameras=names,
-        thumbnail_of=_thumbnail,
+        thumbnail_of=lambda image: read_thumbnail(image.load or partial(load_rgb, image.path)),
         special_identities=_SPECIAL_IDENTITIES,
     )
 
@@ -76,10 +76,6 @@ def gallery_facts(gallery: Store) -> dict[str, str]:
         "Backend": gallery.manifest.backend,
         "Gallery": f"{len(gallery):,} images",
     }
-
-
-def _thumbnail(image: RankedImage) -> dict[str, Any]:
-    return crop_thumbnail(image.load) if image.load else read_thumbnail(image.path)
 
 
 def _frames(ranked: RankList) -> list[str]:

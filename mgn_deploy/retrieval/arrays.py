@@ -47,22 +47,15 @@ class Arrays:
             return device
         if compute not in get_args(Compute):
             raise UserError(f"products in {compute!r} are not known: choose one of {', '.join(get_args(Compute))}")
-        arrays = replace(cls._open(device), compute=compute)
+        if device not in get_args(Device):
+            raise UserError(f"the device {device!r} is not known: choose one of {', '.join(get_args(Device))}")
+        found = None if device == "cpu" else _cuda()
+        if found is None and device == "cuda":
+            raise CannotRun("--device cuda: neither PyTorch nor CuPy finds a CUDA device here; use --device cpu")
+        arrays = replace(found or cls.of("numpy", "cpu"), compute=compute)
         if compute == "tf32" and not (arrays.is_torch and arrays.name.startswith("torch on cuda")):
             raise CannotRun(f"tf32 is computed by PyTorch on CUDA devices, and this is {arrays.name}: choose float32")
         return arrays
-
-    @classmethod
-    def _open(cls, device: Device) -> Arrays:
-        if device not in get_args(Device):
-            raise UserError(f"the device {device!r} is not known: choose one of {', '.join(get_args(Device))}")
-        if device != "cpu":
-            found = _cuda()
-            if found is not None:
-                return found
-            if device == "cuda":
-                raise CannotRun("--device cuda: neither PyTorch nor CuPy finds a CUDA device here; use --device cpu")
-        return cls.of("numpy", "cpu")
 
     @classmethod
     def of(cls, library: str, device: Any, compute: Compute = "float32") -> Arrays:

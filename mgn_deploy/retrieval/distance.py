@@ -152,8 +152,7 @@ def write_distance_matrix(
                 tile = np.empty((rows.stop - rows.start, columns.stop - columns.start), np.float32)
                 _distances(arrays, query[rows], gallery[columns], metric, tile)
                 for row, distances in enumerate(tile, rows.start):
-                    os.lseek(file.fileno(), start + row * width + 4 * columns.start, os.SEEK_SET)
-                    _write(file.fileno(), distances)
+                    _write(file.fileno(), distances, start + row * width + 4 * columns.start)
                 _report(progress, rows, columns, shape)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -276,13 +275,8 @@ def slices(length: int, step: int) -> Iterator[slice]:
 
 def squared_lengths(embeddings: np.ndarray) -> np.ndarray:
     """Of each row, float32 `[n]`."""
-    rows = _float32(embeddings)
+    rows = np.ascontiguousarray(embeddings, dtype=np.float32)
     return np.einsum("ij,ij->i", rows, rows)
-
-
-def _float32(embeddings: np.ndarray) -> np.ndarray:
-    """C-contiguous float32, without a copy where they are."""
-    return np.ascontiguousarray(embeddings, dtype=np.float32)
 
 
 def _report(progress: Progress | None, rows: slice, columns: slice, shape: tuple[int, int]) -> None:
@@ -301,7 +295,8 @@ def _reserve(descriptor: int, size: int) -> None:
                 raise
 
 
-def _write(descriptor: int, values: np.ndarray) -> None:
+def _write(descriptor: int, values: np.ndarray, start: int) -> None:
     rest = values.data.cast("B")
     while rest:
-        rest = rest[os.write(descriptor, rest) :]
+        written = os.pwrite(descriptor, rest, start)
+        rest, start = rest[written:], start + written

@@ -14,7 +14,7 @@ from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.evaluation import Protocol, Scores, query_notes, score_embeddings
 from mgn_deploy.retrieval.search import check_same_bundle
-from mgn_deploy.retrieval.statistics import Difference, compare
+from mgn_deploy.retrieval.statistics import Difference
 from mgn_deploy.retrieval.truth import Truth
 
 _log = logging.getLogger("mgn_deploy")
@@ -42,9 +42,7 @@ class Evaluation:
 
     def paired(self) -> dict[str, Difference]:
         """First minus second, query by query; empty where there is nothing to compare with."""
-        if self.against is None or self.scores.metrics.scores is None or self.against.metrics.scores is None:
-            return {}
-        return compare(self.scores.metrics.scores, self.against.metrics.scores)
+        return self.scores.paired(self.against)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -84,7 +82,7 @@ def evaluate_stores(
     """
     protocol = protocol or Protocol()
     truth = _truth(query, gallery, junk, distractors, protocol)
-    scores = _score(query, gallery, truth, protocol, progress)
+    scores = score_embeddings(query.embeddings(), gallery.embeddings(), truth, protocol, progress=progress)
     other = None
     if against is not None:
         if [row.name for row in against[0]] != [row.name for row in query]:
@@ -95,9 +93,13 @@ def evaluate_stores(
         theirs = _truth(*against, junk, distractors, protocol)
         if not np.array_equal(theirs.query_identities, truth.query_identities):
             raise UserError(f"{against[0].folder} has other labels than {query.folder}: embed both with one --labels")
-        other = _score(*against, theirs, protocol, progress)
+        rows, others = (store.embeddings() for store in against)
+        other = score_embeddings(rows, others, theirs, protocol, progress=progress)
     names = [row.name for row in query]
-    notes = _label_notes(query, gallery) + query_notes(names, truth)
+    notes = query_notes(names, truth)
+    unlabelled = int(np.count_nonzero(gallery.identities() == UNKNOWN))
+    if unlabelled:
+        notes.insert(0, f"{unlabelled:,} of {len(gallery):,} gallery images have no label and count as wrong answers")
     for note in notes:
         _log.warning(note)
     unmatched = [names[row] for row in truth.unmatched()]
@@ -128,14 +130,3 @@ def _truth(
         distractors=[*distractors, UNKNOWN],
         itself=itself,
     )
-
-
-def _score(query: Store, gallery: Store, truth: Truth, protocol: Protocol, progress: Progress | None) -> Scores:
-    return score_embeddings(query.embeddings(), gallery.embeddings(), truth, protocol, progress=progress)
-
-
-def _label_notes(query: Store, gallery: Store) -> list[str]:
-    unlabelled = int(np.count_nonzero(gallery.identities() == UNKNOWN))
-    if not unlabelled:
-        return []
-    return [f"{unlabelled:,} of {len(gallery):,} gallery images have no label and count as wrong answers"]

@@ -22,7 +22,7 @@ from mgn_deploy.retrieval.ranking import QueryScores, RankingMetrics, score_rows
 from mgn_deploy.retrieval.rerank import rerank_rows
 from mgn_deploy.retrieval.roc import Roc, roc
 from mgn_deploy.retrieval.single_shot import SingleShot, single_shot
-from mgn_deploy.retrieval.statistics import Interval, confidence_intervals
+from mgn_deploy.retrieval.statistics import Difference, Interval, compare, confidence_intervals
 from mgn_deploy.retrieval.truth import Truth
 
 NAMED = 5  # queries in a sentence; JSON has them all
@@ -57,15 +57,8 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: what was asked for."""
-        return {
-            "metric": self.metric,
-            "cameras": self.cameras,
-            "aqe": self.aqe,
-            "dba": self.dba,
-            "rerank": self.rerank,
-            "seed": self.seed,
-            "device": Arrays.open(self.device).name,
-        }
+        asked = {name: getattr(self, name) for name in ("metric", "cameras", "aqe", "dba", "rerank", "seed")}
+        return {**asked, "device": Arrays.open(self.device).name}
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,12 @@ class Scores:
     roc: Roc | None = None
     single_shot: SingleShot | None = None
     intervals: dict[str, Interval] | None = None
+
+    def paired(self, other: Scores | None) -> dict[str, Difference]:
+        """These minus those of another ranking, query by query; empty where there is none."""
+        if other is None or self.metrics.scores is None or other.metrics.scores is None:
+            return {}
+        return compare(self.metrics.scores, other.metrics.scores)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the keys of `RankingMetrics`, and reranked, roc, single_shot, ci95 where asked for."""
@@ -120,13 +119,12 @@ def score_embeddings(
         query = expand_queries(query, gallery, protocol.aqe)
     tiles = partial(distance_rows, query, gallery, protocol.metric, device=arrays)
     scores = score_rows(tiles(), truth)
-    metrics = RankingMetrics.of(scores)
     reranked = None
     if protocol.rerank:
         rows = rerank_rows(query, gallery, device=arrays, progress=progress)
         reranked = RankingMetrics.of(score_rows(rows, truth))
     return Scores(
-        metrics,
+        RankingMetrics.of(scores),
         reranked,
         roc(tiles, truth) if protocol.roc else None,
         single_shot(tiles(), truth, seed=protocol.seed) if protocol.single_shot else None,
@@ -179,9 +177,8 @@ def write_per_query(
     for prefix, of in scores.items():
         if of is not None:
             missing = ~of.matched
-            columns[f"{prefix}average_precision"] = pa.array(of.average_precision, pa.float64(), mask=missing)
-            columns[f"{prefix}first_rank"] = pa.array(of.first_rank, pa.int64(), mask=missing)
-            columns[f"{prefix}inverse_penalty"] = pa.array(of.inverse_penalty, pa.float64(), mask=missing)
-            columns[f"{prefix}right_answers"] = pa.array(of.right_answers, pa.int64())
+            for name in ("average_precision", "first_rank", "inverse_penalty"):
+                columns[prefix + name] = pa.array(getattr(of, name), mask=missing)
+            columns[f"{prefix}right_answers"] = pa.array(of.right_answers)
     with atomic_file(Path(path)) as file:
         pq.write_table(pa.table(columns), file)

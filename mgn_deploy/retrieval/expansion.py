@@ -29,7 +29,6 @@ def expand_queries(
     Raises:
         UserError: k below 1, alpha below 0, or what `top_k` refuses.
     """
-    _check(k, alpha)
     indices, similarities = top_k(query, gallery, k, excluded=excluded)
     return _mean(gallery, indices, similarities, alpha, np.asarray(query, np.float32))
 
@@ -42,22 +41,16 @@ def augment_gallery(gallery: np.ndarray, k: int, *, alpha: float = ALPHA) -> np.
     Raises:
         UserError: as `expand_queries`.
     """
-    _check(k, alpha)
     indices, similarities = top_k(gallery, gallery, k)
     return _mean(gallery, indices, similarities, alpha, np.zeros((len(gallery), gallery.shape[1]), np.float32))
-
-
-def _check(k: int, alpha: float) -> None:
-    if k < 1:
-        raise UserError(f"a query is expanded by at least 1 neighbour, not {k}")
-    if not alpha >= 0:
-        raise UserError(f"alpha is {alpha}, but has to be at least 0")
 
 
 def _mean(
     gallery: np.ndarray, indices: np.ndarray, similarities: np.ndarray, alpha: float, start: np.ndarray
 ) -> np.ndarray:
     """`start` plus the weighted rows of each query's neighbours, of unit length."""
+    if not alpha >= 0:
+        raise UserError(f"alpha is {alpha}, but has to be at least 0")
     weights = np.where(indices < 0, 0, np.maximum(similarities, 0) ** np.float32(alpha))
     total = np.array(start)
     for rank in range(indices.shape[1]):

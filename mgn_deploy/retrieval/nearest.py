@@ -2,39 +2,33 @@
 
 FAISS is exact here: it multiplies every query with every gallery row. What it leaves open is decided here: equal
 similarities rank by gallery index, at the last rank too, and rows that are left out are made up for by asking for more.
+What an approximate index finds is compared exactly, too, by the embeddings in the store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
 import numpy as np
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.gallery.store import Store
 from mgn_deploy.retrieval.distance import TILE_BYTES, check_finite, check_form, check_k, check_same_length, slices
 
 # For the queries of a slice, gallery rows to leave out: (query within the slice, gallery row), int64 `[n]` each.
 Exclusion = Callable[[slice], tuple[np.ndarray, np.ndarray]]
-
-
-class Blocks(Protocol):
-    """Embeddings on disk that are read in order, as a `Store`'s."""
-
-    def __len__(self) -> int: ...
-
-    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield (rows, embeddings `[rows, d]`)."""
-        ...
+# Gallery rows that may be nearest: of queries float32 `[q, dim]` and a number n int64 `[q, n]`, -1 where there is none.
+Candidates = Callable[[np.ndarray, int], np.ndarray]
 
 
 QUERY_ROWS = 1024
 SPARE = 16  # neighbours asked for beyond those that are wanted: most ties and exclusions cost no second search
+OVERFETCH = 4  # candidates of an index for each neighbour that is wanted
 
 
 def top_k(
     query: np.ndarray,
-    gallery: np.ndarray | Blocks,
+    gallery: np.ndarray | Store,
     k: int,
     *,
     excluded: Exclusion | None = None,
@@ -82,6 +76,39 @@ def top_k(
     return indices, similarities
 
 
+def top_k_of_candidates(
+    query: np.ndarray, gallery: Store, k: int, candidates: Candidates, *, excluded: Exclusion | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k best of an index's candidates by their exact inner product: indices and similarities, as `top_k`.
+
+    The index is asked for four candidates a neighbour and for as many more as the query with the most exclusions has.
+
+    Raises:
+        UserError: embeddings that are empty, not finite or of two lengths; k below 1.
+    """
+    check_form("query", query)
+    check_finite("query", query)
+    check_same_length(query.shape[1], gallery.manifest.dim)
+    check_k(k)
+    k = min(k, len(gallery))
+    indices = np.full((len(query), k), -1, np.int64)
+    similarities = np.full((len(query), k), -np.inf, np.float32)
+    for rows in slices(len(query), QUERY_ROWS):
+        asked = np.ascontiguousarray(query[rows], np.float32)
+        left_out: list[list[int]] = [[] for _ in asked]
+        if excluded is not None:
+            for one, row in zip(*excluded(rows), strict=True):
+                left_out[one].append(int(row))
+        most = min(len(gallery), OVERFETCH * k + max(map(len, left_out)))
+        for one, found in enumerate(candidates(asked, most)):
+            found = np.setdiff1d(found[found >= 0], left_out[one])  # ascending: equal similarities rank by index
+            values = np.asarray(gallery.take(found), np.float32) @ asked[one]
+            best = np.argsort(-values, kind="stable")[:k]
+            indices[rows.start + one, : len(best)] = found[best]
+            similarities[rows.start + one, : len(best)] = values[best]
+    return indices, similarities
+
+
 def _best_of_block(
     query: np.ndarray, block: np.ndarray, k: int, left_out: np.ndarray, start: int, gallery: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +137,7 @@ def _best_of_block(
     return indices, similarities
 
 
-def _blocks(gallery: np.ndarray | Blocks, height: int) -> Iterator[tuple[int, np.ndarray]]:
+def _blocks(gallery: np.ndarray | Store, height: int) -> Iterator[tuple[int, np.ndarray]]:
     """The first row and the rows, contiguous float32, of blocks of about `height` rows."""
     if isinstance(gallery, np.ndarray):
         parts: Iterable[np.ndarray] = (gallery[rows] for rows in slices(len(gallery), height))

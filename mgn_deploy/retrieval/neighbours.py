@@ -8,7 +8,6 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
@@ -62,8 +61,17 @@ def find_neighbours(
             theirs = mine if columns == rows else arrays.put(images[columns])
             half, their_half = (arrays.xp.sum(side * side, axis=1) / 2 for side in (mine, theirs))
             tile = arrays.product(mine, theirs)
-            take = _take_by_threads if arrays.is_numpy else _take_whole
-            take(arrays, pool, best, lowest, tile, half, their_half, rows, columns)
+            if arrays.is_numpy:
+                _take_by_threads(pool, best, lowest, tile, half, their_half, rows, columns)
+            else:
+                tile -= half[:, None]
+                tile -= their_half[None, :]
+                turns = [(tile, rows, columns)] if columns == rows else [(tile, rows, columns), (tile.T, columns, rows)]
+                for values, here, there in turns:
+                    lowest[here] = np.minimum(lowest[here], arrays.get(arrays.xp.min(values, axis=1)))
+                    kept, found = arrays.largest(values, min(k, values.shape[1]))
+                    line = np.repeat(np.arange(len(kept)), kept.shape[1])
+                    _merge(best, here, line, kept.ravel() + there.start, found.ravel())
             if progress:
                 progress("neighbours", done, len(pairs))
     return Neighbours(best.indices, np.maximum(-2 * best.values, 0), np.maximum(-2 * lowest, 0))
@@ -77,30 +85,7 @@ class _Best:
     values: np.ndarray
 
 
-def _take_whole(
-    arrays: Arrays,
-    pool: ThreadPoolExecutor,
-    best: _Best,
-    lowest: np.ndarray,
-    tile: Any,
-    half: Any,
-    their_half: Any,
-    rows: slice,
-    columns: slice,
-) -> None:
-    """Merge a tile of products, on a device, into what is known of its rows and columns."""
-    tile -= half[:, None]
-    tile -= their_half[None, :]
-    turns = [(tile, rows, columns)] if columns == rows else [(tile, rows, columns), (tile.T, columns, rows)]
-    for values, here, there in turns:
-        lowest[here] = np.minimum(lowest[here], arrays.get(arrays.xp.min(values, axis=1)))
-        kept, found = arrays.largest(values, min(best.indices.shape[1], values.shape[1]))
-        line = np.repeat(np.arange(len(kept)), kept.shape[1])
-        _merge(best, here, line, kept.ravel() + there.start, found.ravel())
-
-
 def _take_by_threads(
-    arrays: Arrays,
     pool: ThreadPoolExecutor,
     best: _Best,
     lowest: np.ndarray,
@@ -110,7 +95,8 @@ def _take_by_threads(
     rows: slice,
     columns: slice,
 ) -> None:
-    """The same in NumPy: chunk by chunk, each passed over while it is in a core's cache."""
+    """Merge a tile of products into what is known of its rows and columns: chunk by chunk, each passed over while it
+    is in a core's cache."""
     theirs = _to_beat(best, columns, rows)
 
     def take(start: int) -> tuple[np.ndarray, ...]:

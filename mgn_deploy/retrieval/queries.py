@@ -64,6 +64,11 @@ class Queries:
             UserError: images without a bundle, or what `Store.open`, `Embedder.open` and `of_images` refuse.
         """
         if (Path(source) / MANIFEST).is_file():
+            if labels != "none":
+                _log.warning(
+                    f"--labels {os.fspath(labels)} is not read: {os.fspath(source)} is a store, whose rows have labels "
+                    "of their own"
+                )
             return cls.of_store(Store.open(source))
         opened: Bundle | str | os.PathLike[str]
         if bundle is not None:

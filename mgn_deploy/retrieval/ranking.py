@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.machine import usable_cpus
+from mgn_deploy.retrieval.distance import slices
 from mgn_deploy.retrieval.truth import Truth
 
 BLOCK_ROWS = 32  # their sorted copy stays in a core's cache
@@ -51,11 +52,6 @@ class QueryScores:
     average_precision: np.ndarray
     inverse_penalty: np.ndarray
     right_answers: np.ndarray
-
-    @classmethod
-    def empty(cls, queries: int) -> QueryScores:
-        """Of queries that were not scored yet."""
-        return cls(np.zeros(queries, np.int64), np.zeros(queries), np.zeros(queries), np.zeros(queries, np.int64))
 
     @property
     def matched(self) -> np.ndarray:
@@ -156,19 +152,10 @@ def score_rows(tiles: Iterable[tuple[slice, np.ndarray]], truth: Truth) -> Query
     Raises:
         UserError: NaN distances.
     """
-    scores = QueryScores.empty(truth.shape[0])
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        for rows, distances in tiles:
-            score_tile(pool, truth, scores, rows, distances)
-    return scores
+    queries = truth.shape[0]
+    scores = QueryScores(np.zeros(queries, np.int64), np.zeros(queries), np.zeros(queries), np.zeros(queries, np.int64))
 
-
-def score_tile(pool: ThreadPoolExecutor, truth: Truth, scores: QueryScores, rows: slice, distances: np.ndarray) -> None:
-    """Fill in the scores of some queries."""
-
-    def score_block(start: int) -> None:
-        block = distances[start : start + BLOCK_ROWS]
-        first = rows.start + start
+    def score_block(first: int, block: np.ndarray) -> None:
         row, ranks = _ranks(truth, first, block)
         matched, begin, count = np.unique(row, return_index=True, return_counts=True)
         nth = np.arange(len(row)) - np.repeat(begin, count) + 1
@@ -178,7 +165,12 @@ def score_tile(pool: ThreadPoolExecutor, truth: Truth, scores: QueryScores, rows
         scores.inverse_penalty[here] = count / ranks[begin + count - 1]
         scores.right_answers[here] = count
 
-    list(pool.map(score_block, range(0, len(distances), BLOCK_ROWS)))
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        for rows, distances in tiles:
+            blocks = list(slices(len(distances), BLOCK_ROWS))
+            firsts = [rows.start + block.start for block in blocks]
+            list(pool.map(score_block, firsts, [distances[block] for block in blocks]))
+    return scores
 
 
 def _ranks(truth: Truth, start: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

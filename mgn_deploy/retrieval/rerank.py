@@ -242,13 +242,11 @@ class _Sparse:
         np.cumsum(np.bincount(lines, minlength=n), out=offsets[1:])
         return cls(offsets, indices, values)
 
-    def lines(self) -> np.ndarray:
-        """The line of every entry."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
-
     def transposed(self) -> _Sparse:
+        n = len(self.offsets) - 1
+        lines = np.repeat(np.arange(n), np.diff(self.offsets))
         order = np.argsort(self.indices, kind="stable")
-        return _Sparse.of(self.indices[order], self.lines()[order], self.values[order], len(self.offsets) - 1)
+        return _Sparse.of(self.indices[order], lines[order], self.values[order], n)
 
     def entries(self, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All entries of some lines: (which of `lines`, index, value), each `[entries]`."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,19 +125,20 @@ def roc(tiles: Callable[[], Tiles], truth: Truth) -> Roc:
     Raises:
         UserError: no pair of one person, or none of two.
     """
-    values = np.concatenate([np.empty(0, np.float32), *(_same(truth, *tile) for tile in tiles())])
+    found = [np.empty(0, np.float32)]
+    for rows, distances in tiles():
+        row, column, removed = truth.own(rows)
+        found.append(distances[row[~removed], truth.kept[column[~removed]]])
+    values = np.concatenate(found)
     thresholds, counts = np.unique(values, return_counts=True)
     closer, different = np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
     total = 0
     with ThreadPoolExecutor(usable_cpus()) as pool:
         for rows, distances in tiles():
             starts = range(0, len(distances), BLOCK_ROWS)
-            for less, at_most, all_of_them in pool.map(
-                lambda start, rows=rows, distances=distances: _count(
-                    truth, rows.start + start, distances[start : start + BLOCK_ROWS], thresholds
-                ),
-                starts,
-            ):
+            firsts = [rows.start + start for start in starts]
+            blocks = [distances[start : start + BLOCK_ROWS] for start in starts]
+            for less, at_most, all_of_them in pool.map(partial(_count, truth, thresholds), firsts, blocks):
                 closer += less
                 different += at_most
                 total += all_of_them
@@ -145,13 +147,7 @@ def roc(tiles: Callable[[], Tiles], truth: Truth) -> Roc:
     return Roc(thresholds, np.cumsum(counts), closer, different, len(values), total)
 
 
-def _same(truth: Truth, rows: slice, distances: np.ndarray) -> np.ndarray:
-    """Distances of one person's pairs."""
-    row, column, removed = truth.own(rows)
-    return distances[row[~removed], truth.kept[column[~removed]]]
-
-
-def _count(truth: Truth, start: int, block: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def _count(truth: Truth, thresholds: np.ndarray, start: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """Pairs of two people below each threshold, at most at it, and in all."""
     somebody = ~truth.nobody[start : start + len(block)]
     row, column, _ = truth.own(slice(start, start + len(block)))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mgn_deploy.choices import Device, Metric
 from mgn_deploy.datasets.dataset import JUNK
@@ -23,11 +21,10 @@ from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
 from mgn_deploy.retrieval.distance import TILE_BYTES, write_distance_matrix
 from mgn_deploy.retrieval.expansion import expand_queries
-from mgn_deploy.retrieval.nearest import top_k
+from mgn_deploy.retrieval.nearest import Candidates, top_k, top_k_of_candidates
 from mgn_deploy.retrieval.queries import Queries, path_of
 from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 from mgn_deploy.retrieval.rerank import rerank_top_k
-from mgn_deploy.retrieval.rescore import Candidates, top_k_of_candidates
 
 _SOURCE = Row("", None, None, None, None, None)  # whose path is the source itself
 _log = logging.getLogger("mgn_deploy")
@@ -73,9 +70,8 @@ def search(
     check_same_bundle(queries.bundle_id, gallery)
     if not len(gallery) or not len(queries.embeddings):
         raise UserError(f"{gallery.folder if not len(gallery) else 'the query side'} holds no embedded image")
-    identities, cameras = gallery.identities(), gallery.cameras()
     rows = gallery.embeddings() if aqe or rerank else np.empty((0, gallery.manifest.dim), np.float32)
-    left_out = _LeftOut(queries, gallery, identities, cameras, exclude_same_camera)
+    left_out = _LeftOut(queries, gallery, exclude_same_camera)
     asked = queries.embeddings
     if aqe:
         asked = expand_queries(asked, rows, aqe, excluded=left_out.pairs)
@@ -94,32 +90,26 @@ def search(
             near, far = np.asarray(rows[found], np.float32) @ mine, np.maximum(distances[query], 0)
         else:
             near, far = similarities[query], None
-        results = [
-            _ranked(
-                path_of(gallery, gallery.rows[index]),
-                gallery.rows[index].name,
-                min(float(near[rank]), 1.0),  # rows in float16 are longer than 1, by rounding
-                identities[index],
-                cameras[index],
-                None if far is None else float(far[rank]),
-                partial(row_crop, gallery, gallery.rows[index]),
+        results = []
+        for rank, index in enumerate(found.tolist()):
+            row = gallery.rows[index]
+            results.append(
+                RankedImage(
+                    path_of(gallery, row),
+                    row.name,
+                    min(float(near[rank]), 1.0),  # rows in float16 are longer than 1, by rounding
+                    row.identity,
+                    row.camera,
+                    None if far is None else float(far[rank]),
+                    load=partial(row_crop, gallery, row),
+                )
             )
-            for rank, index in enumerate(found)
-        ]
-        lists.append(
-            RankList(
-                _ranked(
-                    queries.paths[query],
-                    queries.names[query],
-                    None,
-                    queries.identities[query],
-                    queries.cameras[query],
-                    load=partial(row_crop, queries.store, queries.store.rows[query]) if queries.store else None,
-                ),
-                results,
-                left_out.counts(query),
-            )
+        identity, camera = (
+            None if labels[query] == UNKNOWN else int(labels[query]) for labels in (queries.identities, queries.cameras)
         )
+        load = partial(row_crop, queries.store, queries.store.rows[query]) if queries.store else None
+        asking = RankedImage(queries.paths[query], queries.names[query], None, identity, camera, load=load)
+        lists.append(RankList(asking, results, left_out.counts(query)))
     return lists
 
 
@@ -175,14 +165,7 @@ def check_same_bundle(bundle_id: str, gallery: Store) -> None:
 class _LeftOut:
     """The gallery images that each query must not get, by reason."""
 
-    def __init__(
-        self,
-        queries: Queries,
-        gallery: Store,
-        identities: np.ndarray,
-        cameras: np.ndarray,
-        exclude_same_camera: bool,
-    ) -> None:
+    def __init__(self, queries: Queries, gallery: Store, exclude_same_camera: bool) -> None:
         self._gallery = len(gallery)
         source = os.path.abspath(path_of(gallery, _SOURCE))
         names = [name_below(os.path.abspath(path), source) for path in queries.paths]
@@ -190,14 +173,13 @@ class _LeftOut:
         own = {row.name: index for index, row in enumerate(gallery) if row.name in wanted}
         self._rows: list[dict[str, list[int]]] = [{"own_file": [own[name]] if name in own else []} for name in names]
         if exclude_same_camera:
-            shots: dict[tuple[int, int], list[int]] = {}
-            for index, shot in enumerate(zip(identities.tolist(), cameras.tolist(), strict=True)):
-                if UNKNOWN not in shot and shot[0] != JUNK:
-                    shots.setdefault(shot, []).append(index)
-            junk = np.flatnonzero(identities == JUNK).tolist()
+            shots: dict[tuple[int | None, int | None], list[int]] = {}
+            for index, row in enumerate(gallery):
+                shots.setdefault((row.identity, row.camera), []).append(index)
+            junk = [index for (identity, _), of in shots.items() if identity == JUNK for index in of]
             asked = zip(queries.identities.tolist(), queries.cameras.tolist(), strict=True)
             for rows, shot in zip(self._rows, asked, strict=True):
-                rows["same_camera"] = shots.get(shot, [])
+                rows["same_camera"] = [] if shot[0] == JUNK else shots.get(shot, [])
                 rows["junk"] = junk
 
     def counts(self, query: int) -> dict[str, int]:
@@ -233,23 +215,3 @@ class _LeftOut:
         mask = np.zeros((len(self._rows[queries]), self._gallery), bool)
         mask[row, column] = True
         return mask
-
-
-def _ranked(
-    path: Path,
-    name: str,
-    similarity: float | None,
-    identity: int,
-    camera: int,
-    distance: float | None = None,
-    load: Callable[[], Image.Image] | None = None,
-) -> RankedImage:
-    return RankedImage(
-        path,
-        name,
-        similarity,
-        None if identity == UNKNOWN else int(identity),
-        None if camera == UNKNOWN else int(camera),
-        distance,
-        load=load,
-    )

@@ -25,7 +25,7 @@ from mgn_deploy.retrieval.arrays import Arrays
 from mgn_deploy.retrieval.evaluation import Protocol, Scores, query_notes, score_embeddings, write_per_query
 from mgn_deploy.retrieval.multi_query import needed_subsets, pool_queries, views_of_queries
 from mgn_deploy.retrieval.ranking import KEYS, NO_ANSWER, RankingMetrics
-from mgn_deploy.retrieval.statistics import Difference, compare
+from mgn_deploy.retrieval.statistics import Difference
 from mgn_deploy.retrieval.truth import Truth
 
 _log = logging.getLogger("mgn_deploy")
@@ -77,9 +77,7 @@ class Validation:
         """The differences query by query, each with its interval and p-value; empty without a reference."""
         if self.sample:
             return self.sample.paired()
-        if self.reference is None or self.measured.scores is None or self.reference.scores is None:
-            return {}
-        return compare(self.measured.scores, self.reference.scores)
+        return self.measured_scores.paired(self.reference_scores)
 
     def worst(self) -> float:
         """The largest absolute difference of rank-1 or mAP, as a fraction."""
@@ -169,8 +167,22 @@ def validate(
     for note in notes:
         _log.warning(note)
 
+    views, members = views_of_queries(data) if multi_query else ([], [])
+    paths = [image.path for image in (*data.query, *views, *data.gallery)]
+
     def measure(embedder: Embedder, label: str) -> tuple[Scores, tuple[np.ndarray, np.ndarray]]:
-        query, gallery = _measure(data, embedder, multi_query, store, batch_size, label, progress)
+        _log.info(
+            f"ranking {len(data.query)} queries in {len(data.gallery)} gallery images of {data.root} with {label} on "
+            f"{embedder.backend.device}"
+        )
+        update = (lambda _, done, total: progress(label, done, total)) if progress else None
+        if store is not None:
+            embeddings = embed_into(Path(store), paths, embedder, batch_size, update)
+        else:
+            embeddings = embedder.embed(paths, batch_size=batch_size, progress=update)
+        query, of_views, gallery = np.split(embeddings, np.cumsum([len(data.query), len(views)]))
+        if multi_query:
+            query = pool_queries(query, of_views, members, multi_query)
         return score_embeddings(query, gallery, truth, protocol, progress=progress), (query, gallery)
 
     measured, embeddings = measure(embedder, embedder.backend.name)
@@ -183,33 +195,6 @@ def validate(
         }
         write_per_query(per_query, names, truth.query_identities, of_each)
     return Validation(embedder.backend.name, measured, expected, notes, unmatched, embeddings, data)
-
-
-def _measure(
-    data: Dataset,
-    embedder: Embedder,
-    multi_query: QueryPooling | None,
-    store: str | os.PathLike[str] | None,
-    batch_size: int,
-    label: str,
-    progress: Progress | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The embeddings of queries and gallery."""
-    _log.info(
-        f"ranking {len(data.query)} queries in {len(data.gallery)} gallery images of {data.root} with {label} on "
-        f"{embedder.backend.device}"
-    )
-    views, members = views_of_queries(data) if multi_query else ([], [])
-    paths = [image.path for image in (*data.query, *views, *data.gallery)]
-    update = (lambda _, done, total: progress(label, done, total)) if progress else None
-    if store is not None:
-        embeddings = embed_into(Path(store), paths, embedder, batch_size, update)
-    else:
-        embeddings = embedder.embed(paths, batch_size=batch_size, progress=update)
-    queries, of_views, gallery = np.split(embeddings, np.cumsum([len(data.query), len(views)]))
-    if multi_query:
-        queries = pool_queries(queries, of_views, members, multi_query)
-    return queries, gallery
 
 
 def embed_into(

@@ -10,12 +10,12 @@ import onnxruntime
 import pytest
 import torch
 from emulator.host import HostKernel, build_host
+from emulator.reference import embed, stripe_pool_reduce
 from layer_table import layers_from_log
 from onnx import TensorProto
 
 from mgn_deploy.backends.heads.cuda import map_type
-from mgn_deploy.backends.heads.cut import check_heads, cut_heads
-from mgn_deploy.backends.heads.fused import FusedHeads
+from mgn_deploy.backends.heads.cut import FusedHeads, check_heads, cut_heads
 from mgn_deploy.backends.opening import open_backend
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, build_plans
@@ -27,7 +27,6 @@ from mgn_deploy.export.exporter import export_bundle
 from mgn_deploy.export.graph.trace import build_graph
 from mgn_deploy.export.options import ExportOptions
 from mgn_deploy.export.precision.half import to_half
-from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
 from mgn_deploy.train.weights import load_weights, new_model
 
 SMALL = ModelConfig(backbone="resnet18", base_width=16, reduced_width=16, height=96, width=32)
@@ -121,7 +120,7 @@ def test_cutting_changes_no_kind_of_heads(changes, flip, pixels) -> None:
 
 def test_half_precision_maps_stay_half_and_the_weights_are_rounded_alike(weights, trace, pixels) -> None:
     model = load_weights(weights)
-    graph, _ = to_half(trace(model), "fp16", {})
+    graph = to_half(trace(model), "fp16", {})
     trunk, heads = cut_heads(graph, model.config)
     assert {output.type.tensor_type.elem_type for output in trunk.graph.output} == {TensorProto.FLOAT16}
     np.testing.assert_array_equal(heads.weight, heads.weight.astype(np.float16))
@@ -132,7 +131,7 @@ def test_half_precision_maps_stay_half_and_the_weights_are_rounded_alike(weights
 
 def test_bfloat16_weights_are_rounded_alike(weights, trace) -> None:
     model = load_weights(weights)
-    trunk, heads = cut_heads(to_half(trace(model), "bf16", {})[0], model.config)
+    trunk, heads = cut_heads(to_half(trace(model), "bf16", {}), model.config)
     assert {output.type.tensor_type.elem_type for output in trunk.graph.output} == {TensorProto.BFLOAT16}
     assert not (heads.weight.view(np.uint32) & 0xFFFF).any()
     assert heads.weight.any()
@@ -199,7 +198,7 @@ def test_an_engine_writes_its_maps_channels_last_and_runs_no_heads(weights, prec
     model = load_weights(weights)
     graph = build_graph(model)
     if precision != "fp32":
-        graph, _ = to_half(graph, precision, {})
+        graph = to_half(graph, precision, {})
     settings = BuildSettings("tensorrt-rtx", (1, 2, 4), "8.9", fused_heads=True)
     [plan] = build_plans(graph, settings, use_cache=False)
     layers = layers_from_log(plan.layers)

@@ -16,8 +16,7 @@ from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.backends.tensorrt.plans import fitting_entry, misfit, plan_for
 from mgn_deploy.backends.tensorrt.runner import TensorRtRtxBackend
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.engine_entry import EngineEntry
-from mgn_deploy.bundle.manifest import FileEntry
+from mgn_deploy.bundle.manifest import EngineEntry, FileEntry
 from mgn_deploy.cuda import errors as cuda_errors_module
 from mgn_deploy.cuda.buffers import split_batch
 from mgn_deploy.cuda.device import Gpu, gpu_problem, this_gpu
@@ -160,7 +159,7 @@ def test_a_plan_of_another_version_is_built_anew_with_its_profile_and_kept(
 ) -> None:
     import tensorrt_rtx as package
 
-    from mgn_deploy.backends.tensorrt.cache import plan_folder
+    from mgn_deploy.files import cache_folder
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle = with_plan(bundle_folder, tmp_path, rtx(version="1.0.0"))
@@ -168,7 +167,7 @@ def test_a_plan_of_another_version_is_built_anew_with_its_profile_and_kept(
     assert built != b"a plan"
     assert "was built by TensorRT-RTX 1.0.0" in caplog.text
     assert f"building a plan for {ADA.name}, once" in caplog.text
-    assert len(list(plan_folder().glob("*.plan"))) == 1
+    assert len(list(cache_folder("plans").glob("*.plan"))) == 1
     assert plan_for(bundle, "tensorrt-rtx", package.__version__, ADA, False) == built
 
 

@@ -16,7 +16,7 @@ from layer_table import layers_from_log
 from onnx import TensorProto, helper, numpy_helper
 
 from mgn_deploy.backends.registry import ENGINES
-from mgn_deploy.backends.tensorrt.graph import prepare
+from mgn_deploy.backends.tensorrt.network import prepare
 from mgn_deploy.backends.tensorrt.package import logger, one_line
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import GRAPH
@@ -30,7 +30,7 @@ from mgn_deploy.images.decode import read_crop
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed", exc_type=ImportError)
 
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, Plan, build_plans
-from mgn_deploy.backends.tensorrt.cache import plan_folder
+from mgn_deploy.files import cache_folder
 
 TENSORRT_RTX = ENGINES["tensorrt-rtx"].placement
 
@@ -115,7 +115,7 @@ def test_residual_additions_are_fused_into_the_convolutions(graph: onnx.ModelPro
 def test_a_half_precision_graph_computes_its_convolutions_in_half(graph: onnx.ModelProto, ranges) -> None:
     from mgn_deploy.export.precision.half import to_half
 
-    half, _ = to_half(graph, "fp16", ranges)
+    half = to_half(graph, "fp16", ranges)
     plan = build(half)
     summary = layer_table.summary(layers_from_log(plan.layers), half)
     assert summary["convolutions"] == {"Half": convolutions_of(graph)}
@@ -212,7 +212,7 @@ def test_the_cache_has_nothing_for_other_weights(graph: onnx.ModelProto) -> None
 
 def test_a_plan_in_the_cache_with_a_flipped_bit_is_built_anew(graph: onnx.ModelProto) -> None:
     build(graph)
-    [file] = plan_folder().glob("*.plan")
+    [file] = cache_folder("plans").glob("*.plan")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -225,7 +225,7 @@ def test_a_layer_table_in_the_cache_that_is_not_what_was_written_is_made_anew(
     graph: onnx.ModelProto, old: bytes, new: bytes
 ) -> None:
     built = build(graph)
-    [file] = plan_folder().glob("*.json")
+    [file] = cache_folder("plans").glob("*.json")
     file.write_bytes(file.read_bytes().replace(old, new))
     again = build(graph)
     assert not again.cached
@@ -234,7 +234,7 @@ def test_a_layer_table_in_the_cache_that_is_not_what_was_written_is_made_anew(
 
 def test_without_the_cache_nothing_is_read_or_written(graph: onnx.ModelProto) -> None:
     build(graph, use_cache=False)
-    assert not plan_folder().exists()
+    assert not cache_folder("plans").exists()
     build(graph)
     assert not build(graph, use_cache=False).cached
 
@@ -251,7 +251,7 @@ def test_ctrl_c_stops_the_build_and_the_next_one_works(graph: onnx.ModelProto, t
     onnx.save(graph, tmp_path / "graph.onnx")
     program = """
 import os, signal, sys, onnx
-from mgn_deploy.backends.tensorrt.cache import plan_folder
+from mgn_deploy.files import cache_folder
 from mgn_deploy.backends.tensorrt.builder import BuildSettings, build_plans
 graph, settings, steps = onnx.load(sys.argv[1]), BuildSettings("tensorrt-rtx", (1, 4, 8)), []
 def interrupt(phase, step, of):
@@ -261,7 +261,7 @@ def interrupt(phase, step, of):
 try:
     build_plans(graph, settings, ["8.6"], progress=interrupt)
 except KeyboardInterrupt:
-    print("stopped", plan_folder().exists())
+    print("stopped", cache_folder("plans").exists())
 print(build_plans(graph, settings, ["8.6"])[0].cached)
 """
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -277,7 +277,7 @@ def test_what_progress_raises_stops_the_build_and_reaches_the_caller(graph: onnx
     with pytest.raises(BrokenPipeError, match="nobody reads"):
         build(graph, progress=fail)
     assert stopped_early()
-    assert not plan_folder().exists()
+    assert not cache_folder("plans").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from emulator.reference import embed, stripe_pool_reduce
 
 from mgn_deploy.bench.kernel.cases import DTYPES, OUTPUTS, Case, Inputs, all_cases, finish, random_inputs, right_answer
 from mgn_deploy.bench.kernel.contenders import Contender, Heads, LeanHeads, makers, module, torch_op
 from mgn_deploy.bench.kernel.measure import check, checked, floor_of, measured
 from mgn_deploy.bench.timing import Clock, Limits, in_turns
 from mgn_deploy.errors import CannotRun
-from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
 
 torch.set_num_threads(1)
 LIMITS = Limits(by="nobody", copy_bytes_per_second=2e12, operations_per_second=dict.fromkeys(DTYPES, 5e14))

@@ -115,6 +115,29 @@ def test_what_is_no_key_is_refused_before_any_work(tmp_path):
             ExportOptions(sign=tmp_path / name)
 
 
+# Of secp224k1, as `openssl genpkey -algorithm EC` wrote it: a curve that cryptography does not have.
+ODD_CURVE = """-----BEGIN PUBLIC KEY-----
+ME4wEAYHKoZIzj0CAQYFK4EEACADOgAE5XeD0Vpk14gmxRwhFhPf88dlFbr1EMFE
+uji7Z7BkVaS9ZoJ5Fug9INEZh5fJHBvO6gdkR/mOMuU=
+-----END PUBLIC KEY-----
+"""
+
+
+def test_a_key_of_a_curve_that_is_not_known_is_one_sentence(bundle, tmp_path):
+    private, public = write_keys(tmp_path, "ours")
+    sign(bundle, private)
+    public.write_text(ODD_CURVE)
+    assert "is no public key in PEM" in refusal(bundle, public)
+
+
+def test_a_signature_that_cannot_be_read_and_a_folder_without_a_manifest_are_one_sentence(bundle, tmp_path):
+    private, public = write_keys(tmp_path, "ours")
+    (bundle / "manifest.sig").mkdir()
+    assert "manifest.sig cannot be read: Is a directory" in refusal(bundle, public)
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read: No such file"):
+        sign(tmp_path, private)
+
+
 @pytest.fixture(autouse=True)
 def _no_trusted_key(monkeypatch) -> None:
     monkeypatch.setenv(VERIFY_KEY, "")  # which is undone, also where a command set it

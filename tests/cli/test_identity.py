@@ -61,6 +61,8 @@ def test_calibrate_prints_tables_of_thresholds_and_reliability(bundle_folder, da
     assert done.exit_code == 0, done.stderr
     assert "95% intervals over people" in done.stdout
     assert "where 10% of pairs are one person: platt Brier" in done.stdout
+    assert "means over 2 images │ 0.01 (few people) │" in done.stdout
+    assert "FAR 0.01: 12 people, for means over 2 images, are few for so low a rate, 25 would be" in done.stderr
     assert "equal error rate" in done.stdout
     assert "warning: pairs by one camera are in it" in done.stderr
 

@@ -40,7 +40,7 @@ def other_export(weights, crops, tmp_path_factory) -> tuple[Path, list[str]]:
 def traced(bundle_folder, monkeypatch) -> None:
     """Tracing takes seconds and is not what these tests are about: take the graph that was traced already."""
     graph = onnx.load(bundle_folder / "graph.onnx")
-    monkeypatch.setattr("mgn_deploy.export.exporter.build_graph", lambda model, flip: graph)
+    monkeypatch.setattr("mgn_deploy.export.precision.convert.build_graph", lambda model, flip: graph)
 
 
 def test_a_bundle_is_graph_weights_and_manifest(bundle_folder, weights):

@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 from mgn_deploy.backends.openvino import openvino_core
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.export.graph.rewrite import map_names, pixels_name, tensor_names_between, trunk_nodes
+from mgn_deploy.export.graph.rewrite import map_names, pixels_name, trunk_nodes
 from mgn_deploy.export.graph.trace import build_graph
 from mgn_deploy.export.precision.half import LARGEST_FLOAT16, float32_nodes, overflowing_nodes, to_half
 from mgn_deploy.export.precision.quantise import (
@@ -78,9 +78,8 @@ def worst_cosine(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def test_ranges_are_those_of_the_activations(graph, ranges, pixels):
-    names = tensor_names_between(graph)
-    assert set(ranges) == set(names)
-    assert names[0] == pixels_name(graph)
+    names = list(ranges)
+    assert names == [pixels_name(graph), *(output for node in trunk_nodes(graph) for output in node.output)]
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     normalised = (pixels / 255 - mean) / std
     assert ranges[names[0]].largest == pytest.approx(np.abs(normalised).max(), rel=1e-5)
@@ -103,8 +102,8 @@ def test_an_activation_that_is_nan_has_no_bound(graph, pixels):
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_holds_the_trunk_and_nothing_after_the_pools(graph, ranges, precision):
-    half, kept = to_half(graph, precision, ranges)
-    assert kept == []
+    half = to_half(graph, precision, ranges)
+    assert float32_nodes(half) == []
     kind = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
     constants = {tensor.name: tensor for tensor in half.graph.initializer}
     convolutions = [node for node in half.graph.node if node.op_type == "Conv"]
@@ -123,14 +122,14 @@ def test_half_precision_holds_the_trunk_and_nothing_after_the_pools(graph, range
 
 
 def test_float16_embeddings_are_the_float32_ones(graph, ranges, pixels):
-    half, _ = to_half(graph, "fp16", ranges)
+    half = to_half(graph, "fp16", ranges)
     expected = by_onnxruntime(graph, pixels)
     assert worst_cosine(by_onnxruntime(half, pixels), expected) > 0.99999
     assert worst_cosine(by_openvino(half, pixels), expected) > 0.99999
 
 
 def test_bfloat16_embeddings_are_the_float32_ones(graph, ranges, pixels):
-    half, _ = to_half(graph, "bf16", ranges)
+    half = to_half(graph, "bf16", ranges)
     assert worst_cosine(by_openvino(half, pixels), by_onnxruntime(graph, pixels)) > 0.9999
 
 
@@ -147,9 +146,10 @@ def test_what_would_overflow_stays_in_float32(weights, pixels):
     graph = build_graph(scaled_up(load_weights(weights), 1e4))
     ranges = measure_ranges(graph, pixels)
     assert max(one.largest for one in ranges.values()) > LARGEST_FLOAT16 / 4
-    half, kept = to_half(graph, "fp16", ranges)
+    half = to_half(graph, "fp16", ranges)
+    kept = float32_nodes(half)
     assert 2 <= len(kept) <= 6
-    assert float32_nodes(half) == kept
+    assert kept == overflowing_nodes(graph, ranges)
     expected = by_onnxruntime(graph, pixels)
     assert worst_cosine(by_onnxruntime(half, pixels), expected) > 0.9999
     inlined = onnx.shape_inference.infer_shapes(half)
@@ -157,7 +157,7 @@ def test_what_would_overflow_stays_in_float32(weights, pixels):
     for name, one in ranges.items():
         if one.largest > LARGEST_FLOAT16 / 4:
             assert types[name] == TensorProto.FLOAT
-    assert to_half(graph, "bf16", ranges)[1] == []
+    assert float32_nodes(to_half(graph, "bf16", ranges)) == []
 
 
 def test_a_weight_beyond_float16_stays_in_float32(graph):
@@ -181,13 +181,13 @@ def test_maps_go_to_the_heads_in_float32_where_one_of_them_would_overflow(weight
     graph = build_graph(model)
     ranges = measure_ranges(graph, pixels)
     assert [ranges[name].largest > LARGEST_FLOAT16 for name in map_names(graph)] == [False, True, False]
-    half, kept = to_half(graph, "fp16", ranges)
+    half = to_half(graph, "fp16", ranges)
     types = {
         value.name: value.type.tensor_type.elem_type
         for value in onnx.shape_inference.infer_shapes(half).graph.value_info
     }
     assert {types[name] for name in map_names(half)} == {TensorProto.FLOAT}
-    assert 0 < len(kept) < 6
+    assert 0 < len(float32_nodes(half)) < 6
     expected = by_onnxruntime(graph, pixels)
     assert worst_cosine(by_onnxruntime(half, pixels), expected) > 0.9999
     assert worst_cosine(by_openvino(half, pixels), expected) > 0.9999
@@ -449,7 +449,7 @@ def public(request, pixels) -> tuple[onnx.ModelProto, dict[str, TensorRange]]:
 
 def test_imported_models_in_float16_are_the_float32_ones(public, pixels):
     graph, ranges = public
-    half, _ = to_half(graph, "fp16", ranges)
+    half = to_half(graph, "fp16", ranges)
     inlined = onnx.shape_inference.infer_shapes(half)
     types = {value.name: value.type.tensor_type.elem_type for value in inlined.graph.value_info}
     norms = [node for node in inlined.graph.node if node.op_type == "InstanceNormalization"]

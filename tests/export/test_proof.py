@@ -21,16 +21,15 @@ from mgn_deploy.backends.base import Backend, BatchLimits
 from mgn_deploy.backends.onnxruntime.cpu import OnnxRuntimeBackend
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.manifest import FileEntry, Proof, Quantisation, write_manifest
-from mgn_deploy.datasets import Dataset, LabelledImage, open_data
+from mgn_deploy.bundle.manifest import FileEntry, Proof, Quantisation, Ranking, write_manifest
+from mgn_deploy.datasets import open_data
 from mgn_deploy.datasets.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.export.exporter import export_bundle
 from mgn_deploy.export.proof.agreement import TIE, run_in_batches, top_agreement
-from mgn_deploy.export.proof.proof import FEWEST_IMAGES, MOST_IMAGES, add_ranking, proof_crops, prove
+from mgn_deploy.export.proof.proof import FEWEST_IMAGES, MOST_IMAGES, Pixels, proof_crops, prove, with_ranking
 from mgn_deploy.export.proof.prove import allowed_map
-from mgn_deploy.retrieval.ranking import RankingMetrics
 from mgn_deploy.retrieval.validate import validate
 
 Change = Callable[[onnx.ModelProto], None]
@@ -182,7 +181,7 @@ CORRUPTIONS = [
 
 def proof_of(bundle: Bundle, backend: str, pixels: np.ndarray, reference: np.ndarray) -> Proof:
     engine = ENGINES[backend].load().open(bundle)
-    return prove(engine, pixels, reference, "fp32", image_source="crops", drawn=True)
+    return prove(engine, Pixels(pixels, "crops", drawn=True), reference, "fp32")
 
 
 # Right engines
@@ -261,15 +260,11 @@ class LeaksAt(OnnxRuntimeBackend):
 @pytest.mark.parametrize("size", [33, 64])
 def test_rows_that_leak_in_the_profiles_largest_batch_alone_are_found(bundle_folder, pixels, reference, size):
     engine = LeaksAt(ENGINES["onnxruntime"].load().open(Bundle.open(bundle_folder)), size)
-    proof = prove(engine, pixels, reference, "fp32", image_source="crops", drawn=True)
+    proof = prove(engine, Pixels(pixels, "crops", drawn=True), reference, "fp32")
     assert any("with the batch" in miss for miss in proof.misses), proof.misses
 
 
 # Rankings
-
-
-def metrics(rank1: float, mean_ap: float) -> RankingMetrics:
-    return RankingMetrics(rank={1: rank1}, mAP=mean_ap, mINP=0.0, queries=200, queries_without_match=0)
 
 
 @pytest.mark.parametrize(
@@ -288,14 +283,14 @@ def metrics(rank1: float, mean_ap: float) -> RankingMetrics:
 )
 def test_a_ranking_keeps_its_share_of_the_references(bundle_folder, precision, measured, allowed, missed):
     proof = Bundle.open(bundle_folder).manifest.proofs["onnxruntime"]
-    people = [LabelledImage(Path("x.jpg"), 1, 1)] * 200
-    data = Dataset("market1501", Path("."), [], people, people[:7])
-    ranked = add_ranking(proof, metrics(*measured), metrics(0.5, 0.4), data, precision, allowed)
+    rank1, mean_ap = measured
+    ranking = Ranking(
+        data="d", queries=200, gallery=7, rank1=rank1, mAP=mean_ap, reference_rank1=0.5, reference_mAP=0.4
+    )
+    ranked = with_ranking(proof, ranking, precision, allowed)
     assert [miss.split()[0] for miss in ranked.misses] == missed
     assert ranked.passed == (not missed)
-    assert ranked.ranking.queries == 200
-    assert ranked.ranking.gallery == 7
-    assert (ranked.ranking.rank1, ranked.ranking.mAP) == measured
+    assert ranked.ranking == ranking
 
 
 def test_a_budget_of_neighbours_allows_no_loss_of_map():
@@ -317,6 +312,7 @@ def test_export_ranks_labelled_people_with_every_engine_beside_the_reference(wei
     data = open_data(f"market1501:{tmp_path / 'people'}")
     expected = validate(data, Embedder.open(tmp_path / "b", "torch"), None).measured
     for ranking in rankings.values():
+        assert (ranking.data, ranking.queries, ranking.gallery) == ("market1501", 12, len(data.gallery))
         assert (ranking.reference_rank1, ranking.reference_mAP) == (expected.rank[1], expected.mAP)
         assert ranking.mAP == pytest.approx(expected.mAP, abs=1e-4)
 
@@ -346,7 +342,7 @@ def test_a_wrong_export_exits_1_is_marked_and_is_not_run_unless_allowed(
     """The whole way with an exporter that is wrong: it takes BGR for RGB."""
     wrong = onnx.load(bundle_folder / "graph.onnx")
     swap_red_and_blue(wrong)
-    monkeypatch.setattr("mgn_deploy.export.exporter.build_graph", lambda model, flip: wrong)
+    monkeypatch.setattr("mgn_deploy.export.precision.convert.build_graph", lambda model, flip: wrong)
     done = mgn_deploy("export", weights, "-o", tmp_path / "b", "--proof-images", crops, "--json")
     assert done.exit_code == 1
     assert "is not proven for openvino (worst cosine" in done.stderr

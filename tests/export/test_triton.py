@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.engine_entry import EngineEntry
+from mgn_deploy.bundle.manifest import EngineEntry
 from mgn_deploy.errors import UserError
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient[grpc] is not installed")

@@ -464,6 +464,14 @@ def test_labels_of_a_later_run_replace_those_of_the_store(crops, tmp_path, embed
     assert embed_folder(crops, tmp_path / "s", embedder, labels="market1501").relabelled == 0
 
 
+def test_people_of_an_earlier_selection_keep_their_numbers_apart(crops, tmp_path, embedder):
+    """`folder` numbers the people of both selections together."""
+    for camera in ("camera 2", "camera 1"):
+        embed_folder(open_source(crops / camera, root=crops), tmp_path / "s", embedder, labels="folder")
+    numbers = {(row.name.partition("/")[0], row.identity) for row in Store.open(tmp_path / "s")}
+    assert numbers == {("camera 1", 1), ("camera 2", 2)}
+
+
 def test_what_is_no_image_is_counted_in_the_report(images, tmp_path, embedder):
     (images / "notes.txt").touch()
     (images / "clip.mp4").write_bytes(b"\0\0\0\x18ftypisom")

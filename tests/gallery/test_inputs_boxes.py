@@ -132,6 +132,16 @@ def test_boxes_without_tracks_are_numbered_in_their_photo_whatever_is_taken(phot
     assert len(every.files) == 3
 
 
+def test_a_negative_score_is_one_unless_it_is_motchallenges_minus_1(photos, tmp_path):
+    lines = ["1,-1,5,5,60,100,-0.3", "1,-1,9,9,60,100,0.8", "1,-1,15,5,60,100,-1"]
+    path = written(tmp_path / "det.txt", "\n".join(lines))
+    assert len(open_inputs([photos], boxes=path).files) == 3
+    assert [file.name for file in open_inputs([photos], boxes=path, min_score=0.5).files] == [
+        "000001.png#2",
+        "000001.png#3",
+    ]
+
+
 def test_boxes_are_clipped_and_those_outside_are_rows_with_their_reason(photos, tmp_path, embedder):
     boxes = ["-20,-10,60,120", "370,200,60,120", "500,10,50,90", "10,10,3,90", "-60,10,62,90", "10,10,-5,90"]
     lines = "\n".join(["path,left,top,width,height", *(f"000001.png,{box}" for box in boxes)])
@@ -201,6 +211,7 @@ def test_photos_without_boxes_and_boxes_without_photos_are_counted(photos, tmp_p
         ("b.txt", "1,1,5,5,20,x,1,-1,-1,-1\n", "has no boxes in a format"),
         ("b.txt", "1,1,5,5,20,40,1\n1,2,5,5,20,x,1\n", "line 2: 'x' is no number"),
         ("b.txt", "1,1,5,5,20,40,1\n1,2,5,5,20,nan,1\n", "line 2: 'nan' is no number"),
+        ("b.txt", "1,1,5,5,20,40,1\n1,2,1e39,5,20,40,1\n", "line 2: '1e39' is no number, or too large"),
         ("b.txt", "1,1,5,5,20,40,1\n0,2,5,5,20,40,1\n", "line 2: frame 0; MOTChallenge counts frames from 1"),
         ("b.txt", "1,1,5,5,20,40,1\n1,2\n", "line 2: 2 values"),
         ("b.txt", "1,1,5,5,20,40,0\n", "holds no box that is taken, 1 boxes with flag 0 left out"),

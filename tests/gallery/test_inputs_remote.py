@@ -186,6 +186,8 @@ def test_a_request_that_fails_is_tried_again(server, tmp_path, embedder, monkeyp
         ("http://127.0.0.1:9/photos/", "cannot be listed: .*Cannot connect to host 127.0.0.1:9"),
         ("http://127.0.0.1:9/a.jpg", "cannot be listed: .*Cannot connect to host 127.0.0.1:9"),
         ("ftp://host/a.jpg", "ftp:// is not read: give s3://"),
+        ("s3://[bucket/a.jpg", r"'s3://\[bucket/a.jpg' is no URL: Invalid IPv6 URL"),
+        ("s3://bucket/%00", "'s3://bucket/%00' is no URL: it has a NUL character"),
         ("https://user:word@host/a.jpg", "'host/a.jpg': a URL with a password or a query would be kept"),
         ("https://host/a.jpg?token=word", "'https://host/a.jpg': a URL with a password or a query would be kept"),
         ("s3://bucket/a.jpg", "fsspec reads s3:// with s3fs, which is not installed .pip install s3fs."),

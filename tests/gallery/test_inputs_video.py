@@ -114,6 +114,14 @@ def test_tracks_are_people_where_that_is_asked_for(clip, tmp_path, embedder):
     assert {(row.track, row.identity) for row in Store.open(tmp_path / "s")} == {(1, 1), (2, 2)}
 
 
+def test_tracks_of_one_video_stay_people_as_another_is_embedded(clip, tmp_path, embedder):
+    embed_folder(source_of(clip), tmp_path / "s", embedder, labels="track")
+    clip.with_name("later.mp4").write_bytes(clip.read_bytes())
+    report = embed_folder(source_of(clip.with_name("later.mp4")), tmp_path / "s", embedder, labels="track")
+    assert report.relabelled == 0
+    assert all(row.identity == row.track for row in Store.open(tmp_path / "s"))
+
+
 def test_flag_0_is_left_out_and_an_id_of_minus_1_is_no_track(clip):
     boxes = ["1,-1,11,11,50,90,0.8,-1,-1,-1", "1,-1,81,11,50,90,0.7,-1,-1,-1", "2,-1,1,1,50,90,0,-1,-1,-1"]
     (clip.parent / "det.txt").write_text("\n".join(boxes))
@@ -123,6 +131,15 @@ def test_flag_0_is_left_out_and_an_id_of_minus_1_is_no_track(clip):
         ("clip.mp4#000001-box2", None),
     ]
     assert source.skipped == {"boxes with flag 0": 1}
+
+
+def test_a_tables_track_of_minus_1_is_nobodys_as_motchallenges_is(clip):
+    (clip.parent / "boxes.csv").write_text("frame,track,left,top,width,height\n1,-1,10,10,50,90\n1,-1,80,10,50,90\n")
+    source = source_of(clip, "boxes.csv")
+    assert [(file.name, file.track) for file in source.files] == [
+        ("clip.mp4#000001-box1", None),
+        ("clip.mp4#000001-box2", None),
+    ]
 
 
 def test_a_table_with_a_column_frame_is_as_motchallenge(clip):

@@ -150,6 +150,16 @@ def test_merged_parts_are_the_bytes_of_one_run(store, folder, embedder, tmp_path
     assert "holds rows already" in refusal(merge, parts, tmp_path / "merged")
 
 
+def test_parts_number_the_people_of_all_parts(folder, embedder, tmp_path):
+    """Here a folder is a person, and five of the six parts have images of one alone."""
+    embed_folder(folder, tmp_path / "whole", embedder, labels="folder")
+    parts = [tmp_path / f"part-{number}" for number in range(1, 7)]
+    for number, part in enumerate(parts, 1):
+        embed_folder(part_of(open_source(folder), f"{number}/6"), part, embedder, labels="folder")
+    merge(parts, tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+
+
 def test_stores_of_two_sources_do_not_merge(store, folder, embedder, tmp_path):
     embed_folder(folder / "camera 1", tmp_path / "t", embedder)
     assert f"{tmp_path / 't'} was made with source" in refusal(merge, [store, tmp_path / "t"], tmp_path / "m")
@@ -168,6 +178,19 @@ def test_relocated_store_leads_to_the_new_folder(store, folder, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/x.jpg").touch()
     assert "not one of the 41 images" in refusal(relocate, store, str(tmp_path / "other"))
+
+
+def test_a_uri_loses_the_slash_at_its_end_as_embed_has_it(store, folder):
+    for given, kept in ((f"{folder.as_uri()}/", folder.as_uri()), ("s3://bucket/a/", "s3://bucket/a")):
+        relocate(store, given)
+        assert Store.open(store).manifest.source == kept
+
+
+@pytest.mark.parametrize("url", ["s3://[bucket", "s3://bucket/%00", "https://user:secret@host"])
+def test_a_url_that_a_store_may_not_keep_is_refused(store, url):
+    source = Store.open(store).manifest.source
+    assert "secret" not in refusal(relocate, store, url)
+    assert Store.open(store).manifest.source == source
 
 
 def test_exports_hold_the_embeddings_in_order(store, tmp_path):

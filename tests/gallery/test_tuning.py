@@ -14,6 +14,7 @@ from conftest import mgn_deploy
 from mgn_deploy.backends.base import Backend, BatchLimits
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
+from mgn_deploy.gallery import tuning as tuning_module
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.tuning import SIZES, candidates, choose_batch, choose_threads, smallest_of_the_best
@@ -57,18 +58,20 @@ def test_of_sizes_that_are_as_fast_the_smallest_is_chosen():
     assert smallest_of_the_best({1: 90.0, 2: 96.5, 4: 96.0, 8: 100.0}) == 8
 
 
-def test_a_slow_engine_is_not_tried_for_longer(own, pixels):
+def test_a_slow_engine_is_not_tried_for_longer(own, pixels, monkeypatch):
+    monkeypatch.setattr(tuning_module, "SECONDS", 1.0)
     calls = timed_calls(own.backend, 0.0, an_image=0.1)
-    tuning = choose_batch(own.backend, pixels, seconds=1.0)
+    tuning = choose_batch(own.backend, pixels)
     assert max(calls) <= 4
     assert tuning.seconds < 2
     assert tuning.chosen in tuning.images_per_second
 
 
-def test_an_engine_gets_no_size_that_it_was_not_compiled_for(own, pixels):
+def test_an_engine_gets_no_size_that_it_was_not_compiled_for(own, pixels, monkeypatch):
+    monkeypatch.setattr(tuning_module, "SECONDS", 0.5)
     own.backend.batch_limits = BatchLimits(2, 4, 8)
     calls = timed_calls(own.backend, 0.0)
-    assert set(choose_batch(own.backend, pixels, seconds=0.5).images_per_second) == {2, 4, 8}
+    assert set(choose_batch(own.backend, pixels).images_per_second) == {2, 4, 8}
     assert set(calls) == {2, 4, 8}
 
 

@@ -83,7 +83,19 @@ def test_a_rate_that_the_pairs_do_not_support_gets_the_strictest_threshold_and_a
 def test_few_people_are_said_for_a_rate_that_the_pairs_alone_support(made):
     assert made.decide(1e-3).problem is None  # 100 people make 4950 pairs of people, of 3000 needed
     assert "100 people are few for so low a rate, 246 would be enough" in made.decide(1e-4).problem
+    assert "174 would be enough" in made.decide(2e-4).problem  # any rate, not the three of the table alone
     assert any("100 people are few" in note for note in made.notes)
+
+
+def test_few_people_are_said_of_means_over_several_images_too(made):
+    for images in (2, 4):
+        sentence = f"100 people, for means over {images} images, are few for so low a rate, 246 would be enough"
+        (rates,) = (one.rates for one in made.pooled if one.images == images)
+        assert [rate.problem is None for rate in rates] == [True, True, False]  # of 1e-2, 1e-3 and 1e-4
+        assert sentence in rates[-1].problem
+        assert rates[-1].problem == made.decide(1e-4, images).problem
+        assert f"FAR 0.0001: {rates[-1].problem}" in made.notes
+        assert rates[1].threshold.value == made.decide(1e-3, images).threshold
 
 
 @pytest.mark.parametrize("far", [0, 1, -1e-3, float("nan")])

@@ -88,6 +88,14 @@ def test_who_has_more_images_is_named_at_a_lower_threshold_at_the_same_rate(cali
     assert [answer.known for answer in mean].count(True) <= 0.02 * len(mean)
 
 
+def test_a_name_says_where_the_people_of_its_threshold_were_few(calibration):
+    for images, people in ((1, "100 people"), (3, "100 people, for means over 2 images,")):
+        answer = identify(ROWS[:1], enrolled_of(range(20), images), calibration, far=1e-2)[0]
+        assert answer.far == 1e-2
+        assert answer.note.startswith(f"{people} are few for so low a rate, 110 would be enough")
+    assert identify(ROWS[:1], enrolled_of(range(2), 3), calibration, far=1e-2)[0].note is None
+
+
 def test_people_with_different_numbers_of_images_are_ordered_by_how_far_they_are_above_their_thresholds(calibration):
     one, three = Person("one", ROWS[:1], ("a",), ""), Person("three", ROWS[8:11], ("a",) * 3, "")
     wanted = [

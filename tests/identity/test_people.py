@@ -3,6 +3,8 @@
 import io
 import json
 import multiprocessing
+import os
+import tempfile
 import threading
 
 import numpy as np
@@ -182,6 +184,20 @@ def test_a_pickle_in_a_persons_file_is_not_run(people, tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         people.load()
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_folder_that_may_not_be_listed_is_not_taken_for_an_empty_one():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o711)
+        people = People.create(f"{folder}/people", BUNDLE, 32)
+        os.chmod(people.folder, 0o711)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(UserError, match="cannot be read: Permission denied"):
+                people.load()
+        finally:
+            os.seteuid(0)
 
 
 def test_what_a_killed_writer_left_is_not_a_person(people):

@@ -64,6 +64,15 @@ def test_a_bundles_calibration_is_used_where_there_is_one(calibration, bundle_fo
         judge_by_bundle(lists, None, store, far=0)
 
 
+def test_of_a_gallery_only_the_images_that_are_drawn_are_read(calibration, tmp_path):
+    """A gallery may be larger than memory."""
+    rows, owners, _ = embeddings_of(20, 5, noise=0.6)
+    store = made_up_store(tmp_path, rows, owners.tolist())
+    expected = estimate_prior(store.embeddings(), calibration, images=40)
+    store.embeddings = None  # nobody may call it
+    assert estimate_prior(store, calibration, images=40) == expected
+
+
 def test_a_gallery_of_another_bundle_is_refused(bundle_folder, tmp_path):
     store = made_up_store(tmp_path, np.eye(4), [None] * 4, bundle_id=BUNDLE)
     with pytest.raises(UserError, match="belongs to bundle aaaaaaaaaaaa"):

@@ -55,14 +55,13 @@ def test_intervals_hold_the_rate_of_other_people_as_often_as_they_say():
     held = 0
     for world in range(20):
         genuine, impostor = genuine_and_impostor(*embeddings_of(40, 6, dim=12, seed=100 + world))
-        (rate,), _, _ = measure(genuine, impostor, (0.05,), replicates=60, seed=world)
-        low, high = rate.threshold[1:]
-        held += low <= threshold <= high
+        (rate,), _, _ = measure(genuine, impostor, (0.05,), 40, replicates=60, seed=world)
+        held += rate.threshold.low <= threshold <= rate.threshold.high
     assert held >= 16  # 19 expected, standard deviation 1
 
 
 def test_an_interval_over_people_is_wider_than_one_over_pairs_would_be():
     genuine, impostor = genuine_and_impostor(*embeddings_of(30, 20, dim=12))
-    (rate,), _, _ = measure(genuine, impostor, (0.05,), replicates=100)
+    (rate,), _, _ = measure(genuine, impostor, (0.05,), 30, replicates=100)
     of_pairs = 2 * 1.96 * np.sqrt(0.05 * 0.95 / len(impostor))
-    assert rate.far[2] - rate.far[1] > 3 * of_pairs
+    assert rate.measured_far.high - rate.measured_far.low > 3 * of_pairs

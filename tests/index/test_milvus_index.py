@@ -180,6 +180,10 @@ def test_a_server_that_is_not_there_is_one_sentence(store) -> None:
         build_index(store, "http://127.0.0.1:1")
 
 
+def test_a_broken_url_is_one_sentence(store) -> None:
+    refuse("http://[host", store, r"Milvus cannot be reached at http://\[host: Invalid IPv6 URL")
+
+
 def test_a_password_in_the_url_is_refused(store) -> None:
     refuse("http://root:secret@host:19530", store, "set MILVUS_TOKEN")
 

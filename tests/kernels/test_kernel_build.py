@@ -144,6 +144,13 @@ def test_damaged_machine_code_is_compiled_again(cache):
     assert len(cubin.read_bytes()) > 100
 
 
+def test_where_the_cache_cannot_be_written_the_kernels_are_compiled_all_the_same(cache, monkeypatch, caplog):
+    (cache.parents[1] / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1] / "file"))
+    assert nvrtc.compile_kernels(("epilogue_kernel<float>",), "sm_75").symbols
+    assert ".cubin is not cached" in caplog.text
+
+
 def test_architectures_do_not_share_machine_code(cache):
     kernels = ("epilogue_kernel<Half>",)
     assert nvrtc.compile_kernels(kernels, "sm_80").cubin != nvrtc.compile_kernels(kernels, "sm_120").cubin

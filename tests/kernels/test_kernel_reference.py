@@ -7,12 +7,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from emulator.reference import embed, stripe_pool, stripe_pool_reduce
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from mgn_deploy.config import ModelConfig, features_of
 from mgn_deploy.export.graph import heads
-from mgn_deploy.kernels.reference import embed, stripe_pool, stripe_pool_reduce
 from mgn_deploy.train.model import Embedding, fold_batch_norms
 from mgn_deploy.train.weights import load_weights
 

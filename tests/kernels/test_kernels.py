@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU by tests/emulator, against the definition in kernels/reference.py."""
+"""The CUDA kernels, run on the CPU by tests/emulator, against the definition in tests/emulator/reference.py."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from emulator.host import HostKernel, build_host, host_library, rounded
+from emulator.reference import embed, stripe_pool, stripe_pool_reduce
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mgn_deploy.config import features_of
 from mgn_deploy.kernels.nvrtc import SOURCE
 from mgn_deploy.kernels.plan import LAYOUTS, NECKS, PATHS, POOLINGS, TYPES, Device, Problem, launches, plan_on
-from mgn_deploy.kernels.reference import embed, stripe_pool, stripe_pool_reduce
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")

@@ -167,3 +167,16 @@ def test_an_old_cuda_core_is_one_sentence(monkeypatch):
     for fine in ("1.0.0", "1.2.2", "12.0"):
         monkeypatch.setattr(nvrtc, "version", lambda _, fine=fine: fine)
         assert nvrtc.nvrtc_problem() is None
+
+
+def test_without_nvrtc_one_line_says_what_to_install(monkeypatch):
+    from cuda.bindings import nvrtc as library
+
+    def missing() -> None:
+        raise RuntimeError("Failure finding libnvrtc.so.13:\n No such file\n")  # as cuda.pathfinder words it
+
+    monkeypatch.setattr(library, "nvrtcVersion", missing)
+    assert nvrtc.nvrtc_problem() == (
+        "the CUDA kernels are compiled on first use, which needs NVRTC (Failure finding libnvrtc.so.13: No such file): "
+        "pip install 'cuda-core>=1.0' nvidia-cuda-nvrtc"
+    )

@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 from emulator.host import HostKernel, bits, host_library, rounded
+from emulator.reference import embed, stripe_pool_reduce
 
 from mgn_deploy.cuda.device import gpu_problem
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.kernels import nvrtc
 from mgn_deploy.kernels.plan import BARRIER_BYTES, LAYOUTS, TYPES, Device, Problem, launches, plan_on
 from mgn_deploy.kernels.pycuda_ import PycudaKernel, pointers_to
-from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
 
 BRANCHES, SIZES, FEATURES = (1, 2, 3), ((3, 2), (4, 3), (7, 3)), 8
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}

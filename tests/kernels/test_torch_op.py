@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from emulator.host import HostKernel, host_library
+from emulator.reference import embed, stripe_pool_reduce
 from torch.library import opcheck
 
 from mgn_deploy.config import features_of
 from mgn_deploy.kernels import torch_op
 from mgn_deploy.kernels.plan import BARRIER_BYTES, NECKS, POOLINGS
-from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
 from mgn_deploy.kernels.torch_heads import Heads as OpArguments
 
 torch.set_num_threads(1)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from mgn_deploy.bench.kernel.triton_rival import triton_heads
 from mgn_deploy.config import features_of
-from mgn_deploy.kernels.reference import embed, stripe_pool_reduce
+from emulator.reference import embed, stripe_pool_reduce
 
 torch.manual_seed(0)
 PAPER = ((1, 2, 3), ((6, 2), (12, 4), (12, 4)))

@@ -17,8 +17,9 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from mgn_deploy.bundle.bundle import Bundle
+from mgn_deploy.errors import UserError
 from mgn_deploy.images.decode import read_crop
-from mgn_deploy.report.figures import draw_attention
+from mgn_deploy.report.figures import draw_attention, draw_curves
 from mgn_deploy.train.attention import attention_maps
 from mgn_deploy.train.model import Embedding
 from mgn_deploy.train.weights import load_weights
@@ -84,6 +85,21 @@ def test_curves_are_drawn_also_before_the_first_evaluation(tmp_path):
     (tmp_path / "epochs.csv").write_text(header + "1,5.0,0.01,8,6,2,60,,\n2,9.0,0.01,7,5,2,60,0.5,0.4\n")
     assert mgn_deploy("figures", "curves", tmp_path, "-o", tmp_path / "c.png").exit_code == 0
     assert share(tmp_path / "c.png", "C0") > 0.001
+    with_map = share(tmp_path / "c.png", "C1")
+    (tmp_path / "epochs.csv").write_text(header + "1,5.0,0.01,8,6,2,60,,\n2,9.0,0.01,7,5,2,60,0.5,\n")
+    assert mgn_deploy("figures", "curves", tmp_path, "-o", tmp_path / "c.png").exit_code == 0
+    assert share(tmp_path / "c.png", "C1") < with_map
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [(b"a,b\n1,2\n", "has to name the columns epoch, lr, loss"), (b"\xff\xfe", "is not UTF-8")],
+)
+def test_a_table_of_something_else_is_one_sentence(table, sentence, tmp_path):
+    (tmp_path / "epochs.csv").write_bytes(table)
+    with pytest.raises(UserError, match=sentence):
+        draw_curves(tmp_path, tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
 
 
 def test_a_calibration_is_drawn_and_a_bundle_without_one_says_how_to_get_one(bundle_folder, tmp_path):

@@ -17,7 +17,8 @@ from PIL import Image
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import UserError
 from mgn_deploy.identity.ranked import Judged
-from mgn_deploy.report.rank_page import THUMBNAIL_SIDE, write_rank_page
+from mgn_deploy.report.pages import THUMBNAIL_SIDE
+from mgn_deploy.report.rank_page import write_rank_page
 from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 
 VOID = {"meta", "link", "img", "input", "path", "use"}

@@ -262,6 +262,12 @@ def test_a_table_says_who_is_on_queries_in_the_gallerys_numbers(crops, embedder,
     assert sum(queries.identities != UNKNOWN) == 1
 
 
+def test_labels_of_queries_that_are_a_store_are_said_not_to_be_read(crop_store):
+    done = mgn_deploy("search", crop_store.folder, crop_store.folder, "--labels", "market1501", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert f"warning: --labels market1501 is not read: {crop_store.folder} is a store" in done.stderr
+
+
 @pytest.mark.parametrize("kind", ["folder", "names.csv"])
 def test_labels_that_number_people_anew_are_refused(kind, crops, embedder, tmp_path):
     (tmp_path / "names.csv").write_text("path,identity\ncamera 2/0001_c2s1_000000_00.jpg,Anna\n")

@@ -17,8 +17,8 @@ from mgn_deploy.datasets import Dataset
 from mgn_deploy.datasets.drawn import draw_market1501
 from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.train.recipe import load_recipe
-from mgn_deploy.train.run import WEIGHTS
-from mgn_deploy.train.trainer import Step, train
+from mgn_deploy.train.run import WEIGHTS, Step
+from mgn_deploy.train.trainer import train
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mgn_deploy.train.augment import ERASE_AREA, augment
+from mgn_deploy.train.data import ERASE_AREA, augment
 from mgn_deploy.train.recipe import Augment
 
 MEAN = np.array([124, 116, 104], np.uint8)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import resource
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from bomb import Bomb
 from torch import nn
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.train.checkpoint import Position, load_checkpoint, restore, save_checkpoint
+from mgn_deploy.train.checkpoint import Position, State, load_checkpoint, restore, save_checkpoint
 from mgn_deploy.train.started import Started
 
 STARTED = Started({"optim.lr": 0.1}, {}, 1, {"a.jpg": [1, 1, 100, 5], "b.jpg": [2, 1, 100, 6]}, [1, 2], "")
@@ -25,13 +28,18 @@ def parts(seed: int, width: int = 2) -> Parts:
     return model, torch.optim.Adam(model.parameters(), lr=seed), torch.amp.GradScaler("cpu", init_scale=2.0**seed)
 
 
+def save(folder: Path, started: Started, at: Position, *parts) -> None:
+    model, optimizer, scaler = (part.state_dict() for part in parts)
+    save_checkpoint(folder, State(started, model, optimizer, scaler, at))
+
+
 def test_everything_comes_back(tmp_path):
     model, optimizer, scaler = parts(3)
     scaler.scale(model(torch.ones(1, 3)).sum()).backward()
     scaler.step(optimizer)
     scaler.update()
     at = Position(4, 5, 6.5, 0.75, [1.0, 2.0, 3.0], {"epoch": 4, "loss": 0.5})
-    save_checkpoint(tmp_path, STARTED, model, optimizer, scaler, at)
+    save(tmp_path, STARTED, at, model, optimizer, scaler)
     back = parts(4)
     state = load_checkpoint(tmp_path)
     restore(state, STARTED.people, *back)
@@ -42,12 +50,12 @@ def test_everything_comes_back(tmp_path):
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_the_earlier_state(tmp_path):
-    save_checkpoint(tmp_path, STARTED, *parts(3), Position(epoch=1))
+    save(tmp_path, STARTED, Position(epoch=1), *parts(3))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(UserError, match="the disk is full"):
-            save_checkpoint(tmp_path, STARTED, *parts(3, width=50_000), Position(epoch=2))
+            save(tmp_path, STARTED, Position(epoch=2), *parts(3, width=50_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load_checkpoint(tmp_path).position.epoch == 1
@@ -55,7 +63,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_earlier_state(tmp_path):
 
 
 def test_a_state_that_runs_code_is_refused_and_not_run(tmp_path):
-    torch.save({"started": STARTED.to_json(), "model": Bomb(tmp_path / "exploded")}, tmp_path / "last.pt")
+    torch.save({"started": json.dumps(asdict(STARTED)), "model": Bomb(tmp_path / "exploded")}, tmp_path / "last.pt")
     with pytest.raises(UserError, match=r"last\.pt is damaged"):
         load_checkpoint(tmp_path)
     assert not (tmp_path / "exploded").exists()
@@ -79,7 +87,7 @@ def test_people_who_stay_keep_their_rows_where_others_come_and_go(tmp_path, opti
     (before.classifiers[0](torch.ones(1, 3)).sum() * 5 + before.body(torch.ones(1, 3)).sum()).backward()
     own.step()
     started = Started({}, {}, 1, {}, [4, 7, 9], "")
-    save_checkpoint(tmp_path, started, before, own, torch.amp.GradScaler("cpu", enabled=False), Position())
+    save(tmp_path, started, Position(), before, own, torch.amp.GradScaler("cpu", enabled=False))
     theirs = optimizer(after.parameters())
     restore(load_checkpoint(tmp_path), [7, 8, 9, 12], after, theirs, torch.amp.GradScaler("cpu", enabled=False))
     old, new = before.classifiers[0].weight, after.classifiers[0].weight

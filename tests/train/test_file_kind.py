@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.train.importers.reading import read_checkpoint
+from mgn_deploy.train.tensor_file import read_checkpoint
 
 WEIGHTS = {"conv.weight": torch.arange(9.0).reshape(3, 3), "conv.bias": torch.arange(3.0)}
 SAVE = "save `model.state_dict()` with torch.save where it was made"

@@ -20,9 +20,8 @@ from mgn_deploy.datasets.market1501 import open_market1501
 from mgn_deploy.errors import UserError
 from mgn_deploy.images.check import ImageFacts
 from mgn_deploy.train.log import RunLog
-from mgn_deploy.train.run import BEST, WEIGHTS
+from mgn_deploy.train.run import BEST, WEIGHTS, Step
 from mgn_deploy.train.started import image_differences
-from mgn_deploy.train.trainer import Step
 from mgn_deploy.train.weights import load_weights
 
 

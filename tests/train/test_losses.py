@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mgn_deploy.train.losses import MARGIN, batch_hard_triplet, mgn_loss
+from mgn_deploy.train.losses import PAPER, batch_hard_triplet, mgn_loss
 from mgn_deploy.train.model import MGNOutput
 from mgn_deploy.train.recipe import Loss
 
@@ -36,7 +36,7 @@ def plain_triplet(features: np.ndarray, identities: list[int], margin: float) ->
 @given(
     st.lists(st.integers(0, 3), min_size=2, max_size=10),  # also one image of an identity
     st.integers(1, 4),
-    st.sampled_from([0.0, 0.3, MARGIN]),
+    st.sampled_from([0.0, 0.3, PAPER.margin]),
     st.sampled_from([1, 10_000]),
     st.randoms(use_true_random=False),
 )
@@ -56,7 +56,7 @@ def test_the_triplet_loss_by_hand():
 
 
 def test_the_margin_is_the_papers():
-    assert MARGIN == 1.2
+    assert PAPER.margin == 1.2
 
 
 def test_a_batch_of_one_identity_has_no_triplet():
@@ -68,7 +68,7 @@ def test_identical_features_cost_the_margin_and_have_a_finite_gradient():
     features = torch.ones(4, 3, requires_grad=True)
     loss = batch_hard_triplet(features, torch.tensor([0, 0, 1, 1]))
     loss.backward()
-    assert loss.item() == pytest.approx(MARGIN, abs=1e-5)
+    assert loss.item() == pytest.approx(PAPER.margin, abs=1e-5)
     assert torch.isfinite(features.grad).all()
 
 
@@ -106,7 +106,10 @@ def test_the_loss_is_the_mean_of_8_softmax_losses_and_the_mean_of_3_triplet_loss
         ]
     )
     triplet = np.mean(
-        [plain_triplet(feature.detach().double().numpy(), identities.tolist(), MARGIN) for feature in output.globals]
+        [
+            plain_triplet(feature.detach().double().numpy(), identities.tolist(), PAPER.margin)
+            for feature in output.globals
+        ]
     )
     loss, parts = mgn_loss(output, identities)
     assert parts["softmax"] == pytest.approx(softmax, abs=1e-5)

@@ -109,7 +109,7 @@ def test_each_reduction_is_a_1x1_convolution_without_bias_a_norm_and_relu(paper)
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
 def test_the_branches_maps_are_torchvisions_last_maps(backbone):
-    resnet = build_resnet(backbone, 8).eval()
+    resnet = build_resnet(ModelConfig(backbone=backbone, base_width=8)).eval()
     randomise_norms(resnet)
     mgn = MGN(small_config(backbone=backbone), copy.deepcopy(resnet)).eval()
     images = torch.randn(2, 3, 96, 32, generator=torch.Generator().manual_seed(1))
@@ -358,7 +358,7 @@ def test_ibn_norms_half_the_channels_by_the_image_and_half_by_the_batches():
 @pytest.mark.parametrize("size", [(8, 6), (9, 7), (8, 7)])
 def test_the_ceil_stem_pools_windows_that_start_at_even_rows_and_columns(size):
     maps = torch.randn(1, 2, *size, generator=torch.Generator().manual_seed(2))
-    found = build_resnet("resnet18", 8, stem_pool="ceil").maxpool(maps)
+    found = build_resnet(ModelConfig(backbone="resnet18", base_width=8, stem_pool="ceil")).maxpool(maps)
     rows, columns = size[0] // 2, size[1] // 2
     assert tuple(found.shape[2:]) == (rows, columns)
     for row in range(rows):

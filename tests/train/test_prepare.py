@@ -146,8 +146,8 @@ def test_without_cameras_every_other_image_of_a_person_is_an_answer(people):
         subset: [dataclasses.replace(image, camera=NO_CAMERA) for image in people.images(subset)]
         for subset in ("query", "gallery")
     }
-    assert prepare(dataclasses.replace(people, **uncertain, has_cameras=False), BATCH).data.query
-    assert not prepare(dataclasses.replace(people, **uncertain), BATCH).data.query
+    for has_cameras in (False, True):
+        assert prepare(dataclasses.replace(people, **uncertain, has_cameras=has_cameras), BATCH).data.query
 
 
 def test_an_evaluation_that_fails_is_a_warning(people, tmp_path, said, monkeypatch):

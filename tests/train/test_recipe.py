@@ -9,7 +9,6 @@ import torch
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.train.recipe import ModelTable, Recipe, Schedule, load_recipe
-from mgn_deploy.train.schedule import rate_factor
 from mgn_deploy.train.weights import new_model
 
 
@@ -29,7 +28,7 @@ def test_the_papers_recipe_is_section_4_1():
 def test_the_papers_learning_rates(epoch, rate):
     recipe = load_recipe("paper")
     assert recipe.schedule.epochs == 80
-    assert recipe.optim.lr * rate_factor(recipe.schedule, epoch / 80) == pytest.approx(rate)
+    assert recipe.optim.lr * recipe.schedule.rate_factor(epoch / 80) == pytest.approx(rate)
 
 
 def test_strong_has_today_s_additions():
@@ -43,7 +42,7 @@ def test_strong_has_today_s_additions():
 
 def test_warm_up_rises_and_the_cosine_falls_to_zero():
     schedule = load_recipe("strong").schedule
-    factors = [rate_factor(schedule, step / 1000) for step in range(1001)]
+    factors = [schedule.rate_factor(step / 1000) for step in range(1001)]
     top = factors.index(max(factors))
     assert top == round(1000 * schedule.warm_up)
     assert max(factors) == pytest.approx(1)
@@ -188,4 +187,4 @@ def test_unknown_recipes_are_named_with_the_known(tmp_path):
 @pytest.mark.parametrize("kind", ["steps", "cosine"])
 def test_warm_up_is_a_line_from_a_hundredth(kind):
     schedule = Schedule(kind=kind, warm_up=0.2)
-    assert [rate_factor(schedule, done) for done in (0, 0.05, 0.1, 0.15)] == pytest.approx([0.01, 0.25, 0.5, 0.75])
+    assert [schedule.rate_factor(done) for done in (0, 0.05, 0.1, 0.15)] == pytest.approx([0.01, 0.25, 0.5, 0.75])

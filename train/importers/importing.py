@@ -7,9 +7,10 @@ What no tensor tells is assumed to be as in the public code, and reported.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,11 +19,11 @@ from mgn_deploy.choices import GlobalStride, Pooling, SourceName, StemPool
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError, first_names
 from mgn_deploy.files import sha256_file
-from mgn_deploy.train.importers.detect import detect
-from mgn_deploy.train.importers.reading import read_checkpoint
+from mgn_deploy.train.importers import fastreid, levyfan, seathiefwang
 from mgn_deploy.train.importers.settings import Assumption, settings
 from mgn_deploy.train.importers.source import Source
 from mgn_deploy.train.model import GEM_POWER, MGN
+from mgn_deploy.train.tensor_file import read_checkpoint
 from mgn_deploy.train.weights import empty_model, save_weights
 
 
@@ -55,10 +56,6 @@ class Report:
     dropped: list[Dropped]
     filled: list[str]
     evaluation: str
-
-    def json(self) -> dict[str, Any]:
-        """Return what `import.json` holds."""
-        return asdict(self)
 
 
 def import_checkpoint(
@@ -97,9 +94,12 @@ def import_checkpoint(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     model.load_state_dict(tensors, assign=True)
-    dropped = _dropped(found, checkpoint.tensors)
+    dropped: dict[str, list[str]] = {}
+    for name in checkpoint.tensors:
+        if name in found.dropped:
+            dropped.setdefault(found.dropped[name], []).append(name)
     if checkpoint.beside:
-        dropped.append(Dropped("beside the model in the file", list(checkpoint.beside)))
+        dropped["beside the model in the file"] = list(checkpoint.beside)
     report = Report(
         source=found.name,
         title=found.title,
@@ -108,32 +108,57 @@ def import_checkpoint(
         read=read,
         assumed=assumed,
         given=given,
-        dropped=dropped,
+        dropped=[Dropped(reason, names) for reason, names in dropped.items()],
         filled=filled,
         evaluation=found.evaluation,
     )
-    save_weights(model, out, report.json())
+    save_weights(model, out, asdict(report))
     return report
+
+
+def detect(tensors: dict[str, Tensor], wanted: SourceName = "auto") -> Source:
+    """Tell the source of these tensors.
+
+    Raises:
+        UserError: no MGN, one of code that is not known here, one that our model cannot be, or another one than
+            `wanted`.
+    """
+    if wanted not in get_args(SourceName):
+        raise UserError(f"--from {wanted}: choose one of {', '.join(get_args(SourceName))}")
+    for module in (seathiefwang, fastreid, levyfan):
+        source = module.recognise(tensors)
+        if source is None:
+            continue
+        if wanted not in ("auto", source.name):
+            raise UserError(f"this looks like {source.title}, not like {wanted}: use --from {source.name}")
+        return source
+    raise UserError(_explanation(tensors))
+
+
+def _explanation(tensors: dict[str, Tensor]) -> str:
+    """Say why these tensors, which are no known MGN, cannot be imported."""
+    if "trunk.0.weight" in tensors:
+        return "this is mgn-deploy's own model already: `mgn-deploy export` takes the weights folder that it is from"
+    if "backbone.conv1.weight" in tensors and any(key.startswith("heads.") for key in tensors):
+        return "a fast-reid baseline (BoT, AGW or SBS), not an MGN"
+    if any(re.match(r"(module\.)?classifier\d*\.add_block\.", key) for key in tensors):
+        return (
+            "a baseline or PCB of layumi/Person_reID_baseline_pytorch, which has no MGN: nothing here can be made of it"
+        )
+    if "conv1.weight" in tensors and "layer4.0.conv1.weight" in tensors:
+        return "a bare ResNet, not an MGN: give it to `mgn-deploy init --init FILE`"
+    return f"no MGN that is known here; its first tensors are {', '.join(list(tensors)[:5])}"
 
 
 def _translate(source: Source, tensors: dict[str, Tensor], model: MGN) -> tuple[dict[str, Tensor], list[str]]:
     """Make our tensors from theirs, and list the counters that are not in the file."""
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".powers")}
-    ours: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in tensors.items():
-        if name in source.dropped or name in source.pixels or name in source.powers:
-            continue
-        names = source.ours(name)
-        if not names or not expected.keys() >= set(names):
-            unknown.append(name)
-            continue
-        for own in names:
-            ours[own] = tensor.to(expected[own].dtype, copy=True)
-    lacking = dict.fromkeys(source.theirs(own) for own in expected if own not in ours)  # once each, in their order
+    theirs = {own: source.theirs(own) for own in expected}
+    known = {*theirs.values(), *source.dropped, *source.pixels, *source.powers}
+    unknown = [name for name in tensors if name not in known]
+    lacking = [name for name in dict.fromkeys(theirs.values()) if name not in tensors]
     filled = [name for name in lacking if name.endswith(".num_batches_tracked")]
     missing = [name for name in lacking if name not in filled]
-    ours |= {own: torch.tensor(0) for own in expected if own.endswith(".num_batches_tracked") and own not in ours}
     for group in (source.powers, source.pixels):
         missing += [name for name in group if name not in tensors and any(other in tensors for other in group)]
     problems = []
@@ -143,12 +168,15 @@ def _translate(source: Source, tensors: dict[str, Tensor], model: MGN) -> tuple[
         problems.append(f"lacks {first_names(missing)}")
     if problems:
         raise UserError(" and ".join(problems))
-    for own, tensor in expected.items():
-        if tensor.shape != ours[own].shape:
+    ours: dict[str, Tensor] = {}
+    for own, needed in expected.items():
+        tensor = tensors.get(theirs[own], torch.tensor(0))
+        if tensor.shape != needed.shape:
             raise UserError(
-                f"{source.theirs(own)} has shape {list(ours[own].shape)} where a {model.config.backbone} of this width "
-                f"needs {list(tensor.shape)}"
+                f"{theirs[own]} has shape {list(tensor.shape)} where a {model.config.backbone} of this width needs "
+                f"{list(needed.shape)}"
             )
+        ours[own] = tensor.to(needed.dtype, copy=True)
     if model.config.pooling == "gem":
         powers = _powers(source, tensors, model.config).split(list(model.config.features_per_branch))
         ours |= {f"branches.{branch}.powers": power for branch, power in enumerate(powers)}
@@ -178,11 +206,3 @@ def _require_sound_values(tensors: dict[str, Tensor]) -> None:
             raise UserError(f"{name} has values that are not finite")
         if name.endswith("running_var") and (tensor < 0).any():
             raise UserError(f"{name} has negative variances")
-
-
-def _dropped(source: Source, tensors: dict[str, Tensor]) -> list[Dropped]:
-    by_reason: dict[str, list[str]] = {}
-    for name in tensors:
-        if name in source.dropped:
-            by_reason.setdefault(source.dropped[name], []).append(name)
-    return [Dropped(reason, names) for reason, names in by_reason.items()]

@@ -20,6 +20,7 @@ BACKBONES = {
     (3, 4, 23, 3, True): "resnet101",
     (3, 8, 36, 3, True): "resnet152",
 }
+OPTIONS = {"pooling": "--pool", "global_stride": "--global-stride", "stem_pool": "--stem-pool"}
 SIZE = (384, 128)
 ROWS = 96  # 16 rows of pixels are one of the map; 2 and 3 stripes must be whole rows of it
 
@@ -46,36 +47,31 @@ def settings(
     Raises:
         UserError: a part that decides this is missing or is none of ours, or how it pools is told by nothing.
     """
-    read: dict[str, Any] = {
+    network = {
         "backbone": _backbone(source, tensors),
         "base_width": _filters(tensors, f"{source.backbone}.0.weight"),
         "reduced_width": _filters(tensors, source.theirs("branches.0.reductions.0.0.weight")),
         "ibn": "a" if f"{source.backbone}.4.0.bn1.IN.weight" in tensors else "none",
         "neck": source.neck,
     }
+    read: dict[str, Any] = dict(network)
     height, width = given.get("size", SIZE)
     if height % ROWS:
         raise UserError(
             f"--size {height}x{width}: the height must be a multiple of {ROWS}, or this code's stripes are not ours"
         )
     assumed = [] if "size" in given else [Assumption("input size", f"{height}x{width}", "--size")]
-    choices: dict[str, Any] = {
-        "pooling": source.pooling,
-        "global_stride": source.global_stride,
-        "stem_pool": source.stem_pool,
-    }
     powers = [tensors[name] for name in source.powers if name in tensors]
     if powers:
         if given.get("pooling", "gem") != "gem":
             raise UserError(f"--pool {given['pooling']}: it holds the powers of a generalised mean, which is gem")
         read |= {"pooling": "gem", "powers": [round(float(power.mean()), 4) for power in powers]}
         given = {**given, "pooling": "gem"}
-    for name, option in (("pooling", "--pool"), ("global_stride", "--global-stride"), ("stem_pool", "--stem-pool")):
-        if name in given:
-            choices[name] = given[name]
-        elif choices[name] is None:
-            raise UserError(f"{source.title}, and how it pools cannot be told from it: give --pool max, avg or gem")
-        else:
+    choices = {name: given.get(name, getattr(source, name)) for name in OPTIONS}
+    if choices["pooling"] is None:
+        raise UserError(f"{source.title}, and how it pools cannot be told from it: give --pool max, avg or gem")
+    for name, option in OPTIONS.items():
+        if name not in given:
             assumed.append(Assumption(name.replace("_", " "), choices[name], option))
     if choices["pooling"] == "gem" and not powers:
         assumed.append(Assumption("power of the generalised mean", GEM_POWER, "--pool"))
@@ -87,14 +83,17 @@ def settings(
             raise UserError(f"{source.pixels[1]} is not positive")
     elif source.pixels:
         assumed.append(Assumption("mean and deviation of pixels", "ImageNet's", "mean and std in config.json"))
-    of_tensors = {name: read[name] for name in ("backbone", "base_width", "reduced_width", "ibn", "neck")}
-    config = ModelConfig.checked(**of_tensors, height=height, width=width, mean=mean, std=std, **choices)
+    config = ModelConfig.checked(**network, height=height, width=width, mean=mean, std=std, **choices)
     return config, read, assumed
 
 
 def _backbone(source: Source, tensors: dict[str, Tensor]) -> str:
-    blocks = source.blocks(tensors)
-    three = f"{source.backbone}.4.0.conv3.weight" in tensors
+    def count(prefix: str) -> int:
+        return len({key[len(prefix) :].split(".")[0] for key in tensors if key.startswith(prefix)})
+
+    trunk, branch = source.backbone, f"{source.branch}1"
+    blocks = (count(f"{trunk}.4."), count(f"{trunk}.5."), 1 + count(f"{branch}.0."), count(f"{branch}.1."))
+    three = f"{trunk}.4.0.conv3.weight" in tensors
     kind = (*blocks, three)
     if kind not in BACKBONES:
         raise UserError(
@@ -105,7 +104,6 @@ def _backbone(source: Source, tensors: dict[str, Tensor]) -> str:
 
 
 def _filters(tensors: dict[str, Tensor], name: str) -> int:
-    """Count the output channels of a convolution."""
     if name not in tensors:
         raise UserError(f"lacks {name}")
     if tensors[name].ndim != 4:

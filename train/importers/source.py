@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from mgn_deploy.choices import GlobalStride, Neck, Pooling, StemPool
 
 # Our reductions in the order of the embedding (Table 1): f_g^G, f_g^P2, f_p0..1^P2, f_g^P3, f_p0..2^P3.
@@ -50,10 +48,6 @@ class Source:
     powers: tuple[str, ...] = ()
     pixels: tuple[str, ...] = ()
 
-    def ours(self, theirs: str) -> list[str]:
-        """List our names of one of their tensors: none where the table does not have it."""
-        return [ours + theirs[len(prefix) :] for prefix, ours in self.table if theirs.startswith(prefix)]
-
     def theirs(self, ours: str) -> str:
         """Translate the name of one of our tensors.
 
@@ -64,20 +58,6 @@ class Source:
             if ours.startswith(own):
                 return prefix + ours[len(own) :]
         raise KeyError(ours)
-
-    def blocks(self, tensors: dict[str, Tensor]) -> tuple[int, int, int, int]:
-        """Count the residual blocks of layer1 to layer4."""
-
-        def count(prefix: str) -> int:
-            return len({key[len(prefix) :].split(".")[0] for key in tensors if key.startswith(prefix)})
-
-        first = f"{self.branch}1"
-        return (
-            count(f"{self.backbone}.4."),
-            count(f"{self.backbone}.5."),
-            1 + count(f"{first}.0."),
-            count(f"{first}.1."),
-        )
 
 
 def network_table(backbone: str, branch: str) -> tuple[tuple[str, str], ...]:

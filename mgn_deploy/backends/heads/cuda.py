@@ -6,13 +6,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mgn_deploy.backends.heads.fused import FusedHeads
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import CannotRun, UserError
+
+if TYPE_CHECKING:
+    from mgn_deploy.backends.heads.cut import FusedHeads
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -127,15 +129,22 @@ def heads_of_graph(graph: bytes, config: ModelConfig) -> FusedHeads:
     """
     import onnx
 
-    from mgn_deploy.backends.heads.cut import check_heads, cut_heads
+    from mgn_deploy.backends.heads.cut import cut_heads
+
+    _, heads = cut_heads(onnx.load_from_string(graph), config)
+    check_kernel(config, heads.flip, 1)
+    return heads
+
+
+def check_kernel(config: ModelConfig, flip: bool, max_batch: int) -> None:
+    """Raise CannotRun where the kernel cannot be compiled here, UserError where it does not take such heads."""
+    from mgn_deploy.backends.heads.cut import check_heads
     from mgn_deploy.kernels.nvrtc import nvrtc_problem
 
     problem = nvrtc_problem()
     if problem:
         raise CannotRun(f"fused heads: {problem}")
-    _, heads = cut_heads(onnx.load_from_string(graph), config)
-    check_heads(config, heads.flip, 1)
-    return heads
+    check_heads(config, flip, max_batch)
 
 
 def map_type(dtypes: Sequence[str], layouts: Sequence[str], shapes: Sequence[Sequence[int]]) -> MapType:

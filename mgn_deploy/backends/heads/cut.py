@@ -1,24 +1,42 @@
 """The graph cut at the feature maps: a trunk graph that ends with them, and the heads' numbers for the kernel.
 
 A bundle's graph names its branches' feature maps in `metadata_props`, and says there whether it averages the mirror.
+Its heads' numbers are initializers `heads.NAME`: see `export/graph/heads.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx.shape_inference
 from onnx import helper, numpy_helper
+from onnx.utils import Extractor
 
-from mgn_deploy.backends.heads.fused import FusedHeads
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError
 
 FEATURE_MAPS = "mgn_deploy.feature_maps"
 MIRROR_AVERAGE = "mgn_deploy.mirror_average"  # "true" or "false"
-HEAD_TENSORS = ("weight", "bias", "scale", "shift", "power")  # initializers heads.NAME; see export/graph/heads.py
+
+
+@dataclass(frozen=True)
+class FusedHeads:
+    """The heads' numbers, all float32; weights are rounded to the type of the maps that they go with.
+
+    `weight` is `[F, R, C]`, `bias` `[F, R]`, and so are `scale` and `shift` (neck "relu_norm", else None); `power` is
+    `[F]` (pooling "gem", else None). With `flip` the mirrors follow the images in a batch of maps.
+    """
+
+    config: ModelConfig
+    flip: bool
+    weight: np.ndarray
+    bias: np.ndarray
+    scale: np.ndarray | None
+    shift: np.ndarray | None
+    power: np.ndarray | None
 
 
 def map_names(graph: onnx.ModelProto) -> list[str]:
@@ -42,23 +60,18 @@ def cut_heads(graph: onnx.ModelProto, config: ModelConfig) -> tuple[onnx.ModelPr
         heads read; and the heads, with weights rounded to that type.
     """
     trunk = cut_trunk(graph)
-    found = {tensor.name: tensor for tensor in graph.graph.initializer}
-    tensors: dict[str, np.ndarray | None] = {}
-    for name in HEAD_TENSORS:
-        tensor = found.get(f"heads.{name}")
-        tensors[name] = None if tensor is None else numpy_helper.to_array(tensor)
+    own = {
+        tensor.name.removeprefix("heads."): numpy_helper.to_array(tensor)
+        for tensor in graph.graph.initializer
+        if tensor.name.startswith("heads.")
+    }
+    if "weight" not in own or "bias" not in own:
+        raise UserError("the graph has no heads.weight or heads.bias: export it with mgn-deploy")
     kind = helper.tensor_dtype_to_np_dtype(trunk.graph.output[0].type.tensor_type.elem_type)
-    weight = np.ascontiguousarray(_present(tensors["weight"]).transpose(0, 2, 1))
-    heads = FusedHeads(
-        config,
-        _metadata(graph, MIRROR_AVERAGE) == "true",
-        weight.astype(kind).astype(np.float32),
-        _vectors(_present(tensors["bias"])),
-        None if tensors["scale"] is None else _vectors(tensors["scale"]),
-        None if tensors["shift"] is None else _vectors(tensors["shift"]),
-        tensors["power"],
-    )
-    return trunk, heads
+    weight = np.ascontiguousarray(own["weight"].transpose(0, 2, 1)).astype(kind).astype(np.float32)
+    scale, shift = (own[name].squeeze(1) if name in own else None for name in ("scale", "shift"))
+    flip = _metadata(graph, MIRROR_AVERAGE) == "true"
+    return trunk, FusedHeads(config, flip, weight, own["bias"].squeeze(1), scale, shift, own.get("power"))
 
 
 def check_heads(config: ModelConfig, flip: bool, max_batch: int) -> None:
@@ -81,28 +94,8 @@ def check_heads(config: ModelConfig, flip: bool, max_batch: int) -> None:
 
 def cut_trunk(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Keep what the maps depend on, and make them the outputs: uint8 images -> maps `[n or 2n, C, H_b, W_b]`."""
-    names = map_names(graph)
-    producers = {output: node for node in graph.graph.node for output in node.output}
-    wanted, waiting = set(), list(names)
-    while waiting:
-        node = producers.get(waiting.pop())
-        if node is not None and node.name not in wanted:
-            wanted.add(node.name)
-            waiting.extend(node.input)
-    trunk = onnx.ModelProto()
-    trunk.CopyFrom(graph)
-    kept = [node for node in graph.graph.node if node.name in wanted]
-    read = {name for node in kept for name in node.input}
-    for field, items in (
-        ("node", kept),
-        ("initializer", [tensor for tensor in graph.graph.initializer if tensor.name in read]),
-        ("output", []),
-    ):
-        target: Any = getattr(trunk.graph, field)
-        del target[:]
-        target.extend(items)
-    known = {value.name: value for value in onnx.shape_inference.infer_shapes(trunk).graph.value_info}
-    trunk.graph.output.extend(known[name] for name in names)
+    extractor = Extractor(onnx.shape_inference.infer_shapes(graph))
+    trunk = extractor.extract_model([images.name for images in graph.graph.input], map_names(graph))
     onnx.checker.check_model(trunk, full_check=True)
     return trunk
 
@@ -128,10 +121,9 @@ def channels_last(trunk: onnx.ModelProto) -> onnx.ModelProto:
 
 def is_half(graph: onnx.ModelProto) -> bool:
     """Whether its convolutions are of float16, by the type of the most numbers that it holds."""
-    numbers = dict.fromkeys((onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16), 0)
+    numbers = Counter[int]()
     for tensor in graph.graph.initializer:
-        if tensor.data_type in numbers:
-            numbers[tensor.data_type] += int(np.prod(tensor.dims))
+        numbers[tensor.data_type] += int(np.prod(tensor.dims))
     return numbers[onnx.TensorProto.FLOAT16] > numbers[onnx.TensorProto.FLOAT]
 
 
@@ -140,14 +132,3 @@ def _metadata(graph: onnx.ModelProto, key: str) -> str:
         if entry.key == key:
             return entry.value
     raise UserError(f"the graph has no {key} among its metadata: export it with mgn-deploy")
-
-
-def _present(tensor: np.ndarray | None) -> np.ndarray:
-    if tensor is None:
-        raise UserError("the graph has no heads.weight or heads.bias: export it with mgn-deploy")
-    return tensor
-
-
-def _vectors(tensor: np.ndarray) -> np.ndarray:
-    """`[F, 1, R]` -> `[F, R]`."""
-    return tensor.reshape(len(tensor), -1)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mgn_deploy.backends.base import Backend, BatchLimits
 from mgn_deploy.backends.heads.cuda import CudaHeads, heads_of_graph, map_type
-from mgn_deploy.backends.heads.fused import FusedHeads
 from mgn_deploy.backends.onnxruntime.session import (
     CUDA,
     CUDA_CHANNELS_LAST,
@@ -21,9 +19,12 @@ from mgn_deploy.backends.onnxruntime.session import (
     open_session,
 )
 from mgn_deploy.config import ModelConfig
-from mgn_deploy.cuda.buffers import part, split_batch
+from mgn_deploy.cuda.buffers import array_of, part, split_batch
 from mgn_deploy.cuda.device import this_gpu
 from mgn_deploy.errors import CannotRun
+
+if TYPE_CHECKING:
+    from mgn_deploy.backends.heads.cut import FusedHeads
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -96,6 +97,7 @@ class _FusedSession:
         self._heads = CudaHeads(heads, self._maps, MAX_BATCH, device, self._stream)
         self._embeddings = device.allocate(MAX_BATCH * self._dim * 4, stream=self._stream)
         self._pinned = LegacyPinnedMemoryResource().allocate(MAX_BATCH * self._dim * 4)
+        self._rows = array_of(self._pinned, np.float32, (MAX_BATCH, self._dim))
         self._stream.sync()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -120,9 +122,7 @@ class _FusedSession:
             bytes_out = len(images) * self._dim * 4
             part(self._embeddings, bytes_out).copy_to(part(self._pinned, bytes_out), stream=self._stream)
             self._stream.sync()
-        rows = np.empty((len(images), self._dim), np.float32)
-        ctypes.memmove(rows.ctypes.data, int(self._pinned.handle), rows.nbytes)
-        return rows
+        return self._rows[: len(images)].copy()
 
 
 def open_cuda(graph: bytes, graph_channels_last: bytes | None, **options: str) -> tuple[Any, str]:

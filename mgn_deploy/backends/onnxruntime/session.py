@@ -224,8 +224,7 @@ class BoundSession:
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)
             binding.synchronize_outputs()
-            embeddings: np.ndarray = binding.copy_outputs_to_cpu()[0]
-            return embeddings
+            return binding.copy_outputs_to_cpu()[0]
 
     def _bound(self, images: np.ndarray) -> tuple[Any, Any]:
         """The binding for batches of this shape, and its input buffer."""

@@ -1,12 +1,14 @@
 """ONNX graph -> TensorRT plan, by TensorRT 10 or 11, or by TensorRT-RTX, which needs no GPU to build for one.
 
 The network is strongly typed: precision is the graph's to say, so TF32 is off, too. Plans are kept in a cache
-(`cache.py`).
+(`mgn_deploy/cached.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +19,18 @@ import onnx
 import mgn_deploy
 from mgn_deploy.backends.heads.cut import cut_trunk
 from mgn_deploy.backends.registry import ENGINES
-from mgn_deploy.backends.tensorrt.cache import cache_key, load, load_plan, save, save_plan
-from mgn_deploy.backends.tensorrt.graph import PreparedGraph, prepare
-from mgn_deploy.backends.tensorrt.network import build_network, parsed_network, quiet
+from mgn_deploy.backends.tensorrt.network import PreparedGraph, build_network, parsed_network, prepare
 from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, title
-from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, EngineEntry, TensorRtName
+from mgn_deploy.bundle.manifest import DEFAULT_BATCH, EngineEntry, TensorRtName
+from mgn_deploy.cached import load, load_entry, save, save_entry
 from mgn_deploy.choices import MAX_BATCH
 from mgn_deploy.cuda.device import Gpu, gpu_problem, this_gpu
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.progress import Progress
+
+CACHE = "plans"  # its folder
+# TensorRT has one logger a process, and a build's messages must be its own.
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -62,25 +67,25 @@ class Plan:
 
     def entry(self, file: str) -> EngineEntry:
         """The manifest's entry for this plan under that file name."""
-        own = self.gpu.compute_capability if self.gpu else None
-        return EngineEntry(
-            file=file,
-            engine=self.settings.engine,
-            fused_heads=self.settings.fused_heads,
-            version=self.version,
-            compute_capability=self.settings.compute_capability or own,
-            gpu=self.gpu.name if self.gpu else None,
-            batch=self.settings.batch,
-            version_compatible=self.settings.version_compatible,
-            hardware_compatible=self.settings.hardware_compatible,
-        )
+        facts = vars(self.settings) | {
+            "file": file,
+            "version": self.version,
+            "gpu": self.gpu.name if self.gpu else None,
+            "compute_capability": self._compute_capability,
+        }
+        del facts["workspace"]
+        return EngineEntry(**facts)
 
     @property
     def file_name(self) -> str:
         """As in `tensorrt-rtx-sm86.plan`."""
-        capability = self.settings.compute_capability or (self.gpu.compute_capability if self.gpu else None)
+        capability = self._compute_capability
         target = f"sm{capability.replace('.', '')}" if capability else "ampere-plus"
         return f"{self.settings.engine}-{target}{'-fused-heads' if self.settings.fused_heads else ''}.plan"
+
+    @property
+    def _compute_capability(self) -> str | None:
+        return self.settings.compute_capability or (self.gpu.compute_capability if self.gpu else None)
 
 
 def build_plans(
@@ -173,8 +178,8 @@ def _plan(
         "gpu": vars(gpu) if gpu else None,
         "mgn-deploy": mgn_deploy.__version__,
     }
-    key = cache_key(prepared.content, facts)
-    found = load_plan(key) if use_cache else None
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + prepared.content).hexdigest()
+    found = load_entry(CACHE, key, "plan") if use_cache else None
     if found:
         content, record = found
         return Plan(content, settings, version, gpu, record["layers"], record["seconds"], True)
@@ -182,7 +187,7 @@ def _plan(
     content, layers = _build(prepared, settings, gpu, use_cache, progress)
     seconds = time.perf_counter() - started
     if use_cache:
-        save_plan(key, content, {"layers": layers, "seconds": seconds})
+        save_entry(CACHE, key, "plan", content, {"layers": layers, "seconds": seconds})
     return Plan(content, settings, version, gpu, layers, seconds, False)
 
 
@@ -190,14 +195,15 @@ def _build(
     prepared: PreparedGraph, settings: BuildSettings, gpu: Gpu | None, use_cache: bool, progress: Progress | None
 ) -> tuple[bytes, str]:
     trt = import_tensorrt(settings.engine)
-    with quiet(settings.engine):
+    with _one_at_a_time:
+        logger(settings.engine).messages.clear()
         network = parsed_network(settings.engine, prepared)
         config = _config(trt, network.builder, prepared, settings)
         timings = _timing_cache(config, settings, gpu) if use_cache and gpu else None
         content = build_network(settings.engine, network, config, progress)
         if timings:
             cache, name = timings
-            save(name, bytes(memoryview(cache.serialize())))
+            save(CACHE, name, bytes(memoryview(cache.serialize())))
         text = logger(settings.engine).messages.layers
     if text:
         return content, text
@@ -238,6 +244,6 @@ def _timing_cache(config: Any, settings: BuildSettings, gpu: Gpu) -> tuple[Any, 
     """How long TensorRT's kernels took on this GPU in earlier builds. TensorRT-RTX times none."""
     version = import_tensorrt(settings.engine).__version__
     name = hashlib.sha256(f"{settings.engine} {version} {gpu}".encode()).hexdigest() + ".timings"
-    timings = config.create_timing_cache(load(name)) or config.create_timing_cache(b"")
+    timings = config.create_timing_cache(load(CACHE, name)) or config.create_timing_cache(b"")
     config.set_timing_cache(timings, ignore_mismatch=False)
     return timings, name

@@ -1,24 +1,66 @@
-"""TensorRT's parser and builder, with errors as sentences, and a build that can be watched and stopped."""
+"""TensorRT's parser, and the graph as it takes it; its builder, with errors as sentences, and a build that can be
+watched and stopped."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from mgn_deploy.backends.tensorrt.graph import PreparedGraph
+import onnx
+from onnx import TensorProto, helper
+
 from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, one_line, title
-from mgn_deploy.bundle.engine_entry import TensorRtName
+from mgn_deploy.bundle.manifest import TensorRtName
 from mgn_deploy.errors import UserError
 from mgn_deploy.progress import Progress
 
-_one_at_a_time = threading.Lock()
 # Parts of builds that were stopped. TensorRT-RTX 1.7.1 once crashed after one: what its threads may still use is not
 # freed.
 _stopped_builds: list[Any] = []
+
+
+@dataclass(frozen=True)
+class PreparedGraph:
+    """The bytes for the parser, and the image input's name, height and width."""
+
+    content: bytes
+    input_name: str
+    height: int
+    width: int
+
+
+def prepare(graph: onnx.ModelProto) -> PreparedGraph:
+    """Cast the pixels of a copy before anything else reads them.
+
+    TensorRT takes uint8 only as the input of a cast; every other operator refuses it. The values are the same.
+
+    Raises:
+        UserError: the graph has no uint8 input `[n, height, width, 3]`.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    images = _image_input(copy.graph)
+    height, width = (dim.dim_value for dim in images.type.tensor_type.shape.dim[1:3])
+    pixels = f"{images.name}/float"
+    for node in copy.graph.node:
+        node.input[:] = [pixels if name == images.name else name for name in node.input]
+    cast = helper.make_node("Cast", [images.name], [pixels], name=pixels, to=TensorProto.FLOAT)
+    copy.graph.node.insert(0, cast)
+    return PreparedGraph(copy.SerializeToString(), images.name, height, width)
+
+
+def _image_input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
+    for value in graph.input:
+        tensor = value.type.tensor_type
+        sides = [dim.dim_value for dim in tensor.shape.dim]
+        if tensor.elem_type == TensorProto.UINT8 and len(sides) == 4 and sides[1] and sides[2] and sides[3] == 3:
+            return value
+    raise UserError(
+        f"the graph's inputs are {', '.join(value.name for value in graph.input) or 'none'}, and not uint8 images "
+        "[n, height, width, 3]: export it with mgn-deploy"
+    )
 
 
 @dataclass(frozen=True)
@@ -28,14 +70,6 @@ class Network:
     builder: Any
     definition: Any
     parser: Any
-
-
-@contextmanager
-def quiet(engine: TensorRtName) -> Iterator[None]:
-    """One build at a time: TensorRT has one logger a process, and this build's messages must be its own."""
-    with _one_at_a_time:
-        logger(engine).messages.clear()
-        yield
 
 
 def parsed_network(engine: TensorRtName, prepared: PreparedGraph) -> Network:

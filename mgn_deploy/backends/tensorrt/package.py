@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import threading
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 from mgn_deploy.backends.registry import ENGINES
-from mgn_deploy.bundle.engine_entry import TensorRtName
+from mgn_deploy.bundle.manifest import TensorRtName
 
 # Of a library that looks for a GPU also where it needs none.
 _HARMLESS = ("cudaError 35", "CUDA driver version is insufficient", "Unable to determine GPU memory usage")
@@ -29,30 +29,22 @@ def title(engine: TensorRtName) -> str:
     return f"{ENGINES[engine].title} {import_tensorrt(engine).__version__}"
 
 
+@dataclass
 class Messages:
-    """What TensorRT said since the last `clear`: its errors, and the layer table that a build ends with.
+    """What TensorRT said since the last `clear`: its first error, and the layer table that a build ends with.
 
     TensorRT logs from threads of its own, and keeps the first logger of the process whatever it is given later.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._errors: list[str] = []
-        self.layers: str | None = None
+    error: str | None = None
+    layers: str | None = None
 
     def clear(self) -> None:
-        with self._lock:
-            self._errors, self.layers = [], None
-
-    def error(self, text: str) -> None:
-        if not any(part in text for part in _HARMLESS):
-            with self._lock:
-                self._errors = [*self._errors[-9:], text]
+        self.error = self.layers = None
 
     def first_error(self) -> str:
         """The first error in one line, or that there was none."""
-        with self._lock:
-            return one_line(self._errors[0]) if self._errors else "it gave no reason"
+        return one_line(self.error) if self.error else "it gave no reason"
 
 
 def one_line(text: str) -> str:
@@ -76,7 +68,8 @@ def logger(engine: TensorRtName) -> Any:
 
         def log(self, severity: Any, text: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
-                self.messages.error(text)
+                if not self.messages.error and not any(part in text for part in _HARMLESS):
+                    self.messages.error = text
             elif text.startswith("Layers:\n"):
                 self.messages.layers = text
 

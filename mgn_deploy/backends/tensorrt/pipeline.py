@@ -4,18 +4,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mgn_deploy.backends.heads.cuda import CudaHeads, MapType, map_type
-from mgn_deploy.backends.heads.fused import FusedHeads
 from mgn_deploy.backends.pipeline import SLOTS, Pipeline
 from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, title
-from mgn_deploy.bundle.engine_entry import TensorRtName
+from mgn_deploy.bundle.manifest import TensorRtName
 from mgn_deploy.cuda.buffers import array_of, part
 from mgn_deploy.cuda.errors import cuda_errors, cuda_sentence
 from mgn_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from mgn_deploy.backends.heads.cut import FusedHeads
 
 
 class CudaPipeline(Pipeline["_Slot"]):

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from mgn_deploy.backends.registry import ENGINES
 from mgn_deploy.backends.tensorrt.package import import_tensorrt
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, EngineEntry, TensorRtName
-from mgn_deploy.bundle.manifest import GRAPH
+from mgn_deploy.bundle.manifest import DEFAULT_BATCH, GRAPH, EngineEntry, TensorRtName
 from mgn_deploy.cuda.device import Gpu
 from mgn_deploy.errors import CannotRun
 from mgn_deploy.packages import import_problem
 
-OLDEST_PORTABLE = (8, 0)  # Ampere: what hardware-compatible and portable plans need
+OLDEST_PORTABLE = [8, 0]  # Ampere: what hardware-compatible and portable plans need
 _log = logging.getLogger("mgn_deploy")
 
 
@@ -53,10 +52,12 @@ def misfit(entry: EngineEntry, version: str, gpu: Gpu, fused_heads: bool) -> str
     """Say as half a sentence why a plan cannot run on this GPU with this release of its engine; None where it can."""
     if entry.fused_heads != fused_heads:
         return f"{entry.file} was built {'with' if entry.fused_heads else 'without'} fused heads"
-    if version != entry.version and not (entry.version_compatible and _later(version, entry.version)):
+    # Version-compatible plans promise to run with later releases than their own.
+    promised = entry.version_compatible and _numbers(version) >= _numbers(entry.version)
+    if version != entry.version and not promised:
         return f"{entry.file} was built by {ENGINES[entry.engine].title} {entry.version} and {version} is installed"
     portable = entry.hardware_compatible or entry.compute_capability is None
-    if portable and _capability_pair(gpu.compute_capability) >= OLDEST_PORTABLE:
+    if portable and _numbers(gpu.compute_capability) >= OLDEST_PORTABLE:
         return None
     if portable or gpu.compute_capability != entry.compute_capability:
         needed = "8.0 or later" if portable else entry.compute_capability
@@ -89,12 +90,6 @@ def build_here(graph: bytes, engine: TensorRtName, gpu: Gpu, batch: tuple[int, i
     return build_plans(onnx.load_from_string(graph), settings)[0].content
 
 
-def _capability_pair(compute_capability: str) -> tuple[int, int]:
-    """ "8.6" -> (8, 6)."""
-    major, _, minor = compute_capability.partition(".")
-    return int(major), int(minor)
-
-
-def _later(version: str, built: str) -> bool:
-    """Whether a runtime is of the plan's version or later: what version-compatible plans promise."""
-    return [int(part) for part in version.split(".")[:2]] >= [int(part) for part in built.split(".")[:2]]
+def _numbers(version: str) -> list[int]:
+    """The first two: "8.6" -> [8, 6]."""
+    return [int(part) for part in version.split(".")[:2]]

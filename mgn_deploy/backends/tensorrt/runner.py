@@ -16,8 +16,7 @@ from mgn_deploy.backends.tensorrt.package import import_tensorrt, logger, title
 from mgn_deploy.backends.tensorrt.pipeline import CudaPipeline
 from mgn_deploy.backends.tensorrt.plans import build_here, plan_for
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.engine_entry import DEFAULT_BATCH, TensorRtName
-from mgn_deploy.bundle.manifest import GRAPH
+from mgn_deploy.bundle.manifest import DEFAULT_BATCH, GRAPH, TensorRtName
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.cuda.device import gpu_problem, this_gpu
 from mgn_deploy.cuda.errors import cuda_errors

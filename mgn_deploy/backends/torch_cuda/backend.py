@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from mgn_deploy.backends.base import Backend, BatchLimits
+from mgn_deploy.backends.heads.cuda import check_kernel
+from mgn_deploy.backends.torch import TorchBackend
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import REFERENCE
 from mgn_deploy.choices import Precision
@@ -53,7 +55,7 @@ class TorchCudaBackend(Backend):
         if precision not in DTYPES:
             raise CannotRun(f"{self.name} computes in {', '.join(DTYPES)}, and this bundle is in {precision}")
         if fused_heads:
-            _check_kernel(config, flip)
+            check_kernel(config, flip, self.batch_limits.max)
         self.version = str(torch.__version__)
         self.hardware = this_cpu()
         if device == "cuda":
@@ -73,13 +75,8 @@ class TorchCudaBackend(Backend):
 
     @classmethod
     def missing(cls) -> str | None:
-        problems = (import_problem(package, "train") for package in ("torch", "torchvision", "safetensors"))
-        return (
-            next(filter(None, problems), None)
-            or gpu_problem()
-            or _torch_problem()
-            or import_problem("cuda.core", "gpu")
-        )
+        problem = TorchBackend.missing() or gpu_problem()
+        return problem or _torch_problem() or import_problem("cuda.core", "gpu")
 
     @classmethod
     def open_graph(cls, graph: bytes, config: ModelConfig, *, fused_heads: bool = False) -> TorchCudaBackend:
@@ -109,14 +106,3 @@ def _torch_problem() -> str | None:
     if not torch.cuda.is_available() or not torch.backends.cudnn.is_available():
         return f"the installed torch {torch.__version__} sees no GPU or has no cuDNN (https://pytorch.org/get-started)"
     return None
-
-
-def _check_kernel(config: ModelConfig, flip: bool) -> None:
-    """Raise CannotRun where the kernel cannot be compiled, UserError where it does not take this model's heads."""
-    from mgn_deploy.backends.heads.cut import check_heads
-    from mgn_deploy.kernels.nvrtc import nvrtc_problem
-
-    problem = nvrtc_problem()
-    if problem:
-        raise CannotRun(f"fused heads: {problem}")
-    check_heads(config, flip, TorchCudaBackend.batch_limits.max)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mgn_deploy.kernels.torch_heads import Heads
     from mgn_deploy.train.model import MGN
 
+HEAD_NUMBERS = ("weight", "bias", "powers", "scale", "shift")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the bundle's precision
 
 
@@ -37,11 +38,8 @@ class Convolution(nn.Module):
         assert conv.bias is not None
         self.register_buffer("weight", conv.weight.detach())
         self.register_buffer("bias", conv.bias.detach())
-        self.stride, self.padding, self.dilation = (
-            list(conv.stride),
-            [int(n) for n in conv.padding],
-            list(conv.dilation),
-        )
+        self.stride, self.dilation = list(conv.stride), list(conv.dilation)
+        self.padding = [int(n) for n in conv.padding]
         self.groups, self.relu, self.fused = conv.groups, relu, False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -113,7 +111,7 @@ class InferenceMGN(nn.Module):
     std: Tensor
 
     def __init__(self, model: MGN, flip: bool, dtype: torch.dtype, *, kernel: bool = False) -> None:
-        from mgn_deploy.train.model import fold_batch_norms
+        from mgn_deploy.train.model import fold_batch_norms, head_numbers
 
         super().__init__()
         self.config, self.flip, self.dtype, self.kernel = model.config, flip, dtype, kernel
@@ -126,9 +124,10 @@ class InferenceMGN(nn.Module):
             nn.Sequential(*(Block(one) for one in (*branch.layer3, *branch.layer4))) for branch in folded.branches
         )
         self.to(dtype).to(memory_format=torch.channels_last)
-        for name, numbers in _head_numbers(folded).items():
+        numbers = head_numbers(folded)
+        for name in HEAD_NUMBERS:
             kept = dtype if name == "weight" else torch.float32
-            self.register_buffer(f"head_{name}", None if numbers is None else numbers.to(kept))
+            self.register_buffer(f"head_{name}", numbers[name].to(kept) if name in numbers else None)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(model.config, name)).view(1, 3, 1, 1) * 255)
 
@@ -150,7 +149,7 @@ class InferenceMGN(nn.Module):
         """The heads' problem for these maps."""
         from mgn_deploy.kernels.torch_heads import Heads
 
-        numbers = {name: getattr(self, f"head_{name}") for name in ("weight", "bias", "powers", "scale", "shift")}
+        numbers = {name: getattr(self, f"head_{name}") for name in HEAD_NUMBERS}
         config = self.config
         return Heads(maps, config.branches, pooling=config.pooling, neck=config.neck, **numbers)
 
@@ -164,24 +163,3 @@ class InferenceMGN(nn.Module):
         """The convolutions that one cuDNN call can compute with all that follows them."""
         inner = (module for module in self.modules() if isinstance(module, Convolution))
         return [conv for conv in inner if conv.relu and conv is not self.stem]
-
-
-def _head_numbers(folded: Any) -> dict[str, Tensor | None]:
-    """The heads' numbers of a model with folded norms, in float32: weight `[F, R, C]`, bias, scale and shift `[F, R]`,
-    powers `[F]`; None where the model has none."""
-    reductions = [reduction for branch in folded.branches for reduction in branch.reductions]
-    numbers: dict[str, Tensor | None] = {
-        "weight": torch.stack([reduction[0].weight.detach().flatten(1) for reduction in reductions]),
-        "bias": torch.stack([reduction[0].bias.detach() for reduction in reductions]),
-        "powers": None,
-        "scale": None,
-        "shift": None,
-    }
-    if folded.config.pooling == "gem":
-        numbers["powers"] = torch.cat([branch.powers.detach() for branch in folded.branches])
-    if folded.config.neck == "relu_norm":
-        norms = [reduction[-1] for reduction in reductions]
-        scales = [norm.weight.detach() / (norm.running_var + norm.eps).sqrt() for norm in norms]
-        shifts = [norm.bias.detach() - norm.running_mean * scale for norm, scale in zip(norms, scales, strict=True)]
-        numbers["scale"], numbers["shift"] = torch.stack(scales), torch.stack(shifts)
-    return numbers
