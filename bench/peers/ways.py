@@ -25,7 +25,7 @@ from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun
 from mgn_deploy.machine import cpu_features
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 
 TORCHREID_BATCH, TORCHREID_WORKERS = 32, 4  # its defaults
 DROP = 0.001  # of the mean cosine that NNCF's accuracy control may lose
@@ -71,11 +71,6 @@ class Peer:
 
 def _in_batches(given: Given, embed: Callable[[np.ndarray], np.ndarray]) -> Run:
     return lambda: np.concatenate([embed(batch) for batch in given.batches()])
-
-
-def _require(package: str, extra: str) -> None:
-    if problem := import_problem(package, extra):
-        raise CannotRun(problem)
 
 
 def _ours(given: Given, bundle: Bundle | None = None) -> Run:
@@ -136,7 +131,7 @@ def _torchreid_loop(given: Given) -> Run:
 
 
 def _one_image_a_call(given: Given) -> Run:
-    _require("onnxruntime", "cpu")
+    require("onnxruntime", "cpu", "this way")
     session = _session(given.graph)
     return lambda: np.concatenate([session.run(None, {"images": one[None]})[0] for one in given.crops])
 
@@ -150,7 +145,7 @@ def _session(graph: bytes | str) -> Any:
 
 
 def _benchmark_app(given: Given) -> Run:
-    _require("openvino", "cpu")
+    require("openvino", "cpu", "this way")
     model = given.scratch / "graph.onnx"
     model.write_bytes(given.graph)
     shape = f"images[{given.batch},{given.crops.shape[1]},{given.crops.shape[2]},3]"
@@ -202,8 +197,8 @@ def _quantise_with_control(given: Given) -> str:
 
 def _to_nncf(given: Given) -> tuple[Any, Any, Any, int]:
     """NNCF, the model, and what it calibrates on."""
-    _require("openvino", "cpu")
-    _require("nncf", "peers")
+    require("openvino", "cpu", "this way")
+    require("nncf", "peers", "this way")
     import nncf
 
     calibration = given.to_calibrate()
@@ -223,8 +218,8 @@ def _openvino(model: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _quantize_static(given: Given) -> Run:
-    _require("onnxruntime", "cpu")
-    _require("onnx", "cpu")
+    require("onnxruntime", "cpu", "this way")
+    require("onnx", "cpu", "this way")
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     left = ({"images": one[None]} for one in given.to_calibrate())
