@@ -54,7 +54,8 @@ class Row(Strict):
     `pixels` begins with pixels in memory, `image_bytes` with an encoded image: decoding and resizing are in it.
     `offline` is the engine with all batches at hand, `embed` the way from a folder of image files to a store on disk.
     `gpu_ms` is the time of the GPU's kernels in a call, without the copies, whose time is `gpu_copies_ms`.
-    `of_matrix_rate` is the network's operations a second over the machine's matrix products in the bundle's precision.
+    `of_matrix_rate` is the network's operations a second over the machine's matrix products in the bundle's precision,
+    or in float32 where those are faster.
     `not_measured` says why what is null is null.
     """
 

@@ -250,8 +250,10 @@ def _finish(contender: Contender, machine: Limits, references: Sequence[Contende
     for other in references:
         if other is not contender and other.reference == contender.reference and other.row.offline:
             row.over_reference = median_ratio(row.offline.rounds, other.row.offline.rounds)
-    rate = machine.operations_per_second.get(DTYPES[row.precision])
-    if rate and row.operations_per_image:
+    rates = machine.operations_per_second
+    if DTYPES[row.precision] in rates and row.operations_per_image:
+        # A CPU without arithmetic for half precision has float32's, and engines use it.
+        rate = max(rates[DTYPES[row.precision]], rates.get("float32", 0.0))
         row.of_matrix_rate = round(row.offline.median * row.operations_per_image / rate, 4)
     if contender.embedded:
         row.joules_per_image = round(contender.energy / contender.embedded, 4)

@@ -75,8 +75,10 @@ def map_embeddings(
     if export is not None:
         write_map_table(made, export, labels)
         say(f"{export}: {len(opened)} rows")
-    drawn = {"page": str(page), "table": None if export is None else str(export), "images": len(opened)}
-    drawn |= {"shown": shown, "projection": projection, "explained": made.explained}
+    drawn = {
+        "page": str(page), "table": None if export is None else str(export), "images": len(opened), "shown": shown,
+        "projection": projection, "explained": made.explained,
+    }  # fmt: skip
     print_result(json, drawn, f"{page}: {shown} of {len(opened)} images by {projection}")
 
 

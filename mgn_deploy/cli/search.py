@@ -129,8 +129,10 @@ def distmat(
             rows, columns, matrix, metric, tile_bytes=memory << 20, device=arrays, progress=update
         )
     error = measured_error(rows.embeddings(), columns.embeddings(), metric, device=arrays)
-    made = {"matrix": str(matrix), "shape": shape, "dtype": "float32", "metric": metric}
-    made |= {"device": arrays.name, "compute": compute, "largest_error_on_a_sample": error}
+    made = {
+        "matrix": str(matrix), "shape": shape, "dtype": "float32", "metric": metric, "device": arrays.name,
+        "compute": compute, "largest_error_on_a_sample": error,
+    }  # fmt: skip
     told = f"{matrix}: float32 {list(shape)}, {metric} distance by {arrays.name} in {compute}, error {error:.1e}"
     print_result(json, made, told)
 

@@ -75,6 +75,8 @@ def train(
     if not is_first_process():
         return
     best = str(run / BEST) if (run / BEST).is_dir() else None
-    made = {"weights": str(run / WEIGHTS), "best": best, "log": str(run / CSV), "notes": notes}
-    made |= {"identities": model.config.num_classes, "model": model.config.model_dump(mode="json")}
+    made = {
+        "weights": str(run / WEIGHTS), "best": best, "log": str(run / CSV), "notes": notes,
+        "identities": model.config.num_classes, "model": model.config.model_dump(mode="json"),
+    }  # fmt: skip
     print_result(json, made, run / WEIGHTS)
