@@ -228,8 +228,8 @@ def _log_losses(report: GalleryReport, title: str) -> None:
         _log.warning(f"... and {more} more, in the store's Parquet with their reasons")
     if report.unlike_crops:
         _log.warning(
-            f"images wider than high or larger than {MOST_CROP_SIDE} pixels: {report.unlike_crops}; no crop of one person "
-            "is so: give a detector's boxes (`embed --boxes`)"
+            f"images wider than high or larger than {MOST_CROP_SIDE} pixels: {report.unlike_crops}; no crop of one "
+            "person is so: give a detector's boxes (`embed --boxes`)"
         )
     if report.gone:
         _log.warning(
