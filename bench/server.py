@@ -21,7 +21,7 @@ import numpy as np
 from mgn_deploy.bench.environment import sentence
 from mgn_deploy.bench.result import Server
 from mgn_deploy.errors import CannotRun
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 
 REQUESTS = 100  # the fewest of a trial: one of a hundred may be late
 TRIAL_SECONDS = 1.0
@@ -53,9 +53,7 @@ def held_rate(
     Raises:
         CannotRun: LoadGen is not installed, there is no time for one trial, or the engine breaks.
     """
-    problem = import_problem("mlperf_loadgen", "bench")
-    if problem:
-        raise CannotRun(problem)
+    require("mlperf_loadgen", "bench", "--p99")
     for size in range(1, batch + 1):  # an engine may prepare itself for each
         embed(crops[np.arange(size) % len(crops)])
     return search(lambda rate: _trial(embed, crops, batch, rate), limit_ms, guess, until)

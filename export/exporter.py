@@ -6,7 +6,6 @@ import logging
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -46,15 +45,6 @@ TOOLS = ("torch", "torchvision", "onnx", "onnxscript", "numpy", "pillow")  # who
 _log = logging.getLogger("mgn_deploy")
 
 
-class _Inputs(NamedTuple):
-    """What an export reads: the model, the pixels to prove on, and the calibration images where they are used."""
-
-    weights: Path
-    model: MGN
-    pixels: Pixels
-    calibration: Pixels | None
-
-
 def export_bundle(
     weights: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -81,16 +71,17 @@ def export_bundle(
     settings = options.build_settings()
     if settings:
         check_build(settings, options.compute_capabilities)
-    inputs = _read_inputs(Path(weights), options)
+    weights = Path(weights)
+    model, pixels, calibration = _read_inputs(weights, options)
     with atomic_folder(Path(out), names=FILES) as folder:
-        graph, manifest = _make_graph(inputs, options)
+        graph, manifest = _make_graph(weights, model, pixels, calibration, options)
         new = Bundle(folder, manifest)
         _write_file(new, GRAPH, graph.SerializeToString(deterministic=True))
-        _write_file(new, REFERENCE, (inputs.weights / TENSORS).read_bytes())
+        _write_file(new, REFERENCE, (weights / TENSORS).read_bytes())
         if settings:
             _build_plans(new, graph, settings, options, progress)
         write_manifest(folder, manifest)
-        proofs = _prove(new, inputs.pixels, options)
+        proofs = _prove(new, pixels, options)
         if not options.reference:
             (folder / REFERENCE).unlink()
             del manifest.files[REFERENCE]
@@ -114,8 +105,9 @@ def _prove(bundle: Bundle, pixels: Pixels, options: ExportOptions) -> dict[str, 
     return prove_backends(bundle, pixels, reference, backend, options.data, fused_heads=options.fused_heads)
 
 
-def _read_inputs(weights: Path, options: ExportOptions) -> _Inputs:
-    """Read everything before anything is traced: what is unreadable shall not cost minutes."""
+def _read_inputs(weights: Path, options: ExportOptions) -> tuple[MGN, Pixels, Pixels | None]:
+    """Read the model, the pixels to prove on and those to calibrate on, before anything is traced: what is unreadable
+    shall not cost minutes."""
     _log.info(f"reading {weights}")
     model = load_weights(weights)
     config = model.config
@@ -127,14 +119,16 @@ def _read_inputs(weights: Path, options: ExportOptions) -> _Inputs:
         calibration = read_calibration_images(
             options.calib, config.height, config.width, pixels.crops, count=options.calib_count
         )
-    return _Inputs(weights, model, pixels, calibration)
+    return model, pixels, calibration
 
 
-def _make_graph(inputs: _Inputs, options: ExportOptions) -> tuple[onnx.ModelProto, Manifest]:
+def _make_graph(
+    weights: Path, model: MGN, pixels: Pixels, calibration: Pixels | None, options: ExportOptions
+) -> tuple[onnx.ModelProto, Manifest]:
     """The graph in its precision, and a manifest without files."""
-    config = inputs.model.config
+    config = model.config
     _log.info(f"tracing {config.backbone} MGN {config.branches} at {config.height}x{config.width} to ONNX")
-    graph, quantisation = graph_in_precision(inputs.model, options, inputs.pixels, inputs.calibration)
+    graph, quantisation = graph_in_precision(model, options, pixels, calibration)
     kept = float32_nodes(graph)
     if kept:
         _log.warning(f"{len(kept)} operators stay in float32, they would overflow: {', '.join(kept)}")
@@ -144,7 +138,7 @@ def _make_graph(inputs: _Inputs, options: ExportOptions) -> tuple[onnx.ModelProt
         precision=options.precision,
         preprocessing=PREPROCESSING,
         files={},
-        source_weights_sha256=weights_hash(inputs.weights),
+        source_weights_sha256=weights_hash(weights),
         tools={"mgn-deploy": mgn_deploy.__version__, **{package: version(package) for package in TOOLS}},
         quantisation=quantisation,
         float32_nodes=kept,

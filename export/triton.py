@@ -90,7 +90,7 @@ def write_model_repository(
         )
     folder = Path(out) / name
     file = "model.plan" if plan else "model.onnx"
-    content = bundle.read(plan.file) if plan else bundle.read(GRAPH)
+    content = bundle.read(plan.file if plan else GRAPH)
     with atomic_folder(folder, ("config.pbtxt", "1")) as new:
         (new / "config.pbtxt").write_text(_config(bundle, file, max_batch, preferred, name))
         (new / "1").mkdir()

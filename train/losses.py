@@ -65,17 +65,9 @@ def mgn_loss(output: MGNOutput, identities: Tensor, options: Loss = PAPER) -> tu
     Returns:
         The sum, and both means, detached, as "softmax" and "triplet".
     """
-    softmax = torch.stack(
-        [
-            F.cross_entropy(logits.float(), identities, label_smoothing=options.label_smoothing)
-            for logits in output.logits
-        ]
-    ).mean()
-    triplet = torch.stack(
-        [
-            batch_hard_triplet(feature, identities, options.margin, soft_margin=options.soft_margin)
-            for feature in output.globals
-        ]
-    ).mean()
+    smoothing, margin, soft = options.label_smoothing, options.margin, options.soft_margin
+    entropies = [F.cross_entropy(logits.float(), identities, label_smoothing=smoothing) for logits in output.logits]
+    triplets = [batch_hard_triplet(one, identities, margin, soft_margin=soft) for one in output.globals]
+    softmax, triplet = torch.stack(entropies).mean(), torch.stack(triplets).mean()
     loss = options.softmax_weight * softmax + options.triplet_weight * triplet
     return loss, {"softmax": softmax.detach(), "triplet": triplet.detach()}

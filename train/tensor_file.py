@@ -43,7 +43,12 @@ def read_tensor_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    return _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
+    if not is_safetensors(path):
+        return _read_torch(path)
+    try:
+        return load_file(path) if is_utf8(path) else load(path.read_bytes())  # it opens no path that is not UTF-8
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -78,13 +83,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
     tensors = _without_prefix(content)
     return Checkpoint({key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}, beside)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path) if is_utf8(path) else load(path.read_bytes())  # it opens no path that is not UTF-8
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from None
 
 
 def _read_torch(path: Path) -> Any:

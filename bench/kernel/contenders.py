@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mgn_deploy.bench.kernel.cases import Case, Inputs, finish
 from mgn_deploy.errors import CannotRun
 from mgn_deploy.kernels.plan import BARRIER_BYTES, MAX_ROWS, PATHS
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 from mgn_deploy.train.model import stripe_pool
 
 KERNEL_PATHS = {f"kernel_{path}": path for path in PATHS if path != "auto"}
@@ -90,8 +90,7 @@ def triton(case: Case, inputs: Inputs) -> Contender:
     Raises:
         CannotRun: there is no Triton, or it does not take the case.
     """
-    if problem := import_problem("triton", "train"):
-        raise CannotRun(problem)
+    require("triton", "train", "the rival")
     if not inputs.weight.is_cuda:
         from triton.language import max as a_function_of_triton
         from triton.runtime.interpreter import InterpretedFunction

@@ -10,7 +10,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ from mgn_deploy.bundle.manifest import GRAPH
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun
 from mgn_deploy.machine import cpu_features
-from mgn_deploy.packages import import_problem
+from mgn_deploy.packages import require
 
 TORCHREID_BATCH, TORCHREID_WORKERS = 32, 4  # its defaults
 DROP = 0.001  # of the mean cosine that NNCF's accuracy control may lose
@@ -69,11 +71,6 @@ class Peer:
 
 def _in_batches(given: Given, embed: Callable[[np.ndarray], np.ndarray]) -> Run:
     return lambda: np.concatenate([embed(batch) for batch in given.batches()])
-
-
-def _require(package: str, extra: str) -> None:
-    if problem := import_problem(package, extra):
-        raise CannotRun(problem)
 
 
 def _ours(given: Given, bundle: Bundle | None = None) -> Run:
@@ -134,7 +131,7 @@ def _torchreid_loop(given: Given) -> Run:
 
 
 def _one_image_a_call(given: Given) -> Run:
-    _require("onnxruntime", "cpu")
+    require("onnxruntime", "cpu", "this way")
     session = _session(given.graph)
     return lambda: np.concatenate([session.run(None, {"images": one[None]})[0] for one in given.crops])
 
@@ -148,7 +145,7 @@ def _session(graph: bytes | str) -> Any:
 
 
 def _benchmark_app(given: Given) -> Run:
-    _require("openvino", "cpu")
+    require("openvino", "cpu", "this way")
     model = given.scratch / "graph.onnx"
     model.write_bytes(given.graph)
     shape = f"images[{given.batch},{given.crops.shape[1]},{given.crops.shape[2]},3]"
@@ -172,25 +169,36 @@ def _nncf(given: Given) -> Run:
 
 
 def _nncf_control(given: Given) -> Run:
+    """In a process of its own: once NNCF had ranked layers here, the bench ended with SIGSEGV in its rounds, where a
+    DataLoader's workers end and signal it (`openvino_core` has why a signal may do that)."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        model = process.submit(_quantise_with_control, given).result()
+    return _in_batches(given, _openvino(openvino_core().read_model(model)))
+
+
+def _quantise_with_control(given: Given) -> str:
     from mgn_deploy.export.proof.agreement import cosines
 
     nncf, model, data, count = _to_nncf(given)
-    seen, plain = list(given.crops[: 4 * given.batch, None]), _openvino(model)
-    expected = np.concatenate([plain(one) for one in seen])
+    import openvino
 
-    def likeness(compiled: Any, items: Any) -> tuple[float, None]:
-        found = np.concatenate([np.array(compiled(one)[0]) for one in items])
-        return float(cosines(found, expected).mean()), None
+    plain = _openvino(model)
 
-    validation = nncf.Dataset(seen)
+    def likeness(compiled: Any, items: Any) -> tuple[float, None]:  # of all, or of some, by which NNCF ranks layers
+        pairs = [(np.array(compiled(one)[0]), plain(one)) for one in items]
+        return float(cosines(*map(np.concatenate, zip(*pairs, strict=True))).mean()), None
+
+    validation = nncf.Dataset(list(given.crops[: 4 * given.batch, None]))
     quantised = nncf.quantize_with_accuracy_control(model, data, validation, likeness, max_drop=DROP, subset_size=count)
-    return _in_batches(given, _openvino(quantised))
+    written = str(given.scratch / "controlled.xml")
+    openvino.save_model(quantised, written, compress_to_fp16=False)
+    return written
 
 
 def _to_nncf(given: Given) -> tuple[Any, Any, Any, int]:
     """NNCF, the model, and what it calibrates on."""
-    _require("openvino", "cpu")
-    _require("nncf", "peers")
+    require("openvino", "cpu", "this way")
+    require("nncf", "peers", "this way")
     import nncf
 
     calibration = given.to_calibrate()
@@ -210,8 +218,8 @@ def _openvino(model: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _quantize_static(given: Given) -> Run:
-    _require("onnxruntime", "cpu")
-    _require("onnx", "cpu")
+    require("onnxruntime", "cpu", "this way")
+    require("onnx", "cpu", "this way")
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     left = ({"images": one[None]} for one in given.to_calibrate())

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from mgn_deploy.choices import Neck
 from mgn_deploy.config import GEM_EPSILON, ModelConfig, stripe_rows
 
 OPSET = 18
@@ -36,29 +35,30 @@ def head_nodes(
         map_heights: rows of each branch's map.
         flip: average the features of each image and its mirror (section 4.1); mirrors follow the images in the batch.
     """
-    writer = _Writer()
-    writer.pool(config, map_heights)
-    writer.reduce(config.neck)
-    writer.finish(config.dim, flip)
+    writer = _Writer(config)
+    writer.pool(map_heights)
+    writer.reduce()
+    writer.finish(flip)
     return writer.nodes, list(writer.constants.values())
 
 
 class _Writer:
-    def __init__(self) -> None:
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
         self.nodes: list[NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
 
-    def pool(self, config: ModelConfig, map_heights: Sequence[int]) -> None:
+    def pool(self, map_heights: Sequence[int]) -> None:
         """Maps -> `POOLED`, one row for each whole map and for each stripe."""
         rows: list[str] = []
-        for branch, (stripes, height) in enumerate(zip(config.branches, map_heights, strict=True)):
+        for branch, (stripes, height) in enumerate(zip(self.config.branches, map_heights, strict=True)):
             source = f"map_{branch}"
-            if config.pooling == "gem":
+            if self.config.pooling == "gem":
                 source = self._node("Max", [source, self._floats("epsilon", GEM_EPSILON)], f"bounded_{branch}")
-            rows += self._pool_branch(config, branch, source, stripes, height, len(rows))
+            rows += self._pool_branch(branch, source, stripes, height, len(rows))
         axis = self._integers("feature_axis", 0)
         rows = [self._node("Unsqueeze", [row, axis], f"{row.removeprefix(PREFIX)}_row") for row in rows]
-        if config.pooling != "gem":
+        if self.config.pooling != "gem":
             self._node("Concat", rows, "pooled", axis=0)
             return
         means = self._node("Concat", rows, "power_means", axis=0)
@@ -66,55 +66,54 @@ class _Writer:
         roots = self._node("Unsqueeze", [roots, self._integers("vector_axes", 1, 2)], "root_of_each")  # [F, 1, 1]
         self._node("Pow", [means, roots], "pooled")
 
-    def _pool_branch(
-        self, config: ModelConfig, branch: int, source: str, stripes: int, height: int, first: int
-    ) -> list[str]:
+    def _pool_branch(self, branch: int, source: str, stripes: int, height: int, first: int) -> list[str]:
         """One branch's pooled vectors `[n, C]`, the whole map's first; `first` is the number of that feature."""
         if stripes == 1:
-            return [self._region(config, source, f"global_{branch}", first)]
+            return [self._region(source, f"global_{branch}", first)]
         parts = []
         for stripe, (start, end) in enumerate(stripe_rows(height, stripes)):
             name = f"{branch}_{stripe}"
             limits = [self._integers(f"first_{name}", start), self._integers(f"last_{name}", end)]
             rows = self._node("Slice", [source, *limits, self._integers("row_axis", 2)], f"rows_{name}")
-            parts.append(self._region(config, rows, f"stripe_{name}", first + 1 + stripe))
+            parts.append(self._region(rows, f"stripe_{name}", first + 1 + stripe))
         # The stripes cover every row, so the whole map's maximum is theirs: the map is read once. So is its mean where
         # they are equal; a generalised mean has a power of its own.
-        if config.pooling == "max":
+        if self.config.pooling == "max":
             whole = self._node("Max", parts, f"global_{branch}")
-        elif config.pooling == "avg" and height % stripes == 0:
+        elif self.config.pooling == "avg" and height % stripes == 0:
             whole = self._node("Mean", parts, f"global_{branch}")
         else:
-            whole = self._region(config, source, f"global_{branch}", first)
+            whole = self._region(source, f"global_{branch}", first)
         return [whole, *parts]
 
-    def _region(self, config: ModelConfig, rows: str, name: str, feature: int) -> str:
+    def _region(self, rows: str, name: str, feature: int) -> str:
         """`rows` `[n, C, h, W]` -> `[n, C]`; of the generalised mean all but its root, which all features take at
         once."""
         axes = self._integers("map_axes", 2, 3)
-        if config.pooling != "gem":
-            return self._node("ReduceMax" if config.pooling == "max" else "ReduceMean", [rows, axes], name, keepdims=0)
+        pooling = self.config.pooling
+        if pooling != "gem":
+            return self._node("ReduceMax" if pooling == "max" else "ReduceMean", [rows, axes], name, keepdims=0)
         number = self._integers(f"feature_{feature}", feature)
         power = self._node("Gather", ["heads.power", number], f"power_{feature}", axis=0)  # [1]
         return self._node("ReduceMean", [self._node("Pow", [rows, power], f"{name}_powers"), axes], name, keepdims=0)
 
-    def reduce(self, neck: Neck) -> None:
+    def reduce(self) -> None:
         """`POOLED` -> features `[n, F * R]`."""
         reduced = self._node("MatMul", [POOLED, "heads.weight"], "product")  # [F, n, R]
         reduced = self._node("Add", [reduced, "heads.bias"], "biased")
-        if neck != "linear":
+        if self.config.neck != "linear":
             reduced = self._node("Relu", [reduced], "rectified")
-        if neck == "relu_norm":
+        if self.config.neck == "relu_norm":
             reduced = self._node("Mul", [reduced, "heads.scale"], "scaled")
             reduced = self._node("Add", [reduced, "heads.shift"], "shifted")
         by_image = self._node("Transpose", [reduced], "by_image", perm=[1, 0, 2])  # [n, F, R]
         self._node("Reshape", [by_image, self._integers("flat", 0, -1)], "features")
 
-    def finish(self, dim: int, flip: bool) -> None:
+    def finish(self, flip: bool) -> None:
         """Features -> `embeddings`: the mirror average (section 4.1) and the L2 norm."""
         features = FEATURES
         if flip:
-            shape, axis = self._integers("mirror_shape", 2, -1, dim), self._integers("mirror_axis", 0)
+            shape, axis = self._integers("mirror_shape", 2, -1, self.config.dim), self._integers("mirror_axis", 0)
             features = self._node("Reshape", [features, shape], "with_mirror")  # images first, mirrors last
             features = self._node("ReduceMean", [features, axis], "averaged", keepdims=0)
         norm = self._node("ReduceL2", [features, self._integers("l2_axis", 1)], "l2", keepdims=1)

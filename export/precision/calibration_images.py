@@ -13,6 +13,7 @@ import numpy as np
 from mgn_deploy.datasets.market1501 import parse_name
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.export.proof.proof import Pixels
+from mgn_deploy.files import printable
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import list_images
 
@@ -77,7 +78,7 @@ def read_calibration_images(
         _log.warning(
             f"the calibration images look unlike the proof images ({difference}): calibrate on images like yours"
         )
-    return Pixels(pixels, Path(os.path.abspath(folder)).name)
+    return Pixels(pixels, printable(os.path.basename(os.path.abspath(folder))))
 
 
 def _by_cameras_in_turn(paths: list[Path], rng: np.random.Generator) -> Iterator[Path]:

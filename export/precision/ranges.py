@@ -50,7 +50,7 @@ def measure_ranges(
         UserError: with `histograms`, activations that are not finite.
     """
     names = [pixels_name(graph), *(output for node in trunk_nodes(graph) for output in node.output)]
-    ranges = {name: TensorRange() for name in names}
+    ranges = {name: TensorRange(histogram=np.zeros(BINS) if histograms else None) for name in names}
     for values in _run(graph, names, crops):
         for name, value in zip(names, values, strict=True):
             one = ranges[name]
@@ -64,8 +64,6 @@ def measure_ranges(
                 one.mean = total if one.mean is None else one.mean + total
     if not histograms:
         return ranges
-    for one in ranges.values():
-        one.histogram = np.zeros(BINS)
     for values in _run(graph, names, crops):
         for name, value in zip(names, values, strict=True):
             one = ranges[name]

@@ -7,8 +7,6 @@ import numpy as np
 from mgn_deploy.backends.base import Backend
 
 BATCH = 8
-
-
 # Neighbours whose similarity is this close to the tenth's are equally right: float32 sums differ by this much.
 TIE = 2e-6
 

@@ -21,6 +21,7 @@ from mgn_deploy.errors import CannotRun, GateFailed, UserError
 from mgn_deploy.export.proof.agreement import run_in_batches
 from mgn_deploy.export.proof.proof import Pixels, proof_crops, prove, with_ranking
 from mgn_deploy.export.proof.record import recorded_embeddings
+from mgn_deploy.files import printable
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.retrieval.ranking import RankingMetrics
 from mgn_deploy.retrieval.validate import validate
@@ -94,7 +95,7 @@ def proof_pixels(folder: str | os.PathLike[str] | None, height: int, width: int)
         UserError: no such folder, or too few readable images.
     """
     if folder is not None:
-        return Pixels(proof_crops(Path(folder), height, width), Path(os.path.abspath(folder)).name)
+        return Pixels(proof_crops(Path(folder), height, width), printable(os.path.basename(os.path.abspath(folder))))
     _log.info("the proof is on drawn people: --proof-images DIR proves on yours")
     return drawn_pixels(height, width)
 

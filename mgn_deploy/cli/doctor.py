@@ -54,11 +54,8 @@ def examine() -> list[Finding]:
         Finding(f"backend {row.name}", installed_version(row.distributions), row.load().missing())
         for row in ENGINES.values()
     ]
-    problems = [problem for package in TRAINING_PACKAGES if (problem := import_problem(package, "train"))]
-    findings.append(
-        Finding("init, import, train, export, demo", installed_version(("torch",)), problems[0] if problems else None)
-    )
-    return findings
+    problem = next(filter(None, (import_problem(package, "train") for package in TRAINING_PACKAGES)), None)
+    return [*findings, Finding("init, import, train, export, demo", installed_version(("torch",)), problem)]
 
 
 def machine_facts() -> dict[str, Any]:

@@ -126,7 +126,7 @@ def embed_folder(
     if codec and report.decoder:
         report.decoder.by_pillow = codec.by_pillow
         if codec.by_pillow:
-            _log.warning(f"{codec.by_pillow} images are no whole JPEG and were decoded by Pillow")
+            _log.warning(f"images that are no whole JPEG and were decoded by Pillow: {codec.by_pillow}")
     return report
 
 
@@ -229,8 +229,8 @@ def _log_losses(report: GalleryReport, title: str) -> None:
         _log.warning(f"... and {more} more, in the store's Parquet with their reasons")
     if report.unlike_crops:
         _log.warning(
-            f"{report.unlike_crops} images are wider than high or larger than {MOST_CROP_SIDE} pixels, which no crop "
-            "of one person is: give a detector's boxes (`embed --boxes`)"
+            f"images wider than high or larger than {MOST_CROP_SIDE} pixels: {report.unlike_crops}; no crop of one "
+            "person is so: give a detector's boxes (`embed --boxes`)"
         )
     if report.gone:
         _log.warning(

@@ -6,8 +6,9 @@ import hashlib
 import logging
 import platform
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -29,7 +30,7 @@ from mgn_deploy.identity.calibration import (
 )
 from mgn_deploy.identity.fit import FITS, FOLDS, CrossValidated, Method, cross_validated
 from mgn_deploy.identity.pairs import Pairs, genuine_and_impostor, to_means
-from mgn_deploy.identity.rates import measure, needed_pairs, threshold_at
+from mgn_deploy.identity.rates import Interval, Rate, measure, needed_pairs, threshold_at
 from mgn_deploy.progress import Progress
 
 FARS = (1e-2, 1e-3, 1e-4)
@@ -37,6 +38,7 @@ MIN_PEOPLE = 2 * FOLDS  # two in each fold, whose images make its impostor pairs
 MIN_GENUINE = 20
 BINS = 10
 POOLED = (2, 4, 8)  # images of a person, over whose mean similarity `identify` decides
+Bootstrap = Callable[..., tuple[list[Rate], Interval, Interval]]  # `measure` with its draws
 _TAIL_STEPS = 20  # rates a decade
 _log = logging.getLogger("mgn_deploy")
 
@@ -141,10 +143,9 @@ def calibrate_embeddings(
         )
     validated = cross_validated(genuine, impostor, int(people.max()) + 1, prior, seed)
     best: Method = min(validated, key=lambda name: (validated[name].log_loss, name != "platt"))
-    rates, eer, eer_threshold = measure(
-        genuine, impostor, FARS, count, replicates=replicates, seed=seed, progress=progress
-    )
-    pooled = list(_pooled(embeddings, people, cameras, best, same_camera, max_pairs, replicates, seed))
+    bootstrap = partial(measure, replicates=replicates, seed=seed, progress=progress)
+    rates, eer, eer_threshold = bootstrap(genuine, impostor, FARS, count)
+    pooled = list(_pooled(embeddings, people, cameras, best, same_camera, max_pairs, seed, bootstrap))
     notes = _notes(subsets, same_camera, len(impostor), impostor.total)
     for rate in (*rates, *(rate for one in pooled for rate in one.rates)):
         if rate.problem:
@@ -178,7 +179,7 @@ def calibrate_embeddings(
         eer_threshold=eer_threshold,
         tail=_tail(impostor.similarities),
         pooled=pooled,
-        camera_pairs=list(_by_cameras(genuine, impostor, replicates, seed)),
+        camera_pairs=list(_by_cameras(genuine, impostor, bootstrap)),
         notes=notes,
         tools={"mgn-deploy": __version__, "numpy": np.__version__, "python": platform.python_version()},
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -261,8 +262,8 @@ def _pooled(
     method: Method,
     same_camera: bool,
     max_pairs: int,
-    replicates: int,
     seed: int,
+    bootstrap: Bootstrap,
 ) -> Iterator[Pooled]:
     """For each number of images that enough people have."""
     for images in POOLED:
@@ -271,7 +272,7 @@ def _pooled(
         )
         count = len(np.unique(impostor.second))
         if _enough(count, genuine, impostor):
-            rates, _, _ = measure(genuine, impostor, FARS, count, images=images, replicates=replicates, seed=seed)
+            rates, _, _ = bootstrap(genuine, impostor, FARS, count, images=images)
             yield Pooled(
                 images=images,
                 people=count,
@@ -301,14 +302,14 @@ def _reliability(held_out: CrossValidated, prior: float) -> Iterator[Reliability
         )
 
 
-def _by_cameras(genuine: Pairs, impostor: Pairs, replicates: int, seed: int) -> Iterator[CameraPair]:
+def _by_cameras(genuine: Pairs, impostor: Pairs, bootstrap: Bootstrap) -> Iterator[CameraPair]:
     """Each pair of cameras whose pairs are enough for a threshold; none where there is only one pair of cameras."""
     together = Counter(map(tuple, impostor.cameras.tolist()))
     for first, second in sorted(together) if len(together) > 1 else ():
         same, other = (pairs.where((pairs.cameras == (first, second)).all(axis=1)) for pairs in (genuine, impostor))
         people = len(np.unique(np.concatenate([other.first, other.second])))
         if _enough(people, same, other):
-            rates, eer, _ = measure(same, other, FARS, people, replicates=replicates, seed=seed)
+            rates, eer, _ = bootstrap(same, other, FARS, people)
             yield CameraPair(
                 cameras=(first, second),
                 people=people,

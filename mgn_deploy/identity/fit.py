@@ -145,21 +145,17 @@ def cross_validated(
 ) -> dict[Method, CrossValidated]:
     """Both methods by five folds of people: fitted on the pairs of four folds, tried on those within the fifth."""
     folds = np.random.default_rng(seed).permutation(people) % FOLDS
-    held: dict[Method, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in FITS}
     same, first, second = folds[genuine.first], folds[impostor.first], folds[impostor.second]
-    for fold in range(FOLDS):
-        outside = genuine.similarities[same != fold], impostor.similarities[(first != fold) & (second != fold)]
-        inside = genuine.similarities[same == fold], impostor.similarities[(first == fold) & (second == fold)]
-        if min(map(len, outside)) == 0:
-            continue
-        for name, fit in FITS.items():
-            knots = fit(*outside)
-            held[name].append(
-                (probability(evidence(inside[0], knots), prior), probability(evidence(inside[1], knots), prior))
-            )
     results: dict[Method, CrossValidated] = {}
-    for name, parts in held.items():
-        p, q = (np.concatenate([part[kind] for part in parts]) for kind in (0, 1))
+    for name, fit in FITS.items():
+        held = []
+        for fold in range(FOLDS):
+            outside = genuine.similarities[same != fold], impostor.similarities[(first != fold) & (second != fold)]
+            inside = genuine.similarities[same == fold], impostor.similarities[(first == fold) & (second == fold)]
+            if min(map(len, outside)):
+                knots = fit(*outside)
+                held.append([probability(evidence(one, knots), prior) for one in inside])
+        p, q = (np.concatenate(kind) for kind in zip(*held, strict=True))
         results[name] = CrossValidated(
             prior * float(np.mean((1 - p) ** 2)) + (1 - prior) * float(np.mean(q**2)),
             -prior * float(np.mean(np.log(p))) - (1 - prior) * float(np.mean(np.log1p(-q))),

@@ -33,7 +33,8 @@ def draw_curves(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Non
 
     Raises:
         CannotRun: matplotlib is not installed.
-        UserError: `run` holds no `epochs.csv` of a training run, or one without a finished epoch.
+        UserError: `run` holds no `epochs.csv` of a training run, one of something else, or one without a finished
+            epoch.
     """
     table = Path(run) / "epochs.csv"
     if not table.is_file():
@@ -44,7 +45,10 @@ def draw_curves(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Non
 
     def column(name: str) -> tuple[list[int], list[float]]:
         there = [row for row in rows if row.get(name.lower())]
-        return [int(row["epoch"]) for row in there], [float(row[name.lower()]) for row in there]
+        try:
+            return [int(row["epoch"]) for row in there], [float(row[name.lower()]) for row in there]
+        except ValueError as error:
+            raise UserError(f"{table} is not as `mgn-deploy train` writes it: {error}") from None
 
     figure = _new_figure(12, 3.6)
     losses, rate, accuracy = figure.subplots(1, 3)
@@ -138,7 +142,6 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
 
 def _short(name: str) -> str:
     """A name that can be drawn: bytes that are no UTF-8 and line breaks spelled out, cut if long."""
-    name = name.encode("utf-8", "backslashreplace").decode()
     name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     return name if len(name) <= 16 else name[:13] + "..."
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.retrieval.ranking import RANKS, QueryScores, metric_names
+from mgn_deploy.retrieval.ranking import KEYS, RANKS, QueryScores, metric_names
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -44,19 +44,17 @@ class Difference:
         return {"mean": self.mean, "ci95": list(self.interval), "p": self.p}
 
 
-def confidence_intervals(
-    scores: QueryScores, *, ranks: Sequence[int] = RANKS, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, Interval]:
+def confidence_intervals(scores: QueryScores, *, seed: int = 0) -> dict[str, Interval]:
     """Intervals of rank-k, mAP and mINP at `LEVEL`, as fractions.
 
     Raises:
         UserError: no query has a right answer.
     """
-    values = scores.values(ranks)[scores.matched]
+    values = scores.values()[scores.matched]
     if not len(values):
         raise UserError("no query has a right answer: there is nothing to be sure of")
-    low, high = _interval(values, resamples, seed)
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(metric_names(ranks))}
+    low, high = (ends.tolist() for ends in _interval(values, RESAMPLES, seed))
+    return dict(zip(KEYS, zip(low, high, strict=True), strict=True))
 
 
 def compare(

@@ -27,9 +27,10 @@ from mgn_deploy.datasets.drawn import draw_market1501
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.export.exporter import export_bundle
+from mgn_deploy.export.precision.calibration_images import read_calibration_images
 from mgn_deploy.export.proof.agreement import TIE, run_in_batches, top_agreement
 from mgn_deploy.export.proof.proof import FEWEST_IMAGES, MOST_IMAGES, Pixels, proof_crops, prove, with_ranking
-from mgn_deploy.export.proof.prove import allowed_map
+from mgn_deploy.export.proof.prove import allowed_map, proof_pixels
 from mgn_deploy.retrieval.validate import validate
 
 Change = Callable[[onnx.ModelProto], None]
@@ -442,6 +443,13 @@ def test_of_many_images_it_takes_some_from_everywhere(crops, tmp_path):
     for number in range(2 * MOST_IMAGES + 10):
         os.link(source, tmp_path / f"{number:04d}.jpg")
     assert len(proof_crops(tmp_path, 32, 16)) == (2 * MOST_IMAGES + 10 + 2) // 3
+
+
+def test_a_folder_whose_name_is_not_utf8_is_named_as_json_can_hold_it(crops, tmp_path):
+    folder = shutil.copytree(crops, tmp_path / os.fsdecode(b"caf\xe9"))
+    pixels = proof_pixels(folder, 96, 32)
+    assert pixels.source == "caf\\xe9"
+    assert read_calibration_images(folder, 96, 32, pixels.crops).source == "caf\\xe9"
 
 
 def test_a_missing_folder_is_a_sentence(tmp_path):

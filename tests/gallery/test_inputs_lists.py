@@ -181,4 +181,4 @@ def test_whole_photos_are_told_from_crops(images, tmp_path, embedder, said):
     draw_crop(1, 1, 0).resize((900, 2001)).save(images / "large.jpg")
     report = embed_folder(images, tmp_path / "s", embedder)
     assert report.to_dict()["unlike_crops"] == 2
-    assert any(sentence.startswith("2 images are wider than high or larger than 2000") for sentence in said)
+    assert any(sentence.startswith("images wider than high or larger than 2000 pixels: 2;") for sentence in said)

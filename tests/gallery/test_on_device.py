@@ -39,7 +39,7 @@ def test_the_store_has_pillows_rows_and_says_what_decoded_it(images, embedder, t
     assert other.manifest.preprocessing.startswith("nvimagecodec-")
     assert (report.decoder.images, report.decoder.by_pillow) == (32, 1)
     assert report.decoder.largest_distance < 1e-6
-    assert "1 images are no whole JPEG and were decoded by Pillow" in said
+    assert "images that are no whole JPEG and were decoded by Pillow: 1" in said
     assert {stage for stage, seconds in report.profile.threads().items() if seconds} >= {"read", "decode", "resize"}
 
 

@@ -93,7 +93,11 @@ def test_curves_are_drawn_also_before_the_first_evaluation(tmp_path):
 
 @pytest.mark.parametrize(
     ("table", "sentence"),
-    [(b"a,b\n1,2\n", "has to name the columns epoch, lr, loss"), (b"\xff\xfe", "is not UTF-8")],
+    [
+        (b"a,b\n1,2\n", "has to name the columns epoch, lr, loss"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"epoch,lr,loss,softmax,triplet\n1,0.1,many,1,1\n", "could not convert string to float: 'many'"),
+    ],
 )
 def test_a_table_of_something_else_is_one_sentence(table, sentence, tmp_path):
     (tmp_path / "epochs.csv").write_bytes(table)

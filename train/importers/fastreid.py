@@ -66,16 +66,17 @@ def recognise(tensors: dict[str, Tensor]) -> Source | None:
     Raises:
         UserError: a fast-reid MGN that our model cannot be.
     """
-    if "backbone.0.weight" not in tensors:
+    if "backbone.0.weight" not in tensors or not {"b1_pool.1.weight", "b1_head.bottleneck.0.weight"} & tensors.keys():
         return None
+    for key in tensors:
+        if ".se." in key:
+            raise UserError(f"a fast-reid MGN with squeeze-and-excitation blocks ({key}), which is not supported")
+    if not any(key.endswith(".running_mean") for key in tensors):
+        raise UserError("a fast-reid MGN whose norms have no running statistics (GroupNorm), which is not supported")
     if "b1_pool.1.weight" in tensors:
-        _refuse_other_blocks(tensors)
         if "b1_pool.0.p" in tensors:
             return POOL_AND_BNNECK
         return replace(POOL_AND_BNNECK, pooling="max", global_stride=2)  # the first configuration, projects/MGN
-    if "b1_head.bottleneck.0.weight" not in tensors:
-        return None
-    _refuse_other_blocks(tensors)
     if "b1_head.bnneck.weight" in tensors:
         raise UserError(
             "a fast-reid MGN with ReductionHead (bottleneck, LeakyReLU and bnneck; a short time of 2020), which is not "
@@ -87,11 +88,3 @@ def recognise(tensors: dict[str, Tensor]) -> Source | None:
         )
     # Whether it pools by a fixed power, maximum or mean cannot be told without powers.
     return EMBEDDING_HEAD if "b1_head.pool_layer.p" in tensors else replace(EMBEDDING_HEAD, pooling=None)
-
-
-def _refuse_other_blocks(tensors: dict[str, Tensor]) -> None:
-    for key in tensors:
-        if ".se." in key:
-            raise UserError(f"a fast-reid MGN with squeeze-and-excitation blocks ({key}), which is not supported")
-    if not any(key.endswith(".running_mean") for key in tensors):
-        raise UserError("a fast-reid MGN whose norms have no running statistics (GroupNorm), which is not supported")

@@ -62,11 +62,8 @@ def recognise(tensors: dict[str, Tensor]) -> Source | None:
 
 def _refuse_untrained_branches(tensors: dict[str, Tensor]) -> None:
     counters = {key: int(value.max()) for key, value in tensors.items() if key.endswith(".num_batches_tracked")}
-    batches = {
-        branch: max((n for key, n in counters.items() if key.startswith(branch)), default=0)
-        for branch in ("p1.", "p2.", "p3.")
-    }
-    idle = [branch.rstrip(".") for branch, count in batches.items() if not count]
+    trained = {key[:2] for key, batches in counters.items() if batches}  # p1, p2 and p3
+    idle = sorted({"p1", "p2", "p3"} - trained)
     if 0 < len(idle) < 3:
         raise UserError(
             f"branches {', '.join(idle)} were never trained (num_batches_tracked is 0), as with `--model p1_single`: "

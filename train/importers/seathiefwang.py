@@ -13,12 +13,12 @@ from mgn_deploy.train.importers.source import REDUCTIONS, Source, network_table
 # reduction_0 to 2 are the branches' global ones; here in the order of our features.
 NUMBERS = (0, 1, 3, 4, 2, 5, 6, 7)
 
-CLASSIFIERS = tuple(
-    f"fc_id_{name}" for name in ("2048_0", "2048_1", "2048_2", "256_1_0", "256_1_1", "256_2_0", "256_2_1", "256_2_2")
-)
+CLASSIFIERS = ("2048_0", "2048_1", "2048_2", "256_1_0", "256_1_1", "256_2_0", "256_2_1", "256_2_2")
 REDUCTION_TABLE = tuple((f"reduction_{number}.", ours) for number, ours in zip(NUMBERS, REDUCTIONS, strict=True))
 DROPPED = {
-    f"{name}.{kind}": "classifiers: only training uses them" for name in CLASSIFIERS for kind in ("weight", "bias")
+    f"fc_id_{name}.{kind}": "classifiers: only training uses them"
+    for name in CLASSIFIERS
+    for kind in ("weight", "bias")
 }
 
 SOURCE = Source(

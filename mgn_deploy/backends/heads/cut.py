@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import onnx.shape_inference
 from onnx import helper, numpy_helper
-from onnx.utils import Extractor
 
 from mgn_deploy.config import ModelConfig
 from mgn_deploy.errors import UserError
@@ -94,8 +93,18 @@ def check_heads(config: ModelConfig, flip: bool, max_batch: int) -> None:
 
 def cut_trunk(graph: onnx.ModelProto) -> onnx.ModelProto:
     """Keep what the maps depend on, and make them the outputs: uint8 images -> maps `[n or 2n, C, H_b, W_b]`."""
-    extractor = Extractor(onnx.shape_inference.infer_shapes(graph))
-    trunk = extractor.extract_model([images.name for images in graph.graph.input], map_names(graph))
+    names = map_names(graph)
+    # Not onnx.utils.Extractor: onnx 1.16's calls itself once for each node of the longest path.
+    wanted, kept = set(names), []
+    for node in reversed(graph.graph.node):  # which are in topological order
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    known = {value.name: value for value in onnx.shape_inference.infer_shapes(graph).graph.value_info}
+    weights = [tensor for tensor in graph.graph.initializer if tensor.name in wanted]
+    maps = [known[name] for name in names]
+    body = helper.make_graph(kept[::-1], graph.graph.name, graph.graph.input, maps, weights)
+    trunk = helper.make_model(body, ir_version=graph.ir_version, opset_imports=graph.opset_import)
     onnx.checker.check_model(trunk, full_check=True)
     return trunk
 
