@@ -69,7 +69,7 @@ def images(tmp_path) -> Path:
 
 def opened_by(kind: type[OnnxRuntimeBackend], bundle: Bundle) -> Embedder:
     """The bundle opened by a backend that a test has changed."""
-    return Embedder(kind(bundle.read(GRAPH)), bundle.config, bundle)
+    return Embedder(kind(bundle.read(GRAPH), bundle.config), bundle.config, bundle)
 
 
 def names(store: Path) -> list[str]:
