@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import signal
 from importlib import import_module
 
 from mgn_deploy.errors import CannotRun
+from mgn_deploy.interrupt import DeferredInterrupt
 from mgn_deploy.telemetry import without_openvino_telemetry
 
 
 def import_problem(package: str, extra: str) -> str | None:
-    """Import a package; None, or the sentence that says why it cannot be and what to install."""
+    """Import a package; None, or the sentence that says why it cannot be and what to install.
+
+    Ctrl-C and its kin act after the import: extension modules, as OpenVINO's, turn what a signal's handler raises while
+    they are initialised into an ImportError.
+    """
+    with DeferredInterrupt() as interrupt:
+        problem = _import_problem(package, extra)
+    if interrupt.wanted:
+        signal.raise_signal(interrupt.wanted)
+    return problem
+
+
+def _import_problem(package: str, extra: str) -> str | None:
     try:
         with without_openvino_telemetry():
             import_module(package)

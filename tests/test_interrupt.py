@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from mgn_deploy.interrupt import SIGNALS, DeferredInterrupt, Stopped, stop_on_signals
+from mgn_deploy.packages import import_problem
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -82,3 +83,16 @@ app()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_CODES[number], "cleaned up\n", "")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_within_an_import_acts_after_it(number, tmp_path, monkeypatch):
+    (tmp_path / f"swallows{number}.py").write_text(  # as the initialisation of an extension module does
+        f"import signal\ntry:\n    signal.raise_signal({int(number)})\n"
+        "except KeyboardInterrupt as stopped:\n    raise ImportError('initialization failed') from stopped\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with stop_on_signals():
+        with pytest.raises(Stopped):
+            import_problem(f"swallows{number}", "cpu")
+        assert import_problem(f"swallows{number}", "cpu") is None

@@ -62,8 +62,11 @@ def command_line(arguments: list[str], errors: str) -> None:
     main()
 
 
-def run(arguments: str, kill: tuple[signal.Signals, float] | None = None) -> bool:
-    """Run mgn-deploy; whether it ended before the signal that it is sent after so many seconds."""
+def run(arguments: str, kill: tuple[signal.Signals, float] | None = None, log: Path | None = None) -> bool:
+    """Run mgn-deploy; whether it ended before the signal that it is sent after so many seconds.
+
+    `log` gets what it said on stderr, after that of earlier runs.
+    """
     with tempfile.NamedTemporaryFile() as errors:
         process = multiprocessing.get_context("forkserver").Process(
             target=command_line, args=(arguments.split(), errors.name)
@@ -74,6 +77,9 @@ def run(arguments: str, kill: tuple[signal.Signals, float] | None = None) -> boo
             if process.exitcode is None:
                 os.kill(process.pid or 0, kill[0])
         process.join(300)
+        if log:
+            with log.open("a") as file:
+                file.write(f"{arguments}: {kill}, ended with {process.exitcode}\n{Path(errors.name).read_text()}\n")
         allowed = (0, -kill[0], 128 + kill[0]) if kill else (0,)
         if process.exitcode not in allowed:
             process.kill()
@@ -147,7 +153,7 @@ class Row:
     """What became of one command: its time, its result when nobody killed it, and what was counted."""
 
     def __init__(self, trial: Trial, work: Path) -> None:
-        self.trial, self.out = trial, work / "out"
+        self.trial, self.out, self.log = trial, work / "out", work / "out.log"
         self.seconds, self.counts = 1.0, Counter[str]()
         self.until_it_ends([])
         self.expected = contents(self.out)
@@ -161,11 +167,12 @@ class Row:
     def until_it_ends(self, kills: list[tuple[signal.Signals, float]]) -> None:
         """Run it once for each kill until it ends, at last without one."""
         shutil.rmtree(self.out, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
         self.out.mkdir()
         self.trial.prepare(self.out)
         for kill in [*kills, None]:
             start = time.monotonic()
-            ended = run(self.trial.arguments.format(out=self.out), kill)
+            ended = run(self.trial.arguments.format(out=self.out), kill, self.log)
             if ended:
                 if not kill:
                     self.seconds = time.monotonic() - start
@@ -180,7 +187,9 @@ class Row:
         self.counts["ends"] += 1
         if contents(self.out) != self.expected:
             self.counts["different"] += 1
-            self.out.rename(self.out.with_name(f"different-{self.trial.name}-{self.counts['ends']}"))
+            different = self.out.with_name(f"different-{self.trial.name}-{self.counts['ends']}")
+            self.out.rename(different)
+            self.log.rename(different.with_suffix(".log"))
 
 
 def main() -> None:
