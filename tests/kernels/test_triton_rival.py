@@ -49,7 +49,8 @@ print("right")
 def test_it_computes_the_definition():
     done = subprocess.run(
         [sys.executable, "-c", RUN],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=240,
