@@ -155,18 +155,18 @@ def compact(store: str | os.PathLike[str]) -> tuple[int, int]:
 def merge(stores: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> int:
     """Join stores of one source, as `embed --shard` makes them, into a new store in the order of the names' bytes.
 
-    It has the bytes that one run over the whole source would have written.
+    It has the bytes that one run over the whole source would have written. A folder that holds just these rows stays as
+    it is: a merge that was killed after its last step may be run again.
 
     Returns:
         How many rows it has.
 
     Raises:
-        UserError: the stores differ in bundle, backend, preprocessing, type or source, or one is damaged.
+        UserError: the stores differ in bundle, backend, preprocessing, type or source, or one is damaged; `out` holds
+            other rows.
     """
     manifests = [read_manifest(Path(store)) for store in stores]
     with StoreWriter(out, manifests[0].model_copy(update={"shards": (), "schema_version": 2})) as writer:
-        if writer.manifest.shards:
-            raise UserError(f"{out} holds rows already: merge into a new folder")
         rows: dict[str, tuple[Row, Shard, int]] = {}
         for store, manifest in zip(stores, manifests, strict=True):
             writer.check_same(manifest, Path(store))
@@ -174,7 +174,11 @@ def merge(stores: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
                 twice = rows.get(row[0].name)
                 if twice is None or twice[0].error is not None:
                     rows[row[0].name] = row
-        writer.rewrite(sorted(rows.values(), key=lambda row: os.fsencode(row[0].name)))
+        merged = sorted(rows.values(), key=lambda row: os.fsencode(row[0].name))
+        if not writer.manifest.shards:
+            writer.rewrite(merged)
+        elif list(writer.known.values()) != [row for row, _, _ in merged]:
+            raise UserError(f"{out} holds other rows already: merge into a new folder")
     return len(rows)
 
 
