@@ -24,7 +24,7 @@ from mgn_deploy.retrieval.nearest import Candidates
 
 _log = logging.getLogger("mgn_deploy")
 FLAT_ROWS = 50_000  # `auto` builds flat up to so many rows,
-HNSW_ROWS = 1_000_000  # and hnsw, which holds every embedding in memory, up to so many
+HNSW_ROWS = 200_000  # and hnsw, which holds every embedding in memory and is slow to build, up to so many
 
 
 def build_index(
