@@ -10,6 +10,8 @@ import os
 import shutil
 import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -81,6 +83,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def is_utf8(path: str | os.PathLike[str]) -> bool:
     """Whether a path's bytes are UTF-8, which some formats and libraries need."""
     return os.fsencode(path).decode("utf-8", "replace") == os.fspath(path)
+
+
+# What reading a damaged zip archive raises, or an encrypted one; `.npz` and PyTorch's files are such archives.
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
 
 
 def printable(path: str | os.PathLike[str]) -> str:

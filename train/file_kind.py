@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.files import BROKEN_ZIP
 
 HEAD = 512  # bytes that are looked at
 
@@ -86,6 +87,6 @@ def _problem_of_zip(path: Path) -> str | None:
             if "data.pkl" not in inner:
                 return f"a zip archive of other files ({', '.join(names[:3]) or 'none'}): unpack it"
             broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+    except BROKEN_ZIP as error:
         return f"damaged, or ends too early ({error}): {AGAIN}"
     return f"damaged, as the checksum of {broken} in it says: {AGAIN}" if broken else None

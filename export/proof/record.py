@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.files import BROKEN_ZIP
 
 RECORD = "proof.npz"
 
@@ -51,7 +51,7 @@ def _read(bundle: Bundle) -> Mapping[bytes, np.ndarray]:
     try:
         with np.load(io.BytesIO(bundle.read(RECORD)), allow_pickle=False) as file:
             pixels, embeddings = file["pixels"], file["embeddings"]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (*BROKEN_ZIP, ValueError, KeyError) as error:
         raise UserError(f"{bundle.folder / RECORD} is no record of the reference ({error})") from None
     if pixels.shape != (len(embeddings), 32) or embeddings.shape[1:] != (bundle.config.dim,):
         raise UserError(f"{bundle.folder / RECORD} has {pixels.shape} hashes of {embeddings.shape} embeddings")

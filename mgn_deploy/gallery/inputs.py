@@ -22,7 +22,7 @@ from mgn_deploy.gallery.remote import is_remote, remote_source
 from mgn_deploy.gallery.shards import SHARD_ROWS, folder_uri
 from mgn_deploy.gallery.sources import Source, common_folder, files_source, name_below
 from mgn_deploy.gallery.video import video_source
-from mgn_deploy.images.formats import why_not_listed
+from mgn_deploy.images.formats import skipped_sentence, why_not_listed
 from mgn_deploy.images.listing import image_paths, list_images
 
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv", ".parquet")
@@ -31,6 +31,7 @@ _VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".t
 _GLOB = frozenset("*?[")
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}", re.ASCII)
 MOST_NUMBERED = 100_000
+FOLDER = "folder of a pattern (give it by its name)"
 
 _log = logging.getLogger("mgn_deploy")
 
@@ -195,14 +196,20 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
         if not matches:
             raise UserError(f"no file matches {path!r}: check the pattern and the folder that it starts from")
-        for match in matches:
-            if os.path.isdir(match):
-                continue  # `**` names them besides their files
+        files = [match for match in matches if not os.path.isdir(match)]
+        # `**` names folders besides what is in them; those of another pattern would be left out without a word.
+        holding = {Path(folder) for folder in set(map(os.path.dirname, files))}
+        holding |= {above for folder in holding for above in folder.parents}
+        left_out = Counter([FOLDER] * len(set(map(Path, matches)) - set(map(Path, files)) - holding))
+        for match in files:
             reason = None if is_archive(match) else why_not_listed(match, os.path.basename(match))
             if reason is None:
                 yield Path(match)
             else:
-                skipped[reason] += 1
+                left_out[reason] += 1
+        if left_out:
+            _log.warning(f"{path}: {skipped_sentence(left_out)}")
+        skipped.update(left_out)
     else:
         raise UserError(
             f"{path!r} does not exist: give a folder of images, image files, or a pattern such as 'a/*.jpg'"

@@ -16,7 +16,6 @@ import os
 import time
 import unicodedata
 import uuid
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.errors import UserError, first_problem
-from mgn_deploy.files import sync_folder, write_bytes, write_text
+from mgn_deploy.files import BROKEN_ZIP, sync_folder, write_bytes, write_text
 from mgn_deploy.identity.calibration import check_same_id
 
 MANIFEST = "manifest.json"
@@ -310,7 +309,7 @@ def _read_person(path: Path, dim: int) -> Person | None:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             embeddings, about = arrays["embeddings"], json.loads(str(arrays["about"]))
         person = Person(check_name(about["name"]), embeddings, tuple(about["images"]), str(about["enrolled"]))
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, UserError):
+    except (*BROKEN_ZIP, ValueError, TypeError, KeyError, UserError):
         raise UserError(damaged) from None
     good = embeddings.dtype == np.float32 and embeddings.shape == (len(person.images), dim) and len(embeddings)
     if not good or not np.isfinite(embeddings).all():

@@ -485,6 +485,18 @@ def test_what_is_no_image_is_counted_in_the_report(images, tmp_path, embedder):
 # Files, patterns and lists
 
 
+def test_folders_that_a_pattern_leaves_out_are_counted_and_told(tmp_path, said):
+    for name in ("a.jpg", "notes.txt", "one/b.jpg", "two/deep/c.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        draw_crop(1, 1, 0).save(tmp_path / name, "JPEG") if name.endswith("jpg") else (tmp_path / name).write_text("-")
+    folder = "folder of a pattern (give it by its name)"
+    assert open_source(f"{tmp_path}/*").skipped == {folder: 2, ".txt": 1}
+    assert f"{tmp_path}/*: 3 files skipped: 2 {folder}, 1 .txt" in said
+    assert open_source(f"{tmp_path}/**").skipped == {".txt": 1}
+    with pytest.raises(UserError, match=r"1 folder of a pattern"):
+        open_source(f"{tmp_path}/t*")
+
+
 def test_files_and_patterns_together_are_a_source(crops, tmp_path, embedder):
     source = open_source(crops / "camera 1/*.jpg", crops / "camera 2")
     embed_folder(source, tmp_path / "s", embedder)

@@ -161,6 +161,9 @@ ABOUT = {"name": "Anna", "images": ["a"], "enrolled": "2026-01-01"}
     [
         b"",
         b"not a zip",
+        npz(embeddings=ROWS[:1])
+        .replace(b"PK\x03\x04\x2d\0\0\0", b"PK\x03\x04\x2d\0\1\0")
+        .replace(b"PK\1\2\x2d\3\x2d\0\0\0", b"PK\1\2\x2d\3\x2d\0\1\0"),  # encrypted, by its flags
         npz(embeddings=ROWS[:1]),
         npz(embeddings=ROWS[:2], about=np.array(json.dumps(ABOUT))),
         npz(embeddings=ROWS[:1].astype(np.float64), about=np.array(json.dumps(ABOUT))),

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,17 @@ def test_a_file_of_the_legacy_format_is_read(state, plain, tmp_path):
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     import_checkpoint(tmp_path / "old.pth", tmp_path / "w")
     assert weights_hash(tmp_path / "w") == weights_hash(plain)
+
+
+def test_a_compressed_archive_that_is_damaged_is_one_sentence(tmp_path):
+    path = tmp_path / "bad.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(range(256)) * 40)
+    start = 30 + len("archive/data.pkl")  # of the compressed bytes
+    content = path.read_bytes()
+    path.write_bytes(content[:start] + b"\xff" * 6 + content[start + 6 :])
+    with pytest.raises(UserError, match="is damaged, or ends too early"):
+        import_checkpoint(path, tmp_path / "w")
 
 
 def test_safetensors_are_read(state, plain, tmp_path):
