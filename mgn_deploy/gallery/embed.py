@@ -138,7 +138,7 @@ def _proven_codec(source: Source, embedder: Embedder) -> tuple[NvImageCodec, Dec
         raise UserError(f"--decoder nvimagecodec is of photos, and {source.title} is a video: leave it out")
     codec = NvImageCodec()
     if codec.device == "cpu":
-        _log.warning("no GPU is there: nvImageCodec decodes on the CPU, where it is no faster than Pillow")
+        _log.warning("no GPU is there: nvImageCodec decodes on the CPU, where it takes longer than Pillow")
     return codec, prove_codec(codec, source, embedder)
 
 

@@ -27,7 +27,7 @@ from mgn_deploy.retrieval.arrays import Arrays
 
 TILE_BYTES = 256 << 20
 ROWS_BYTES = 512 << 20  # where whole rows are held besides: 256 MiB took 7% longer at Market-1501's size
-DIRECT_TILE_BYTES = 4 << 30  # where a tile takes no memory: BLAS is 5 to 10% slower on tiles of 256 MiB
+DIRECT_TILE_BYTES = 4 << 30  # where a tile takes no memory: one call of BLAS repeats less work than several
 CHUNK_BYTES = 1 << 19  # of a tile that a thread turns from products into distances, while they are in its cache
 SAMPLE = (256, 2048)  # queries and gallery rows that `measured_error` compares
 
