@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, cycle, islice
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import numpy as np
 
 from mgn_deploy.bench.contenders import Images, read_images
 from mgn_deploy.bench.timing import calls
 from mgn_deploy.embedder import Embedder
+from mgn_deploy.errors import UserError
 
 Answer = tuple[float, float, float]  # when it came, its latency, its wait in the queue, in seconds
 _QUEUE = re.compile(r"queue;dur=([\d.]+)")
@@ -56,18 +56,29 @@ def served(address: str, contents: list[bytes], callers: int, seconds: float) ->
     with ThreadPoolExecutor(callers) as pool:
         each = pool.map(lambda number: call(address, contents, 7 * number, until), range(callers))
     answers = sorted(chain.from_iterable(each))
-    cpu = (cpu_seconds(address) - cpu) / len(answers)
-    steady = answers[callers:-callers]  # from one batch's end to another's, while every caller was waiting
-    latency, queue = np.array([answer[1:] for answer in steady]).T
+    cpu = (cpu_seconds(address) - cpu) / max(1, len(answers))
+    counted = steady(answers, callers)
+    latency, queue = np.array([answer[1:] for answer in counted]).T
     return {
-        "rate": (len(steady) - 1) / (steady[-1][0] - steady[0][0]), "served_cpu": cpu,
+        "rate": (len(counted) - 1) / (counted[-1][0] - counted[0][0]), "served_cpu": cpu,
         "p50": float(np.percentile(latency, 50)), "p99": float(np.percentile(latency, 99)),
         "p99_beyond_queue": float(np.percentile(latency - queue, 99)),
     }  # fmt: skip
 
 
+def steady(answers: list[Answer], callers: int) -> list[Answer]:
+    """Those from one batch's end to another's, while every caller was waiting."""
+    counted = answers[callers:-callers]
+    if len(counted) < 2:
+        raise UserError(f"{len(answers)} answers to {callers} callers are too few for a rate: --seconds must be longer")
+    return counted
+
+
 def cpu_seconds(address: str) -> float:
-    found = _CPU.search(urlopen(f"{address}/metrics").read())
+    connection = http.client.HTTPConnection(urlsplit(address).netloc)  # of this machine, whatever proxies are set
+    connection.request("GET", "/metrics")
+    found = _CPU.search(connection.getresponse().read())
+    connection.close()
     return float(found[1]) if found else float("nan")
 
 

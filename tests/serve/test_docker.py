@@ -124,10 +124,12 @@ def test_it_serves_as_nobody_without_a_home_on_a_read_only_file_system(
         status = Path(f"/proc/{process.pid}/status").read_text()
         assert re.search(r"^Uid:\t10001\t10001\t10001", status, re.MULTILINE)
         port = address.rpartition(":")[2]
-        assert subprocess.run([sys.executable, image / "opt/healthcheck.py", port]).returncode == 0
+        check = [sys.executable, image / "opt/healthcheck.py", port]
+        behind_a_proxy = os.environ | {"http_proxy": "http://127.0.0.1:9"}  # a proxy for other addresses, not this one
+        assert subprocess.run(check, env=behind_a_proxy).returncode == 0
         process.terminate()
         assert process.wait(30) == 0
-        assert subprocess.run([sys.executable, image / "opt/healthcheck.py", port], capture_output=True).returncode == 1
+        assert subprocess.run(check, capture_output=True).returncode == 1
     finally:
         process.kill()
         process.communicate()

@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,7 @@ def refuse_to_connect(monkeypatch, cache: Path) -> None:
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # one per process, and it keeps the proxies of its first use
 
 
 def test_without_a_network_imagenet_is_a_sentence_with_the_address_and_the_way_round(monkeypatch, tmp_path):
