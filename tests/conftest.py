@@ -126,6 +126,16 @@ def gallery_store(bundle_folder: Path, crops: Path, tmp_path_factory: pytest.Tem
     return folder
 
 
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Six drawn crops, a.jpg to f.jpg."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, letter in enumerate("abcdef"):
+        draw_crop(number, 1, 0).save(folder / f"{letter}.jpg", quality=90)
+    return folder
+
+
 @contextmanager
 def logged() -> Iterator[list[str]]:
     """The sentences that the library says meanwhile, INFO and above."""
