@@ -84,6 +84,14 @@ def weights(trace: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def model(weights: Path) -> Any:
+    """The network of `weights`, a test's own to change."""
+    from mgn_deploy.train.weights import load_weights
+
+    return load_weights(weights)
+
+
 @pytest.fixture(scope="session")
 def bundle_folder(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A proven bundle of `weights`. Tests that change a bundle copy it first."""
