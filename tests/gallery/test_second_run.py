@@ -16,8 +16,6 @@ from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.inputs import open_source
 from mgn_deploy.gallery.store import Store
 
-# Again
-
 
 def test_second_run_changes_nothing(images, tmp_path, embedder):
     (images / "b.jpg").write_bytes(b"")
@@ -128,9 +126,6 @@ def test_what_is_no_image_is_counted_in_the_report(images, tmp_path, embedder):
     report = embed_folder(images, tmp_path / "s", embedder)
     assert report.embedded == 7
     assert report.to_dict()["skipped"] == {".txt": 1, ".mp4": 1}
-
-
-# Files, patterns and lists
 
 
 def test_store_of_another_dtype_is_refused(images, tmp_path, embedder):

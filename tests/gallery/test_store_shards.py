@@ -17,8 +17,6 @@ from mgn_deploy.gallery.shards import read_manifest
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
 
-# A killed run
-
 
 def test_rows_fill_shards_whatever_the_number_of_calls(tmp_path, small_shards):
     rows = [ok(f"{number}.jpg") for number in range(10)]
@@ -33,9 +31,6 @@ def test_rows_fill_shards_whatever_the_number_of_calls(tmp_path, small_shards):
     for name in names_in(tmp_path / "one"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
     assert [shard.count for shard in read_manifest(tmp_path / "one").shards] == [4, 4, 2]
-
-
-# Damage
 
 
 @pytest.fixture
