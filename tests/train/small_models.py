@@ -9,11 +9,11 @@ from mgn_deploy.config import ModelConfig
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives, much more on a busy machine
 
+TINY = ModelConfig(backbone="resnet18", base_width=8, reduced_width=4, height=96, width=32)
+
 
 def small_config(**changes) -> ModelConfig:
-    return ModelConfig(
-        **{"backbone": "resnet18", "base_width": 8, "reduced_width": 4, "height": 96, "width": 32, **changes}
-    )
+    return ModelConfig(**{**TINY.model_dump(), **changes})
 
 
 def randomise_norms(model: nn.Module, seed: int = 0) -> None:
