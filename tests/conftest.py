@@ -124,6 +124,12 @@ def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def photo(crops: Path) -> Path:
+    """One of the crops, which no test changes."""
+    return crops / "camera 1" / "0001_c1s1_000000_00.jpg"
+
+
 @pytest.fixture(scope="session")
 def gallery_store(bundle_folder: Path, crops: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The forty crops embedded by the small bundle. Tests that add to it copy it first."""
