@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.locks import LOCK, lock
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -149,6 +149,13 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def holds_nothing(path: Path) -> bool:
+    """Whether it is a folder that is empty but for what a run leaves that is killed before it has written."""
+    return path.is_dir() and all(
+        name == LOCK or (name.startswith(".mgn-") and name.endswith(".tmp")) for name in os.listdir(path)
+    )
+
+
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
@@ -183,7 +190,7 @@ def _exchange(one: Path, other: Path) -> None:
 def _mark_as_written(descriptor: int) -> None:
     """Lock a file or folder that is being written, so that nobody takes it for a leftover."""
     with suppress(OSError):  # NFS locks no folder; nor is one removed there, then
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -193,7 +200,7 @@ def _remove_leftovers(folder: Path) -> None:
             if time.time() - left.stat().st_mtime > 3600:
                 descriptor = os.open(left, os.O_RDONLY)
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(descriptor)
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
                 finally:
                     os.close(descriptor)

@@ -9,11 +9,9 @@ a lock. A person's file is not named by the person, so a rename is one write and
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
-import time
 import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
@@ -29,11 +27,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.errors import UserError, first_problem
-from mgn_deploy.files import BROKEN_ZIP, sync_folder, write_bytes, write_text
+from mgn_deploy.files import BROKEN_ZIP, holds_nothing, sync_folder, write_bytes, write_text
 from mgn_deploy.identity.calibration import check_same_id
+from mgn_deploy.locks import locked
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"
 MAX_NAME = 100
 LOCK_SECONDS = 30
 
@@ -128,10 +126,10 @@ class People:
         folder = Path(folder)
         try:
             if not (folder / MANIFEST).exists():
-                if folder.exists() and not (folder.is_dir() and all(_is_ours(name) for name in os.listdir(folder))):
+                if folder.exists() and not holds_nothing(folder):
                     raise UserError(f"{folder} exists and holds no enrolled people: choose another path")
                 folder.mkdir(parents=True, exist_ok=True)
-                with _locked(folder):
+                with _writing(folder):
                     if not (folder / MANIFEST).exists():
                         manifest = PeopleManifest(bundle_id=bundle_id, dim=dim)
                         write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
@@ -173,7 +171,7 @@ class People:
                 f"embeddings of {self.dim} finite numbers are enrolled in {self.folder}, not {list(embeddings.shape)}"
             )
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        with self._writing():
+        with _writing(self.folder):
             path, person = self._find(name) or (
                 self.folder / f"person-{uuid.uuid4().hex[:12]}.npz",
                 Person(name, np.empty((0, self.dim), np.float32), (), started),
@@ -200,7 +198,7 @@ class People:
             UserError: nobody has the name, somebody has the new one, or it cannot be one.
         """
         new_name = check_name(new_name)
-        with self._writing():
+        with _writing(self.folder):
             path, person = self._require(name)
             if new_name != person.name and self._find(new_name):
                 raise UserError(f"{self.folder} has a {new_name!r} already: remove that person or choose another name")
@@ -214,7 +212,7 @@ class People:
         Raises:
             UserError: nobody has the name.
         """
-        with self._writing():
+        with _writing(self.folder):
             path, person = self._require(name)
             path.unlink()
             sync_folder(self.folder)
@@ -238,14 +236,6 @@ class People:
             raise UserError(f"nobody named {name!r} is enrolled in {self.folder}: `mgn-deploy people list` names them")
         return found
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            with _locked(self.folder):
-                yield
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from None
-
 
 def check_name(name: str) -> str:
     """A person's name in Unicode's composed form.
@@ -265,10 +255,6 @@ def check_name(name: str) -> str:
             "ends, no dot or dash at the beginning"
         )
     return name
-
-
-def _is_ours(name: str) -> bool:
-    return name == LOCK or (name.startswith(".mgn-") and name.endswith(".tmp"))
 
 
 def _read_manifest(folder: Path) -> PeopleManifest:
@@ -325,21 +311,10 @@ def _write(path: Path, person: Person) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Each call has a descriptor of its own, so threads of one process take turns, too."""
-    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"another process has been writing to {folder} for {LOCK_SECONDS} s: try again later"
-                    ) from None
-                time.sleep(0.02)
-        yield
-    finally:
-        os.close(descriptor)  # which releases the lock
+        busy = f"another process has been writing to {folder} for {LOCK_SECONDS} s: try again later"
+        with locked(folder, busy, LOCK_SECONDS):
+            yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
