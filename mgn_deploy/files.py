@@ -158,14 +158,23 @@ def holds_nothing(path: Path) -> bool:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
+    """What went wrong with what is written to a path; of another file that was read or written meanwhile, with that."""
     try:
         yield
     except OSError as error:
+        named = error.filename
+        if isinstance(named, (str, bytes)) and not _is_for(path, Path(os.fsdecode(named))):
+            raise UserError(f"{printable(os.fsdecode(named))}: {error.strerror}") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
                 f"{path}: the disk is full ({error.strerror}); free some space and run the same command again"
             ) from error
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _is_for(path: Path, named: Path) -> bool:
+    """Whether a file that an error names is the path, a folder that it is in, or what will become it."""
+    return named in (path, *path.parents) or any(part.startswith(".mgn-") for part in named.parts)
 
 
 def _exchange(one: Path, other: Path) -> None:
