@@ -1,9 +1,9 @@
 """JPEG decoders beside Pillow on real crops: `python -m mgn_deploy.bench.decoders --images DIR [--bundle B]`.
 
 Those that are installed take turns in every round, so that other work on the machine meets all of them: `cpu` is the
-median over rounds of a decoder's seconds of CPU over those of `load_rgb`, which is Pillow. `draft` is Pillow at a scale
-of JPEG's DCT that leaves at least twice the network's size: its CPU with the resizing over that of the whole crop, and
-how far it moves a bundle's embeddings (1 - cosine).
+median over rounds of a decoder's seconds of CPU, to an image that Pillow resizes, over those of `load_rgb`, which is
+Pillow. `draft` is Pillow at a scale of JPEG's DCT that leaves at least twice the network's size: its CPU with the
+resizing over that of the whole crop, and how far it moves a bundle's embeddings (1 - cosine).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mgn_deploy.images.listing import list_images
 from mgn_deploy.images.prefetch import batched
 from mgn_deploy.machine import usable_cpus
 
-Decoder = Callable[[bytes], np.ndarray]
+Decoder = Callable[[bytes], Image.Image]
 
 
 def torchvision() -> Decoder:
@@ -35,19 +35,21 @@ def torchvision() -> Decoder:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     mode, uint8 = ImageReadMode.RGB, torch.uint8
-    return lambda content: decode_jpeg(torch.frombuffer(bytearray(content), dtype=uint8), mode).permute(1, 2, 0).numpy()
+    return lambda content: Image.fromarray(
+        decode_jpeg(torch.frombuffer(bytearray(content), dtype=uint8), mode).permute(1, 2, 0).numpy()
+    )
 
 
 def simplejpeg() -> Decoder:
     import simplejpeg
 
-    return lambda content: simplejpeg.decode_jpeg(content, "RGB")
+    return lambda content: Image.fromarray(simplejpeg.decode_jpeg(content, "RGB"))
 
 
 def pyvips() -> Decoder:
     import pyvips
 
-    return lambda content: pyvips.Image.new_from_buffer(content, "", access="sequential").numpy()
+    return lambda content: Image.fromarray(pyvips.Image.new_from_buffer(content, "", access="sequential").numpy())
 
 
 def compare(decoders: Mapping[str, Decoder], contents: list[bytes], rounds: int, threads: int = 1) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def compare(decoders: Mapping[str, Decoder], contents: list[bytes], rounds: int,
         for _ in range(rounds):
             for name, decode in decoders.items():
                 start = time.process_time()
-                list(pool.map(lambda some, decode=decode: [decode(c)[0, 0, 0] for c in some], batched(contents, 16)))
+                list(pool.map(lambda some, decode=decode: [decode(c) for c in some], batched(contents, 16)))
                 taken[name].append((time.process_time() - start) / len(contents))
     first = next(iter(taken.values()))
     return {
@@ -100,14 +102,15 @@ def main() -> None:
     pixels = [np.asarray(load_rgb(content)) for content in contents]
     size = np.median([array.shape[1::-1] for array in pixels], axis=0).tolist()
     result: dict[str, Any] = {"Pillow": Image.__version__, "images": len(contents), "median_size": size}
-    decoders: dict[str, Decoder] = {"load_rgb": lambda content: np.asarray(load_rgb(content))}
+    decoders: dict[str, Decoder] = {"load_rgb": load_rgb}
     for make in (torchvision, simplejpeg, pyvips):
         try:
             decoders[make.__name__] = make()
         except ImportError as error:
             result[make.__name__] = f"not installed: {error}"
     result["equal_pixels"] = {
-        name: sum(map(np.array_equal, map(decode, contents), pixels)) for name, decode in decoders.items()
+        name: sum(map(np.array_equal, map(np.asarray, map(decode, contents)), pixels))
+        for name, decode in decoders.items()
     }
     for threads in {1, usable_cpus()}:
         result[f"{threads} threads"] = compare(decoders, contents, asked.rounds, threads)

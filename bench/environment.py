@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -47,7 +48,7 @@ class Environment(Strict, frozen=True):
     system: str
     python: str
     packages: dict[str, str]
-    git_commit: str | None  # of the source tree that was run, with "+" where it is changed; None of an installed one
+    git_commit: str | None  # of the source tree that was run, with "+" and its changes' hash; None of an installed one
 
 
 def environment() -> Environment:
@@ -86,10 +87,10 @@ def _commit() -> str | None:
         # Not tracked: it is installed, in an environment that may lie in a repository of something else.
         subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, timeout=10, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], timeout=10, check=False).returncode
+        changes = subprocess.run([*git, "diff", "HEAD"], capture_output=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip() + ("+" if changed else "")
+    return head.stdout.strip() + (f"+{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
 
 
 def _read(path: Path) -> str:

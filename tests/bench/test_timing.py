@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import numpy as np
 import pytest
 from scipy.stats import binom
 
-from mgn_deploy.bench import timing
+from mgn_deploy.bench import environment, timing
 from mgn_deploy.bench.timing import quantile, spread, warm_up
 
 
@@ -62,3 +64,22 @@ def test_without_pytorch_the_limits_are_numpys():
     assert found.by.startswith("numpy")
     assert set(found.operations_per_second) == {"float32"}
     assert found.copy_bytes_per_second > 1e7
+
+
+def test_a_changed_source_tree_is_told_from_the_commit_and_from_other_changes(tmp_path, monkeypatch):
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+    source = tmp_path / "environment.py"
+    monkeypatch.setattr(environment, "__file__", str(source))
+    found = []
+    for content in ("a", "b", "c"):
+        source.write_text(content)
+        if content == "a":
+            git("init", "--quiet")
+            git("add", ".")
+            git("commit", "--quiet", "--message", "a")
+        found.append(environment._commit())
+    assert len(set(found)) == 3
+    assert all(one.partition("+")[0] == found[0] for one in found)
