@@ -96,7 +96,7 @@ def embed(
     Run again, it goes on where it stopped, and embeds what is new or has changed.
     """
     from mgn_deploy.gallery.inputs import open_inputs
-    from mgn_deploy.gallery.shards import read_manifest
+    from mgn_deploy.gallery.manifest import read_manifest
 
     batch_size = _number("--batch", batch, MAX_BATCH)
     decoding = None if threads is None else _number("--threads", threads, MAX_THREADS)

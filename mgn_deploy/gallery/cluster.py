@@ -29,9 +29,9 @@ from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.gallery import writer as writing
 from mgn_deploy.gallery.embed import fill_store
 from mgn_deploy.gallery.inputs import open_source
+from mgn_deploy.gallery.manifest import ShardEntry, StoreManifest
 from mgn_deploy.gallery.profile import Profile
 from mgn_deploy.gallery.run import GalleryReport, Run
-from mgn_deploy.gallery.shards import ShardEntry, StoreManifest
 from mgn_deploy.gallery.sources import Decoded, Source
 from mgn_deploy.gallery.writer import PARTS, StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING

@@ -19,8 +19,9 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.archives import is_archive
 from mgn_deploy.gallery.boxed import boxed_source
 from mgn_deploy.gallery.boxes import PERSON, read_boxes
+from mgn_deploy.gallery.manifest import folder_uri
 from mgn_deploy.gallery.remote import is_remote, remote_source
-from mgn_deploy.gallery.shards import SHARD_ROWS, folder_uri
+from mgn_deploy.gallery.shards import SHARD_ROWS
 from mgn_deploy.gallery.sources import Source, common_folder, files_source, name_below
 from mgn_deploy.gallery.video import video_source
 from mgn_deploy.images.formats import skipped_sentence, why_not_listed

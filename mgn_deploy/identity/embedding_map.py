@@ -17,7 +17,7 @@ from mgn_deploy.files import atomic_file, printable
 from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.packages import require
-from mgn_deploy.retrieval.distance import check_finite
+from mgn_deploy.retrieval.rows import check_finite
 
 
 @dataclass(frozen=True)

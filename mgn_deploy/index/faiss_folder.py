@@ -21,7 +21,7 @@ from mgn_deploy.gallery.store import Store
 from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.recall import RecallSample
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval.distance import check_finite
+from mgn_deploy.retrieval.rows import check_finite
 
 FILES = ("index.faiss", "rows.parquet", "manifest.json")
 LINKS = 32  # of a node in an HNSW graph (M of Malkov and Yashunin 2018)

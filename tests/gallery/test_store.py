@@ -18,7 +18,8 @@ from mgn_deploy import locks
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import sha256_file
 from mgn_deploy.gallery import writer as writer_module
-from mgn_deploy.gallery.shards import Row, StoreManifest, read_manifest
+from mgn_deploy.gallery.manifest import StoreManifest, read_manifest
+from mgn_deploy.gallery.shards import Row
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.gallery.writer import StoreWriter
 
