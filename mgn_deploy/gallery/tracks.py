@@ -22,7 +22,7 @@ from PIL import Image
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import write_bytes
 from mgn_deploy.gallery.crops import crops, sequence_of
-from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.resize import resized

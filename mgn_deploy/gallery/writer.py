@@ -17,7 +17,8 @@ import numpy as np
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import holds_nothing, sha256_bytes, sync_folder, write_bytes, write_text
 from mgn_deploy.gallery.manifest import MANIFEST, ShardEntry, StoreManifest, read_manifest
-from mgn_deploy.gallery.shards import SHARD_ROWS, Row, Shard, array_bytes, open_shards, rows_bytes
+from mgn_deploy.gallery.row import Row, rows_bytes
+from mgn_deploy.gallery.shards import SHARD_ROWS, Shard, array_bytes, open_shards
 from mgn_deploy.locks import locked
 
 PARTS = "parts"  # where the workers of a cluster write, until the one process that holds the lock takes their shards

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.files import atomic_folder, sha256_file
-from mgn_deploy.gallery.shards import rows_table
+from mgn_deploy.gallery.row import rows_table
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.recall import RecallSample

@@ -14,7 +14,7 @@ from mgn_deploy.choices import Device, Metric
 from mgn_deploy.datasets.dataset import JUNK
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.crops import row_crop
-from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.sources import name_below
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.progress import Progress

@@ -19,7 +19,7 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.files import sha256_file
 from mgn_deploy.gallery import writer as writer_module
 from mgn_deploy.gallery.manifest import StoreManifest, read_manifest
-from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.gallery.writer import StoreWriter
 
@@ -663,7 +663,7 @@ def test_store_made_otherwise_is_refused(tmp_path, change):
 
 def test_second_process_is_refused_while_the_first_writes(tmp_path):
     script = (
-        "import sys; from mgn_deploy.gallery.shards import StoreManifest\n"
+        "import sys; from mgn_deploy.gallery.manifest import StoreManifest\n"
         "from mgn_deploy.gallery.writer import StoreWriter\n"
         "with StoreWriter(sys.argv[1], StoreManifest.model_validate_json(sys.argv[2])):\n"
         "    print('in', flush=True)\n"
