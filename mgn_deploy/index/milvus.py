@@ -26,7 +26,7 @@ from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.recall import RecallSample
 from mgn_deploy.packages import require
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval.distance import check_finite
+from mgn_deploy.retrieval.rows import check_finite
 
 _log = logging.getLogger("mgn_deploy")
 T = TypeVar("T")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.gallery.shards import Row, StoreManifest
+from mgn_deploy.gallery.manifest import StoreManifest
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.writer import StoreWriter
 
 MANIFEST = StoreManifest(

@@ -13,7 +13,7 @@ from small_stores import MANIFEST, bad, enter, names_in, ok, refusal, shard, wri
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery import writer as writer_module
-from mgn_deploy.gallery.shards import read_manifest
+from mgn_deploy.gallery.manifest import read_manifest
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
 

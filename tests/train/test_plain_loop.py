@@ -32,9 +32,10 @@ def people(tmp_path_factory) -> Dataset:
 # Accuracy from PyTorch
 
 
-def test_evaluating_is_embedding_and_ranking(people, weights):
+def test_evaluating_is_embedding_and_ranking(people, weights, monkeypatch):
+    monkeypatch.setattr("mgn_deploy.train.evaluate.BATCH", 5)
     model = load_weights(weights).train()
-    metrics = evaluate_model(model, people, batch_size=5)
+    metrics = evaluate_model(model, people)
     assert model.training
     embedding = Embedding(load_weights(weights))
 
