@@ -54,12 +54,7 @@ def mixed(crops, tmp_path_factory) -> Path:
     """The forty crops and four bad files between them."""
     folder = tmp_path_factory.mktemp("mixed") / "images"
     shutil.copytree(crops, folder)
-    for place in (
-        "camera 1/0001_c1s1_x.jpg",
-        "camera 1/0005_c1s1_x.jpg",
-        "camera 2/0003_c2s1_x.jpg",
-        "zz.jpg",
-    ):
+    for place in ("camera 1/0001_c1s1_x.jpg", "camera 1/0005_c1s1_x.jpg", "camera 2/0003_c2s1_x.jpg", "zz.jpg"):
         (folder / place).touch()
     return folder
 
