@@ -52,7 +52,9 @@ def pyvips() -> Decoder:
     return lambda content: Image.fromarray(pyvips.Image.new_from_buffer(content, "", access="sequential").numpy())
 
 
-def compare(decoders: Mapping[str, Decoder], contents: list[bytes], rounds: int, threads: int = 1) -> dict[str, Any]:
+def compare(
+    decoders: Mapping[str, Callable[[bytes], Any]], contents: list[bytes], rounds: int, threads: int = 1
+) -> dict[str, Any]:
     """Each decoder's CPU over the first one's, and its milliseconds of CPU an image; medians over rounds in turns."""
     taken = defaultdict(list)
     with ThreadPoolExecutor(threads) as pool:

@@ -29,7 +29,8 @@ TASKS = ("search", "index", "rerank")
 
 def write_store(folder: Path, images: int, dim: int) -> None:
     """A float16 store of drawn people; those of one block are none of another's."""
-    from mgn_deploy.gallery.shards import Row, StoreManifest
+    from mgn_deploy.gallery.manifest import StoreManifest
+    from mgn_deploy.gallery.row import Row
     from mgn_deploy.gallery.writer import StoreWriter
 
     manifest = StoreManifest(

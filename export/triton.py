@@ -10,7 +10,6 @@ The configuration's fields are those of `model_config.proto` in triton-inference
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -62,9 +61,8 @@ def write_model_repository(
     plan: EngineEntry | None = None,
     max_batch: int = 64,
     preferred: Sequence[int] = (8, 32),
-    name: str = MODEL_NAME,
 ) -> Path:
-    """Write the repository's one model; an earlier one of the same name is replaced.
+    """Write the repository's model `mgn`; an earlier one is replaced.
 
     Args:
         bundle: its graph, or its plan, becomes version 1 of the model.
@@ -72,7 +70,6 @@ def write_model_repository(
         plan: one of the bundle's plans of TensorRT, for the GPUs that it was built for; None: the graph.
         max_batch: most images that Triton puts into one call; a plan's profile must hold it.
         preferred: batch sizes that Triton tries to fill, none above `max_batch`.
-        name: of the model, and of its folder.
 
     Returns:
         The model's folder.
@@ -81,26 +78,24 @@ def write_model_repository(
         UserError: a plan without its heads, sizes that do not fit, a plan of TensorRT-RTX, no proof for the engine that
             Triton would run, or a folder that cannot be written.
     """
-    _check(plan, max_batch, preferred, name)
+    _check(plan, max_batch, preferred)
     runs_it = ("tensorrt",) if plan else ONNXRUNTIMES
     if not any(name in runs_it and proof.passed for name, proof in bundle.manifest.proofs.items()):
         raise UserError(
             f"Triton would run {plan.file if plan else GRAPH} of {bundle.folder} by {runs_it[0]}, which is not proven "
             f"with it: `mgn-deploy prove --bundle {bundle.folder}` where that is installed"
         )
-    folder = Path(out) / name
+    folder = Path(out) / MODEL_NAME
     file = "model.plan" if plan else "model.onnx"
     content = bundle.read(plan.file if plan else GRAPH)
     with atomic_folder(folder, ("config.pbtxt", "1")) as new:
-        (new / "config.pbtxt").write_text(_config(bundle, file, max_batch, preferred, name))
+        (new / "config.pbtxt").write_text(_config(bundle, file, max_batch, preferred))
         (new / "1").mkdir()
         (new / "1" / file).write_bytes(content)
     return folder
 
 
-def _check(plan: EngineEntry | None, max_batch: int, preferred: Sequence[int], name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise UserError(f"{name!r} cannot name a Triton model: use letters, digits, _, - and .")
+def _check(plan: EngineEntry | None, max_batch: int, preferred: Sequence[int]) -> None:
     if max_batch < 1 or not preferred or any(not 1 <= size <= max_batch for size in preferred):
         raise UserError(
             f"preferred batch sizes {', '.join(map(str, preferred)) or 'none'}: each must lie between 1 and the "
@@ -123,14 +118,14 @@ def _check(plan: EngineEntry | None, max_batch: int, preferred: Sequence[int], n
         )
 
 
-def _config(bundle: Bundle, file: str, max_batch: int, preferred: Sequence[int], name: str) -> str:
+def _config(bundle: Bundle, file: str, max_batch: int, preferred: Sequence[int]) -> str:
     config = bundle.config
     sides = {"height": config.height, "width": config.width}
     # The first call of a batch size is slow: it picks kernels. Triton answers no request before these have run.
     sizes = sorted({1, *preferred, max_batch})
     return _CONFIG.substitute(
         sides,
-        name=name,
+        name=MODEL_NAME,
         bundle_id=bundle.id,
         preprocessing=PREPROCESSING,
         backend="tensorrt" if file == "model.plan" else "onnxruntime",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mgn_deploy.errors import UserError
+from mgn_deploy.locks import LOCK, lock
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -149,16 +149,32 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def holds_nothing(path: Path) -> bool:
+    """Whether it is a folder that is empty but for what a run leaves that is killed before it has written."""
+    return path.is_dir() and all(
+        name == LOCK or (name.startswith(".mgn-") and name.endswith(".tmp")) for name in os.listdir(path)
+    )
+
+
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
+    """What went wrong with what is written to a path; of another file that was read or written meanwhile, with that."""
     try:
         yield
     except OSError as error:
+        named = error.filename
+        if isinstance(named, (str, bytes)) and not _is_for(path, Path(os.fsdecode(named))):
+            raise UserError(f"{printable(os.fsdecode(named))}: {error.strerror}") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
                 f"{path}: the disk is full ({error.strerror}); free some space and run the same command again"
             ) from error
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _is_for(path: Path, named: Path) -> bool:
+    """Whether a file that an error names is the path, a folder that it is in, or what will become it."""
+    return named in (path, *path.parents) or any(part.startswith(".mgn-") for part in named.parts)
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -183,7 +199,7 @@ def _exchange(one: Path, other: Path) -> None:
 def _mark_as_written(descriptor: int) -> None:
     """Lock a file or folder that is being written, so that nobody takes it for a leftover."""
     with suppress(OSError):  # NFS locks no folder; nor is one removed there, then
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -193,7 +209,7 @@ def _remove_leftovers(folder: Path) -> None:
             if time.time() - left.stat().st_mtime > 3600:
                 descriptor = os.open(left, os.O_RDONLY)
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(descriptor)
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
                 finally:
                     os.close(descriptor)

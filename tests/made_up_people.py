@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mgn_deploy.identity.calibrate import calibrate_embeddings
+from mgn_deploy.identity.calibrate_embeddings import calibrate_embeddings
 from mgn_deploy.identity.calibration import Calibration
 
 BUNDLE = "a" * 64

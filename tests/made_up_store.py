@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from mgn_deploy.datasets.drawn import draw_crop
-from mgn_deploy.gallery.shards import Row, StoreManifest
+from mgn_deploy.gallery.manifest import StoreManifest
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
 

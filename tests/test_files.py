@@ -8,6 +8,7 @@ import pwd
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,15 @@ def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
         replace_folder(tmp_path / "out", "new")
     assert (tmp_path / "out/marker").read_text() == "old"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("written", [atomic_file, partial(atomic_folder, names=["marker"])])
+def test_a_file_that_cannot_be_read_meanwhile_is_named_and_not_the_output(tmp_path, written):
+    with pytest.raises(UserError, match=r"in/gone\.npy: No such file or directory"), written(tmp_path / "out"):
+        (tmp_path / "in/gone.npy").read_bytes()
+    with pytest.raises(UserError, match=r"out cannot be written: Input/output error"), written(tmp_path / "out"):
+        raise OSError(errno.EIO, "Input/output error")
+    assert os.listdir(tmp_path) == []
 
 
 def test_folder_of_others_is_not_replaced(tmp_path):

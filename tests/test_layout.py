@@ -17,7 +17,8 @@ FOLDERS = {"mgn_deploy": "mgn_deploy"} | {
 # From what everyone stands on to what stands on everything. A room may import its own modules and those of earlier
 # lines.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("", "choices", "errors", "progress", "config", "machine", "files", "cached", "packages", "interrupt", "telemetry"),
+    ("", "choices", "errors", "progress", "config", "machine", "locks", "packages", "interrupt", "telemetry"),
+    ("files", "cached"),
     ("console",),
     ("images", "bundle", "cuda"),
     ("datasets",),

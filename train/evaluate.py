@@ -13,16 +13,15 @@ from mgn_deploy.retrieval.validate import rank_gallery
 from mgn_deploy.train.data import read_labelled
 from mgn_deploy.train.model import MGN, Embedding
 
+BATCH = 64  # images a forward pass
 
-def evaluate_model(
-    model: MGN, data: Dataset, *, batch_size: int = 64, progress: Progress | None = None
-) -> RankingMetrics:
+
+def evaluate_model(model: MGN, data: Dataset, *, progress: Progress | None = None) -> RankingMetrics:
     """Embed query and gallery on the model's device, features of image and mirror averaged (section 4.1), and rank.
 
     Args:
         model: is left in the mode that it was in.
         data: with query and gallery.
-        batch_size: images a forward pass.
         progress: called as ("evaluating", images done, images) after each pass.
 
     Raises:
@@ -36,7 +35,7 @@ def evaluate_model(
     rows: list[np.ndarray] = []
     try:
         with torch.inference_mode():
-            for batch in batched(crops, batch_size):
+            for batch in batched(crops, BATCH):
                 rows.extend(embedding(torch.from_numpy(np.stack(batch)).to(device)).cpu().numpy())
                 if progress:
                     progress("evaluating", len(rows), len(images))

@@ -140,7 +140,7 @@ def manifest() -> str:
 
 def store_manifest() -> str:
     """Every key of a store's manifest."""
-    from mgn_deploy.gallery.shards import StoreManifest
+    from mgn_deploy.gallery.manifest import StoreManifest
 
     return _table(["key", "type", "without it"], list(_keys(StoreManifest)))
 

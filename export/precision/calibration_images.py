@@ -33,10 +33,9 @@ def read_calibration_images(
     proof_crops: np.ndarray,
     *,
     count: int = COUNT,
-    seed: int = 0,
 ) -> Pixels:
-    """At most `count` images below a folder, drawn by seed, from every camera as many where the names tell it; in
-    random order.
+    """At most `count` images below a folder, the same at each call: drawn at random, from every camera as many where
+    the names tell it, and in random order.
 
     Args:
         folder: searched recursively.
@@ -44,12 +43,11 @@ def read_calibration_images(
         proof_crops: what the bundle is proven on, uint8 `[m, height, width, 3]`: a set that looks otherwise is warned
             of.
         count: images wanted.
-        seed: of the choice.
 
     Raises:
         UserError: fewer than 10 readable images that show something.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     crops: list[np.ndarray] = []
     blank = 0
     for path in _by_cameras_in_turn([file.path for file in list_images(folder) if file.path], rng):

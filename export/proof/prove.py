@@ -36,7 +36,6 @@ def prove_again(
     *,
     proof_images: str | os.PathLike[str] | None = None,
     data: Dataset | None = None,
-    fused_heads: bool = False,
     sign_key: str | os.PathLike[str] | None = None,
 ) -> dict[str, Proof]:
     """Prove a bundle with every backend that runs here, as on the GPU machine that it was copied to; its id stays.
@@ -50,7 +49,6 @@ def prove_again(
         folder: a bundle.
         proof_images: folder of images to prove on; without it, on drawn people.
         data: labelled queries and gallery: each proof also has their rank-1 and mAP.
-        fused_heads: engines on a GPU run the heads as the stripe-pool-reduce kernel.
         sign_key: PEM file of an Ed25519 private key, to sign the new proofs; without it an earlier signature goes.
 
     Raises:
@@ -62,7 +60,7 @@ def prove_again(
         read_private_key(sign_key)
     pixels = proof_pixels(proof_images, bundle.config.height, bundle.config.width)
     reference, reference_backend = _reference(bundle, pixels, with_backend=data is not None)
-    made = prove_backends(bundle, pixels, reference, reference_backend, data, fused_heads=fused_heads)
+    made = prove_backends(bundle, pixels, reference, reference_backend, data)
     for name, proof in made.items():
         before = bundle.manifest.proofs.get(name)
         if before and before.ranking and not proof.ranking:

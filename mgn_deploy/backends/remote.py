@@ -190,6 +190,11 @@ class TritonBackend(RemoteBackend):
             raise UserError(
                 f"{url}: the model {self._model!r} does not say which bundle it is: write it again by `export --triton`"
             ) from None
+        if (config.input[0].name, config.output[0].name) != ("images", "embeddings"):
+            raise UserError(
+                f"{url}: the model {self._model!r} takes {config.input[0].name!r} and gives {config.output[0].name!r}, "
+                "not 'images' and 'embeddings': write it again by `export --triton`"
+            )
         self.name = f"triton-{config.backend}"  # type: ignore[misc]
         self.hardware = Hardware(cpu=f"Triton at {address.netloc}", architecture="", instruction_sets=())
 
@@ -199,7 +204,10 @@ class TritonBackend(RemoteBackend):
         try:
             answer = self._client.infer(self._model, [given], client_timeout=TIMEOUT_SECONDS)
         except self._triton.InferenceServerException as error:
-            raise UserError(f"{self._url}: {error.message()}: run the same command again once it answers") from None
+            # What the model itself raised comes again; a server that went away may come back.
+            failed = error.status() in ("StatusCode.INTERNAL", "StatusCode.INVALID_ARGUMENT")
+            hint = "Triton's log says more" if failed else "run the same command again once it answers"
+            raise UserError(f"{self._url}: {error.message()}: {hint}") from None
         return self._checked(answer.as_numpy("embeddings"), images)
 
 

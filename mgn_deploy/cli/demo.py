@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -59,12 +60,17 @@ def _print(made: Demo) -> None:
         f"{percent(made.chance)})",
     )
     print(f"Done in {made.seconds:.0f} s. Look at the rank lists in a browser: {made.page}")
-    print("Next:")
-    print(f"  mgn-deploy search {made.query_store} {made.gallery_store} -k 5")
-    print(f"  mgn-deploy embed YOUR_IMAGES -o your-store --bundle {made.bundle}")
-    print(f"  mgn-deploy bench {made.bundle}")
-    print("  # a network of the paper's size:")
-    print("  mgn-deploy init -o weights-r50 --init random && mgn-deploy export weights-r50 -o bundle-r50")
+    print("Next:", *_next_commands(made.query_store, made.gallery_store, made.bundle), sep="\n  ")
+
+
+def _next_commands(query: Path, gallery: Path, bundle: Path) -> list[str]:
+    return [
+        shlex.join(["mgn-deploy", "search", str(query), str(gallery), "-k", "5"]),
+        shlex.join(["mgn-deploy", "embed", "YOUR_IMAGES", "-o", "your-store", "--bundle", str(bundle)]),
+        shlex.join(["mgn-deploy", "bench", str(bundle)]),
+        "# a network of the paper's size:",
+        "mgn-deploy init -o weights-r50 --init random && mgn-deploy export weights-r50 -o bundle-r50",
+    ]
 
 
 class Demo(NamedTuple):

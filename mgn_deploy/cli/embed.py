@@ -16,7 +16,7 @@ from mgn_deploy.console import percent, print_json, print_table, progress, say
 from mgn_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from mgn_deploy.gallery.cluster import Cluster
+    from mgn_deploy.gallery.cluster_connection import Cluster
     from mgn_deploy.gallery.profile import Profile
     from mgn_deploy.gallery.run import GalleryReport
 
@@ -96,7 +96,7 @@ def embed(
     Run again, it goes on where it stopped, and embeds what is new or has changed.
     """
     from mgn_deploy.gallery.inputs import open_inputs
-    from mgn_deploy.gallery.shards import read_manifest
+    from mgn_deploy.gallery.manifest import read_manifest
 
     batch_size = _number("--batch", batch, MAX_BATCH)
     decoding = None if threads is None else _number("--threads", threads, MAX_THREADS)
@@ -163,7 +163,7 @@ def _run_of(
 def _cluster(
     address: str | None, workers: str | None, batch_size: int | str, server: str | None, of_one_process: bool
 ) -> Cluster | None:
-    from mgn_deploy.gallery.cluster import Cluster
+    from mgn_deploy.gallery.cluster_connection import Cluster
 
     if address is None:
         if workers is not None:

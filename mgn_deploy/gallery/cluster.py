@@ -13,75 +13,31 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.choices import Dtype
-from mgn_deploy.datasets.labels import Label, Labels
-from mgn_deploy.embedder import Embedder, check_batch_size
-from mgn_deploy.errors import CannotRun, UserError
+from mgn_deploy.datasets.labels import Labels
+from mgn_deploy.embedder import check_batch_size
+from mgn_deploy.errors import UserError
 from mgn_deploy.gallery import writer as writing
+from mgn_deploy.gallery.cluster_connection import CLIENT, Cluster, connected, explained
+from mgn_deploy.gallery.cluster_workers import Decoder, Engine, Part, Worker, Written, heard, resolved
 from mgn_deploy.gallery.embed import fill_store
 from mgn_deploy.gallery.inputs import open_source
-from mgn_deploy.gallery.profile import Profile
-from mgn_deploy.gallery.run import GalleryReport, Run
-from mgn_deploy.gallery.shards import ShardEntry, StoreManifest
-from mgn_deploy.gallery.sources import Decoded, Source
+from mgn_deploy.gallery.manifest import StoreManifest
+from mgn_deploy.gallery.run import GalleryReport
+from mgn_deploy.gallery.sources import Source
 from mgn_deploy.gallery.writer import PARTS, StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.images.listing import ImageFile
-from mgn_deploy.machine import usable_cpus
-from mgn_deploy.packages import require
 from mgn_deploy.progress import Progress
 
-LOCAL = "local"
-CLIENT = "ray://"
-TRIES = 20  # attempts at a part whose workers die
 _log = logging.getLogger("mgn_deploy")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A Ray cluster to embed on.
-
-    Attributes:
-        address: `ray://HOST:PORT`, `auto` (the cluster that this machine is in), or `local` (one of this machine alone,
-            which ends with the run).
-        workers: the least and most engines; None: one, up to as many as the cluster has GPUs or, without any, nodes.
-    """
-
-    address: str
-    workers: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.address not in ("auto", LOCAL) and not self.address.startswith(CLIENT):
-            raise UserError(f"--cluster {self.address}: give ray://HOST:PORT, auto or local")
-        if self.workers is not None and not 1 <= self.workers[0] <= self.workers[1]:
-            raise UserError(f"{self.workers[0]} to {self.workers[1]} workers: give the least, 1 or more, and the most")
-
-
-@dataclass(frozen=True)
-class _Part:
-    number: int
-    files: Sequence[ImageFile]
-    labels: dict[str, Label | None]
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A part's shard, how many of its images are unlike crops, and what the library logged on the way."""
-
-    number: int
-    folder: Path
-    shard: ShardEntry
-    unlike_crops: int
-    said: list[tuple[int, str]]
 
 
 def embed_on_cluster(
@@ -122,7 +78,7 @@ def embed_on_cluster(
         raise UserError(f"{source.uri} is memory of this process, which no node of a cluster reads: embed it here")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     report = GalleryReport(skipped=source.skipped, batch_size=batch_size, threads=1)
-    with _connected(cluster.address), _explained():
+    with connected(cluster.address), explained():
         if cluster.address.startswith(CLIENT):
             return _from_client(
                 source, os.path.abspath(store), os.path.abspath(opened.folder), replace(cluster, address="auto"),
@@ -130,8 +86,8 @@ def embed_on_cluster(
                 labels=os.path.abspath(labels) if labels and os.path.isfile(labels) else labels,
                 max_failures=max_failures, verify_content=verify_content,
             )  # fmt: skip
-        engine = _Engine(os.path.abspath(opened.folder), opened.id, backend, allow_unproven, batch_size)
-        engine, device = _resolved(engine)
+        engine = Engine(os.path.abspath(opened.folder), opened.id, backend, allow_unproven, batch_size)
+        engine, device = resolved(engine)
         manifest = StoreManifest(
             bundle_id=opened.id,
             backend=engine.backend,
@@ -146,7 +102,7 @@ def embed_on_cluster(
             parts = list(_parts(todo, writer.room, rule))
             folder = writer.folder.absolute() / PARTS
             folder.mkdir()
-            decoder = _Decoder(
+            decoder = Decoder(
                 replace(source, files=[], labels=None, whole=(), threads=1),
                 opened.config.height,
                 opened.config.width,
@@ -183,7 +139,7 @@ def _from_client(*arguments: Any, **options: Any) -> GalleryReport:
 
     def there() -> tuple[GalleryReport, list[tuple[int, str]]]:
         _log.setLevel(logging.INFO)
-        with _heard() as said:
+        with heard() as said:
             return embed_on_cluster(*arguments, **options), said
 
     report, said = ray.get(ray.remote(there).options(num_cpus=0).remote())
@@ -192,31 +148,18 @@ def _from_client(*arguments: Any, **options: Any) -> GalleryReport:
     return report
 
 
-@contextmanager
-def _heard() -> Iterator[list[tuple[int, str]]]:
-    """Level and sentence of what the library logs meanwhile: on a worker nobody reads it."""
-    said: list[tuple[int, str]] = []
-    keeper = logging.Handler()
-    keeper.emit = lambda record: said.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
-    _log.addHandler(keeper)
-    try:
-        yield said
-    finally:
-        _log.removeHandler(keeper)
-
-
-def _parts(files: Sequence[ImageFile], room: int, rule: Labels) -> Iterator[_Part]:
+def _parts(files: Sequence[ImageFile], room: int, rule: Labels) -> Iterator[Part]:
     """What fills the store's last shard, then whole ones."""
     start = number = 0
     while start < len(files):
         some = files[start : start + (room if start == 0 else writing.SHARD_ROWS)]
-        yield _Part(number, some, {file.name: rule(file.name) for file in some})
+        yield Part(number, some, {file.name: rule(file.name) for file in some})
         start, number = start + len(some), number + 1
 
 
-def _in_turn(written: Iterator[_Written]) -> Iterator[_Written]:
+def _in_turn(written: Iterator[Written]) -> Iterator[Written]:
     """The parts in their order, as soon as those before are there."""
-    waiting: dict[int, _Written] = {}
+    waiting: dict[int, Written] = {}
     following = 0
     for part in written:
         waiting[part.number] = part
@@ -226,14 +169,14 @@ def _in_turn(written: Iterator[_Written]) -> Iterator[_Written]:
 
 
 def _embedded(
-    parts: list[_Part],
-    decoder: _Decoder,
-    engine: _Engine,
+    parts: list[Part],
+    decoder: Decoder,
+    engine: Engine,
     manifest: StoreManifest,
     folder: Path,
     cluster: Cluster,
     device: str,
-) -> Iterator[_Written]:
+) -> Iterator[Written]:
     """The parts, in the order in which the cluster ends them."""
     import ray
 
@@ -248,7 +191,7 @@ def _embedded(
         ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
         .map(decoder, num_cpus=1)
         .map(
-            _Worker,
+            Worker,
             fn_constructor_args=(engine, manifest, folder),
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
             num_cpus=0,  # engines that hold the last CPUs of the nodes that are left would wait for decoders for ever
@@ -257,143 +200,3 @@ def _embedded(
         .iter_rows()
     )
     yield from (row["written"] for row in rows)
-
-
-@dataclass(frozen=True)
-class _Engine:
-    """How every worker opens the engine."""
-
-    bundle: str
-    bundle_id: str
-    backend: str
-    allow_unproven: bool
-    batch_size: int
-
-    def open(self) -> Embedder:
-        embedder = Embedder.open(self.bundle, self.backend, allow_unproven=self.allow_unproven)
-        if embedder.bundle_id != self.bundle_id:
-            raise UserError(
-                f"{self.bundle} of {os.uname().nodename} is bundle {embedder.bundle_id[:12]}, not "
-                f"{self.bundle_id[:12]}: give a folder that is the same on all nodes"
-            )
-        return embedder
-
-
-def _resolved(engine: _Engine) -> tuple[_Engine, str]:
-    """The engine by the name that a first worker opens it with, and the device that it runs on."""
-    import ray
-
-    def look() -> tuple[str, str]:
-        backend = engine.open().backend
-        return backend.name, backend.device
-
-    gpu = 1 if ray.cluster_resources().get("GPU") else 0
-    name, device = ray.get(ray.remote(look).options(num_cpus=1, num_gpus=gpu).remote())
-    return replace(engine, backend=name), device
-
-
-@dataclass(frozen=True)
-class _Decoder:
-    """Decodes parts, on the CPUs of the cluster."""
-
-    source: Source
-    height: int
-    width: int
-    folder: Path
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        _attempt(self.folder, row["part"], "decode")
-        with _heard() as said:
-            images = list(self.source.decode(row["part"].files, self.height, self.width))
-        return {"part": row["part"], "images": images, "said": said}
-
-
-class _Worker:
-    """Embeds decoded parts by an engine of its own, opened for the first one, and writes them."""
-
-    def __init__(self, engine: _Engine, manifest: StoreManifest, folder: Path) -> None:
-        self._engine, self._manifest, self._folder = engine, manifest, folder
-        self._embedder: Embedder | None = None
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        part: _Part = row["part"]
-        images: list[Decoded] = row["images"]
-        manifest, report = self._manifest.model_copy(update={"shards": ()}), GalleryReport()
-        with _heard() as said, StoreWriter(_attempt(self._folder, part, "embed"), manifest) as writer:
-            if self._embedder is None:
-                self._embedder = self._engine.open()
-            run = Run(writer, self._embedder, self._engine.batch_size, part.labels.get, report, None, Profile())
-            run.embed(iter(images), len(images), None)
-        shard = writer.manifest.shards[0]
-        return {"written": _Written(part.number, writer.folder, shard, report.unlike_crops, row["said"] + said)}
-
-
-def _attempt(folder: Path, part: _Part, step: str) -> Path:
-    """A folder of its own for an attempt at a part; Ray would repeat it without end where it ends every worker."""
-    try:
-        mine = Path(tempfile.mkdtemp(dir=folder, prefix=f"{part.number}-{step}-"))
-        attempts = len(list(folder.glob(f"{part.number}-{step}-*")))
-    except OSError as error:
-        raise UserError(
-            f"{os.uname().nodename} cannot write to {folder} ({error.strerror}): give a store on a file system that "
-            "all nodes share"
-        ) from None
-    if attempts > TRIES:
-        raise UserError(
-            f"{TRIES} workers died, or were killed, as they were to {step} the images from {part.files[0].name!r} to "
-            f"{part.files[-1].name!r}: is one of them too large for a worker's memory?"
-        )
-    return mine
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[None]:
-    """Ray, connected to the cluster; a program that is connected already stays so."""
-    require("ray.data", "ray", "--cluster embeds through Ray Data")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what went wrong is raised
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="mgn-ray-", ignore_cleanup_errors=True) as folder:
-        try:
-            if address == LOCAL:
-                # Only this machine reaches its ports: whoever does may run programs.
-                ray.init(
-                    LOCAL, num_cpus=usable_cpus(), include_dashboard=False, log_to_driver=False,
-                    logging_level=logging.ERROR, _node_ip_address="127.0.0.1", _temp_dir=folder,
-                )  # fmt: skip
-            else:
-                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, ImportError, RuntimeError) as error:
-            raise UserError(f"--cluster {address}: no Ray cluster answers there ({error})") from None
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """What is raised on a worker, as it would be here; Ray Data says nothing on the way."""
-    import ray
-
-    context = ray.data.DataContext.get_current()
-    bars, context.enable_progress_bars = context.enable_progress_bars, False
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        raised: BaseException | None = error
-        while raised is not None:
-            if isinstance(raised, (UserError, CannotRun)):
-                raise raised from None
-            raised = getattr(raised, "cause", None) or raised.__cause__
-        last = str(error).strip().splitlines()[-1]  # of the worker's trace: Ray keeps no cause of what a map raises
-        raise UserError(f"the cluster ended the run, and the same command goes on from there: {last}") from error
-    finally:
-        context.enable_progress_bars = bars
-        logger.setLevel(level)

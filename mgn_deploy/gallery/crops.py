@@ -15,10 +15,10 @@ from PIL import Image
 from mgn_deploy.datasets.labels import Label, Labels
 from mgn_deploy.errors import UnreadableImage
 from mgn_deploy.gallery.archives import archive_images, archive_of
+from mgn_deploy.gallery.frames import frames_of, read_clip, upright
 from mgn_deploy.gallery.remote import object_bytes
-from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.sources import Source, cut, file_bytes
-from mgn_deploy.gallery.video import frames_of, read_clip, upright
 from mgn_deploy.images.decode import load_rgb
 from mgn_deploy.images.listing import ImageFile, image_file
 

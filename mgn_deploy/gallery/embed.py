@@ -18,10 +18,11 @@ from mgn_deploy.datasets.labels import LARGEST, Label, Labels, read_labels
 from mgn_deploy.embedder import Embedder, check_batch_size
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.gallery.inputs import open_source
+from mgn_deploy.gallery.manifest import StoreManifest
 from mgn_deploy.gallery.profile import Profile
 from mgn_deploy.gallery.relocate import follow_source
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.run import GalleryReport, Run
-from mgn_deploy.gallery.shards import Row, StoreManifest
 from mgn_deploy.gallery.sources import MOST_CROP_SIDE, Source
 from mgn_deploy.gallery.tuning import AUTO, SIZES, choose_batch, choose_threads
 from mgn_deploy.gallery.writer import StoreWriter

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file
-from mgn_deploy.gallery.shards import ROWS, rows_table
+from mgn_deploy.gallery.row import ROWS, rows_table
 from mgn_deploy.gallery.store import Store
 
 SUFFIXES = (".parquet", ".npy", ".csv")

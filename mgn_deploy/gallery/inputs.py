@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import logging
 import os
@@ -18,8 +19,9 @@ from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.archives import is_archive
 from mgn_deploy.gallery.boxed import boxed_source
 from mgn_deploy.gallery.boxes import PERSON, read_boxes
+from mgn_deploy.gallery.manifest import folder_uri
 from mgn_deploy.gallery.remote import is_remote, remote_source
-from mgn_deploy.gallery.shards import SHARD_ROWS, folder_uri
+from mgn_deploy.gallery.shards import SHARD_ROWS
 from mgn_deploy.gallery.sources import Source, common_folder, files_source, name_below
 from mgn_deploy.gallery.video import video_source
 from mgn_deploy.images.formats import skipped_sentence, why_not_listed
@@ -31,6 +33,7 @@ _VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".t
 _GLOB = frozenset("*?[")
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}", re.ASCII)
 MOST_NUMBERED = 100_000
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 FOLDER = "folder of a pattern (give it by its name)"
 
 _log = logging.getLogger("mgn_deploy")
@@ -135,8 +138,9 @@ def list_source(place: str, root: str | os.PathLike[str] | None = None) -> Sourc
     """The images that a list names; one that is missing has its `problem`, and one that is named twice counts once.
 
     Args:
-        place: a text file with a path a line; a CSV, TSV or Parquet table with a column path, and perhaps identity and
-            camera, which become the source's labels; `-`: one of these from stdin.
+        place: a text file with a path a line, or with NULs between the paths, as of `find -print0`; a CSV, TSV or
+            Parquet table with a column path, and perhaps identity and camera, which become the source's labels; `-`:
+            one of these from stdin.
         root: what relative paths are below; by default the list's folder, of stdin the current one. Names are below it,
             or, without it and with absolute paths elsewhere, below the folder that holds all images.
 
@@ -147,11 +151,13 @@ def list_source(place: str, root: str | os.PathLike[str] | None = None) -> Sourc
     content = sys.stdin.buffer.read() if place == STDIN else read_content(place)
     table: list[TableRow] = []
     is_table = content.startswith(PARQUET_MAGIC) or place.lower().endswith((".csv", ".tsv", ".parquet"))
-    if is_table or "path" in columns_of(decode_text(content, title).partition("\n")[0]):
+    if b"\0" in content and not is_table and not content.startswith(_UTF_16):
+        names = [os.fsdecode(name) for name in content.split(b"\0") if name.strip()]  # whatever bytes a name has
+    elif is_table or "path" in columns_of(decode_text(content, title).partition("\n")[0]):
         table = parse_table(content, title)
         names = [row.path for row in table]
     else:
-        names = _lines(decode_text(content, title))
+        names = [line.removesuffix("\r") for line in decode_text(content, title).split("\n") if line.strip()]
     _check(names, title)
     base = os.path.abspath(root if root else os.path.curdir if place == STDIN else os.path.dirname(place))
     paths = [os.path.abspath(os.path.join(base, name)) for name in names]
@@ -214,12 +220,6 @@ def _files_of(path: str, skipped: Counter[str]) -> Iterator[Path]:
         raise UserError(
             f"{path!r} does not exist: give a folder of images, image files, or a pattern such as 'a/*.jpg'"
         )
-
-
-def _lines(text: str) -> list[str]:
-    """The lines that are not blank; what NUL divides, as `find -print0` does, where there is one."""
-    parts = text.split("\0") if "\0" in text else [line.removesuffix("\r") for line in text.split("\n")]
-    return [part for part in parts if part.strip()]
 
 
 def _check(names: Sequence[str], title: str) -> None:

@@ -13,8 +13,10 @@ from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.crops import source_of
 from mgn_deploy.gallery.embed import embed_folder
+from mgn_deploy.gallery.manifest import ShardEntry, StoreManifest, read_manifest
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.run import GalleryReport
-from mgn_deploy.gallery.shards import Row, Shard, ShardEntry, StoreManifest, latest_rows, open_shards, read_manifest
+from mgn_deploy.gallery.shards import Shard, latest_rows, open_shards
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter, hold
 from mgn_deploy.progress import Progress

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.archives import archive_of
+from mgn_deploy.gallery.manifest import MANIFEST, folder_of, folder_uri, read_manifest
 from mgn_deploy.gallery.remote import scheme_of
-from mgn_deploy.gallery.shards import MANIFEST, folder_of, folder_uri, open_shards, read_manifest
+from mgn_deploy.gallery.shards import open_shards
 from mgn_deploy.gallery.writer import StoreWriter
 
 _log = logging.getLogger("mgn_deploy")

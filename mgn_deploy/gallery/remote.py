@@ -158,8 +158,10 @@ def _file_system(places: Sequence[str]) -> Any:
 
 def _listed(system: Any, place: str, skipped: Counter[str], several: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The images that a URL names, each by its own URL, with what the server tells of it."""
+    # A web server's `?` begins a query, which `scheme_of` refuses.
+    pattern = any(sign in place for sign in "*?[")
     try:
-        if "*" in place or "[" in place:
+        if pattern:
             found = system.glob(place, detail=True)
         else:
             info = {} if place.endswith("/") else system.info(place)
@@ -184,7 +186,7 @@ def _listed(system: Any, place: str, skipped: Counter[str], several: bool) -> It
         if "?" in url or "/../" in url:  # a web server's index page has links that sort it, and one to its parent
             skipped["links of the index page"] += 1
             continue
-        archive = "*" in place and is_archive(url)  # as of a folder's archives on this machine: they are asked for
+        archive = pattern and is_archive(url)  # as of a folder's archives on this machine: they are asked for
         reason = None if archive else why_no_image(url.rpartition("/")[2], bytes)
         if reason is None:
             yield url, info

@@ -12,7 +12,7 @@ import numpy as np
 
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.gallery.profile import Profile
-from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.sources import Decoded
 from mgn_deploy.gallery.tuning import Tuning
 from mgn_deploy.gallery.writer import StoreWriter

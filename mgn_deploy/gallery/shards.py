@@ -13,136 +13,20 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from mgn_deploy.choices import Dtype
-from mgn_deploy.errors import UserError, first_problem
-from mgn_deploy.files import is_utf8, printable, sha256_bytes
+from mgn_deploy.errors import UserError
+from mgn_deploy.files import sha256_bytes
+from mgn_deploy.gallery.manifest import ShardEntry, StoreManifest
+from mgn_deploy.gallery.row import Row, rows_of
 
-SCHEMA_VERSION = 2
-MANIFEST = "manifest.json"
 SHARD_ROWS = 1024  # rows of a whole shard: what a store of a million images is divided into
-MOST_MANIFEST_BYTES = 256 * 2**20  # of a store of a thousand million images
-
-ROWS = pa.schema(
-    [
-        ("path", pa.string()),  # below the source; bytes that are not UTF-8 as \\xNN
-        ("path_bytes", pa.binary()),  # the name itself, only where it is not UTF-8
-        ("size", pa.int64()),  # bytes
-        ("mtime_ns", pa.int64()),
-        ("sha256", pa.binary(32)),  # of the file's content
-        ("status", pa.string()),  # ok, failed
-        ("error", pa.string()),
-        ("identity", pa.int32()),
-        ("camera", pa.int32()),
-        ("frame", pa.int64()),  # of a video, from 1
-        ("time_s", pa.float64()),  # of that frame, from the video's start
-        ("track", pa.int64()),
-        ("box", pa.list_(pa.float32(), 4)),  # left, top, width, height in pixels of the frame or photo
-    ]
-)
-_SINCE_2 = {"sha256", "frame", "time_s", "track", "box"}
-_V1_SHARD = re.compile(r"(shard-\d{5,})\.parquet")
-_SHA256 = r"^[0-9a-f]{64}$"
-
-
-class ShardEntry(BaseModel):
-    """A shard as the manifest names it; without hashes where a store of schema 1 has none."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^shard-\d{5,}(-[0-9a-f]{8})?$")  # of its two files, before .npy and .parquet
-    count: int | None = Field(ge=1, le=2**31)
-    array_sha256: str | None = Field(pattern=_SHA256)
-    rows_sha256: str | None = Field(pattern=_SHA256)
-
-
-class StoreManifest(BaseModel):
-    """What made every row of a store, in which a run that differs is refused, and the store's shards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: Literal[1, 2] = 2
-    bundle_id: str
-    backend: str
-    preprocessing: str
-    dim: int = Field(ge=1, le=2**20)
-    dtype: Dtype
-    # Where the bundle was then; says nothing about the rows.
-    bundle_path: str | None = Field(None, pattern=r"^[^\x00]*$")
-    source: str  # what the rows' paths are below, as a URI: file: (which holds any name's bytes), s3:, ...
-    shards: tuple[ShardEntry, ...] = ()
-
-    @field_validator("source")
-    @classmethod
-    def _source(cls, source: str) -> str:
-        urlsplit(source)  # a ValueError where it is no URI
-        if "\0" in source or "%00" in source:
-            raise ValueError("it has a NUL character")
-        return source
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One image of a store.
-
-    Attributes:
-        name: its path below the store's source.
-        size: of the file, in bytes; None where even that could not be read.
-        mtime_ns: the file's modification time, in ns since 1970; None as `size`.
-        error: None where it was embedded, else the reason, in valid UTF-8.
-        identity: the person's number, where the user said how to know it.
-        camera: the camera's number, as `identity`.
-        sha256: of the file's content; None where it could not be read, and in stores of schema 1.
-        frame: the number of a video's frame, from 1.
-        time_s: of that frame, in seconds from the video's start.
-        track: the tracker's number of the person in the video.
-        box: left, top, width and height of the crop in pixels of the frame or photo.
-    """
-
-    name: str
-    size: int | None
-    mtime_ns: int | None
-    error: str | None
-    identity: int | None
-    camera: int | None
-    sha256: bytes | None = None
-    frame: int | None = None
-    time_s: float | None = None
-    track: int | None = None
-    box: tuple[float, float, float, float] | None = None
-
-    @property
-    def path(self) -> str:
-        """The name as UTF-8 text."""
-        return printable(self.name)
-
-    @property
-    def path_bytes(self) -> bytes | None:
-        """The name itself, where it is not UTF-8."""
-        return None if is_utf8(self.name) else os.fsencode(self.name)
-
-    @property
-    def status(self) -> str:
-        """`ok` or `failed`."""
-        return "ok" if self.error is None else "failed"
-
-    @property
-    def file(self) -> str:
-        """The name below the source of the image or, where the row is a box, of the photo or video that it is in."""
-        return self.name if self.box is None else self.name.rpartition("#")[0]
 
 
 class Shard:
@@ -216,7 +100,7 @@ class Shard:
             if self.entry.count not in (None, file.metadata.num_rows):
                 raise ValueError(f"{file.metadata.num_rows} rows, the manifest has {self.entry.count}")
             # And without Arrow's threads: one that still lives as the process ends aborts it (apache/arrow#50482).
-            return _rows(file.read(use_threads=False))
+            return rows_of(file.read(use_threads=False))
         except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, pa.ArrowException) as error:
             raise self._damaged(self.rows_path, str(error)) from None
 
@@ -252,49 +136,6 @@ class Shard:
         return UserError(f"{path} is damaged ({why}): `mgn-deploy store repair {self.folder}` makes it again")
 
 
-def read_manifest(folder: Path) -> StoreManifest:
-    """The manifest of a store; one of schema 1 gets its shards from the folder, without hashes.
-
-    Raises:
-        UserError: not a store, or one of a later schema.
-    """
-    path = folder / MANIFEST
-    try:
-        with open(path, "rb") as file:
-            content = json.loads(file.read(MOST_MANIFEST_BYTES))
-        version = content["schema_version"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} is not an embedding store (no {MANIFEST}): `mgn-deploy embed DIR -o {folder}` makes one"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(f"{path} is not the manifest of an embedding store") from None
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise UserError(
-            f"{folder} has store schema {version!r} and this mgn-deploy reads {SCHEMA_VERSION}: upgrade mgn-deploy"
-        )
-    try:
-        manifest = StoreManifest.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path} is not an embedding store's: {first_problem(error)}") from None
-    return (
-        manifest if version == SCHEMA_VERSION else manifest.model_copy(update={"shards": _shards_of_schema_1(folder)})
-    )
-
-
-def folder_uri(folder: str | os.PathLike[str]) -> str:
-    """A folder of this machine as a store's manifest keeps it, whatever the bytes of its name are."""
-    return Path(os.path.abspath(folder)).as_uri()
-
-
-def folder_of(uri: str) -> Path | None:
-    """The folder of this machine that a manifest's source is; None: it is another kind of source."""
-    parts = urlsplit(uri)
-    return Path(os.fsdecode(unquote_to_bytes(parts.path))) if parts.scheme == "file" else None
-
-
 def open_shards(folder: Path, manifest: StoreManifest) -> list[Shard]:
     """The manifest's shards, their rows read.
 
@@ -319,41 +160,3 @@ def array_bytes(embeddings: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, embeddings)
     return buffer.getvalue()
-
-
-def rows_table(rows: Sequence[Row], names: Sequence[str] = ROWS.names) -> pa.Table:
-    """Some columns of `ROWS`, by their names."""
-    columns = {name: [getattr(row, name) for row in rows] for name in names}
-    return pa.table(columns, schema=pa.schema([ROWS.field(name) for name in names]))
-
-
-def rows_bytes(rows: Sequence[Row]) -> bytes:
-    """The Parquet file of rows."""
-    buffer = io.BytesIO()
-    pq.write_table(rows_table(rows), buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def _shards_of_schema_1(folder: Path) -> tuple[ShardEntry, ...]:
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-    found = sorted((match[1] for match in map(_V1_SHARD.fullmatch, names) if match), key=lambda name: int(name[6:]))
-    return tuple(ShardEntry(name=name, count=None, array_sha256=None, rows_sha256=None) for name in found)
-
-
-def _rows(table: pa.Table) -> list[Row]:
-    for field in ROWS:
-        if field.name not in table.column_names and field.name in _SINCE_2:
-            table = table.append_column(field, pa.nulls(len(table), field.type))
-        elif table.schema.field(field.name).type != field.type:
-            raise ValueError(f"column {field.name} is {table.schema.field(field.name).type}, not {field.type}")
-    columns: dict[str, list[Any]] = table.select(ROWS.names).to_pydict()
-    if None in columns["path"]:
-        raise ValueError("a row without a path")
-    columns["box"] = [box and tuple(box) for box in columns["box"]]
-    del columns["status"]
-    raw, names = columns.pop("path_bytes"), columns.pop("path")
-    columns["name"] = [name if raw is None else os.fsdecode(raw) for name, raw in zip(names, raw, strict=True)]
-    return [Row(*values) for values in zip(*(columns[key] for key in Row.__dataclass_fields__), strict=True)]

@@ -19,8 +19,8 @@ from PIL import Image
 from mgn_deploy.datasets.labels import Labels
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.archives import archive_images, is_archive
+from mgn_deploy.gallery.manifest import folder_uri
 from mgn_deploy.gallery.profile import Profile
-from mgn_deploy.gallery.shards import folder_uri
 from mgn_deploy.images.decode import MIN_SIDE, open_rgb, resize_crop
 from mgn_deploy.images.formats import skipped_sentence
 from mgn_deploy.images.listing import ImageFile, image_file

@@ -12,7 +12,9 @@ import numpy as np
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import UnreadableImage, UserError
-from mgn_deploy.gallery.shards import Row, Shard, ShardEntry, StoreManifest, folder_of, latest_rows, read_manifest
+from mgn_deploy.gallery.manifest import ShardEntry, StoreManifest, folder_of, read_manifest
+from mgn_deploy.gallery.row import Row
+from mgn_deploy.gallery.shards import Shard, latest_rows
 from mgn_deploy.packages import require
 
 if TYPE_CHECKING:

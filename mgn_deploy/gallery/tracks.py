@@ -22,7 +22,7 @@ from PIL import Image
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import write_bytes
 from mgn_deploy.gallery.crops import crops, sequence_of
-from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.resize import resized
@@ -53,7 +53,8 @@ def pool_tracks(
     A track's row is that of its best image, with the identity and camera that all images of the track agree on. So a
     page shows that image, and `search` and `identify` take the store as any other. `taken.parquet` beside its manifest
     has the columns track_row, image, rank (from 1), area in pixels and sharpness. Images that cannot be read again come
-    last. Tracks of different videos, or of photos in different folders, are different tracks.
+    last. Tracks of different videos, or of photos in different folders, are different tracks. A folder that holds just
+    these rows stays as it is: a run that was killed after its last step may be started again.
 
     Args:
         store: with tracks, as `embed --boxes` makes it.
@@ -62,7 +63,8 @@ def pool_tracks(
         progress: called with the images that were measured and are to be.
 
     Raises:
-        UserError: the store has no tracks, its images are not on this machine, or `out` is in use.
+        UserError: the store has no tracks, its images are not on this machine, or `out` is in use or holds
+            other rows.
     """
     if best < 1:
         raise UserError(f"the best {best} images of a track are none: take 1 or more")
@@ -97,14 +99,15 @@ def pool_tracks(
         }
     )
     with StoreWriter(out, manifest) as writer:
-        if writer.manifest.shards:
-            raise UserError(f"{out} holds rows already: pool tracks into a new folder")
-        write_bytes(Path(out) / TAKEN, _table(rows, taken, area, sharpness))
         pooled_rows = [
             _row(rows[some[0]], [rows[index] for index in indices])
             for some, indices in zip(taken, tracks.values(), strict=True)
         ]
-        writer.add(pooled_rows, pooled)
+        if not writer.manifest.shards:
+            write_bytes(Path(out) / TAKEN, _table(rows, taken, area, sharpness))
+            writer.add(pooled_rows, pooled)
+        elif list(writer.known.values()) != pooled_rows:
+            raise UserError(f"{out} holds other rows already: pool tracks into a new folder")
     return PooledTracks(len(tracks), len(images), sum(map(len, taken)), unreadable)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -16,21 +15,12 @@ from types import TracebackType
 import numpy as np
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.files import sha256_bytes, sync_folder, write_bytes, write_text
-from mgn_deploy.gallery.shards import (
-    MANIFEST,
-    SHARD_ROWS,
-    Row,
-    Shard,
-    ShardEntry,
-    StoreManifest,
-    array_bytes,
-    open_shards,
-    read_manifest,
-    rows_bytes,
-)
+from mgn_deploy.files import holds_nothing, sha256_bytes, sync_folder, write_bytes, write_text
+from mgn_deploy.gallery.manifest import MANIFEST, ShardEntry, StoreManifest, read_manifest
+from mgn_deploy.gallery.row import Row, rows_bytes
+from mgn_deploy.gallery.shards import SHARD_ROWS, Shard, array_bytes, open_shards
+from mgn_deploy.locks import locked
 
-LOCK = ".lock"
 PARTS = "parts"  # where the workers of a cluster write, until the one process that holds the lock takes their shards
 _NOT_COMPARED = {"shards", "schema_version", "bundle_path"}
 _log = logging.getLogger("mgn_deploy")
@@ -217,32 +207,15 @@ def hold(folder: Path) -> Iterator[None]:
         UserError: another process holds it, or the folder is something else or cannot be written.
     """
     try:
-        if folder.exists() and not _is_store(folder):
+        if (folder / MANIFEST).exists():
+            read_manifest(folder)  # raises where the manifest is of something else
+        elif folder.exists() and not holds_nothing(folder):
             raise UserError(f"{folder} exists and is not an embedding store: choose another path for it")
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing to {folder}: wait for it, or choose another store") from None
-        except OSError as error:
-            raise UserError(f"{folder} cannot be locked: {error.strerror}") from error
+    with locked(folder, f"another process is writing to {folder}: wait for it, or choose another store"):
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _is_store(folder: Path) -> bool:
-    """A store, an empty folder, or what a run leaves that was killed before it had written the manifest."""
-    if (folder / MANIFEST).exists():
-        read_manifest(folder)  # raises where the manifest is of something else
-        return True
-    return folder.is_dir() and all(
-        name == LOCK or (name.startswith(".mgn-") and name.endswith(".tmp")) for name in os.listdir(folder)
-    )
 
 
 def _hashed(shard: Shard) -> ShardEntry:

@@ -19,8 +19,8 @@ from mgn_deploy.files import atomic_file, printable
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.packages import require
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval.distance import check_finite, slices
-from mgn_deploy.retrieval.rerank import encode
+from mgn_deploy.retrieval.encodings import encode
+from mgn_deploy.retrieval.rows import check_finite, slices
 
 NOBODY = -1  # the cluster of an image that is in none
 MIN_IMAGES = 2
@@ -103,7 +103,7 @@ def cluster_store(
 
     Args:
         store: with at least two images.
-        distance: jaccard, of k-reciprocal neighbours (`retrieval/rerank.py`, without the original distance), or cosine.
+        distance: jaccard, of k-reciprocal encodings (`retrieval/encodings.py`), or cosine.
         eps: how far two images of one person may be, 0 to 1; None: `EPS` of the distance.
         min_images: so many images within `eps` of one, itself among them, begin a cluster.
         progress: called as (step, done, total).

@@ -9,7 +9,7 @@ import numpy as np
 
 from mgn_deploy.embedder import Embedder, ImageLike
 from mgn_deploy.errors import UserError
-from mgn_deploy.identity.calibration import DEFAULT_FAR, Calibration, check_far, check_same_id, how_to_calibrate
+from mgn_deploy.identity.calibration import DEFAULT_FAR, Calibration, check_far, how_to_calibrate
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ def compare_images(
     *,
     far: float = DEFAULT_FAR,
     prior: float | None = None,
-    calibration: Calibration | None = None,
 ) -> Comparison:
     """Embed two images and compare them by the bundle's calibration, where it has one.
 
@@ -54,16 +53,13 @@ def compare_images(
         embedder: opened from a bundle.
         far: the false-accept rate at which the threshold is drawn.
         prior: the share of genuine pairs among those that are compared; None: the calibration's.
-        calibration: of the embedder's bundle; None: the one beside it, if any.
 
     Raises:
-        UserError: an image cannot be read, the calibration is broken or of another bundle, or a rate or prior that is
+        UserError: an image cannot be read, the calibration is broken, or a rate or prior that is
             none.
     """
     check_far(far)
-    calibration = calibration or Calibration.find(embedder.bundle)
-    if calibration is not None:
-        check_same_id("the calibration", calibration.bundle_id, embedder.bundle.id)
+    calibration = Calibration.find(embedder.bundle)
     a, b = embedder.embed([first, second], batch_size=2)
     result = compare(a, b, calibration, far=far, prior=prior)
     if calibration is None:

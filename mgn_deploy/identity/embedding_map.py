@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from mgn_deploy.choices import Projection
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import atomic_file, printable
-from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.packages import require
-from mgn_deploy.retrieval.distance import check_finite
+from mgn_deploy.retrieval.rows import check_finite
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from mgn_deploy.identity.calibration import (
     how_to_calibrate,
 )
 from mgn_deploy.identity.identify import CANDIDATES, PRIOR_KNOWN, Identification, identify
-from mgn_deploy.identity.people import People, Person, check_name
+from mgn_deploy.identity.people import People
+from mgn_deploy.identity.person import Person, check_name
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.images.listing import image_paths
 from mgn_deploy.progress import Progress

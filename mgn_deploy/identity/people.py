@@ -9,11 +9,7 @@ a lock. A person's file is not named by the person, so a rename is one write and
 
 from __future__ import annotations
 
-import fcntl
-import io
-import json
 import os
-import time
 import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,18 +19,18 @@ from datetime import datetime, timezone
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgn_deploy.errors import UserError, first_problem
-from mgn_deploy.files import BROKEN_ZIP, sync_folder, write_bytes, write_text
+from mgn_deploy.files import holds_nothing, sync_folder, write_text
 from mgn_deploy.identity.calibration import check_same_id
+from mgn_deploy.identity.person import Person, check_name, read_person, write_person
+from mgn_deploy.locks import locked
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"
-MAX_NAME = 100
 LOCK_SECONDS = 30
 
 
@@ -47,27 +43,6 @@ class PeopleManifest(BaseModel):
     schema_version: Literal[1] = 1
     bundle_id: str
     dim: int = Field(ge=1)
-
-
-@dataclass(frozen=True)
-class Person:
-    """An enrolled person.
-
-    Attributes:
-        name: as it was given, in Unicode's composed form (NFC).
-        embeddings: unit rows float32 `[n, dim]`, one an image.
-        images: SHA-256 of each image's bytes or pixels.
-        enrolled: when the person was first enrolled, UTC in ISO 8601.
-    """
-
-    name: str
-    embeddings: np.ndarray
-    images: tuple[str, ...]
-    enrolled: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the embeddings."""
-        return {"name": self.name, "images": len(self.embeddings), "enrolled": self.enrolled}
 
 
 @dataclass(frozen=True)
@@ -128,10 +103,10 @@ class People:
         folder = Path(folder)
         try:
             if not (folder / MANIFEST).exists():
-                if folder.exists() and not (folder.is_dir() and all(_is_ours(name) for name in os.listdir(folder))):
+                if folder.exists() and not holds_nothing(folder):
                     raise UserError(f"{folder} exists and holds no enrolled people: choose another path")
                 folder.mkdir(parents=True, exist_ok=True)
-                with _locked(folder):
+                with _writing(folder):
                     if not (folder / MANIFEST).exists():
                         manifest = PeopleManifest(bundle_id=bundle_id, dim=dim)
                         write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
@@ -173,7 +148,7 @@ class People:
                 f"embeddings of {self.dim} finite numbers are enrolled in {self.folder}, not {list(embeddings.shape)}"
             )
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        with self._writing():
+        with _writing(self.folder):
             path, person = self._find(name) or (
                 self.folder / f"person-{uuid.uuid4().hex[:12]}.npz",
                 Person(name, np.empty((0, self.dim), np.float32), (), started),
@@ -190,7 +165,7 @@ class People:
                 images=(*person.images, *(images[index] for index in new)),
             )
             if new:
-                _write(path, person)
+                write_person(path, person)
         return person
 
     def rename(self, name: str, new_name: str) -> Person:
@@ -200,12 +175,12 @@ class People:
             UserError: nobody has the name, somebody has the new one, or it cannot be one.
         """
         new_name = check_name(new_name)
-        with self._writing():
+        with _writing(self.folder):
             path, person = self._require(name)
             if new_name != person.name and self._find(new_name):
                 raise UserError(f"{self.folder} has a {new_name!r} already: remove that person or choose another name")
             person = replace(person, name=new_name)
-            _write(path, person)
+            write_person(path, person)
         return person
 
     def remove(self, name: str) -> Person:
@@ -214,7 +189,7 @@ class People:
         Raises:
             UserError: nobody has the name.
         """
-        with self._writing():
+        with _writing(self.folder):
             path, person = self._require(name)
             path.unlink()
             sync_folder(self.folder)
@@ -223,7 +198,7 @@ class People:
     def _read(self) -> list[tuple[Path, Person]]:
         found = []
         for path in _files(self.folder):
-            person = _read_person(path, self.dim)
+            person = read_person(path, self.dim)
             if person is not None:
                 found.append((path, person))
         return sorted(found, key=lambda pair: pair[1].name)
@@ -237,38 +212,6 @@ class People:
         if found is None:
             raise UserError(f"nobody named {name!r} is enrolled in {self.folder}: `mgn-deploy people list` names them")
         return found
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            with _locked(self.folder):
-                yield
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be written: {error.strerror or error}") from None
-
-
-def check_name(name: str) -> str:
-    """A person's name in Unicode's composed form.
-
-    Raises:
-        UserError: it is empty or longer than 100 characters, begins or ends with a space, begins with a dot or a dash,
-            or holds a slash, a backslash or a character that cannot be seen.
-    """
-    if not isinstance(name, str):
-        raise UserError(f"a person's name is a text, not {name!r}")
-    name = unicodedata.normalize("NFC", name)
-    if not 1 <= len(name) <= MAX_NAME:
-        raise UserError(f"a person's name has 1 to {MAX_NAME} characters, not {len(name)}")
-    if not name.isprintable() or name.strip() != name or name[0] in ".-" or "/" in name or "\\" in name:
-        raise UserError(
-            f"{name!r} cannot be a person's name: no slashes, no characters that cannot be seen, no spaces at the "
-            "ends, no dot or dash at the beginning"
-        )
-    return name
-
-
-def _is_ours(name: str) -> bool:
-    return name == LOCK or (name.startswith(".mgn-") and name.endswith(".tmp"))
 
 
 def _read_manifest(folder: Path) -> PeopleManifest:
@@ -296,50 +239,11 @@ def _files(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
 
 
-def _read_person(path: Path, dim: int) -> Person | None:
-    """A person's file; None where it was removed meanwhile."""
-    damaged = f"{path} is damaged: delete it and enrol the person again"
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            embeddings, about = arrays["embeddings"], json.loads(str(arrays["about"]))
-        person = Person(check_name(about["name"]), embeddings, tuple(about["images"]), str(about["enrolled"]))
-    except (*BROKEN_ZIP, ValueError, TypeError, KeyError, UserError):
-        raise UserError(damaged) from None
-    good = embeddings.dtype == np.float32 and embeddings.shape == (len(person.images), dim) and len(embeddings)
-    if not good or not np.isfinite(embeddings).all():
-        raise UserError(damaged)
-    return person
-
-
-def _write(path: Path, person: Person) -> None:
-    about = {"name": person.name, "images": person.images, "enrolled": person.enrolled}
-    buffer = io.BytesIO()
-    np.savez(buffer, embeddings=person.embeddings, about=np.array(json.dumps(about)))
-    write_bytes(path, buffer.getbuffer())
-
-
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Each call has a descriptor of its own, so threads of one process take turns, too."""
-    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"another process has been writing to {folder} for {LOCK_SECONDS} s: try again later"
-                    ) from None
-                time.sleep(0.02)
-        yield
-    finally:
-        os.close(descriptor)  # which releases the lock
+        busy = f"another process has been writing to {folder} for {LOCK_SECONDS} s: try again later"
+        with locked(folder, busy, LOCK_SECONDS):
+            yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.files import atomic_folder, sha256_file
-from mgn_deploy.gallery.shards import rows_table
+from mgn_deploy.gallery.row import rows_table
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.recall import RecallSample
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval.distance import check_finite
+from mgn_deploy.retrieval.rows import check_finite
 
 FILES = ("index.faiss", "rows.parquet", "manifest.json")
 LINKS = 32  # of a node in an HNSW graph (M of Malkov and Yashunin 2018)

@@ -23,7 +23,7 @@ from mgn_deploy.index.manifest import IndexManifest
 from mgn_deploy.index.milvus_client import connected, retried
 from mgn_deploy.index.recall import RecallSample
 from mgn_deploy.progress import Progress
-from mgn_deploy.retrieval.distance import check_finite
+from mgn_deploy.retrieval.rows import check_finite
 
 _log = logging.getLogger("mgn_deploy")
 COLLECTION = "mgn_deploy"  # unless the URL's fragment names another one

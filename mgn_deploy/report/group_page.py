@@ -19,14 +19,13 @@ SHOWN_IMAGES = 60  # of a group: a page of thousands of one group helps nobody
 MAX_GROUPS = 500
 
 
-def write_group_page(out: Path, clusters: Clusters, *, title: str, max_groups: int = MAX_GROUPS) -> None:
-    """Write the groups as one self-contained HTML page that replaces `out` only once it is whole, the largest first.
+def write_group_page(out: Path, clusters: Clusters, *, title: str) -> None:
+    """Write the `MAX_GROUPS` largest groups, then the images in none, as one self-contained HTML page.
 
     Args:
-        out: the page; an existing file is replaced.
+        out: the page; an existing file is replaced once the new one is whole.
         clusters: of `cluster_store`.
         title: the page's heading.
-        max_groups: most groups shown; the images in none follow them.
 
     Raises:
         UserError: `out` cannot be written or the disk is full; an earlier page there is kept.
@@ -51,15 +50,15 @@ def write_group_page(out: Path, clusters: Clusters, *, title: str, max_groups: i
         "group_page.html.jinja",
         title=title,
         facts=facts,
-        groups=_groups(clusters, max_groups),
-        left_out=max(0, len(clusters) - max_groups),
+        groups=_groups(clusters),
+        left_out=max(0, len(clusters) - MAX_GROUPS),
         thumbnail_of=lambda row: read_thumbnail(partial(row_crop, clusters.store, row)),
     )
 
 
-def _groups(clusters: Clusters, most: int) -> Iterator[dict[str, Any]]:
+def _groups(clusters: Clusters) -> Iterator[dict[str, Any]]:
     store = clusters.store
-    for cluster in [*range(min(len(clusters), most)), NOBODY]:
+    for cluster in [*range(min(len(clusters), MAX_GROUPS)), NOBODY]:
         members = clusters.members(cluster)
         if not members:
             continue

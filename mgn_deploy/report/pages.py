@@ -17,7 +17,7 @@ from PIL import Image
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.files import atomic_file
 from mgn_deploy.gallery.crops import crops
-from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import Store
 
 THUMBNAIL_SIDE = 192  # pixels; about twice what a page shows, for dense screens and print

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +24,8 @@ from mgn_deploy.files import atomic_file
 from mgn_deploy.machine import usable_cpus
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
+from mgn_deploy.retrieval.rows import TILE_BYTES, check_embeddings, even_step, slices
 
-TILE_BYTES = 256 << 20
 ROWS_BYTES = 512 << 20  # where whole rows are held besides: 256 MiB took 7% longer at Market-1501's size
 DIRECT_TILE_BYTES = 4 << 30  # where a tile takes no memory: one call of BLAS repeats less work than several
 CHUNK_BYTES = 1 << 19  # of a tile that a thread turns from products into distances, while they are in its cache
@@ -164,52 +164,6 @@ def write_distance_matrix(
             ) from error
 
 
-def check_embeddings(query: np.ndarray, gallery: np.ndarray, metric: Metric, tile_bytes: int = TILE_BYTES) -> None:
-    """Raise a UserError unless both are finite floating [n, d], not empty, of one d, and the metric known."""
-    if metric not in get_args(Metric):
-        raise UserError(f"the metric {metric!r} is not known: choose one of {', '.join(get_args(Metric))}")
-    for name, embeddings in (("query", query), ("gallery", gallery)):
-        check_form(name, embeddings)
-    check_same_length(query.shape[1], gallery.shape[1])
-    for name, embeddings in (("query", query), ("gallery", gallery)):
-        for rows in slices(len(embeddings), max(1, tile_bytes // (8 * embeddings.shape[1]))):
-            check_finite(name, embeddings[rows], rows.start)
-
-
-def check_form(name: str, embeddings: np.ndarray) -> None:
-    """Raise a UserError unless they are floating [n, d] and not empty."""
-    if embeddings.ndim != 2 or embeddings.dtype.kind != "f":
-        form = f"{embeddings.dtype} {list(embeddings.shape)}"
-        raise UserError(f"the {name} embeddings are {form}, but have to be floating [images, dimensions]")
-    if embeddings.size == 0:
-        raise UserError(f"the {name} embeddings are empty {list(embeddings.shape)}: embed some images first")
-
-
-def check_same_length(query: int, gallery: int) -> None:
-    """Raise a UserError where the embeddings of the two have not as many dimensions."""
-    if query != gallery:
-        raise UserError(
-            f"query embeddings have {query} dimensions and gallery embeddings {gallery}: "
-            "both have to come from the same model"
-        )
-
-
-def check_k(k: int) -> None:
-    """Raise a UserError where no neighbour is asked for."""
-    if k < 1:
-        raise UserError(f"k is {k}, but at least 1 neighbour has to be asked for")
-
-
-def check_finite(name: str, rows: np.ndarray, start: int = 0) -> None:
-    """Raise a UserError that names the first row, counted from `start`, that is not finite."""
-    # Squares, as they need no mask beside the rows and bound every product (Cauchy-Schwarz).
-    broken = np.flatnonzero(~np.isfinite(squared_lengths(rows)))
-    if broken.size:
-        raise UserError(
-            f"{name} embedding {start + int(broken[0])} is not finite (NaN, infinite or huge): embed it again"
-        )
-
-
 def _distances(arrays: Arrays, query: np.ndarray, gallery: np.ndarray, metric: Metric, out: np.ndarray) -> None:
     left, right = arrays.put(query), arrays.put(gallery)
     xp = arrays.xp
@@ -260,23 +214,6 @@ def _tiles(query: np.ndarray, gallery: np.ndarray, tile_bytes: int) -> Iterator[
     for rows in slices(len(query), even_step(len(query), side)):
         for columns in slices(len(gallery), even_step(len(gallery), side)):
             yield rows, columns
-
-
-def even_step(length: int, largest: int) -> int:
-    """The step that divides a length into as few equal parts as `largest` allows."""
-    return math.ceil(length / math.ceil(length / largest))
-
-
-def slices(length: int, step: int) -> Iterator[slice]:
-    """Slices of `step` rows, the last one shorter, that cover `length` rows."""
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
-
-
-def squared_lengths(embeddings: np.ndarray) -> np.ndarray:
-    """Of each row, float32 `[n]`."""
-    rows = np.ascontiguousarray(embeddings, dtype=np.float32)
-    return np.einsum("ij,ij->i", rows, rows)
 
 
 def _report(progress: Progress | None, rows: slice, columns: slice, shape: tuple[int, int]) -> None:

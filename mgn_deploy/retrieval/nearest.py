@@ -13,7 +13,7 @@ import numpy as np
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.retrieval.distance import TILE_BYTES, check_finite, check_form, check_k, check_same_length, slices
+from mgn_deploy.retrieval.rows import TILE_BYTES, check_finite, check_form, check_k, check_same_length, slices
 
 # For the queries of a slice, gallery rows to leave out: (query within the slice, gallery row), int64 `[n]` each.
 Exclusion = Callable[[slice], tuple[np.ndarray, np.ndarray]]

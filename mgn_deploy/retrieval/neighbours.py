@@ -14,7 +14,7 @@ import numpy as np
 from mgn_deploy.machine import usable_cpus
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays, first_largest
-from mgn_deploy.retrieval.distance import even_step, slices
+from mgn_deploy.retrieval.rows import even_step, slices
 
 SIDE = 4096  # most images of a tile: 64 MiB of products
 CHUNK_VALUES = 1 << 18  # of it that a thread selects from at a time: 1 MiB, which a core's cache holds

@@ -13,7 +13,8 @@ from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.datasets.labels import Labels, read_labels
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
-from mgn_deploy.gallery.shards import MANIFEST, Row, folder_of
+from mgn_deploy.gallery.manifest import MANIFEST, folder_of
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.images.listing import list_images
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.machine import usable_cpus
-from mgn_deploy.retrieval.distance import slices
+from mgn_deploy.retrieval.rows import slices
 from mgn_deploy.retrieval.truth import Truth
 
 BLOCK_ROWS = 32  # their sorted copy stays in a core's cache

@@ -14,17 +14,18 @@ from mgn_deploy.choices import Device, Metric
 from mgn_deploy.datasets.dataset import JUNK
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.crops import row_crop
-from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.sources import name_below
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.arrays import Arrays
-from mgn_deploy.retrieval.distance import TILE_BYTES, write_distance_matrix
+from mgn_deploy.retrieval.distance import write_distance_matrix
 from mgn_deploy.retrieval.expansion import expand_queries
 from mgn_deploy.retrieval.nearest import Candidates, top_k, top_k_of_candidates
 from mgn_deploy.retrieval.queries import Queries, path_of
 from mgn_deploy.retrieval.rank_list import RankedImage, RankList
 from mgn_deploy.retrieval.rerank import rerank_top_k
+from mgn_deploy.retrieval.rows import TILE_BYTES
 
 _SOURCE = Row("", None, None, None, None, None)  # whose path is the source itself
 _log = logging.getLogger("mgn_deploy")

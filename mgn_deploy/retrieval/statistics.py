@@ -8,14 +8,14 @@ CIKM 2007, section 2.2). Queries of one person are no independent draws, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.retrieval.ranking import KEYS, RANKS, QueryScores, metric_names
+from mgn_deploy.retrieval.ranking import KEYS, QueryScores
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -53,19 +53,11 @@ def confidence_intervals(scores: QueryScores, *, seed: int = 0) -> dict[str, Int
     values = scores.values()[scores.matched]
     if not len(values):
         raise UserError("no query has a right answer: there is nothing to be sure of")
-    low, high = (ends.tolist() for ends in _interval(values, RESAMPLES, seed))
+    low, high = (ends.tolist() for ends in _interval(values, seed))
     return dict(zip(KEYS, zip(low, high, strict=True), strict=True))
 
 
-def compare(
-    first: QueryScores,
-    second: QueryScores,
-    *,
-    ranks: Sequence[int] = RANKS,
-    resamples: int = RESAMPLES,
-    flips: int = FLIPS,
-    seed: int = 0,
-) -> dict[str, Difference]:
+def compare(first: QueryScores, second: QueryScores, *, flips: int = FLIPS) -> dict[str, Difference]:
     """Compare two rankings of the same queries, metric by metric.
 
     Raises:
@@ -79,25 +71,24 @@ def compare(
     both = first.matched & second.matched
     if not both.any():
         raise UserError("no query has a right answer in both rankings: there is nothing to compare")
-    values = first.values(ranks)[both] - second.values(ranks)[both]
+    values = first.values()[both] - second.values()[both]
     mean = values.mean(axis=0)
-    low, high = _interval(values, resamples, seed)
+    low, high = _interval(values, seed=0)
     farther = np.zeros(len(mean), np.int64)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for height in _heights(flips, len(values)):
         signs = rng.integers(0, 2, (height, len(values)), dtype=np.int8).astype(np.float64) * 2 - 1
         farther += np.count_nonzero(np.abs(signs @ values / len(values)) >= np.abs(mean) - 1e-12, axis=0)
     p = (farther + 1) / (flips + 1)
     return {
-        name: Difference(float(mean[i]), (float(low[i]), float(high[i])), float(p[i]))
-        for i, name in enumerate(metric_names(ranks))
+        name: Difference(float(mean[i]), (float(low[i]), float(high[i])), float(p[i])) for i, name in enumerate(KEYS)
     }
 
 
-def _interval(values: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _interval(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     n = len(values)
-    means = [rng.multinomial(n, np.full(n, 1 / n), size=height) @ values / n for height in _heights(resamples, n)]
+    means = [rng.multinomial(n, np.full(n, 1 / n), size=height) @ values / n for height in _heights(RESAMPLES, n)]
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(np.concatenate(means), [tail, 100 - tail], axis=0)
     return low, high

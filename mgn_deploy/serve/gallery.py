@@ -17,7 +17,8 @@ import numpy as np
 
 from mgn_deploy.errors import UnreadableImage, UserError
 from mgn_deploy.gallery.crops import row_crop
-from mgn_deploy.gallery.shards import Row, StoreManifest, read_manifest
+from mgn_deploy.gallery.manifest import StoreManifest, read_manifest
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.report.pages import JPEG_QUALITY, shrunk_jpeg

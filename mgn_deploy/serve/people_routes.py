@@ -10,7 +10,7 @@ from fastapi import FastAPI, Query, Request, Response
 
 from mgn_deploy.identity.calibration import DEFAULT_FAR
 from mgn_deploy.identity.identify import identify
-from mgn_deploy.identity.people import check_name
+from mgn_deploy.identity.person import check_name
 from mgn_deploy.serve.answers import NAMED, EnrolAnswer, Far, IdentifyAnswer, PeopleAnswer, PersonAnswer, asks, only
 from mgn_deploy.serve.service import Service
 from mgn_deploy.serve.uploads import image_hash

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,12 @@ def test_its_figures_are_an_engines_beside_pytorchs(made):
 
 def test_it_says_its_six_steps_in_order(made):
     assert [line[:3] for line in made.said if line[1:3] == "/6"] == [f"{step}/6" for step in range(1, 7)]
+
+
+def test_the_next_commands_take_folders_whose_names_have_spaces():
+    commands = demo._next_commands(Path("my demo/q"), Path("my demo/g"), Path("my demo/b"))
+    assert shlex.split(commands[0])[2:4] == ["my demo/q", "my demo/g"]
+    assert shlex.split(commands[1])[-1] == shlex.split(commands[2])[-1] == "my demo/b"
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):

@@ -196,16 +196,14 @@ def test_the_bias_of_a_grouped_convolution_is_corrected_too(pixels):
 # The images
 
 
-def test_images_are_drawn_by_seed_and_from_every_camera_alike(crops, tmp_path, pixels, said):
+def test_the_same_images_are_drawn_each_time_and_from_every_camera_alike(crops, tmp_path, pixels, said):
     shutil.copytree(crops / "camera 1", tmp_path / "1")
     (tmp_path / "2").mkdir()
     for path in sorted((crops / "camera 2").iterdir())[:6]:
         shutil.copy(path, tmp_path / "2")
     first = read_calibration_images(tmp_path, 96, 32, pixels, count=12)
     again = read_calibration_images(tmp_path, 96, 32, pixels, count=12)
-    other = read_calibration_images(tmp_path, 96, 32, pixels, count=12, seed=1)
     assert np.array_equal(first.crops, again.crops)
-    assert not np.array_equal(first.crops, other.crops)
     assert len(first.crops) == 12
     seconds = [read_crop(path, 96, 32).tobytes() for path in (tmp_path / "2").iterdir()]
     assert sum(crop.tobytes() in seconds for crop in first.crops) == 6

@@ -18,7 +18,8 @@ from mgn_deploy.bundle.manifest import write_manifest
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery import writer
-from mgn_deploy.gallery.cluster import Cluster, embed_on_cluster
+from mgn_deploy.gallery.cluster import embed_on_cluster
+from mgn_deploy.gallery.cluster_connection import Cluster
 from mgn_deploy.gallery.embed import GalleryReport, embed_folder
 from mgn_deploy.gallery.sources import Source
 from mgn_deploy.images.listing import ImageFile

@@ -53,6 +53,12 @@ def test_a_text_list_names_its_images_in_order(images, text):
     assert names(open_source(written(images / "list.txt", text))) == ["b.jpg", "deep/c.jpg"]
 
 
+def test_names_that_nul_divides_may_have_any_bytes(images):
+    name = os.fsencode(images) + b"/caf\xe9.jpg"
+    os.rename(images / "b.jpg", name)
+    assert names(open_source(written(images / "list.txt", b"./caf\xe9.jpg\0a.jpg\0"))) == ["caf\udce9.jpg", "a.jpg"]
+
+
 @pytest.mark.parametrize("suffix, delimiter", [("csv", ","), ("csv", ";"), ("tsv", "\t")])
 def test_a_table_gives_paths_and_labels(images, tmp_path, embedder, said, suffix, delimiter):
     rows = [["Camera", "path", "identity"], ["1", "b.jpg", "7"], ["2", ".\\deep\\c.jpg", ""], ["2", "a.jpg", "9"]]

@@ -120,6 +120,7 @@ def test_changed_bytes_of_the_same_size_and_time_are_found_by_verify_content(buc
 def test_single_objects_and_patterns_are_named_below_their_folder_or_the_root(bucket):
     assert names(open_source("memory://bucket/photos/a.jpg")) == ["a.jpg"]
     assert names(open_source("memory://bucket/photos/*.jpg")) == ["a.jpg", "b.jpg"]
+    assert names(open_source("memory://bucket/photos/?.jpg")) == ["a.jpg", "b.jpg"]
     assert names(open_source("memory://bucket/photos/**/*.jpg")) == NAMES
     both = open_source("memory://bucket/photos/a.jpg", "memory://bucket/photos/cam 2", "memory://bucket/photos/a.jpg")
     assert names(both) == ["a.jpg", "cam 2/c.jpg"]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import UserError
-from mgn_deploy.gallery import video
+from mgn_deploy.gallery import frames
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.inputs import open_inputs
 from mgn_deploy.gallery.store import Store
@@ -177,9 +177,9 @@ def test_a_run_that_goes_on_decodes_from_the_last_key_frame_and_ends_with_the_sa
     embed_folder(source_of(clip), tmp_path / "once", embedder)
     embed_folder(source_of(clip, "first.txt"), tmp_path / "s", embedder)
     decoded = []
-    numbered = video._numbered
+    numbered = frames._numbered
     monkeypatch.setattr(
-        video, "_numbered", lambda *given: (decoded.append(found[0]) or found for found in numbered(*given))
+        frames, "_numbered", lambda *given: (decoded.append(found[0]) or found for found in numbered(*given))
     )
     report = embed_folder(source_of(clip), tmp_path / "s", embedder)
     assert (report.embedded, report.unchanged) == (12, 36)
@@ -205,10 +205,10 @@ def test_changed_bytes_of_the_same_size_and_time_are_found_by_verify_content(cli
 @pytest.mark.parametrize("codec, suffix", [("mpeg4", "avi"), ("libvpx", "webm"), ("libx264", "avi"), ("libx264", "ts")])
 def test_frames_have_the_same_numbers_in_every_container(tmp_path, codec, suffix):
     path = film(tmp_path / f"clip.{suffix}", codec, b="4M")
-    clip = video.read_clip(path)
+    clip = frames.read_clip(path)
     assert clip.frames == FRAMES
     for wanted in ([3, 24], [14, 20]):  # from the start, and from a key frame that has to be sought
-        for number, frame in zip(wanted, video.read_frames(clip, wanted), strict=True):
+        for number, frame in zip(wanted, frames.read_frames(clip, wanted), strict=True):
             shown = np.asarray(frame.to_image(), float)
             errors = {other: np.abs(shown - np.asarray(picture(other), float)).mean() for other in range(1, FRAMES + 1)}
             assert min(errors, key=errors.get) == number
@@ -218,16 +218,16 @@ def test_a_gap_between_timestamps_is_told(tmp_path, said):
     path = film(tmp_path / "clip.mkv", sc_threshold="0")
     assert said == []
     spoil(path, 12)  # the frame's header in the container, too: nothing tells that it was there
-    assert video.read_clip(path).frames < FRAMES
+    assert frames.read_clip(path).frames < FRAMES
     assert any("1 gaps between the times of its frames" in sentence for sentence in said)
 
 
 def test_a_cut_file_fails_what_is_missing(clip, tmp_path, embedder):
     path = film(tmp_path / "clip.ts")
     (tmp_path / "b.txt").write_text("\n".join(lines([2, 23])))
-    whole = video.read_clip(path)
+    whole = frames.read_clip(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    cut = video.read_clip(path)
+    cut = frames.read_clip(path)
     assert 8 < cut.frames < whole.frames
     report = embed_folder(source_of(path, "b.txt"), tmp_path / "s", embedder)
     assert report.embedded == 2

@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from hostile import permissions_apply
 
+from mgn_deploy import locks
 from mgn_deploy.errors import UserError
 from mgn_deploy.files import sha256_file
 from mgn_deploy.gallery import writer as writer_module
-from mgn_deploy.gallery.shards import Row, StoreManifest, read_manifest
+from mgn_deploy.gallery.manifest import StoreManifest, read_manifest
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.gallery.writer import StoreWriter
 
@@ -661,7 +663,7 @@ def test_store_made_otherwise_is_refused(tmp_path, change):
 
 def test_second_process_is_refused_while_the_first_writes(tmp_path):
     script = (
-        "import sys; from mgn_deploy.gallery.shards import StoreManifest\n"
+        "import sys; from mgn_deploy.gallery.manifest import StoreManifest\n"
         "from mgn_deploy.gallery.writer import StoreWriter\n"
         "with StoreWriter(sys.argv[1], StoreManifest.model_validate_json(sys.argv[2])):\n"
         "    print('in', flush=True)\n"
@@ -681,13 +683,13 @@ def test_second_process_is_refused_while_the_first_writes(tmp_path):
 
 def test_manifest_is_judged_under_the_lock(tmp_path, monkeypatch):
     """A run that finds no manifest and then waits for the scheduler must not replace the one that another run wrote."""
-    real = writer_module.fcntl.flock
+    real = locks.fcntl.flock
 
     def other_run_was_faster(descriptor, operation):
         monkeypatch.undo()
         write(tmp_path / "s", [ok("a.jpg")], manifest=MANIFEST.model_copy(update={"backend": "openvino"}))
         real(descriptor, operation)
 
-    monkeypatch.setattr(writer_module.fcntl, "flock", other_run_was_faster)
+    monkeypatch.setattr(locks.fcntl, "flock", other_run_was_faster)
     assert "was made with backend 'openvino'" in refusal(enter, tmp_path / "s")
     assert Store.open(tmp_path / "s").manifest.backend == "openvino"

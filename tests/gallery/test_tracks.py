@@ -90,14 +90,23 @@ def test_sharpness_falls_with_blur_and_not_with_size():
     assert 0.5 < sharpness / quality(crop)[1] < 2
 
 
-def test_a_store_of_tracks_takes_no_images_and_is_not_written_twice(store, photos, tmp_path, embedder):
+def test_a_store_of_tracks_takes_no_images_and_no_other_tracks(store, photos, tmp_path, embedder):
     pool_tracks(store, tmp_path / "t")
     with pytest.raises(UserError, match="was made with preprocessing"):
         embed_folder(open_inputs([photos], boxes=photos.parent / "gt.txt"), tmp_path / "t", embedder)
     with pytest.raises(UserError, match="was made with preprocessing"):
         pool_tracks(store, tmp_path / "t", best=3)
-    with pytest.raises(UserError, match="holds rows already"):
-        pool_tracks(store, tmp_path / "t")
+    (photos.parent / "gt.txt").write_text("1,1,21,11,95,190,1")
+    embed_folder(open_inputs([photos], boxes=photos.parent / "gt.txt"), tmp_path / "one", embedder)
+    with pytest.raises(UserError, match="holds other rows already"):
+        pool_tracks(tmp_path / "one", tmp_path / "t")
+
+
+def test_tracks_that_are_pooled_again_after_the_last_step_stay_as_they_are(store, tmp_path):
+    done = pool_tracks(store, tmp_path / "t")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+    assert pool_tracks(store, tmp_path / "t") == done
+    assert {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()} == before
 
 
 def test_labels_stay_where_a_tracks_images_agree(photos, tmp_path, embedder):

@@ -12,7 +12,7 @@ from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import UserError
 from mgn_deploy.export.exporter import FILES
 from mgn_deploy.files import atomic_folder
-from mgn_deploy.identity.calibrate import calibrate_embeddings
+from mgn_deploy.identity.calibrate_embeddings import calibrate_embeddings
 from mgn_deploy.identity.calibration import CALIBRATION, Calibration
 from mgn_deploy.identity.pairs import genuine_and_impostor, to_means
 

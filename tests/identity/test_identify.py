@@ -13,7 +13,8 @@ from mgn_deploy.identity.identify import (
     posteriors,
     similarities_to_people,
 )
-from mgn_deploy.identity.people import Enrolled, Person
+from mgn_deploy.identity.people import Enrolled
+from mgn_deploy.identity.person import Person
 
 ROWS, OWNERS, _ = embeddings_of(60, 8, seed=5, noise=0.6)
 

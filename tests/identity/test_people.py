@@ -13,7 +13,8 @@ from bomb import Bomb
 from made_up_people import BUNDLE, embeddings_of
 
 from mgn_deploy.errors import UserError
-from mgn_deploy.identity.people import People, check_name
+from mgn_deploy.identity.people import People
+from mgn_deploy.identity.person import check_name
 
 ROWS = embeddings_of(4, 3, dim=8)[0]
 

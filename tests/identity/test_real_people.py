@@ -9,7 +9,7 @@ import pytest
 
 from mgn_deploy.datasets import open_data
 from mgn_deploy.embedder import Embedder
-from mgn_deploy.identity.calibrate import calibrate_embeddings
+from mgn_deploy.identity.calibrate_embeddings import calibrate_embeddings
 from mgn_deploy.identity.pairs import Pairs, genuine_and_impostor, to_means
 
 BESIDE = Path(__file__).parents[3] / "shared"  # of the repository

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.retrieval.arrays import Arrays
+from mgn_deploy.retrieval.encodings import encode
 from mgn_deploy.retrieval.neighbours import find_neighbours
-from mgn_deploy.retrieval.rerank import encode, rerank, rerank_rows, rerank_top_k
+from mgn_deploy.retrieval.rerank import rerank, rerank_rows, rerank_top_k
 
 DEVICES = [Arrays.of("numpy", "cpu"), Arrays.of("torch", "cpu")]
 devices = pytest.mark.parametrize("device", DEVICES, ids=["numpy", "torch"])
@@ -110,8 +111,8 @@ def test_float16_embeddings_are_ranked_as_their_float32_values():
 def test_blocks_and_tiles_change_nothing(monkeypatch):
     images = people(150, 16, 2)
     whole = rerank(images[:50], images[50:])
-    monkeypatch.setattr("mgn_deploy.retrieval.rerank.BLOCK_VALUES", 3000)
-    monkeypatch.setattr("mgn_deploy.retrieval.rerank.JACCARD_VALUES", 700)
+    monkeypatch.setattr("mgn_deploy.retrieval.encodings.BLOCK_VALUES", 3000)
+    monkeypatch.setattr("mgn_deploy.retrieval.encodings.JACCARD_VALUES", 700)
     monkeypatch.setattr("mgn_deploy.retrieval.rerank.LEAST_QUERIES", 7)
     monkeypatch.setattr("mgn_deploy.retrieval.rerank.QUERY_VALUES", 1)
     np.testing.assert_allclose(rerank(images[:50], images[50:]), whole, atol=1e-6)

@@ -16,7 +16,7 @@ from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery.embed import embed_folder
-from mgn_deploy.gallery.shards import Row
+from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import UNKNOWN, Store
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.retrieval.queries import Queries

@@ -50,11 +50,17 @@ def triton(bundle_folder: Path, tmp_path_factory) -> Iterator[str]:
             return service_pb2.ServerMetadataResponse(name="triton", version="2.50.0")
 
         def ModelConfig(self, request: Any, context: Any) -> Any:
-            if request.name != "mgn":
+            if request.name == "renamed":
+                renamed = service_pb2.ModelConfigResponse(config=config)
+                renamed.config.output[0].name = "features"
+                return renamed
+            if request.name not in ("mgn", "failing"):
                 context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
             return service_pb2.ModelConfigResponse(config=config)
 
         def ModelInfer(self, request: Any, context: Any) -> Any:
+            if request.model_name == "failing":
+                context.abort(grpc.StatusCode.INTERNAL, "Failed to process the request(s)")
             (given,) = request.inputs
             assert (given.name, given.datatype) == ("images", "UINT8")
             assert given.shape[0] <= config.max_batch_size
@@ -199,6 +205,14 @@ def test_what_is_no_server_is_said_in_one_sentence(url: str, sentence: str) -> N
 def test_a_model_that_triton_does_not_have_is_said(triton: str) -> None:
     with pytest.raises(UserError, match="unknown model: 'other'"):
         Embedder.connect(f"{triton}/other")
+
+
+def test_a_model_with_other_outputs_and_one_that_fails_are_said(triton: str) -> None:
+    with pytest.raises(UserError, match="gives 'features', not 'images' and 'embeddings': write it again"):
+        Embedder.connect(f"{triton}/renamed")
+    failing = Embedder.connect(f"{triton}/failing")
+    with pytest.raises(UserError, match=r"Failed to process the request\(s\): Triton's log says more"):
+        failing.embed([np.zeros((failing.height, failing.width, 3), np.uint8)])
 
 
 def test_embed_needs_a_bundle_or_a_server(crops: Path, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from serving import EXTRA
 from mgn_deploy.datasets.drawn import draw_crop
 from mgn_deploy.errors import UserError
 from mgn_deploy.gallery import writer as writer_module
-from mgn_deploy.gallery.shards import MANIFEST, Row, Shard, StoreManifest
+from mgn_deploy.gallery.manifest import MANIFEST, StoreManifest
+from mgn_deploy.gallery.row import Row
+from mgn_deploy.gallery.shards import Shard
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.serve import gallery as gallery_module

@@ -235,9 +235,10 @@ def test_the_library_refuses_a_device_that_cannot_be(people, tmp_path):
 # Accuracy from PyTorch
 
 
-def test_evaluating_is_embedding_and_ranking(people, weights):
+def test_evaluating_is_embedding_and_ranking(people, weights, monkeypatch):
+    monkeypatch.setattr("mgn_deploy.train.evaluate.BATCH", 5)
     model = load_weights(weights).train()
-    metrics = evaluate_model(model, people, batch_size=5)
+    metrics = evaluate_model(model, people)
     assert model.training
     embedding = Embedding(load_weights(weights))
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.gallery import writer
-from mgn_deploy.gallery.cluster import Cluster, embed_on_cluster
+from mgn_deploy.gallery.cluster import embed_on_cluster
+from mgn_deploy.gallery.cluster_connection import Cluster
 from mgn_deploy.gallery.embed import embed_folder
 from mgn_deploy.gallery.inputs import open_source
 from mgn_deploy.gallery.sources import Source
