@@ -31,6 +31,11 @@ AHEAD = 3  # calls begun before their result is asked for: the server's queue is
 PATIENCE_SECONDS = 300.0  # how long a server may be away or full before a run gives up
 TIMEOUT_SECONDS = 120.0  # of one call
 NPY = "application/x-npy"
+_HINTS = {
+    "StatusCode.INTERNAL": "Triton's log says more",
+    "StatusCode.INVALID_ARGUMENT": "Triton's log says more",
+    "StatusCode.RESOURCE_EXHAUSTED": "give a smaller --batch, or let the server take larger messages",
+}
 
 
 class ServedModel(NamedTuple):
@@ -205,8 +210,7 @@ class TritonBackend(RemoteBackend):
             answer = self._client.infer(self._model, [given], client_timeout=TIMEOUT_SECONDS)
         except self._triton.InferenceServerException as error:
             # What the model itself raised comes again; a server that went away may come back.
-            failed = error.status() in ("StatusCode.INTERNAL", "StatusCode.INVALID_ARGUMENT")
-            hint = "Triton's log says more" if failed else "run the same command again once it answers"
+            hint = _HINTS.get(error.status(), "run the same command again once it answers")
             raise UserError(f"{self._url}: {error.message()}: {hint}") from None
         return self._checked(answer.as_numpy("embeddings"), images)
 

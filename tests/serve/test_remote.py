@@ -215,6 +215,14 @@ def test_a_model_with_other_outputs_and_one_that_fails_are_said(triton: str) -> 
         failing.embed([np.zeros((failing.height, failing.width, 3), np.uint8)])
 
 
+def test_a_call_that_is_too_large_for_the_server_says_to_give_a_smaller_batch(triton: str) -> None:
+    backend = Embedder.connect(triton).backend
+    backend.model = backend.model._replace(batch=1000)
+    crops = 4 * 2**20 // (backend.model.height * backend.model.width * 3) + 1  # gRPC's limit unless a server sets it
+    with pytest.raises(UserError, match=r"larger than max .*: give a smaller --batch"):
+        backend(np.zeros((crops, backend.model.height, backend.model.width, 3), np.uint8))
+
+
 def test_embed_needs_a_bundle_or_a_server(crops: Path, tmp_path: Path) -> None:
     done = mgn_deploy("embed", crops, "-o", tmp_path / "s")
     assert (done.exit_code, done.stdout) == (2, "")
