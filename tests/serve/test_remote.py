@@ -135,11 +135,12 @@ def another_bundle(weights: Path, folder: Path) -> Bundle:
     return export_bundle(weights, folder / "other", ExportOptions(flip=False))
 
 
-def test_a_server_that_begins_to_serve_another_bundle_is_noticed(server: HttpServer, embedder: Embedder) -> None:
-    backend = HttpBackend(server.address)
-    backend.model = backend.model._replace(bundle_id="0" * 64)
-    with pytest.raises(UserError, match="another bundle"):
-        backend(np.zeros((1, embedder.height, embedder.width, 3), np.uint8))
+def test_a_server_that_begins_to_serve_another_bundle_is_noticed(server: HttpServer, triton: str) -> None:
+    for url in (server.address, triton):
+        backend = Embedder.connect(url).backend
+        backend.model = backend.model._replace(bundle_id="0" * 64)
+        with pytest.raises(UserError, match="another bundle"):
+            backend(np.zeros((1, backend.model.height, backend.model.width, 3), np.uint8))
 
 
 def test_more_crops_than_a_request_takes_go_in_several(bundle_folder: Path, embedder: Embedder) -> None:
