@@ -184,6 +184,14 @@ def fill_store(
             if row.error is not None or _what_was_embedded(row) != _what_was_embedded(file) or digest != row.sha256
         ]
         report.unchanged = len(seen) - len(again)
+        changed = [file.name for file in again if writer.known[file.name].error is None]
+        report.changed = len(changed)
+        if changed:
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            _log.warning(
+                f"{len(changed)} images have another size, date, box or content than in the store and are embedded "
+                f"again: {', '.join(map(repr, changed[:5]))}{more}"
+            )
         report.relabelled = _relabel(writer, rule, set(names))
         try:
             work(writer, fresh + again, rule)

@@ -32,6 +32,7 @@ class GalleryReport:
     Attributes:
         embedded: images that it embedded.
         unchanged: images that were in the store already.
+        changed: images that differ from what the store knows (size, date, box, content) and are embedded again.
         gone: images of the store that are no longer in the source; their rows stay until `store prune`.
         failed: name and reason of each file that it could not read.
         skipped: files that are no image, by extension.
@@ -47,6 +48,7 @@ class GalleryReport:
 
     embedded: int = 0
     unchanged: int = 0
+    changed: int = 0
     gone: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)

@@ -74,8 +74,8 @@ def enrol_images(
 ) -> Enrolment:
     """Enrol a person by image files, in a people folder that is made where there is none.
 
-    Where the bundle has a calibration, images that are unlike the person's others, and people who are like somebody
-    else of the list, are logged and noted.
+    Images that are somebody else's too, and names that differ in case only, are logged and noted; where the bundle has
+    a calibration, so are images that are unlike the person's others, and people who are like somebody else of the list.
 
     Args:
         name: see `check_name`.
@@ -98,7 +98,7 @@ def enrol_images(
     before = folder.load().people
     known = next((len(person.embeddings) for person in before if person.name == name), 0)
     person = folder.enrol(name, embeddings, [sha256_file(path) for path in paths])
-    notes = () if calibration is None else tuple(_doubts(person, before, paths, embeddings, calibration))
+    notes = (*_mix_ups(person, before), *_doubts(person, before, paths, embeddings, calibration))
     for note in notes:
         _log.warning(note)
     return Enrolment(person, len(person.embeddings) - known, notes)
@@ -182,10 +182,29 @@ def embed_readable(
     return EmbeddedImages(read, np.concatenate(rows), failed, skipped)
 
 
+def _mix_ups(person: Person, before: Sequence[Person]) -> list[str]:
+    """What can only be a mistake: one image of two people, and one name in two spellings."""
+    notes = []
+    for other in before:
+        if other.name == person.name:
+            continue
+        if shared := len(set(person.images) & set(other.images)):
+            notes.append(f"{shared} of the images of {person.name} are enrolled as {other.name} too: one name is wrong")
+        if other.name.casefold() == person.name.casefold():
+            notes.append(f"{person.name} and {other.name}, who is enrolled, are two people: names differ by case")
+    return notes
+
+
 def _doubts(
-    person: Person, before: Sequence[Person], paths: Sequence[Path], embeddings: np.ndarray, calibration: Calibration
+    person: Person,
+    before: Sequence[Person],
+    paths: Sequence[Path],
+    embeddings: np.ndarray,
+    calibration: Calibration | None,
 ) -> list[str]:
     """What looks like a mistake: an image unlike the person's others, and somebody else who looks like the person."""
+    if calibration is None:
+        return []
     notes = []
     if len(person.embeddings) > 1:
         for path, row in zip(paths, embeddings, strict=True):
