@@ -27,6 +27,7 @@ docs: $(VENV)/installed-dev
 
 wheel: $(VENV)/installed-dev
 	@echo "== a wheel in dist/"
+	rm -rf build/lib
 	$(VENV)/bin/python -m build --wheel
 
 kernels: $(VENV)/installed-dev
