@@ -41,7 +41,7 @@ matrix:
 	  $(PYTHON) -m venv $(VENV)-torch-$$torch && \
 	  $(VENV)-torch-$$torch/bin/python -m pip install --quiet --disable-pip-version-check torch==$$torch -e '.[cpu,train]' \
 	    'pytest>=8' 'pytest-timeout>=2.3' && \
-	  $(VENV)-torch-$$torch/bin/python -m pytest --quiet tests/kernels/test_torch_op.py tests/backends/test_torch_cuda.py || exit 1; \
+	  $(VENV)-torch-$$torch/bin/python -m pytest --quiet tests/kernels/test_torch_op*.py tests/backends/test_torch_cuda.py || exit 1; \
 	done
 
 clean:

@@ -84,6 +84,14 @@ def weights(trace: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def model(weights: Path) -> Any:
+    """The network of `weights`, a test's own to change."""
+    from mgn_deploy.train.weights import load_weights
+
+    return load_weights(weights)
+
+
 @pytest.fixture(scope="session")
 def bundle_folder(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A proven bundle of `weights`. Tests that change a bundle copy it first."""
@@ -116,6 +124,12 @@ def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def photo(crops: Path) -> Path:
+    """One of the crops, which no test changes."""
+    return crops / "camera 1" / "0001_c1s1_000000_00.jpg"
+
+
 @pytest.fixture(scope="session")
 def gallery_store(bundle_folder: Path, crops: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The forty crops embedded by the small bundle. Tests that add to it copy it first."""
@@ -123,6 +137,16 @@ def gallery_store(bundle_folder: Path, crops: Path, tmp_path_factory: pytest.Tem
 
     folder = tmp_path_factory.mktemp("store") / "gallery"
     embed_folder(crops, folder, Embedder.open(bundle_folder, "onnxruntime"), labels="market1501")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Six drawn crops, a.jpg to f.jpg."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, letter in enumerate("abcdef"):
+        draw_crop(number, 1, 0).save(folder / f"{letter}.jpg", quality=90)
     return folder
 
 

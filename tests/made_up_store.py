@@ -11,6 +11,7 @@ from mgn_deploy.gallery.manifest import StoreManifest
 from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
+from mgn_deploy.retrieval.rank_list import RankList
 
 Labelled = list[tuple[str, int | None, int | None]]  # name, identity, camera
 
@@ -67,3 +68,7 @@ def write_rows(
     with StoreWriter(folder, manifest) as writer:
         writer.add(rows, embeddings.astype(np.float32))
     return Store.open(folder)
+
+
+def names(ranked: RankList) -> list[str]:
+    return [result.name for result in ranked.results]

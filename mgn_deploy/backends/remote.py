@@ -31,6 +31,12 @@ AHEAD = 3  # calls begun before their result is asked for: the server's queue is
 PATIENCE_SECONDS = 300.0  # how long a server may be away or full before a run gives up
 TIMEOUT_SECONDS = 120.0  # of one call
 NPY = "application/x-npy"
+_ANOTHER = "has begun to serve another bundle: start again with a new store"
+_HINTS = {
+    "StatusCode.INTERNAL": "Triton's log says more",
+    "StatusCode.INVALID_ARGUMENT": "Triton's log says more",
+    "StatusCode.RESOURCE_EXHAUSTED": "give a smaller --batch, or let the server take larger messages",
+}
 
 
 class ServedModel(NamedTuple):
@@ -123,7 +129,7 @@ class HttpBackend(RemoteBackend):
     def _call(self, images: np.ndarray) -> np.ndarray:
         content, headers = self._ask("POST", "/embed", npy(images), patience=self._patience)
         if headers.get("mgn-bundle-id") != self.model.bundle_id:
-            raise UserError(f"{self._url} has begun to serve another bundle: start again with a new store")
+            raise UserError(f"{self._url} {_ANOTHER}")
         return self._checked(np.load(io.BytesIO(content), allow_pickle=False), images)
 
     def _ask(self, method: str, path: str, body: bytes | None = None, *, patience: float) -> tuple[bytes, Any]:
@@ -173,7 +179,7 @@ class TritonBackend(RemoteBackend):
         self._model = address.path.strip("/") or "mgn"
         self._client = triton.InferenceServerClient(address.netloc)
         try:
-            config = self._client.get_model_config(self._model, client_timeout=TIMEOUT_SECONDS).config
+            config = self._config()
             self.version = self._client.get_server_metadata(client_timeout=TIMEOUT_SECONDS).version
         except triton.InferenceServerException as error:
             raise UserError(
@@ -198,16 +204,21 @@ class TritonBackend(RemoteBackend):
         self.name = f"triton-{config.backend}"  # type: ignore[misc]
         self.hardware = Hardware(cpu=f"Triton at {address.netloc}", architecture="", instruction_sets=())
 
+    def _config(self) -> Any:
+        return self._client.get_model_config(self._model, client_timeout=TIMEOUT_SECONDS).config
+
     def _call(self, images: np.ndarray) -> np.ndarray:
         given = self._triton.InferInput("images", list(images.shape), "UINT8")
         given.set_data_from_numpy(np.ascontiguousarray(images))
         try:
             answer = self._client.infer(self._model, [given], client_timeout=TIMEOUT_SECONDS)
+            bundle_id = self._config().parameters["bundle_id"].string_value  # an answer does not say who made it
         except self._triton.InferenceServerException as error:
             # What the model itself raised comes again; a server that went away may come back.
-            failed = error.status() in ("StatusCode.INTERNAL", "StatusCode.INVALID_ARGUMENT")
-            hint = "Triton's log says more" if failed else "run the same command again once it answers"
+            hint = _HINTS.get(error.status(), "run the same command again once it answers")
             raise UserError(f"{self._url}: {error.message()}: {hint}") from None
+        if bundle_id != self.model.bundle_id:
+            raise UserError(f"{self._url} {_ANOTHER}")
         return self._checked(answer.as_numpy("embeddings"), images)
 
 

@@ -140,6 +140,7 @@ def _file_system(places: Sequence[str]) -> Any:
     require("fsspec", "remote", f"{scheme}:// is read by fsspec")
     import fsspec
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it also raises, with tracebacks
     try:
         options = {}
         if PACKAGES[scheme] == "aiohttp":

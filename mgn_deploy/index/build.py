@@ -18,7 +18,7 @@ from mgn_deploy.gallery.store import Store
 from mgn_deploy.index import milvus
 from mgn_deploy.index.faiss_folder import FaissIndex, build_faiss
 from mgn_deploy.index.manifest import IndexManifest
-from mgn_deploy.index.milvus import is_milvus
+from mgn_deploy.index.milvus_client import is_milvus
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.nearest import Candidates
 

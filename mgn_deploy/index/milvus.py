@@ -9,12 +9,9 @@ the index is unfinished, `search` refuses it, and the next build goes on from wh
 from __future__ import annotations
 
 import logging
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -23,26 +20,18 @@ from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.files import sha256_bytes
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.index.manifest import IndexManifest
+from mgn_deploy.index.milvus_client import connected, retried
 from mgn_deploy.index.recall import RecallSample
-from mgn_deploy.packages import require
 from mgn_deploy.progress import Progress
 from mgn_deploy.retrieval.rows import check_finite
 
 _log = logging.getLogger("mgn_deploy")
-T = TypeVar("T")
 COLLECTION = "mgn_deploy"  # unless the URL's fragment names another one
 BATCH_ROWS = 256  # 2 MiB of 2048 numbers: far below what a gRPC message may hold
 SEARCH_ROWS = 64
 NO_TIME = -1.0  # of rows that are of no video
 MOST_NEIGHBOURS = 16_384  # https://milvus.io/docs/limitations.md
 CALL_SECONDS = 30.0
-CONNECT_SECONDS = 5.0
-PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a call that failed is tried again: a restarted server is back
-
-
-def is_milvus(target: str) -> bool:
-    """Whether `-o` or `--index` names a Milvus database: `file.db` or `http://host:19530`."""
-    return target.endswith(".db") or target.startswith(("http://", "https://"))
 
 
 class MilvusIndex:
@@ -177,7 +166,7 @@ class MilvusIndex:
         entries = self._call(
             "query_iterator", self._collection, batch_size=1000, filter="", output_fields=["key", "digest"]
         )
-        while batch := _retried(entries.next, self._target):
+        while batch := retried(entries.next, self._target):
             there.update((entry["key"], entry["digest"]) for entry in batch)
         entries.close()
         return there
@@ -212,72 +201,11 @@ class MilvusIndex:
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         call = getattr(self._client, method)
-        return _retried(lambda: call(*arguments, timeout=CALL_SECONDS, **options), self._target)
+        return retried(lambda: call(*arguments, timeout=CALL_SECONDS, **options), self._target)
 
 
 @contextmanager
 def opened(target: str, store: Store, *, create: bool = False) -> Iterator[MilvusIndex]:
-    """Connect to a database.
-
-    Args:
-        target: `file.db` or `http://host:19530`, with `#collection` where it is not the default one; a server's token
-            (`user:password`, or a key) is taken from the environment's MILVUS_TOKEN.
-        store: what the index is of.
-        create: make a local database that is not there.
-
-    Raises:
-        UserError: it cannot be reached, is no database, or the URL holds a password.
-        CannotRun: pymilvus is not installed.
-    """
-    local = not target.startswith(("http://", "https://"))
-    for package in ("pymilvus", "milvus_lite") if local else ("pymilvus",):
-        require(package, "milvus", f"{target} is an index in Milvus")
-    from pymilvus import MilvusClient, MilvusException
-
-    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it also raises, with tracebacks
-    if local:
-        _check_local(Path(target), create)
-    token = "" if local else os.environ.get("MILVUS_TOKEN", "")
-    try:
-        if not local and urlsplit(target).username is not None:
-            raise UserError("a Milvus URL with a password is shown wherever it is used: set MILVUS_TOKEN=USER:PASSWORD")
-        client = MilvusClient(target.partition("#")[0] if not local else target, token=token, timeout=CONNECT_SECONDS)
-    except (MilvusException, OSError, ValueError) as error:
-        raise UserError(f"Milvus cannot be reached at {target}: {_reason(error)}") from None
-    try:
+    """The index of a store in a database that `connected` opens, and closes after it."""
+    with connected(target, create=create) as client:
         yield MilvusIndex(client, target, store)
-    finally:
-        client.close()
-
-
-def _check_local(database: Path, create: bool) -> None:
-    """Raise UserError for what milvus-lite would fail on, or write into: its database is a folder with a LOCK."""
-    if database.exists() and not (database / "LOCK").is_file():
-        raise UserError(f"{database} exists and is no Milvus database: choose another path")
-    if not database.exists() and not create:
-        raise UserError(f"{database} is not there: `mgn-deploy index build STORE -o {database}` makes an index")
-    if not database.parent.is_dir():
-        raise UserError(f"{database} cannot be written: {database.parent} is no folder")
-
-
-def _retried(call: Callable[[], T], target: str) -> T:
-    """Call Milvus, again after a pause where it failed: every call that is made here may be repeated."""
-    import grpc
-    from pymilvus import MilvusException
-
-    for pause in (*PAUSES, None):
-        try:
-            return call()
-        except (MilvusException, grpc.RpcError) as error:
-            if pause is None:
-                raise UserError(
-                    f"Milvus at {target} failed {len(PAUSES) + 1} times ({_reason(error)}): run the same command "
-                    "again, which goes on"
-                ) from None
-            _log.warning(f"Milvus at {target} failed ({_reason(error)}): trying again in {pause:g} s")
-            time.sleep(pause)
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(getattr(error, "message", "") or error).split())[:300]

@@ -1,37 +1,28 @@
-"""`mgn-deploy bench`: one bounded run of engines x bundles x batches, its JSON, its page, and what disturbs it."""
+"""`mgn-deploy bench`: engines x bundles x batches as rows, their JSON and page, and how two results compare."""
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
-import subprocess
-import sys
 import time
-from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from conftest import mgn_deploy
+from short_runs import short
 
 from mgn_deploy.backends.onnxruntime.cpu import OnnxRuntimeBackend
-from mgn_deploy.bench import contenders, environment, server, speed, timing
+from mgn_deploy.bench import contenders, timing
 from mgn_deploy.bench import page as page_module
 from mgn_deploy.bench.compare import compare
 from mgn_deploy.bench.contenders import operations
 from mgn_deploy.bench.environment import Meter, Noise
 from mgn_deploy.bench.page import page, table
 from mgn_deploy.bench.result import Result, read_result
-from mgn_deploy.bench.server import search
 from mgn_deploy.bench.speed import measure
 from mgn_deploy.bench.timing import limits
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.bundle.manifest import REFERENCE, write_manifest
-from mgn_deploy.cuda.management import Management
 from mgn_deploy.errors import CannotRun, GateFailed, UserError
-
-FOREVER = float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +32,6 @@ def people(tmp_path_factory):
     folder = tmp_path_factory.mktemp("people")
     draw_market1501(folder, train_identities=1, test_identities=4)
     return folder
-
-
-@contextmanager
-def short(rounds):
-    """A few rounds of short slices: a busy machine takes longer for them, and still does them all."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "ROUNDS", rounds)
-        patch.setattr(speed, "SLICE", (0.02, 0.05))
-        yield patch
 
 
 @pytest.fixture(scope="module")
@@ -249,181 +231,6 @@ def test_results_of_other_machines_are_refused(slowed):
     other = slowed[0].environment.model_copy(update={"hardware": hardware})
     with pytest.raises(UserError, match="different machines"):
         compare(slowed[0], slowed[0].model_copy(update={"environment": other}))
-
-
-def test_a_busy_loop_beside_is_reported_as_noise(bundle_folder, crops):
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        result = measure(
-            [bundle_folder], engines=["onnxruntime"], batches=[1], images=crops, count=4, minutes=0.08, reference=False
-        )
-    finally:
-        busy.kill()
-        busy.wait()
-    (row,) = result.rows
-    assert row.noise.disturbed
-    assert row.noise.others > 0.25
-    assert any("other processes used" in flag for flag in row.noise.flags)
-
-
-@pytest.mark.parametrize(
-    ("busy", "steal", "own", "flags"),
-    [
-        (1.02, 0.0, 1.0, []),
-        (1.9, 0.0, 1.0, ["other processes used 0.90 CPUs"]),
-        (1.0, 0.5, 1.0, ["the hypervisor took 50.0% of the time"]),
-    ],
-)
-def test_work_of_others_and_theft_are_told_and_our_own_work_is_not(monkeypatch, busy, steal, own, flags):
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    meter = Meter()
-    meter.grown = np.array([1.0, busy, steal, own, 0])
-    noise = meter.noise(0.01)
-    assert (noise.flags, noise.disturbed) == (flags, bool(flags))
-
-
-@pytest.mark.parametrize("named", ["Event", "Throttle"])  # by drivers since 535, and by older ones
-def test_clocks_that_are_held_down_are_told_by_any_driver(monkeypatch, named):
-    def reasons(device, value):
-        value._obj.value = 0x4 | 0x40
-        return 0
-
-    calls = {"nvmlInit_v2": lambda: 0, "nvmlDeviceGetHandleByIndex_v2": lambda *_: 0}
-    calls[f"nvmlDeviceGetCurrentClocks{named}Reasons"] = reasons
-    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(**calls))
-    assert Management().slowed() == ["power cap", "thermal"]
-    assert Management().joules() is None
-
-
-def test_energy_is_not_counted_where_the_counter_began_again(embedder, monkeypatch):
-    readings = iter([10.0, 25.0, 262_000.0, 5.0])
-    monkeypatch.setattr(contenders, "joules", lambda: (next(readings), "CPU package-0"))
-    images = SimpleNamespace(crops=np.zeros((1, embedder.height, embedder.width, 3), np.uint8))
-    contender = contenders.Contender(SimpleNamespace(batch=1, images=1), embedder, images, ())
-    for _ in range(2):
-        assert contender._offline() > 0
-    assert (contender.energy, contender.embedded) == (15.0, 1)
-
-
-def test_a_copy_that_somebody_elses_repository_does_not_track_has_no_commit(tmp_path, monkeypatch):
-    def git(*words):
-        command = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    (tmp_path / "environment.py").touch()
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
-    git("init")
-    git("commit", "--allow-empty", "-m", "theirs")
-    assert environment._commit() is None
-    git("add", ".")
-    git("commit", "-m", "with it")
-    assert environment._commit() == git("rev-parse", "HEAD")
-
-
-def test_where_cupti_shows_no_kernel_a_gpus_time_is_not_zero(embedder, monkeypatch):
-    monkeypatch.setattr("torch.profiler.profile", lambda **_: nullcontext(SimpleNamespace(events=list)))
-    row = SimpleNamespace(batch=1, not_measured={})
-    images = SimpleNamespace(crops=np.zeros((1, embedder.height, embedder.width, 3), np.uint8))
-    speed._gpu_times(SimpleNamespace(row=row, images=images, embedder=embedder), calls=1)
-    assert "CUPTI" in row.not_measured["gpu_ms"]
-
-
-def test_rounds_that_vary_are_told_and_disturb_nothing():
-    noise = Meter().noise(0.2)
-    assert (noise.flags, noise.disturbed) == (["the rounds vary by 20.0%"], False)
-
-
-def test_the_server_search_ends_near_the_highest_rate_that_holds():
-    found = search(lambda rate: ((10.0 if rate <= 137 else 90.0), 100), 50.0, 100.0, FOREVER)
-    assert found.held <= 137 < found.failed <= 1.05 * found.held
-    assert (found.p99_ms, found.requests) == (10.0, 100)
-
-
-def test_where_no_rate_holds_the_server_has_none():
-    found = search(lambda rate: (90.0, 100), 50.0, 100.0, FOREVER)
-    assert (found.held, found.p99_ms) == (0, None)
-
-
-def test_without_time_for_a_trial_the_server_is_not_measured():
-    with pytest.raises(CannotRun, match="left of --minutes"):
-        search(lambda rate: (1.0, 100), 50.0, 100.0, time.monotonic())
-
-
-@pytest.mark.timeout(60)
-def test_an_engine_that_breaks_under_requests_ends_the_trial():
-    pytest.importorskip("mlperf_loadgen")
-    left = [3]
-
-    def embed(images):
-        left[0] -= 1
-        if left[0] < 0:
-            raise RuntimeError("the GPU is lost")
-        return images
-
-    with pytest.raises(CannotRun, match="RuntimeError: the GPU is lost"):
-        server.held_rate(embed, np.zeros((4, 1, 1, 3), np.uint8), 1, 100.0, 100.0, FOREVER)
-
-
-def test_loadgen_finds_what_an_engine_holds(embedder, bundle_folder, crops):
-    pytest.importorskip("mlperf_loadgen")
-    with short(rounds=2) as patch:
-        patch.setattr(server, "TRIALS", 2)
-        result = measure(
-            [bundle_folder], engines=["onnxruntime"], batches=[2], images=crops, count=8, minutes=0.5, p99=5000.0,
-            reference=False,
-        )  # fmt: skip
-    found = result.rows[0].server
-    assert found.held > 0
-    assert found.p99_ms <= 5000
-    assert found.requests >= 100
-
-
-def test_the_command_writes_table_json_and_page(bundle_folder, crops, tmp_path):
-    done = mgn_deploy(
-        "bench", bundle_folder, "--images", crops, "--count", 8, "--batch", 2, "--minutes", 0.05,
-        "--backend", "openvino", "--out", tmp_path / "out",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.stderr
-    for words in ("resnet18 MGN 96x32", "fp32, openvino, batch 2", "fp32, torch, batch 2", "copy", "energy:"):
-        assert words in " ".join(done.stdout.split())
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.html", "bench.json"]
-    assert read_result(tmp_path / "out").rows[0].engine == "openvino"
-
-
-def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "measure", lambda *_, **__: pytest.fail("minutes of work are lost"))
-    (tmp_path / "file").touch()
-    done = mgn_deploy("bench", "bundle", "--out", tmp_path / "file")
-    assert done.exit_code == 2
-    assert "File exists" in done.stderr
-
-
-def test_a_batch_larger_than_the_count_has_its_images(crops):
-    assert [len(contenders.read_images(crops, 96, 32, 4, batch).paths) for batch in (1, 8)] == [4, 8]
-
-
-def test_without_the_reference_weights_the_sentence_names_the_way_out(bundle_folder, tmp_path):
-    bundle = tmp_path / "b"
-    shutil.copytree(bundle_folder, bundle)
-    manifest = Bundle.open(bundle).manifest
-    files = {name: entry for name, entry in manifest.files.items() if name != REFERENCE}
-    write_manifest(bundle, manifest.model_copy(update={"files": files}))
-    with pytest.raises(UserError, match=r"--no-reference$"):
-        measure([bundle], engines=["onnxruntime"], minutes=0.05)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batches": [64]}, "40 readable images are fewer than a batch of 64: give more, or a smaller --batch"),
-        ({"minutes": 0}, "--minutes 0: give a number above 0"),
-        ({"p99": -1.0}, "--p99 -1: give a number above 0"),
-        ({"engines": ["abacus"]}, "abacus"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(bundle_folder, crops, options, message):
-    with pytest.raises(UserError, match=message):
-        measure([bundle_folder], images=crops, **options)
 
 
 def test_files_that_are_no_results_are_refused(tmp_path, slowed):

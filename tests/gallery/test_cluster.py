@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cluster_kills import Killer, two_nodes
 from conftest import mgn_deploy
-from test_gallery import assert_same_store, counts, refusal
+from embedding_runs import assert_same_store, counts, refusal
 
 from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import write_manifest

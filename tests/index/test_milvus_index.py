@@ -15,7 +15,7 @@ from made_up_store import made_up_store
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.gallery.maintain import prune
 from mgn_deploy.gallery.store import Store
-from mgn_deploy.index import milvus
+from mgn_deploy.index import milvus, milvus_client
 from mgn_deploy.index.build import build_index, open_index
 from mgn_deploy.retrieval.queries import Queries
 from mgn_deploy.retrieval.search import search
@@ -136,11 +136,13 @@ def test_rows_that_are_gone_are_deleted_also_by_names_with_quotes(tmp_path, capl
     assert entries(target, fewer) == 38
 
 
-def test_a_call_that_fails_is_made_again(caplog, monkeypatch) -> None:
+def test_a_call_that_fails_by_what_may_pass_is_made_again(caplog, monkeypatch) -> None:
+    from grpc import StatusCode
     from pymilvus import MilvusException
 
-    monkeypatch.setattr(milvus, "PAUSES", (0.0, 0.0))
-    answers = [MilvusException(message="server restarts"), MilvusException(message="server restarts"), "done"]
+    monkeypatch.setattr(milvus_client, "PAUSES", (0.0, 0.0))
+    away = MilvusException(StatusCode.UNAVAILABLE, "away")
+    answers = [away, MilvusException(2, "starting", retriable=True), "done", away, away, away]
 
     def call() -> str:
         answer = answers.pop(0)
@@ -148,8 +150,19 @@ def test_a_call_that_fails_is_made_again(caplog, monkeypatch) -> None:
             raise answer
         return answer
 
-    assert milvus._retried(call, "http://host") == "done"
-    assert caplog.messages == ["Milvus at http://host failed (server restarts): trying again in 0 s"] * 2
+    assert milvus_client.retried(call, "http://host") == "done"
+    assert caplog.messages == [
+        "Milvus at http://host failed (away): trying again in 0 s",
+        "Milvus at http://host failed (starting): trying again in 0 s",
+    ]
+    with pytest.raises(UserError, match=r"failed 3 times \(away\): run the same command again"):
+        milvus_client.retried(call, "http://host")
+
+
+def test_what_milvus_refuses_is_asked_once(store, database, caplog) -> None:
+    with milvus.opened(database, store) as index, pytest.raises(UserError, match=r"refuses: .*'gone' does not exist"):
+        index._call("get", "gone", ids=["manifest"])
+    assert not caplog.messages
 
 
 def test_a_recall_below_the_floor_leaves_the_index_unfinished(tmp_path, store, monkeypatch) -> None:

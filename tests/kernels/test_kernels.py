@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import shutil
-import subprocess
-import sys
 from itertools import count, product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator.host import HostKernel, build_host, host_library, rounded
-from emulator.reference import embed, stripe_pool, stripe_pool_reduce
+from emulator.host import HostKernel, build_host, host_library
+from emulator.reference import embed, stripe_pool_reduce
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from kernel_cases import COMPILER, check_features, random_case
 
-from mgn_deploy.config import features_of
 from mgn_deploy.kernels.nvrtc import SOURCE
-from mgn_deploy.kernels.plan import LAYOUTS, NECKS, PATHS, POOLINGS, TYPES, Device, Problem, launches, plan_on
+from mgn_deploy.kernels.plan import LAYOUTS, NECKS, PATHS, POOLINGS, TYPES, Problem
 
-COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 PATHS = PATHS[1:]  # but "auto"
-# Half the distance to the next number, over the number: what one rounding may change.
-ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-TINIEST = {"float32": 0.0, "float16": 2.0**-25, "bfloat16": 2.0**-134}
+
+
 FEW_EXAMPLES = settings(
     max_examples=40, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=[HealthCheck.too_slow],
@@ -38,46 +32,6 @@ FEW_EXAMPLES = settings(
 @pytest.fixture(scope="module")
 def kernel():
     return HostKernel(host_library())
-
-
-def random_case(branches, sizes, n=2, channels=24, reduced=16, dtype="float32", pooling="max", neck="relu", seed=0):
-    """Arguments of the definition, and of `HostKernel.run`, that `dtype` can hold."""
-    rng = np.random.default_rng(seed)
-    features = sum(map(features_of, branches))
-    # A GeM of numbers mostly above its epsilon, as after a ReLU.
-    shift = 1.5 if pooling == "gem" else 0.0
-    case = {
-        "maps": [rounded(rng.normal(size=(n, channels, *size)) + shift, dtype) for size in sizes],
-        "branches": branches,
-        "weight": rounded(rng.normal(size=(features, channels, reduced)), dtype),
-        "bias": rng.normal(size=(features, 1, reduced)).astype(np.float32),
-        "pooling": pooling,
-        "neck": neck,
-    }
-    if pooling == "gem":
-        case["powers"] = rng.uniform(1.5, 4.5, features).astype(np.float32)
-    if neck == "relu_norm":
-        case["scale"] = rng.normal(size=(features, 1, reduced)).astype(np.float32)
-        case["shift"] = rng.normal(size=(features, 1, reduced)).astype(np.float32)
-    return case
-
-
-def check_features(kernel, case, dtype, **how):
-    """Within 1e-5 of the sizes of what is summed, and then one rounding to the dtype."""
-    found = kernel.run(**case, dtype=dtype, **how)
-    expected = stripe_pool_reduce(**case)
-    sizes = {**case, "maps": [np.abs(map_) for map_ in case["maps"]], "weight": np.abs(case["weight"])}
-    sizes |= {"bias": np.abs(case["bias"]), "neck": "linear" if case["neck"] == "linear" else "relu"}
-    summed = stripe_pool_reduce(**{k: v for k, v in sizes.items() if k not in ("scale", "shift")})
-    if case["neck"] == "relu_norm":
-        n = len(summed)
-        summed = summed * np.abs(case["scale"]).reshape(1, -1) + np.abs(case["shift"]).reshape(1, -1)
-        assert summed.shape == (n, expected.shape[1])
-    allowed = 1e-5 * summed * (1 + ROUNDING[dtype]) + ROUNDING[dtype] * np.abs(expected) + TINIEST[dtype]
-    assert (np.abs(found - expected) <= allowed).all()
-    if dtype == "float32":
-        assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
-    return found
 
 
 SHAPES = st.tuples(st.integers(1, 13), st.integers(1, 9))
@@ -226,81 +180,6 @@ def test_tensor_cores_and_plain_multiply_adds_give_the_same_answer(dtype, least)
         assert kernel.launched[1].kernel.startswith(f"{reduction}_kernel")
 
 
-def pooled_only(kernel, maps, branches, dtype, layout, path="rows"):
-    """Pooled vectors `[n, F, C]`, seen through reductions that are the identity."""
-    channels, features = maps[0].shape[1], sum(map(features_of, branches))
-    case = {
-        "maps": maps,
-        "branches": branches,
-        "weight": np.repeat(np.eye(channels, dtype=np.float32)[None], features, 0),
-        "bias": np.full((features, 1, channels), -0.0, np.float32),
-        "neck": "linear",
-    }
-    return kernel.run(**case, dtype=dtype, layout=layout, path=path).reshape(len(maps[0]), features, channels)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TYPES)
-def test_maxima_are_the_maps_own_numbers(kernel, dtype, layout, path):
-    """Negative, subnormal and largest numbers come out as they went in: no bit is rounded on the way."""
-    rng = np.random.default_rng(3)
-    size = {"float32": 2.0**-128, "float16": 2.0**-16, "bfloat16": 2.0**-128}[dtype]
-    subnormal = rounded(rng.uniform(-1.9, -0.5, size=(2, 16, 5, 3)) * size, dtype)
-    large = rounded(rng.uniform(-6e4, -5e4, size=(2, 16, 5, 3)), dtype)
-    for map_ in (subnormal, large):
-        expected = np.stack(stripe_pool(map_, 3), axis=1)
-        assert (expected < 0).all()
-        assert np.array_equal(pooled_only(kernel, [map_], (3,), dtype, layout, path), expected)
-
-
-def test_every_finite_half_passes_unchanged(kernel):
-    """Through the pool, a tensor core tile and the last rounding: the simulated conversions are NumPy's."""
-    halves = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
-    halves[~np.isfinite(halves)] = 0
-    maps = [halves.reshape(1024, 64, 1, 1)]
-    found = pooled_only(kernel, maps, (1,), "float16", "nhwc", "tiles")
-    assert np.array_equal(found.reshape(-1), halves)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("pixel", [0, 7, 34])
-def test_nan_reaches_the_regions_that_hold_it_and_no_other(kernel, pixel, dtype, layout, path):
-    """7 rows in 3 stripes: rows 2 and 4 are in two of them."""
-    case = random_case((3,), ((7, 5),), dtype=dtype)
-    case["maps"][0].reshape(2, 24, 35)[1, 5, pixel] = np.nan
-    expected = np.isnan(stripe_pool_reduce(**case))
-    assert expected.any()
-    assert not expected.all()
-    assert np.array_equal(np.isnan(kernel.run(**case, dtype=dtype, layout=layout, path=path)), expected)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("infinity", [np.inf, -np.inf])
-def test_infinities_are_numbers_like_others(kernel, infinity, dtype, layout):
-    case = random_case((1, 2), ((2, 3), (4, 3)), dtype=dtype, neck="linear")
-    case["weight"] = np.abs(case["weight"])
-    case["maps"][1][0, 3, :2] = infinity  # a whole stripe: the minimum shows only there
-    expected = stripe_pool_reduce(**case)
-    assert np.isinf(expected).any()
-    found = kernel.run(**case, dtype=dtype, layout=layout, path="tiles")
-    assert np.array_equal(np.isinf(found) * np.sign(found), np.isinf(expected) * np.sign(expected))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TYPES)
-def test_negative_zero_is_more_than_what_is_negative(kernel, dtype, layout):
-    """As a number: to compare bits, or to begin at the least of them, would take -1 or -0.5."""
-    map_ = np.full((1, 16, 4, 2), -1.0, np.float32)
-    map_[0, :, 1, 1] = -0.0
-    map_[0, :, 2, 0] = -0.5
-    found = pooled_only(kernel, [map_], (2,), dtype, layout)
-    assert np.array_equal(found[0, :, 0], [0.0, 0.0, -0.5])
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("branches", "size"),
@@ -331,75 +210,3 @@ def test_a_source_that_disagrees_with_the_planner_does_not_build(tmp_path, const
     changed.write_text(source.replace(constant, other))
     with pytest.raises(RuntimeError, match="static assertion failed"):
         build_host(tmp_path, COMPILER, source=changed, kernels=["epilogue_kernel<float>"])
-
-
-# Each type, layout and path once, each path with every pooling.
-SANITIZED_CASES = [
-    (dtype, layout, path, list(POOLINGS)[(i + j + k) % 3])
-    for (i, dtype), (j, layout), (k, path) in product(enumerate(TYPES), enumerate(LAYOUTS), enumerate(PATHS))
-]
-SANITIZED = """
-import sys
-from pathlib import Path
-import numpy as np
-from emulator.host import HostKernel
-from test_kernels import SANITIZED_CASES, random_case
-kernel = HostKernel(Path(sys.argv[1]), multiprocessors=12)
-rng = np.random.default_rng(5)
-for dtype, layout, path, pooling in SANITIZED_CASES:
-    branches = tuple(int(x) for x in rng.integers(1, 9, rng.integers(1, 3)))
-    sizes = tuple((int(rng.integers(1, 12)), int(rng.integers(1, 8))) for _ in branches)
-    n, channels = int(rng.integers(1, 4)), 8 * int(rng.integers(1, 11))
-    case = random_case(branches, sizes, n, channels, 16 * int(rng.integers(1, 3)), dtype, pooling)
-    output = "features" if layout == "nchw" else "embeddings"
-    kernel.run(**case, dtype=dtype, layout=layout, path=path, output=output)
-print("clean")
-"""
-
-
-def run_sanitized(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python itself is not built with the sanitizer, so its runtime is loaded before it."""
-    runtime = [
-        subprocess.run(
-            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(runtime),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1]))),
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=240
-    )
-
-
-@pytest.fixture(scope="session")
-def sanitized(tmp_path_factory):
-    kernels = set()
-    for dtype, layout, path, pooling in SANITIZED_CASES:
-        problem = Problem(dtype, layout, 1, 8, 16, (1,), ((1, 1),), pooling=pooling, path=path)
-        kernels |= {one.kernel for one in launches(problem, plan_on(problem, Device(1, 90, 1)))}
-    return build_host(tmp_path_factory.mktemp("sanitized"), COMPILER, sanitize=True, kernels=sorted(kernels))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizer's runtime")
-def test_sanitizers_find_nothing(sanitized):
-    result = run_sanitized(SANITIZED, str(sanitized))
-    assert result.stdout == "clean\n", result.stderr[-4000:]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizer's runtime")
-def test_sanitizers_watch_what_kernels_read(sanitized):
-    """A map that ends 16 bytes early is noticed: were it not, the test above would prove nothing."""
-    script = SANITIZED.split("rng =")[0] + (
-        "case = random_case((2,), ((4, 2),), n=1, pooling='avg')\n"
-        "copy = kernel._copy\n"
-        "short = lambda data: data.reshape(-1)[:-4] if data.shape == (1, 24, 4, 2) else data\n"
-        "kernel._copy = lambda stack, data: copy(stack, short(data))\n"
-        "kernel.run(**case, path='rows')\n"
-    )
-    result = run_sanitized(script, str(sanitized))
-    assert "heap-buffer-overflow" in result.stderr

@@ -47,7 +47,7 @@ import ctypes, sys
 sys.path[:0] = sys.argv[4:]
 from pathlib import Path
 from emulator.host import HostKernel
-from test_kernels import check_features, random_case
+from kernel_cases import check_features, random_case
 kernel = HostKernel(Path(sys.argv[1]), multiprocessors=6)  # 6 blocks at a time
 ctypes.c_int.in_dll(kernel.library, "fault").value = int(sys.argv[2])
 CASES = {

@@ -57,3 +57,8 @@ def running(service: Service, **options: object) -> Iterator[HttpServer]:
         server.stop()
         thread.join(60)
         assert not thread.is_alive()
+
+
+def files(*paths: Path) -> list:
+    """These images as fields of a form."""
+    return [("image", (path.name, path.read_bytes())) for path in paths]

@@ -135,11 +135,12 @@ def another_bundle(weights: Path, folder: Path) -> Bundle:
     return export_bundle(weights, folder / "other", ExportOptions(flip=False))
 
 
-def test_a_server_that_begins_to_serve_another_bundle_is_noticed(server: HttpServer, embedder: Embedder) -> None:
-    backend = HttpBackend(server.address)
-    backend.model = backend.model._replace(bundle_id="0" * 64)
-    with pytest.raises(UserError, match="another bundle"):
-        backend(np.zeros((1, embedder.height, embedder.width, 3), np.uint8))
+def test_a_server_that_begins_to_serve_another_bundle_is_noticed(server: HttpServer, triton: str) -> None:
+    for url in (server.address, triton):
+        backend = Embedder.connect(url).backend
+        backend.model = backend.model._replace(bundle_id="0" * 64)
+        with pytest.raises(UserError, match="another bundle"):
+            backend(np.zeros((1, backend.model.height, backend.model.width, 3), np.uint8))
 
 
 def test_more_crops_than_a_request_takes_go_in_several(bundle_folder: Path, embedder: Embedder) -> None:
@@ -213,6 +214,14 @@ def test_a_model_with_other_outputs_and_one_that_fails_are_said(triton: str) -> 
     failing = Embedder.connect(f"{triton}/failing")
     with pytest.raises(UserError, match=r"Failed to process the request\(s\): Triton's log says more"):
         failing.embed([np.zeros((failing.height, failing.width, 3), np.uint8)])
+
+
+def test_a_call_that_is_too_large_for_the_server_says_to_give_a_smaller_batch(triton: str) -> None:
+    backend = Embedder.connect(triton).backend
+    backend.model = backend.model._replace(batch=1000)
+    crops = 4 * 2**20 // (backend.model.height * backend.model.width * 3) + 1  # gRPC's limit unless a server sets it
+    with pytest.raises(UserError, match=r"larger than max .*: give a smaller --batch"):
+        backend(np.zeros((crops, backend.model.height, backend.model.width, 3), np.uint8))
 
 
 def test_embed_needs_a_bundle_or_a_server(crops: Path, tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""The loop: it learns, one seed gives one model, and a run that was killed ends with the bits of one that was not."""
+"""The loop: its images, its rows, its options, and the command that runs it."""
 
 from __future__ import annotations
 
 import dataclasses
-import socket
 import subprocess
 import sys
 import time
@@ -14,24 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import mgn_deploy
+from plain_loop import HEIGHT, LOOP, WIDTH, assert_trained_alike, plain_loop
 from small_runs import ONE_THREAD, TINY, command, draw_people, rows, run, same, tensors
 
 from mgn_deploy.datasets import Dataset, LabelledImage
 from mgn_deploy.errors import UserError
 from mgn_deploy.images.decode import read_crop
-from mgn_deploy.retrieval.evaluation import score_embeddings
-from mgn_deploy.retrieval.truth import Truth
 from mgn_deploy.train.data import TrainingSet
 from mgn_deploy.train.evaluate import evaluate_model
-from mgn_deploy.train.losses import mgn_loss
-from mgn_deploy.train.model import Embedding
-from mgn_deploy.train.recipe import Augment, Recipe, load_recipe
+from mgn_deploy.train.recipe import Augment, load_recipe
 from mgn_deploy.train.run import BEST, WEIGHTS, Step
-from mgn_deploy.train.sampler import IdentitySampler
 from mgn_deploy.train.trainer import train
 from mgn_deploy.train.weights import load_weights, new_model
-
-HEIGHT, WIDTH = 96, 32
 
 
 @pytest.fixture(scope="module")
@@ -230,115 +223,3 @@ def test_the_library_refuses_a_device_that_cannot_be(people, tmp_path):
     with pytest.raises(UserError, match="--device tpu: choose auto, cpu, cuda"):
         train(people, load_recipe("small", TINY), tmp_path / "run", device="tpu")
     assert not (tmp_path / "run").exists()
-
-
-# Accuracy from PyTorch
-
-
-def test_evaluating_is_embedding_and_ranking(people, weights, monkeypatch):
-    monkeypatch.setattr("mgn_deploy.train.evaluate.BATCH", 5)
-    model = load_weights(weights).train()
-    metrics = evaluate_model(model, people)
-    assert model.training
-    embedding = Embedding(load_weights(weights))
-
-    def embed(images: list[LabelledImage]) -> np.ndarray:
-        crops = np.stack([read_crop(image.path, model.config.height, model.config.width) for image in images])
-        with torch.inference_mode():
-            return embedding(torch.from_numpy(crops)).numpy()
-
-    expected = score_embeddings(embed(people.query), embed(people.gallery), Truth.of_dataset(people)).metrics
-    assert metrics.to_dict() == pytest.approx(expected.to_dict(), abs=1e-6)
-
-
-# Against a plain loop
-
-
-def plain_loop(people: Dataset, recipe: Recipe, ranks: int = 1) -> dict[str, torch.Tensor]:
-    """The parameters after SGD with the mean of the ranks' and of the accumulated batches' gradients."""
-    model = new_model(recipe.model.config(5)).train()
-    normalise = Embedding(new_model(recipe.model.config(5)), flip=False).normalise
-    data, batch, optim = TrainingSet(people.train, HEIGHT, WIDTH, model.config.mean), recipe.batch, recipe.optim
-    sgd = torch.optim.SGD(model.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay)
-    samplers = [
-        IdentitySampler(data.classes, batch.identities, batch.images, rank=r, ranks=ranks) for r in range(ranks)
-    ]
-    for epoch in range(recipe.schedule.epochs):
-        loaded = [
-            list(data.batches(sampler.epoch(epoch), recipe.augment, (0, epoch, rank)))
-            for rank, sampler in enumerate(samplers)
-        ]
-        for number, step in enumerate(zip(*loaded, strict=True), start=1):
-            for crops, classes in step:
-                loss, _ = mgn_loss(model(normalise(crops)), classes, recipe.loss)
-                (loss / ranks / batch.accumulate).backward()
-            if number % batch.accumulate == 0 or number == len(loaded[0]):
-                share = (epoch + (number - 1) / len(loaded[0])) / recipe.schedule.epochs
-                sgd.param_groups[0]["lr"] = optim.lr * recipe.schedule.rate_factor(share)
-                sgd.step()
-                sgd.zero_grad()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-LOOP = (
-    "optim.name=sgd",
-    "optim.lr=1e-4",  # so small that rounding decides no hinge
-    "optim.weight_decay=0.1",
-    "schedule.epochs=2",
-    "batch.images=3",
-    "augment.erase=0.5",
-    "augment.pad=4",
-)
-
-
-def assert_trained_alike(out: Path, expected: dict[str, torch.Tensor]) -> None:
-    """Apart by no more than a hundredth of how far training moved."""
-    found, start = tensors(out), new_model(load_weights(out / WEIGHTS).config).state_dict()
-    for name, parameter in expected.items():
-        assert (found[name] - parameter).norm() <= 0.01 * (parameter - start[name]).norm() + 1e-6, name
-
-
-def test_training_is_a_plain_loop(people, tmp_path):
-    settings = [*TINY, *LOOP, "batch.accumulate=2"]  # of 3 batches: the second step is of one
-    run(people, tmp_path, *settings)
-    assert_trained_alike(tmp_path, plain_loop(people, load_recipe("small", settings)))
-
-
-def test_batches_of_an_epoch_are_augmented_differently(people):
-    training = TrainingSet(people.train, HEIGHT, WIDTH, (0.5, 0.5, 0.5))
-    (first, _), (second, _) = training.batches([np.array([0, 3])] * 2, Augment(erase=1, pad=5), (0, 0))
-    assert not torch.equal(first, second)
-
-
-def test_erased_pixels_are_the_networks_mean(people):
-    training = TrainingSet(people.train, HEIGHT, WIDTH, (0.485, 0.456, 0.406))
-    ((plain, _),) = training.batches([np.array([0, 3])], Augment(flip=0), (0, 0))
-    ((erased, _),) = training.batches([np.array([0, 3])], Augment(flip=0, erase=1), (0, 0))
-    assert {tuple(pixel) for pixel in erased[(erased != plain).any(-1)].tolist()} == {(124, 116, 104)}
-
-
-def test_half_precision_scales_losses_and_not_steps(people, tmp_path):
-    settings = ("schedule.epochs=4", "optim.name=sgd", "optim.lr=1e-4", "optim.momentum=0.0", "loop.amp=fp16")
-    run(people, tmp_path, *settings)
-    start = new_model(load_weights(tmp_path / WEIGHTS).config).state_dict()["trunk.0.weight"]
-    moved = (tensors(tmp_path)["trunk.0.weight"] - start).norm().item()
-    assert 1e-3 < moved < 0.1, "0.013 in float32"
-    scaler = torch.load(tmp_path / "last.pt", weights_only=True)["scaler"]
-    assert 1 < scaler["scale"] < 2**16, "the first steps overflow"
-
-
-def test_ranks_agree_on_the_value_of_the_first():
-    code = (
-        "from mgn_deploy.train.distributed import Group\nwith Group('cpu') as group: print(group.agree(5 + group.rank))"
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**ONE_THREAD, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env={**environment, "RANK": rank}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    ]
-    assert [process.communicate(timeout=60)[0] for process in ranks] == ["5.0\n", "5.0\n"]
