@@ -62,9 +62,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that gets its name only once its whole content is on disk.
 
     Raises:
-        UserError: the folder is not writable or the disk is full; nothing is left behind.
+        UserError: the folder is not writable, the disk is full, or the path is a device or a pipe, which the new file
+            would replace; nothing is left behind.
     """
     with _explained(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is a device or a pipe: name a file to write")
         file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".mgn-", suffix=".tmp", delete=False)  # noqa: SIM115
         try:
             with file:
