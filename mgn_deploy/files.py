@@ -59,7 +59,7 @@ def cache_folder(kind: str) -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that gets its name only once its whole content is on disk.
+    """A binary file that gets its name only once its whole content is on disk. Of a link what it points to is written.
 
     Raises:
         UserError: the folder is not writable, the disk is full, or the path is a device or a pipe, which the new file
@@ -68,6 +68,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     with _explained(path):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is a device or a pipe: name a file to write")
+        path = Path(os.path.realpath(path))
         file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".mgn-", suffix=".tmp", delete=False)  # noqa: SIM115
         try:
             with file:
