@@ -89,6 +89,14 @@ class Embedder:
         return cls(backend, backend.model, wanted)
 
     @property
+    def proof(self) -> str:
+        """How far the engine that runs was found from PyTorch, in one line; of a server's engine the server tells."""
+        if self._served_id:
+            return "with what proof its server tells"
+        proof = self._bundle and self._bundle.manifest.proofs.get(self.backend.name)
+        return proof.in_words if proof else "not proven"
+
+    @property
     def bundle_id(self) -> str:
         """The id of the bundle that embeds, here or on a server.
 

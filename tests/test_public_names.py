@@ -35,3 +35,15 @@ def test_an_embedder_says_its_bundle_and_engine(embedder: Embedder):
 def test_an_embedder_without_a_bundle_says_its_input_and_engine(embedder: Embedder):
     alone = Embedder(embedder.backend, embedder.bundle.config)
     assert repr(alone).startswith("Embedder(96x32 crops, by onnxruntime ")
+
+
+def test_an_embedder_tells_its_engines_proof_in_one_line(bundle_folder):
+    bundle = Bundle.open(bundle_folder)
+    proof = bundle.manifest.proofs["onnxruntime"]
+    told = f"proven: {proof.max_abs_error:.1e} from PyTorch's embeddings at most, on {proof.images} images of"
+    assert Embedder.open(bundle, "onnxruntime").proof.startswith(told)
+    missed = proof.model_copy(update={"passed": False, "misses": ["worst cosine 0.5"]})
+    bundle.manifest.proofs["onnxruntime"] = missed
+    assert Embedder.open(bundle, "onnxruntime", allow_unproven=True).proof == "not proven: worst cosine 0.5"
+    del bundle.manifest.proofs["onnxruntime"]
+    assert Embedder.open(bundle, "onnxruntime", allow_unproven=True).proof == "not proven"

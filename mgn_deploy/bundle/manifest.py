@@ -73,6 +73,14 @@ class Proof(_Strict):
     fused_heads: bool = False
     date: str
 
+    @property
+    def in_words(self) -> str:
+        """What it found, in one line."""
+        if not self.passed:
+            return f"not proven: {'; '.join(self.misses)}"
+        images = f"{self.images} images of {self.image_source}"
+        return f"proven: {self.max_abs_error:.1e} from PyTorch's embeddings at most, on {images}"
+
 
 class BlockError(_Strict):
     """One block in INT8: the mean 1 - cosine that it causes alone, and the milliseconds an image that it saves by the

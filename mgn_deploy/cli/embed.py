@@ -156,7 +156,8 @@ def _run_of(
     else:
         assert bundle is not None
         embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
-    say(f"{server or bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
+    engine = embedder.backend
+    say(f"{server or bundle} on {engine.name} {engine.version} ({engine.device}), {embedder.proof}")
     return partial(embed_folder, embedder=embedder)
 
 

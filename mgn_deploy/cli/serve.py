@@ -56,7 +56,8 @@ def serve(
         pixels=round(max_pixels * 1e6),
     )
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
-    say(f"{bundle} on {embedder.backend.name} {embedder.backend.version} ({embedder.backend.device})")
+    engine = embedder.backend
+    say(f"{bundle} on {engine.name} {engine.version} ({engine.device}), {embedder.proof}")
 
     server = HttpServer(Service(embedder, store, people, limits=limits), host, port, insecure=insecure)
 
