@@ -95,10 +95,34 @@ def enrol_images(
     calibration = Calibration.find(embedder.bundle)
     embeddings = embedder.embed(paths, batch_size=batch_size)
     folder = People.create(people, embedder.bundle.id, embedder.dim)
+    return enrol_embeddings(name, embeddings, [sha256_file(path) for path in paths], paths, folder, calibration)
+
+
+def enrol_embeddings(
+    name: str,
+    embeddings: np.ndarray,
+    hashes: Sequence[str],
+    titles: Sequence[str | os.PathLike[str]],
+    folder: People,
+    calibration: Calibration | None,
+) -> Enrolment:
+    """Enrol a person by embeddings of images; what looks like a mistake is logged and noted, as `enrol_images` says.
+
+    Args:
+        name: see `check_name`.
+        embeddings: unit rows float32 `[n, dim]`.
+        hashes: of the `n` images' content, by which one that is enrolled already is known.
+        titles: what notes call the images.
+        folder: of people.
+        calibration: of the folder's bundle.
+
+    Raises:
+        UserError: the folder cannot be written, or the name cannot be one.
+    """
     before = folder.load().people
     known = next((len(person.embeddings) for person in before if person.name == name), 0)
-    person = folder.enrol(name, embeddings, [sha256_file(path) for path in paths])
-    notes = (*_mix_ups(person, before), *_doubts(person, before, paths, embeddings, calibration))
+    person = folder.enrol(name, embeddings, hashes)
+    notes = (*_mix_ups(person, before), *_doubts(person, before, titles, embeddings, calibration))
     for note in notes:
         _log.warning(note)
     return Enrolment(person, len(person.embeddings) - known, notes)
@@ -198,7 +222,7 @@ def _mix_ups(person: Person, before: Sequence[Person]) -> list[str]:
 def _doubts(
     person: Person,
     before: Sequence[Person],
-    paths: Sequence[Path],
+    titles: Sequence[str | os.PathLike[str]],
     embeddings: np.ndarray,
     calibration: Calibration | None,
 ) -> list[str]:
@@ -207,12 +231,12 @@ def _doubts(
         return []
     notes = []
     if len(person.embeddings) > 1:
-        for path, row in zip(paths, embeddings, strict=True):
+        for title, row in zip(titles, embeddings, strict=True):
             others = np.sort(person.embeddings @ row)[:-1]  # the image itself is the most similar one
             chance = float(calibration.probability(others.mean(), 0.5))
             if chance < 0.1:
                 notes.append(
-                    f"{str(path)!r} is unlike the other images of {person.name} (p = {chance:.2g}): look again"
+                    f"{str(title)!r} is unlike the other images of {person.name} (p = {chance:.2g}): look again"
                 )
     threshold = calibration.decide(DEFAULT_FAR).threshold
     for other in before:

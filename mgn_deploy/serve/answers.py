@@ -107,6 +107,7 @@ class PersonAnswer(BaseModel):
 
 class EnrolAnswer(PersonAnswer):
     added: int = Field(description="Images that were not enrolled as this person before.")
+    notes: list[str] = Field(description="What looks like a mistake: an image of two people, somebody who looks alike.")
 
 
 class PeopleAnswer(BaseModel):

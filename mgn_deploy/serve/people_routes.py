@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 
 from mgn_deploy.identity.calibration import DEFAULT_FAR
+from mgn_deploy.identity.enrol import enrol_embeddings
 from mgn_deploy.identity.identify import identify
 from mgn_deploy.identity.person import check_name
 from mgn_deploy.serve.answers import NAMED, EnrolAnswer, Far, IdentifyAnswer, PeopleAnswer, PersonAnswer, asks, only
@@ -60,11 +61,11 @@ def add_people(app: FastAPI, service: Service, run: Callable[..., Any]) -> None:
 
         def answer_json() -> Response:
             answer = all_readable(service.embed(uploads))
-            hashes = [image_hash(upload, box) for upload in uploads for box in upload.boxes or [None]]
+            crops = [(upload, box) for upload in uploads for box in upload.boxes or [None]]
+            hashes, titles = [image_hash(*crop) for crop in crops], [upload.name for upload, _ in crops]
             with enrolling:
-                before = next((len(one.images) for one in people.load().people if one.name == name), 0)
-                person = people.folder.enrol(name, answer.rows, hashes)
-            return json_answer({**person.to_dict(), "added": len(person.images) - before}, answer)
+                done = enrol_embeddings(name, answer.rows, hashes, titles, people.folder, service.calibration)
+            return json_answer(done.to_dict(), answer)
 
         return await run(answer_json)
 

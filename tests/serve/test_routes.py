@@ -155,6 +155,9 @@ def test_a_person_is_enrolled_named_and_forgotten(client, crops: Path) -> None:
     done = client.post("/enrol", files=files(first, second), data={"name": "Zoë"}).json()
     assert (done["name"], done["images"], done["added"]) == ("Zoë", 2, 2)
     assert client.post("/enrol", files=files(first), data={"name": "Zoë"}).json()["added"] == 0
+    again = client.post("/enrol", files=files(first), data={"name": "Zoe"}).json()
+    assert again["notes"] == ["1 of the images of Zoe are enrolled as Zoë too: one name is wrong"]
+    client.delete("/people", params={"name": "Zoe"})
     assert [person["name"] for person in client.get("/people").json()["people"]] == ["Zoë"]
     (answer,) = client.post("/identify", files=files(first)).json()["answers"]
     assert answer["candidates"][0]["name"] == "Zoë"

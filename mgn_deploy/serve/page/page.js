@@ -240,7 +240,8 @@ async function enrol() {
     const body = form();
     body.append("name", name);
     const done = await (await call("enrol", { method: "POST", body })).json();
-    say(done.added ? `${done.name} is enrolled with ${done.images} ${done.images === 1 ? "image" : "images"}.` : `This image of ${done.name} was enrolled already.`);
+    const enrolled = done.added ? `${done.name} is enrolled with ${done.images} ${done.images === 1 ? "image" : "images"}.` : `This image of ${done.name} was enrolled already.`;
+    say([enrolled, ...done.notes].join(" Note: "));
     $("name").value = "";
     await showPeople();
   } catch (problem) {
