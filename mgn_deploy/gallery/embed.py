@@ -172,6 +172,9 @@ def fill_store(
     with StoreWriter(store, manifest) as writer:
         if rule.kind == "folder":  # who is in the store alone is numbered, too
             rule = _labels(labels, source, [*names, *writer.known])
+        labelled = sum((row.identity, row.camera) != (None, None) for row in writer.known.values())
+        if labels == "none" and labelled:
+            _log.warning(f"{labelled} images of the store keep the identity or camera that they have: --labels none")
         report.gone = len(writer.known.keys() - set(names)) if source.complete else 0
         # Files never seen come first, so that a run that was killed and is run again orders them as one that was not.
         fresh = [file for file in source.files if file.name not in writer.known]

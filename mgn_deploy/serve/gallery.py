@@ -199,7 +199,7 @@ class Gallery:
 
     def tag(self, key: str) -> str:
         """What changes with a thumbnail, as HTTP's ETag; raises NotShown where the store has no such image."""
-        row = self.store.row(self._name(key))
+        row = _row(self.store, key)
         return f'"{zlib.crc32(repr((row.size, row.mtime_ns, row.sha256, row.box)).encode()):08x}"'
 
     def thumbnail(self, key: str) -> bytes:
@@ -210,7 +210,8 @@ class Gallery:
             NotShown: the store has no such image, its file is not below the store's source (by `..`, an absolute name
                 or a link), is gone, or cannot be read.
         """
-        store, row = self.store, self.store.row(self._name(key))
+        store = self.store  # one of them: another thread may refresh it
+        row = _row(store, key)
         try:
             if store.manifest.source.startswith("file:"):
                 source = os.path.realpath(store.path(_SOURCE))
@@ -221,14 +222,15 @@ class Gallery:
         except (UnreadableImage, UserError) as reason:
             raise NotShown(f"the image cannot be shown: {reason}") from None
 
-    def _name(self, key: str) -> str:
-        try:
-            name = os.fsdecode(base64.urlsafe_b64decode(key + "=" * (-len(key) % 4)))
-        except (binascii.Error, ValueError):
-            name = ""
-        if name not in self.store:
-            raise NotShown("no such image in the gallery")
-        return name
+
+def _row(store: Store, key: str) -> Row:
+    try:
+        name = os.fsdecode(base64.urlsafe_b64decode(key + "=" * (-len(key) % 4)))
+    except (binascii.Error, ValueError):
+        name = ""
+    if name not in store:
+        raise NotShown("no such image in the gallery")
+    return store.row(name)
 
 
 def _wanted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 
 from mgn_deploy.errors import UserError
 from mgn_deploy.identity.people import Enrolled, People
@@ -37,9 +38,13 @@ class PeopleList:
             return self._read[1]
 
     def _signature(self) -> list[tuple[str, int, int]]:
+        files = []
         try:
             with os.scandir(self.folder.folder) as entries:
-                files = [(entry.name, entry.stat()) for entry in entries if entry.name.endswith(".npz")]
-        except OSError as error:  # one that was removed meanwhile, too: the next request sees the folder as it is
+                for entry in entries:
+                    if entry.name.endswith(".npz"):
+                        with suppress(FileNotFoundError):  # who is removed meanwhile is not there
+                            files.append((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size))
+        except OSError as error:
             raise UserError(f"{self.folder.folder} cannot be read: {error.strerror}") from None
-        return sorted((name, status.st_mtime_ns, status.st_size) for name, status in files)
+        return sorted(files)

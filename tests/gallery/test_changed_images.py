@@ -42,3 +42,11 @@ def test_a_new_image_is_not_a_changed_one(photos: Path, tmp_path: Path, embedder
     report = embed_folder(photos, tmp_path / "store", embedder)
     assert (report.embedded, report.changed) == (1, 0)
     assert "'3.png'" not in caplog.text
+
+
+def test_labels_that_none_leaves_in_the_store_are_said(photos: Path, tmp_path: Path, embedder: Embedder, caplog):
+    (photos / "labels.csv").write_text("path,identity,camera\n0.png,7,1\n")
+    embed_folder(photos, tmp_path / "store", embedder, labels=photos / "labels.csv")
+    caplog.clear()
+    embed_folder(photos, tmp_path / "store", embedder, labels="none")
+    assert "1 images of the store keep the identity or camera" in caplog.text

@@ -15,6 +15,7 @@ from made_up_people import BUNDLE, embeddings_of
 from mgn_deploy.errors import UserError
 from mgn_deploy.identity.people import People
 from mgn_deploy.identity.person import check_name
+from mgn_deploy.serve.people import PeopleList
 
 ROWS = embeddings_of(4, 3, dim=8)[0]
 
@@ -233,3 +234,10 @@ def test_threads_that_enrol_at_once_lose_nothing(people):
     for thread in threads:
         thread.join()
     assert enrolled(people)["Anna"] == 8
+
+
+def test_a_person_who_is_removed_while_the_folder_is_listed_is_not_there(people: People):
+    people.enrol("Anna", np.eye(1, people.dim, dtype=np.float32), ["0" * 64])
+    listed = PeopleList(people.folder, people.bundle_id, people.dim)
+    (people.folder / "person-of-before.npz").symlink_to("nowhere")  # a name whose file is gone
+    assert [person.name for person in listed.load().people] == ["Anna"]

@@ -21,6 +21,7 @@ from mgn_deploy.gallery import writer as writer_module
 from mgn_deploy.gallery.manifest import MANIFEST, StoreManifest
 from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.shards import Shard
+from mgn_deploy.gallery.store import Store
 from mgn_deploy.gallery.writer import StoreWriter
 from mgn_deploy.images.decode import PREPROCESSING
 from mgn_deploy.serve import gallery as gallery_module
@@ -164,6 +165,16 @@ def test_a_member_of_an_archive_and_an_object_of_a_bucket_are_shown(store: Path,
     system.rm("/thumbnails", recursive=True)
     with pytest.raises(NotShown, match="no such object"):
         gallery.thumbnail(thumbnail_key("a.png#1"))
+
+
+def test_a_store_that_changes_meanwhile_is_looked_at_once(store: Path, source: Path, tmp_path, monkeypatch) -> None:
+    add(store, source, [row("in.png")], unit_rows(1))
+    add(tmp_path / "pruned", source, [], unit_rows(0))
+    gallery = Gallery(store, BUNDLE)
+    for ask in (gallery.thumbnail, gallery.tag):
+        stores = iter([Store.open(store), Store.open(tmp_path / "pruned")])
+        monkeypatch.setattr(Gallery, "store", property(lambda _, stores=stores: next(stores)))
+        assert ask(thumbnail_key("in.png"))
 
 
 def test_filters_by_camera_and_time_leave_the_nearest_of_the_others(store: Path, source: Path) -> None:
