@@ -56,11 +56,11 @@ def served(address: str, contents: list[bytes], callers: int, seconds: float) ->
     with ThreadPoolExecutor(callers) as pool:
         each = pool.map(lambda number: call(address, contents, 7 * number, until), range(callers))
     answers = sorted(chain.from_iterable(each))
-    cpu = (cpu_seconds(address) - cpu) / max(1, len(answers))
+    cpu = cpu_seconds(address) - cpu
     counted = steady(answers, callers)
     latency, queue = np.array([answer[1:] for answer in counted]).T
     return {
-        "rate": (len(counted) - 1) / (counted[-1][0] - counted[0][0]), "served_cpu": cpu,
+        "rate": (len(counted) - 1) / (counted[-1][0] - counted[0][0]), "served_cpu": cpu / len(answers),
         "p50": float(np.percentile(latency, 50)), "p99": float(np.percentile(latency, 99)),
         "p99_beyond_queue": float(np.percentile(latency - queue, 99)),
     }  # fmt: skip

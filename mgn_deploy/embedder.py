@@ -92,7 +92,7 @@ class Embedder:
     def proof(self) -> str:
         """How far the engine that runs was found from PyTorch, in one line; of a server's engine the server tells."""
         if self._served_id:
-            return "with what proof its server tells"
+            return "proven or not as its server says"
         proof = self._bundle and self._bundle.manifest.proofs.get(self.backend.name)
         return proof.in_words if proof else "not proven"
 

@@ -44,7 +44,8 @@ class PeopleList:
                 for entry in entries:
                     if entry.name.endswith(".npz"):
                         with suppress(FileNotFoundError):  # who is removed meanwhile is not there
-                            files.append((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size))
+                            status = entry.stat()
+                            files.append((entry.name, status.st_mtime_ns, status.st_size))
         except OSError as error:
             raise UserError(f"{self.folder.folder} cannot be read: {error.strerror}") from None
         return sorted(files)
