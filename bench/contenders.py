@@ -74,23 +74,25 @@ class Contender:
     images: Images
     reference: tuple[Any, ...]  # what the rows that share a PyTorch reference have in common
     meter: Meter = field(default_factory=Meter)
-    folder: Path | None = None  # of `row.images` files
+    folder: Path | None = None  # of `row.images` files, where `embed` is measured
     energy: float = 0.0
     embedded: int = 0
 
     def warm_up(self, limit: float, seconds: float) -> None:
         """Warm up, and settle how many images an offline run of about `seconds` has: whole batches, as `embed` fills up
-        its last one, and filling is not what is measured."""
+        its last one, and filling is not what is measured. Where they are more than there are, they come again."""
         batch = self._batch(0)
         self.row.warm_up = warm_up(lambda: self.embedder.backend(batch), limit)
         took = self.row.warm_up.seconds / self.row.warm_up.calls
-        most = len(self.images.paths) // self.row.batch
-        self.row.images = self.row.batch * min(most, max(2, round(seconds / took)))
+        self.row.images = self.row.batch * max(2, round(seconds / took))
 
     def copy_files(self, folder: Path) -> None:
-        """Make the folder that `embed` reads."""
+        """Make the folder that `embed` reads, for an engine that it can have."""
+        if self.row.engine not in ENGINES or self.row.engine == REFERENCE:
+            return
         folder.mkdir(parents=True)
-        for number, path in enumerate(self.images.paths[: self.row.images]):
+        for number in range(self.row.images):
+            path = self.images.paths[number % self._whole]
             shutil.copyfile(path, folder / f"{number:06d}{path.suffix}")
         self.folder = folder
 
@@ -101,12 +103,17 @@ class Contender:
             "image_bytes": lambda: calls(self._from_bytes, seconds),
             "offline": self._offline,
         }
-        if self.row.engine in ENGINES and self.row.engine != REFERENCE:
+        if self.folder is not None:
             tasks["embed"] = self._embed
         return {name: self.meter(task) for name, task in tasks.items()}
 
+    @property
+    def _whole(self) -> int:
+        """Images of the whole batches that there are."""
+        return len(self.images.paths) // self.row.batch * self.row.batch
+
     def _batch(self, at: int) -> np.ndarray:
-        return self.images.crops[at : at + self.row.batch]
+        return self.images.crops[at % self._whole :][: self.row.batch]
 
     def _from_bytes(self) -> None:
         size = self.embedder.height, self.embedder.width

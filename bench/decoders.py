@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mgn_deploy.console import in_one_sentence
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.images.decode import load_rgb, resize_crop
 from mgn_deploy.images.listing import list_images
@@ -122,4 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_sentence():
+        main()

@@ -18,6 +18,7 @@ import numpy as np
 
 from mgn_deploy.bench.environment import cpu
 from mgn_deploy.bench.retrieval import IMAGES_A_PERSON, drawn_people, in_own_process, measured
+from mgn_deploy.console import in_one_sentence
 
 if TYPE_CHECKING:
     from mgn_deploy.gallery.store import Store
@@ -134,4 +135,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_sentence():
+        main()

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from mgn_deploy.bench.environment import PeakMemory, cpu
+from mgn_deploy.console import in_one_sentence
 
 IMAGES_A_PERSON = 15
 WARM_UP = 400  # images of a run before the one that is measured
@@ -164,4 +165,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_sentence():
+        main()

@@ -25,6 +25,7 @@ import numpy as np
 
 from mgn_deploy.bench.contenders import Images, read_images
 from mgn_deploy.bench.timing import calls
+from mgn_deploy.console import in_one_sentence
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
 
@@ -120,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_sentence():
+        main()

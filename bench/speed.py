@@ -34,7 +34,8 @@ _log = logging.getLogger("mgn_deploy")
 
 ROUNDS = 60
 WANTED_ROUNDS = 12  # that the slices are cut for
-SLICE = (0.03, 1.0)  # seconds
+SLICE = (0.03, 1.0)  # seconds of single calls
+RUN = 8.0  # most seconds of an offline run and of `embed`, whose fixed cost (20 ms of CPU and 8 fsync) should not show
 # Of the time that is left after warming up: at most for accuracy, and for the server's search.
 ACCURACY_SHARE, SERVER_SHARE = 0.5, 0.3
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
@@ -98,7 +99,7 @@ def measure(
             draw_market1501(folder, train_identities=max(2, max(count, *batches) // 8), test_identities=2)
         pixels = cache(lambda height, width: read_images(folder, height, width, count, max(batches)))
         contenders, left_out = open_contenders(opened, engines, batches, pixels, reference, allow_unproven, rivals)
-        slice_ = _warm_up(contenders, end, Path(scratch))
+        seconds = _warm_up(contenders, end, Path(scratch))
         left_out += [one.row for one in contenders if "engine" in one.row.not_measured]
         contenders = [one for one in contenders if "engine" not in one.row.not_measured]
         if not contenders:
@@ -107,7 +108,7 @@ def measure(
         left = max(0.0, end - time.monotonic())
         ranking = min(ACCURACY_SHARE * left, 2 * _ranking_seconds(contenders, labelled)) if labelled else 0.0
         serving = SERVER_SHARE * (left - ranking) if p99 else 0.0
-        _rounds(contenders, slice_, end - ranking - serving, seed, tell)
+        _rounds(contenders, seconds, end - ranking - serving, seed, tell)
         _serve(contenders, p99, end - ranking)
         _rank(contenders, labelled, end)
     for contender in contenders:
@@ -125,10 +126,12 @@ def measure(
 def _warm_up(contenders: Sequence[Contender], end: float, scratch: Path) -> float:
     """Warm all up; the seconds of a slice, so that the rounds fit. The row of what fails has the reason."""
     share = max(0.0, end - time.monotonic()) / max(1, len(contenders))
-    seconds = min(SLICE[1], max(SLICE[0], share / (4 * WANTED_ROUNDS)))
+    of_round = share / WANTED_ROUNDS
+    seconds = min(SLICE[1], max(SLICE[0], of_round / 4))
+    run = min(RUN, max(seconds, of_round / 2 - seconds))
     for number, contender in enumerate(contenders):
         try:
-            contender.warm_up(min(10.0, 0.2 * share), seconds)
+            contender.warm_up(min(10.0, 0.2 * share), run)
         except Exception as error:  # as of a batch that the GPU has no memory for: the other rows are worth having
             contender.row.not_measured["engine"] = sentence(error)
             continue

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
+from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,6 +26,16 @@ LOG_SECONDS = 10  # between lines of progress where stderr is no terminal
 def say(sentence: str) -> None:
     """One line about what is being done, to stderr, among the library's own."""
     _log.info(sentence)
+
+
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """For programs of `python -m`: what is wrong with their input is one line on stderr, as of the commands."""
+    try:
+        yield
+    except (UserError, GateFailed) as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def show_log() -> None:

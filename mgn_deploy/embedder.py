@@ -93,8 +93,7 @@ class Embedder:
         """How far the engine that runs was found from PyTorch, in one line; of a server's engine the server tells."""
         if self._served_id:
             return "proven or not as its server says"
-        proof = self._bundle and self._bundle.manifest.proofs.get(self.backend.name)
-        return proof.in_words if proof else "not proven"
+        return self._bundle.manifest.proof_in_words(self.backend.name) if self._bundle else "not proven"
 
     @property
     def bundle_id(self) -> str:

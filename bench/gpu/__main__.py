@@ -24,6 +24,7 @@ from typing import Any
 from mgn_deploy.bench.environment import environment, sentence
 from mgn_deploy.bench.gpu.claims import judge, markdown
 from mgn_deploy.bench.gpu.stages import STAGES, Setup
+from mgn_deploy.console import in_one_sentence
 from mgn_deploy.files import write_text
 
 _log = logging.getLogger("mgn_deploy")
@@ -156,4 +157,5 @@ def run_here(name: str, setup: Setup, path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with in_one_sentence():
+        sys.exit(main())

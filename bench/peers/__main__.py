@@ -24,7 +24,7 @@ from mgn_deploy.bench.environment import Meter, cpu, environment, sentence
 from mgn_deploy.bench.peers.ways import OURS, OURS_FROM_FILES, PEERS, Given, Peer, Run
 from mgn_deploy.bench.timing import in_turns, median_ratio, spread
 from mgn_deploy.bundle.bundle import Bundle
-from mgn_deploy.console import show_log
+from mgn_deploy.console import in_one_sentence, show_log
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import CannotRun, UserError
 from mgn_deploy.export.proof.agreement import cosines
@@ -128,4 +128,5 @@ def _rate(run: Run, images: int) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with in_one_sentence():
+        sys.exit(main())

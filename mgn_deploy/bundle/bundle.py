@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from mgn_deploy.bundle.kinds import refuse_other_kind
 from mgn_deploy.bundle.manifest import MANIFEST, MANIFEST_HASH, Manifest, hash_line, parse_manifest
 from mgn_deploy.bundle.signature import require_signature, trusted_key
 from mgn_deploy.config import ModelConfig
@@ -65,6 +66,7 @@ class Bundle:
             with open(folder / MANIFEST, "rb") as manifest, open(folder / MANIFEST_HASH, "rb") as hashes:
                 content, expected = manifest.read(_MOST_MANIFEST_BYTES), hashes.read(4096)
         except OSError as error:
+            refuse_other_kind(folder, "a bundle")
             raise UserError(f"{folder} is not a bundle: {Path(error.filename).name}: {error.strerror}") from None
         if hash_line(content) not in expected.splitlines(keepends=True):
             raise UserError(

@@ -154,6 +154,10 @@ class Manifest(_Strict):
         content["graph"] = self.files[GRAPH].sha256
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def proof_in_words(self, backend: str) -> str:
+        """How far a backend was found from PyTorch, in one line, or that nobody looked."""
+        return self.proofs[backend].in_words if backend in self.proofs else "not proven"
+
     def has_fused_heads(self, backend: str) -> bool:
         """Whether a backend on a GPU was proven with fused heads here; without a proof, whether its plans were built
         so."""

@@ -158,8 +158,8 @@ def identify(
             batch_size=batch,
             progress=update,
         )
-    if answers[0].note:
-        say(answers[0].note)
+    for note in dict.fromkeys(answer.note for answer in answers if answer.note):
+        say(note)
     if json:
         unread = [{"path": str(path), "reason": reason} for path, reason in found.failed]
         identified = [answer.to_dict() for answer in answers]

@@ -126,6 +126,5 @@ def _cell(value: object) -> str:
 def _check_columns(names: Sequence[str], title: str, columns: Sequence[str], header: str) -> None:
     twice = any(name and names.count(name) > 1 for name in names)
     if twice or not set(columns) <= set(names):
-        raise UserError(
-            f"{title}: the first line has to name the columns {', '.join(columns)}, each once; it is {header[:80]!r}"
-        )
+        wanted = f"the columns {', '.join(columns)}, each once" if len(columns) > 1 else f"the column {columns[0]} once"
+        raise UserError(f"{title}: the first line has to name {wanted}; it is {header[:80]!r}")

@@ -88,6 +88,7 @@ def embed_on_cluster(
             )  # fmt: skip
         engine = Engine(os.path.abspath(opened.folder), opened.id, backend, allow_unproven, batch_size)
         engine, device = resolved(engine)
+        report.proof = opened.manifest.proof_in_words(engine.backend)
         manifest = StoreManifest(
             bundle_id=opened.id,
             backend=engine.backend,

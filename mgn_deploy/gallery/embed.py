@@ -93,7 +93,7 @@ def embed_folder(
         raise UserError(f"{threads} threads: give auto or a number from 1 to {MAX_THREADS}")
     source = folder if isinstance(folder, Source) else open_source(folder)
     measured = Profile()
-    report = GalleryReport(skipped=source.skipped, profile=measured if profile else None)
+    report = GalleryReport(skipped=source.skipped, proof=embedder.proof, profile=measured if profile else None)
     codec = None
     if decoder == "nvimagecodec":
         codec, report.decoder = _proven_codec(source, embedder)

@@ -11,6 +11,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mgn_deploy.bundle.kinds import refuse_other_kind
 from mgn_deploy.choices import Dtype
 from mgn_deploy.errors import UserError, first_problem
 
@@ -83,6 +84,7 @@ def read_manifest(folder: Path) -> StoreManifest:
     try:
         manifest = StoreManifest.model_validate(content)
     except ValidationError as error:
+        refuse_other_kind(folder, "an embedding store")
         raise UserError(f"{path} is not an embedding store's: {first_problem(error)}") from None
     return (
         manifest if version == SCHEMA_VERSION else manifest.model_copy(update={"shards": _shards_of_schema_1(folder)})

@@ -41,6 +41,7 @@ class GalleryReport:
         batch_size: images an engine call.
         threads: that decoded them; on a cluster those of one task.
         tuning: how `batch_size` and `threads` were chosen, where they were auto.
+        proof: how far the engine was found from PyTorch, or that nobody looked.
         seconds: how long it took, without the trials of `tuning`.
         profile: where the time went, where that was asked for.
         decoder: of another decoder than Pillow, and its proof.
@@ -57,6 +58,7 @@ class GalleryReport:
     batch_size: int = 0
     threads: int = 0
     tuning: dict[str, Tuning] = field(default_factory=dict)
+    proof: str = ""
     seconds: float = 0.0
     profile: Profile | None = None
     decoder: DecoderProof | None = None

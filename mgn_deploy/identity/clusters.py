@@ -184,8 +184,10 @@ def read_clusters(path: str | os.PathLike[str], store: Store) -> np.ndarray:
         found = dict(zip(table["path"].to_pylist(), table["cluster"].to_pylist(), strict=True))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise UserError(f"{path} is not a file of `mgn-deploy cluster`: {str(error).splitlines()[0]}") from None
+    except (pa.ArrowException, KeyError, ValueError):
+        raise UserError(
+            f"{path} is not what `mgn-deploy cluster -o` writes, a Parquet file with the columns path and cluster"
+        ) from None
     names = [printable(row.name) for row in store]
     missing = [name for name in names if not isinstance(found.get(name), int)]
     if missing:

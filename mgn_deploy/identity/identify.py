@@ -14,6 +14,7 @@ from mgn_deploy.identity.people import Enrolled
 
 CANDIDATES = 3
 PRIOR_KNOWN = 0.5
+TIE = 1e-6  # of cosine: two people who are so alike to a query are not told apart by it
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,15 @@ def identify(
             Candidate(enrolled.people[one].name, float(row[one]), chances[one], len(group) * int(own[one]))
             for one in order[:candidates]
         )
+        best, notes = order[0], list[str]()
+        tied = [repr(enrolled.people[one].name) for one in order[1:] if margin[best] - margin[one] < TIE]
+        if tied and margin[best] >= 0:
+            notes.append(f"{', '.join(tied)} {'are' if len(tied) > 1 else 'is'} as near as {listed[0].name!r}")
         if calibration is None:
-            return Identification(group, None, None, None, None, None, listed, note="no name without a calibration")
-        best, decision = order[0], decisions[int(images[order[0]])]
+            notes.append("no name without a calibration")
+            return Identification(group, None, None, None, None, None, listed, note="; ".join(notes))
+        decision = decisions[int(images[best])]
+        notes += [decision.problem] if decision.problem else []
         known = bool(margin[best] >= 0)
         return Identification(
             group,
@@ -180,7 +187,7 @@ def identify(
             decision.far,
             listed,
             decision.images,
-            decision.problem,
+            "; ".join(notes) or None,
         )
 
     return list(map(answer, groups, similarities, margins))

@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mgn_deploy.bundle.kinds import refuse_other_kind
 from mgn_deploy.errors import UserError, first_problem
 from mgn_deploy.files import holds_nothing, sync_folder, write_text
 from mgn_deploy.identity.calibration import check_same_id
@@ -226,6 +227,7 @@ def _read_manifest(folder: Path) -> PeopleManifest:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
+        refuse_other_kind(folder, "a folder of enrolled people")
         raise UserError(
             f"{path} is not the manifest of a people folder that this mgn-deploy reads ({first_problem(error)}): "
             "choose another folder for enrolled people, or upgrade mgn-deploy"

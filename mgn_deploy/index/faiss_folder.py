@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 
+from mgn_deploy.bundle.kinds import refuse_other_kind
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.files import atomic_folder, sha256_file
 from mgn_deploy.gallery.row import rows_table
@@ -47,6 +48,7 @@ class FaissIndex:
             UserError: it is none, is damaged, or is not of this store as it is now.
         """
         try:
+            refuse_other_kind(folder, "a search index")
             manifest = IndexManifest.read((folder / "manifest.json").read_bytes(), str(folder))
             manifest.check_store(store, str(folder))
             if sha256_file(folder / "index.faiss") != manifest.index_sha256:

@@ -15,4 +15,5 @@ def short(rounds):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "ROUNDS", rounds)
         patch.setattr(speed, "SLICE", (0.02, 0.05))
+        patch.setattr(speed, "RUN", 0.05)
         yield patch

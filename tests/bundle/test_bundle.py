@@ -17,7 +17,6 @@ from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.bundle.manifest import SCHEMA_VERSION, FileEntry, hash_line, write_manifest
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.errors import UserError
-from mgn_deploy.gallery.embed import embed_folder
 
 
 @pytest.fixture
@@ -108,10 +107,9 @@ def test_bundle_without_a_file_is_refused(bundle, name):
     assert f"{name}: No such file or directory" in refusal(Embedder.open, bundle, "onnxruntime")
 
 
-def test_what_is_no_bundle_is_refused(tmp_path, crops, embedder):
+def test_what_is_no_bundle_is_refused(tmp_path, crops):
     (tmp_path / "file").write_text("a letter")
-    embed_folder(crops, tmp_path / "s", embedder)
-    for other in (tmp_path / "none", tmp_path / "file", crops, tmp_path / "s"):
+    for other in (tmp_path / "none", tmp_path / "file", crops):
         assert "is not a bundle" in refusal(Bundle.open, other)
 
 

@@ -141,12 +141,12 @@ def test_stdin_is_a_list_below_the_current_folder(images, monkeypatch):
         ("l.txt", b"a.jpg\n\xff\xfe.jpg\n", "is not UTF-8 .byte 6"),
         ("l.txt", "a.jpg\n".encode("utf-16"), "is not UTF-8 .byte 0"),
         ("l.txt", "s3://bucket/a.jpg\n", "give URLs themselves"),
-        ("l.csv", "file,identity\na.jpg,1\n", "has to name the columns path, each once; it is 'file,identity'"),
+        ("l.csv", "file,identity\na.jpg,1\n", "has to name the column path once; it is 'file,identity'"),
         ("l.csv", "path,identity\na.jpg,1\na.jpg,2\n", "has another label than in an earlier line"),
         ("l.csv", "path,identity\na.jpg,-9\n", "identity -9 is not from"),
         ("l.csv", "path\na\0.jpg\n", "NUL|not a table"),
         ("l.parquet", b"PAR1 and no more", "no Parquet file that can be read"),
-        ("l.parquet", "PAR", "has to name the columns path"),
+        ("l.parquet", "PAR", "has to name the column path"),
     ],
 )
 def test_a_list_that_cannot_be_used_is_a_sentence(images, name, content, sentence):

@@ -105,10 +105,10 @@ def test_a_file_of_something_else_or_of_another_store_is_one_sentence(store, tmp
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_clusters(path, store)
     path.write_bytes(b"text")
-    with pytest.raises(UserError, match="is not a file of `mgn-deploy cluster`"):
+    with pytest.raises(UserError, match="is not what `mgn-deploy cluster -o` writes"):
         read_clusters(path, store)
     pq.write_table(pa.table({"x": [1]}), path)
-    with pytest.raises(UserError, match="is not a file of `mgn-deploy cluster`"):
+    with pytest.raises(UserError, match="is not what `mgn-deploy cluster -o` writes"):
         read_clusters(path, store)
     pq.write_table(pa.table({"path": ["0.jpg"], "cluster": [0]}), path)
     with pytest.raises(UserError, match=r"has no cluster for '1.jpg' of"):

@@ -143,6 +143,15 @@ def test_without_a_calibration_the_most_similar_are_listed_and_nobody_is_named()
     assert answer.to_dict()["candidates"][0]["probability"] is None
 
 
+def test_of_one_image_under_two_names_both_are_said(calibration):
+    people = enrolled_of(range(5))
+    twice = Person("other name", people.people[0].embeddings, people.people[0].images, "")
+    for learned in (calibration, None):
+        (answer,) = identify(ROWS[3:4], Enrolled(BUNDLE, (*people.people, twice)), learned)
+        assert "'other name' is as near as 'person 0'" in answer.note
+        assert "as near" not in (identify(ROWS[3:4], people, learned)[0].note or "")
+
+
 @pytest.mark.parametrize(
     "queries, enrolled, sentence",
     [

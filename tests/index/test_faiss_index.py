@@ -12,9 +12,12 @@ import pytest
 from conftest import mgn_deploy
 from made_up_store import made_up_store
 
+from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.errors import GateFailed, UserError
 from mgn_deploy.gallery.store import Store
+from mgn_deploy.identity.people import People
 from mgn_deploy.index.build import build_index, open_index
+from mgn_deploy.index.faiss_folder import FaissIndex
 from mgn_deploy.retrieval.queries import Queries
 from mgn_deploy.retrieval.search import search
 
@@ -168,6 +171,21 @@ def test_a_broken_index_is_refused(tmp_path, store, index, damage, sentence) -> 
     shutil.copytree(index, broken)
     damage(broken)
     refuse(broken, store, sentence)
+
+
+def test_each_kind_of_folder_given_for_another_is_told(tmp_path, store, index, bundle_folder) -> None:
+    people = People.create(tmp_path / "people", "b" * 64, 8).folder
+    open_as = {
+        "a bundle": (bundle_folder, Bundle.open),
+        "an embedding store": (store.folder, Store.open),
+        "a search index": (index, lambda folder: FaissIndex.open(folder, store)),
+        "a folder of enrolled people": (people, People.open),
+    }
+    for wanted, (_, opener) in open_as.items():
+        for kind, (folder, _) in open_as.items():
+            if kind != wanted:
+                with pytest.raises(UserError, match=f"{folder} is {kind}, not {wanted}$"):
+                    opener(folder)
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
