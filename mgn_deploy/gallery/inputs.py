@@ -126,6 +126,11 @@ def part_of(source: Source, part: str) -> Source:
     number, count = int(match[1]) - 1, int(match[2])
     files = [file for index, file in enumerate(source.files) if index // SHARD_ROWS % count == number]
     whole = [file.name for file in source.files]
+    if whole and not files:
+        _log.warning(
+            f"part {part} of {source.title} has no image: parts are of whole shards of {SHARD_ROWS:,}, and there are "
+            f"{len(whole):,} images"
+        )
     return replace(source, files=files, title=f"part {part} of {source.title}", whole=whole, complete=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_clocks_that_are_held_down_are_told_by_any_driver(monkeypatch, named):
 def test_energy_is_not_counted_where_the_counter_began_again(embedder, monkeypatch):
     readings = iter([10.0, 25.0, 262_000.0, 5.0])
     monkeypatch.setattr(contenders, "joules", lambda: (next(readings), "CPU package-0"))
-    images = SimpleNamespace(crops=np.zeros((1, embedder.height, embedder.width, 3), np.uint8))
+    images = contenders.Images([Path()], [b""], np.zeros((1, embedder.height, embedder.width, 3), np.uint8))
     contender = contenders.Contender(SimpleNamespace(batch=1, images=1), embedder, images, ())
     for _ in range(2):
         assert contender._offline() > 0

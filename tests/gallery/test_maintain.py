@@ -172,6 +172,14 @@ def test_part_that_is_none_is_refused(folder, part):
     assert f"--shard {part}: give the part's number" in refusal(part_of, open_source(folder), part)
 
 
+def test_a_part_without_an_image_says_why(folder, caplog):
+    for part in range(1, 8):
+        part_of(open_source(folder), f"{part}/7")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("part 7/7 of")
+    assert said.endswith("has no image: parts are of whole shards of 8, and there are 41 images")
+
+
 def test_relocated_store_leads_to_the_new_folder(store, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     assert relocate(store, str(tmp_path / "copy")) == (41, 41)
