@@ -96,6 +96,8 @@ def open_source(*places: str | os.PathLike[str], root: str | os.PathLike[str] | 
                 f"{remote[0]!r} is given beside paths of this machine: embed them into a store of their own"
             )
         return remote_source(remote, None if root is None else os.fspath(root))
+    if root is not None and is_remote(os.fspath(root)):
+        raise UserError(f"--root {root} is a URL, and {paths[0]!r} is of this machine: give URLs to `embed` themselves")
     lists = [path for path in paths if is_list(path)]
     if lists and len(paths) > 1:
         raise UserError(f"{lists[0]!r} is a list of images and is given among others: give it alone")

@@ -314,8 +314,9 @@ def _common(urls: Mapping[str, Any]) -> str:
 
 
 def _is_gone(error: Exception) -> bool:
-    """Whether an object is not there."""
-    return isinstance(error, FileNotFoundError) and _of_web(error) is error
+    """Whether an object is not there, and not merely its server."""
+    cause = _of_web(error)
+    return isinstance(error, FileNotFoundError) and (cause is error or getattr(cause, "status", None) in (404, 410))
 
 
 def _of_web(error: BaseException) -> BaseException:

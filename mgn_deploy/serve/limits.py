@@ -57,5 +57,5 @@ class Limits:
         if max(self.images, self.batch) > self.queued:
             raise UserError(
                 f"a request of {self.images} images or a batch of {self.batch} could never be taken by a queue of "
-                f"{self.queued}: raise the limit queued"
+                f"{self.queued}: raise the limit queued (--max-queue)"
             )

@@ -178,6 +178,16 @@ def test_a_request_that_fails_is_tried_again(server, tmp_path, embedder, monkeyp
     assert "503" in reason
 
 
+def test_of_several_urls_of_a_web_server_a_missing_one_is_a_row(server, tmp_path, embedder):
+    source = open_source(f"{server}/a.jpg", f"{server}/none.jpg", f"{server}/none.tar")
+    assert embed_folder(source, tmp_path / "s", embedder).failed == [
+        ("none.jpg", "no such object"),
+        ("none.tar", "no such object"),
+    ]
+    with pytest.raises(UserError, match=r"none\.jpg' cannot be listed: no such object"):
+        open_source(f"{server}/none.jpg")
+
+
 @pytest.mark.parametrize(
     "url, sentence",
     [
@@ -211,6 +221,8 @@ def test_without_fsspec_the_extra_is_named(monkeypatch):
 def test_urls_beside_paths_or_of_two_servers_are_a_sentence(bucket, folder):
     with pytest.raises(UserError, match="beside paths of this machine"):
         open_source("memory://bucket/photos", folder)
+    with pytest.raises(UserError, match=r"--root memory://bucket is a URL, and .* is of this machine"):
+        open_source(folder, root="memory://bucket")
     with pytest.raises(UserError, match="differ in their scheme"):
         open_source("memory://bucket/photos", "s3://bucket/photos")
 

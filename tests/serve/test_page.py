@@ -149,7 +149,7 @@ def test_all_of_it_goes_by_keyboard(page: Any, photo: Path) -> None:
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
     choose(page, photo)
-    page.focus("#stage")
+    assert page.evaluate("document.activeElement.id") == "stage"
     with page.expect_response("**/search?*"):
         page.keyboard.press("ArrowRight")
         page.keyboard.press("Shift+ArrowDown")
@@ -185,6 +185,7 @@ def test_a_person_is_enrolled_recognised_and_forgotten(page: Any, photo: Path) -
     page.click("#enrolled summary")
     page.click("#people button")
     wait_until(page, "document.getElementById('people-count').textContent === '0'")
+    wait_until(page, "document.activeElement.tagName === 'SUMMARY'")
 
 
 def test_somebody_who_is_likely_and_below_the_threshold_is_not_called_nobody(page: Any, photo: Path) -> None:

@@ -69,8 +69,10 @@ function choose(chosen) {
     ask().then(() => $("hint").hidden && matchMedia("(max-width: 820px)").matches && $("status").scrollIntoView());
   };
   $("preview").onerror = ask; // a kind that the browser does not show, and the service may read
+  const focused = $("drop").contains(document.activeElement);
   $("drop").hidden = true;
   $("photo").hidden = false;
+  if (focused) $("stage").focus({ preventScroll: true });
 }
 
 function setBox(value) {
@@ -175,7 +177,7 @@ function showResults({ crops: [crop], threshold, far, note }) {
   const count = crop.results.length;
   const nearest = count === 1 ? "One crop" : `The ${count} nearest crops`;
   const like = above === 0 ? "none is" : above === 1 ? "1 is" : `${above} are`;
-  say(count === 0 ? "No crop of these cameras." : threshold === null ? `${nearest}.` : `${nearest}; ${like} above the threshold.`);
+  say(count === 0 ? "No crop passes the filters." : threshold === null ? `${nearest}.` : `${nearest}; ${like} above the threshold.`);
   $("answer-note").hidden = !note;
   $("answer-note").textContent = note ?? "";
 }
@@ -272,6 +274,7 @@ async function showPeople() {
         say(problem.message, true);
       }
       await showPeople();
+      document.querySelector("#enrolled summary").focus(); // the button that had the focus is gone
     };
     item.append(name, forget);
     return item;
