@@ -70,6 +70,10 @@ def embed(
     video: Video = None,
     box_class: BoxClass = ["person"],  # noqa: B006
     min_score: MinScore = 0.0,
+    tracks: Annotated[
+        Path | None,
+        typer.Option("--pool-tracks", help="Also write a store with one embedding a track, as `store pool-tracks`."),
+    ] = None,
     root: Annotated[
         str | None,
         typer.Option(help="The folder or URL that names begin at, where a list or several images are given."),
@@ -97,6 +101,7 @@ def embed(
     """
     from mgn_deploy.gallery.inputs import open_inputs
     from mgn_deploy.gallery.manifest import read_manifest
+    from mgn_deploy.gallery.tracks import pool_tracks
 
     batch_size = _number("--batch", batch, MAX_BATCH)
     decoding = None if threads is None else _number("--threads", threads, MAX_THREADS)
@@ -126,8 +131,14 @@ def embed(
         raise
     if report.profile is not None:
         _tell(report.profile)
+    made = {}
+    if tracks is not None:
+        with progress() as update:
+            pooled = pool_tracks(store, tracks, progress=update)
+        say(f"{tracks}: {pooled.tracks} tracks, of {pooled.taken} of {pooled.images} images")
+        made["pooled"] = {"store": str(tracks), **vars(pooled)}
     if json:
-        print_json({"store": str(store), **report.to_dict(), "backend": read_manifest(store).backend})
+        print_json({"store": str(store), **report.to_dict(), "backend": read_manifest(store).backend, **made})
     elif not report.embedded and not report.failed:
         print(f"{store}: nothing to do, all {report.unchanged} images are in it")
     else:

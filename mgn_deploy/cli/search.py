@@ -96,7 +96,8 @@ def search(
         write_rank_page(html, lists, title=f"{query.name} in {gallery.name}", facts=facts, judged=judged)
         say(f"{html}: {len(lists)} rank lists")
     if json:
-        print_json([ranked.to_dict() for ranked in lists])
+        by = {} if judged is None else {"judged": judged.to_dict()}
+        print_json([{**ranked.to_dict(), **by} for ranked in lists])
     else:
         _print_lists(lists)
 

@@ -143,9 +143,14 @@ def judge_by_bundle(
     if expanded:
         _log.warning("no probabilities: a calibration is of pairs of images, and the queries were expanded")
         return lists, None
+    how = "given" if prior is not None else "estimated from the gallery"
     if prior is None:
         prior = estimate_prior(gallery, calibration)
     judged, by = judge(lists, calibration, far=far, prior=prior)
+    _log.info(
+        f"probabilities where {100 * by.prior:.2g}% of pairs are one person ({how}); threshold {by.threshold:.4f} at "
+        f"FAR {by.far:g}"
+    )
     if by.problem:
         _log.warning(by.problem)
     return judged, by

@@ -54,6 +54,9 @@ class SearchedCrop(CropAnswer):
 class SearchAnswer(BaseModel):
     bundle_id: str
     crops: list[SearchedCrop]
+    prior: float | None = Field(
+        description="The share of pairs of one person that probabilities assume, estimated from the gallery."
+    )
     far: float | None = Field(description="The false-accept rate of the threshold; null without a calibration.")
     threshold: float | None = Field(description="At or above it a result is called the same person.")
     note: str | None = Field(description="What a reader must know of the threshold.")

@@ -20,6 +20,8 @@ from mgn_deploy.gallery.crops import row_crop
 from mgn_deploy.gallery.manifest import StoreManifest, read_manifest
 from mgn_deploy.gallery.row import Row
 from mgn_deploy.gallery.store import Store
+from mgn_deploy.identity.calibration import Calibration
+from mgn_deploy.identity.ranked import estimate_prior
 from mgn_deploy.images.listing import list_images
 from mgn_deploy.report.pages import JPEG_QUALITY, shrunk_jpeg
 from mgn_deploy.retrieval.nearest import top_k
@@ -99,6 +101,7 @@ class Gallery:
         self._opened = _Opened.of(store)
         self._refreshing = threading.Lock()
         self._refreshed = time.monotonic()
+        self._prior: tuple[_Opened, float] | None = None
         self._counting = threading.Lock()
         self._found: int | None = None
         self._counted = -float(COUNT_SECONDS)
@@ -169,6 +172,13 @@ class Gallery:
             ]
             for ranked in zip(indices, similarities, strict=True)
         ]
+
+    def prior(self, calibration: Calibration) -> float:
+        """The share of pairs of one person, estimated once for each state of the store (`estimate_prior`)."""
+        opened, known = self._opened, self._prior
+        if known is None or known[0] is not opened:
+            known = self._prior = opened, estimate_prior(opened.embeddings, calibration)
+        return known[1]
 
     def progress(self) -> dict[str, Any]:
         """How far the store is: `images`, `failures`, and `found`, the images in its source folder (None where the

@@ -65,11 +65,12 @@ def add_questions(app: FastAPI, service: Service, run: Callable[..., Any]) -> No
             decision = None if service.calibration is None else service.calibration.decide(far)
             answer = service.embed(uploads)
             lists = iter(service.search(answer, k, cameras=camera, after=after, before=before))
+            prior = None if service.calibration is None else service.require_gallery().prior(service.calibration)
             crops = [
-                {**crop_fields(crop), "results": None if crop.error else _hits(next(lists), service.calibration)}
+                {**crop_fields(crop), "results": None if crop.error else _hits(next(lists), service.calibration, prior)}
                 for crop in answer.crops
             ]
-            return json_answer({"bundle_id": bundle_id, "crops": crops, **_drawn(decision)}, answer)
+            return json_answer({"bundle_id": bundle_id, "crops": crops, "prior": prior, **_drawn(decision)}, answer)
 
         return await run(answer_json)
 
@@ -88,9 +89,9 @@ def add_questions(app: FastAPI, service: Service, run: Callable[..., Any]) -> No
         return await run(answer_json)
 
 
-def _hits(hits: list[Hit], calibration: Calibration | None) -> list[dict[str, Any]]:
+def _hits(hits: list[Hit], calibration: Calibration | None, prior: float | None) -> list[dict[str, Any]]:
     similarities = np.array([hit.similarity for hit in hits])
-    probabilities = [None] * len(hits) if calibration is None else calibration.probability(similarities).tolist()
+    probabilities = [None] * len(hits) if calibration is None else calibration.probability(similarities, prior).tolist()
     return [
         {
             "rank": rank,

@@ -151,7 +151,11 @@ def test_a_videos_tracks_are_pooled_on_the_command_line(photos, tmp_path, bundle
             container.mux(stream.encode(av.VideoFrame.from_image(Image.open(path))))
         container.mux(stream.encode())
     options = ["--boxes", tmp_path / "gt.txt", "--bundle", bundle_folder, "--backend", "onnxruntime"]
-    assert mgn_deploy("embed", "--video", tmp_path / "clip.mp4", "-o", tmp_path / "v", *options).exit_code == 0
+    options += ["--pool-tracks", tmp_path / "at once", "--json"]
+    done = mgn_deploy("embed", "--video", tmp_path / "clip.mp4", "-o", tmp_path / "v", *options)
+    assert done.exit_code == 0, done.output
+    pooled = json.loads(done.stdout)["pooled"]
+    assert (pooled["store"], pooled["tracks"], pooled["taken"]) == (str(tmp_path / "at once"), 2, 5)
     done = mgn_deploy("store", "pool-tracks", tmp_path / "v", "-o", tmp_path / "t", "--best", 1, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {

@@ -49,7 +49,8 @@ def test_an_estimate_is_never_below_one_pair_an_image_nor_above_a_half(calibrati
     assert estimate_prior(np.ones((1, 1), np.float32), calibration) == 0.5
 
 
-def test_a_bundles_calibration_is_used_where_there_is_one(calibration, bundle_folder, tmp_path):
+def test_a_bundles_calibration_is_used_where_there_is_one(calibration, bundle_folder, tmp_path, caplog):
+    caplog.set_level("INFO", "mgn_deploy")
     bundle = Bundle.open(shutil.copytree(bundle_folder, tmp_path / "bundle"))
     store = made_up_store(tmp_path, np.eye(20), [None] * 20, bundle_id=bundle.id)
     lists = [ranked(0.9, 0.1)]
@@ -58,6 +59,9 @@ def test_a_bundles_calibration_is_used_where_there_is_one(calibration, bundle_fo
     calibration.model_copy(update={"bundle_id": bundle.id}).write(bundle)
     judged, by = judge_by_bundle(lists, bundle.folder, store, far=1e-2)
     assert by.prior == estimate_prior(store.embeddings(), calibration)
+    assert (
+        f"probabilities where {100 * by.prior:.2g}% of pairs are one person (estimated from the gallery)" in caplog.text
+    )
     assert [one.same for one in judged[0].results] == [True, False]
     assert judge_by_bundle(lists, bundle.folder, store, expanded=True) == (lists, None)
     with pytest.raises(UserError, match="lies between 0 and 1"):

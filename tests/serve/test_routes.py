@@ -19,6 +19,7 @@ from mgn_deploy.bundle.bundle import Bundle
 from mgn_deploy.embedder import Embedder
 from mgn_deploy.gallery.store import Store
 from mgn_deploy.identity.calibration import Calibration
+from mgn_deploy.identity.ranked import estimate_prior
 from mgn_deploy.images.decode import read_crop
 from mgn_deploy.serve.server import HttpServer
 
@@ -190,8 +191,11 @@ def test_a_calibration_gives_probabilities_thresholds_and_names(
     with running(service) as server, httpx.Client(base_url=server.address) as client:
         answer = client.post("/search", files=files(first), params={"far": 0.01}).json()
         assert (answer["threshold"], answer["far"]) == calibration.decide(0.01)[1::-1]
+        assert answer["prior"] == estimate_prior(Store.open(gallery_store), calibration) != calibration.prior
         for result in answer["crops"][0]["results"]:
-            assert result["probability"] == pytest.approx(calibration.probability(result["similarity"]), abs=1e-3)
+            expected = calibration.probability(result["similarity"], answer["prior"])
+            assert result["probability"] == pytest.approx(expected, abs=1e-3)
+        assert client.post("/search", files=files(first), params={"after": "nan"}).status_code == 422
         compared = client.post("/compare", files=files(first, first)).json()
         assert (compared["same"], compared["threshold"]) == (True, calibration.decide(1e-3).threshold)
         client.post("/enrol", files=files(first, second), data={"name": "Zoë"})

@@ -162,7 +162,7 @@ async function ask() {
 
 const percent = (p) => (p > 0.995 && p < 1 ? ">99%" : p < 0.005 ? "<1%" : `${Math.round(100 * p)}%`);
 
-function showResults({ crops: [crop], threshold, far, note }) {
+function showResults({ crops: [crop], prior, threshold, far, note }) {
   for (const image of document.querySelectorAll("#results img")) URL.revokeObjectURL(image.src);
   const list = $("results");
   list.replaceChildren();
@@ -178,8 +178,9 @@ function showResults({ crops: [crop], threshold, far, note }) {
   const nearest = count === 1 ? "One crop" : `The ${count} nearest crops`;
   const like = above === 0 ? "none is" : above === 1 ? "1 is" : `${above} are`;
   say(count === 0 ? "No crop passes the filters." : threshold === null ? `${nearest}.` : `${nearest}; ${like} above the threshold.`);
-  $("answer-note").hidden = !note;
-  $("answer-note").textContent = note ?? "";
+  const assumed = prior === null ? "" : `Probabilities assume that ${percent(prior)} of pairs are one person, as the gallery suggests.`;
+  $("answer-note").textContent = [assumed, note].filter(Boolean).join(" Note: ");
+  $("answer-note").hidden = !$("answer-note").textContent;
 }
 
 function line(threshold, far) {
