@@ -154,7 +154,7 @@ class Gallery:
                 images that have no time are then left out.
 
         Raises:
-            UserError: the store holds no image yet.
+            UserError: the store holds no image yet, or `after` or `before` is not a finite number.
         """
         opened = self._opened
         store, embeddings = opened.store, opened.embeddings
@@ -252,6 +252,9 @@ def _wanted(
     wanted = np.ones(len(opened.store), bool)
     if cameras is not None:
         wanted &= np.isin(opened.cameras, cameras)
+    for name, time_s in (("after", after), ("before", before)):
+        if time_s is not None and not np.isfinite(time_s):
+            raise UserError(f"{name} must be a finite number of seconds, not {time_s}")
     if after is not None:
         wanted &= opened.times >= after  # which NaN is not
     if before is not None:

@@ -177,6 +177,13 @@ def test_a_store_that_changes_meanwhile_is_looked_at_once(store: Path, source: P
         assert ask(thumbnail_key("in.png"))
 
 
+@pytest.mark.parametrize("times", [{"after": float("nan")}, {"before": float("inf")}])
+def test_a_time_that_is_not_finite_is_refused(store: Path, source: Path, times: dict[str, float]) -> None:
+    add(store, source, [row("a.png", time_s=1)], unit_rows(1))
+    with pytest.raises(UserError, match=f"{next(iter(times))} must be a finite number"):
+        Gallery(store, BUNDLE).search(unit_rows(1), 1, **times)
+
+
 def test_filters_by_camera_and_time_leave_the_nearest_of_the_others(store: Path, source: Path) -> None:
     rows = [row(f"{n}.png", camera=n % 3, time_s=None if n % 5 == 0 else n / 2) for n in range(60)]
     embeddings = unit_rows(60)
