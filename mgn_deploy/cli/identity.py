@@ -122,7 +122,7 @@ def enrol(
 
     embedder = Embedder.open(bundle, backend, allow_unproven=allow_unproven)
     result = enrol_images(name, images, people, embedder, batch_size=batch)
-    told = f"{result.person.name}: {len(result.person.embeddings)} images, {result.added} of them new, in {people}"
+    told = f"{result.person.name}: {result.added} new, {len(result.person.embeddings)} in all, in {people}"
     print_result(json, result.to_dict(), told)
 
 

@@ -122,10 +122,16 @@ def enrol_embeddings(
     before = folder.load().people
     known = next((len(person.embeddings) for person in before if person.name == name), 0)
     person = folder.enrol(name, embeddings, hashes)
-    notes = (*_mix_ups(person, before), *_doubts(person, before, titles, embeddings, calibration))
+    added = len(person.embeddings) - known
+    again = [f"images that are {person.name}'s already, or given twice: {len(hashes) - added} of {len(hashes)}"]
+    notes = (
+        *(again if added < len(hashes) else ()),
+        *_mix_ups(person, before),
+        *_doubts(person, before, titles, embeddings, calibration),
+    )
     for note in notes:
         _log.warning(note)
-    return Enrolment(person, len(person.embeddings) - known, notes)
+    return Enrolment(person, added, notes)
 
 
 def identify_images(
@@ -213,7 +219,7 @@ def _mix_ups(person: Person, before: Sequence[Person]) -> list[str]:
         if other.name == person.name:
             continue
         if shared := len(set(person.images) & set(other.images)):
-            notes.append(f"{shared} of the images of {person.name} are enrolled as {other.name} too: one name is wrong")
+            notes.append(f"images of {person.name} that are enrolled as {other.name} too: {shared}; one name is wrong")
         if other.name.casefold() == person.name.casefold():
             notes.append(f"{person.name} and {other.name}, who is enrolled, are two people: names differ by case")
     return notes

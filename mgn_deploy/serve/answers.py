@@ -59,7 +59,7 @@ class SearchAnswer(BaseModel):
     )
     far: float | None = Field(description="The false-accept rate of the threshold; null without a calibration.")
     threshold: float | None = Field(description="At or above it a result is called the same person.")
-    note: str | None = Field(description="What a reader must know of the threshold.")
+    note: str | None = Field(description="What a reader must know of the threshold and the filters.")
 
 
 class CompareAnswer(BaseModel):

@@ -173,6 +173,15 @@ class Gallery:
             for ranked in zip(indices, similarities, strict=True)
         ]
 
+    def unfit_filter(self, cameras: Sequence[int] | None, after: float | None, before: float | None) -> str | None:
+        """What to say of a filter by what no image of the store has; None where there is nothing to say."""
+        opened = self._opened
+        if cameras is not None and (opened.cameras < 0).all():
+            return "no image of the gallery has a camera: `embed --labels` gives cameras"
+        if (after is not None or before is not None) and np.isnan(opened.times).all():
+            return "no image of the gallery has a time: those of a video have one"
+        return None
+
     def prior(self, calibration: Calibration) -> float:
         """The share of pairs of one person, estimated once for each state of the store (`estimate_prior`)."""
         opened, known = self._opened, self._prior

@@ -65,12 +65,18 @@ def add_questions(app: FastAPI, service: Service, run: Callable[..., Any]) -> No
             decision = None if service.calibration is None else service.calibration.decide(far)
             answer = service.embed(uploads)
             lists = iter(service.search(answer, k, cameras=camera, after=after, before=before))
-            prior = None if service.calibration is None else service.require_gallery().prior(service.calibration)
+            gallery = service.require_gallery()
+            prior = None if service.calibration is None else gallery.prior(service.calibration)
             crops = [
                 {**crop_fields(crop), "results": None if crop.error else _hits(next(lists), service.calibration, prior)}
                 for crop in answer.crops
             ]
-            return json_answer({"bundle_id": bundle_id, "crops": crops, "prior": prior, **_drawn(decision)}, answer)
+            drawn = _drawn(decision)
+            notes = filter(None, (gallery.unfit_filter(camera, after, before), drawn["note"]))
+            return json_answer(
+                {"bundle_id": bundle_id, "crops": crops, "prior": prior, **drawn, "note": "; ".join(notes) or None},
+                answer,
+            )
 
         return await run(answer_json)
 

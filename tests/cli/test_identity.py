@@ -115,7 +115,7 @@ def test_people_are_enrolled_identified_renamed_and_removed(calibrated, data, tm
         images = of_person(data, number)
         done = mgn_deploy("enrol", name, *images, "--people", folder, "--bundle", bundle)
         assert done.exit_code == 0, done.stderr
-        assert f"{name}: {len(images)} images, {len(images)} of them new" in done.stdout
+        assert f"{name}: {len(images)} new, {len(images)} in all" in done.stdout
     again = mgn_deploy("enrol", "Anna", *of_person(data, 0), "--people", folder, "--bundle", bundle, "--json")
     assert json.loads(again.stdout)["added"] == 0
 
@@ -189,7 +189,7 @@ def test_a_doubtful_enrolment_is_noted(calibrated, data, tmp_path):
     done = mgn_deploy("enrol", "Berta", image, "--people", tmp_path / "people", "--bundle", bundle, "--json")
     notes = json.loads(done.stdout)["notes"]
     assert notes == [
-        "1 of the images of Berta are enrolled as Anna too: one name is wrong",
+        "images of Berta that are enrolled as Anna too: 1; one name is wrong",
         "Berta looks like Anna, who is enrolled (similarity 1.00)",
     ]
     assert all(f"warning: {note}" in done.stderr for note in notes)

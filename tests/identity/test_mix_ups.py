@@ -24,7 +24,7 @@ def photos(tmp_path: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("name", "image", "notes"),
     [
-        ("Bob", 0, ["1 of the images of Bob are enrolled as Anna too: one name is wrong"]),
+        ("Bob", 0, ["images of Bob that are enrolled as Anna too: 1; one name is wrong"]),
         ("ANNA", 1, ["ANNA and Anna, who is enrolled, are two people: names differ by case"]),
         ("Anna", 0, []),
         ("Bob", 1, []),

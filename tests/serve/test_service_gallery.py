@@ -184,6 +184,16 @@ def test_a_time_that_is_not_finite_is_refused(store: Path, source: Path, times: 
         Gallery(store, BUNDLE).search(unit_rows(1), 1, **times)
 
 
+def test_a_filter_by_what_no_image_has_is_told(store: Path, source: Path) -> None:
+    add(store, source, [row("a.png", camera=None)], unit_rows(1))
+    gallery = Gallery(store, BUNDLE)
+    assert gallery.unfit_filter(None, None, None) is None
+    assert "`embed --labels` gives cameras" in (gallery.unfit_filter([1], None, None) or "")
+    assert "no image of the gallery has a time" in (gallery.unfit_filter(None, 0.0, None) or "")
+    add(store, source, [row("b.png", camera=1, time_s=2)], unit_rows(1))
+    assert Gallery(store, BUNDLE).unfit_filter([1], 0.0, None) is None
+
+
 def test_filters_by_camera_and_time_leave_the_nearest_of_the_others(store: Path, source: Path) -> None:
     rows = [row(f"{n}.png", camera=n % 3, time_s=None if n % 5 == 0 else n / 2) for n in range(60)]
     embeddings = unit_rows(60)
