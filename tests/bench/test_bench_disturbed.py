@@ -61,6 +61,17 @@ def test_clocks_that_are_held_down_are_told_by_any_driver(monkeypatch, named):
     assert Management().joules() is None
 
 
+def test_images_come_again_where_a_run_is_longer_than_they_are(embedder, tmp_path):
+    paths = [tmp_path / f"{name}.jpg" for name in "abcde"]
+    for path in paths:
+        path.write_text(path.stem)
+    images = contenders.Images(paths, [], np.arange(5).reshape(5, 1, 1, 1))
+    contender = contenders.Contender(SimpleNamespace(batch=2, images=6, engine="onnxruntime"), embedder, images, ())
+    contender.copy_files(tmp_path / "files")
+    assert "".join(path.read_text() for path in sorted((tmp_path / "files").iterdir())) == "abcdab"  # whole batches
+    assert [contender._batch(at).ravel().tolist() for at in (0, 2, 4)] == [[0, 1], [2, 3], [0, 1]]
+
+
 def test_energy_is_not_counted_where_the_counter_began_again(embedder, monkeypatch):
     readings = iter([10.0, 25.0, 262_000.0, 5.0])
     monkeypatch.setattr(contenders, "joules", lambda: (next(readings), "CPU package-0"))

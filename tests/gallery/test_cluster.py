@@ -77,7 +77,9 @@ def test_four_workers_write_the_bytes_of_one_process_and_go_on_like_it(
     nodes, images, one, bundle_folder, embedder, tmp_path
 ):
     many = tmp_path / "many"
-    assert counts(on_cluster(images, many, bundle_folder)) == (40, 0, 1, 0)
+    first = on_cluster(images, many, bundle_folder)
+    assert counts(first) == (40, 0, 1, 0)
+    assert first.proof == embedder.proof
     assert_same_store(many, one)
     # The last shard is not whole, one image has changed, and one fails as before.
     for number in range(12):
