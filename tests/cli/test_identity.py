@@ -220,6 +220,9 @@ def test_search_shows_probabilities_where_the_bundle_is_calibrated(calibrated, d
     for one in found["results"]:
         assert one["same"] == (one["similarity"] >= made.decide(0.01).threshold)
         assert one["probability"] < float(made.probability(one["similarity"], 0.5))  # few pairs are of one person
+        assert one["probability"] == pytest.approx(
+            float(made.probability(one["similarity"], found["judged"]["prior"])), abs=1e-3
+        )
     assert "the share 0.01 reaches it" in (tmp_path / "p.html").read_text()
     assert "above threshold" in mgn_deploy(*asked).stdout
     done = mgn_deploy(*asked, "--aqe", 2)
